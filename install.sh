@@ -1,0 +1,77 @@
+#!/bin/sh
+# Installs runX on a Xen dom0, or below DESTDIR for an image that will become one.
+set -eu
+
+usage() {
+    cat <<END
+usage: [DESTDIR=DIR] [PREFIX=/usr] ./install.sh [--kernel FILE] [--initrd FILE] [--uninstall]
+
+Installs PREFIX/sbin/runX and PREFIX/lib/runX.  The kernel and the base ramdisk of the VMs
+are, if not given, those that kernel/build.sh and initrd/build.sh have built on this machine.
+END
+}
+
+fail() {
+    echo "install.sh: $1" >&2
+    exit 1
+}
+
+prefix=${PREFIX:-/usr}
+sbin=${DESTDIR:-}$prefix/sbin
+lib=${DESTDIR:-}$prefix/lib/runX
+here=$(cd "$(dirname "$0")" && pwd)
+kernel='' initrd='' uninstall=''
+
+while [ $# -gt 0 ]; do
+    case $1 in
+    --kernel) kernel=${2:?"install.sh: --kernel needs a file"} && shift ;;
+    --initrd) initrd=${2:?"install.sh: --initrd needs a file"} && shift ;;
+    --uninstall) uninstall=yes ;;
+    --help) usage && exit ;;
+    *) usage >&2 && exit 2 ;;
+    esac
+    shift
+done
+
+if [ "$uninstall" ]; then
+    rm -rf "$sbin/runX" "$lib"
+    exit
+fi
+
+# Puts FILE ($2) there as NAME ($1); without one, what SCRIPT ($3) has built, or what is there already.
+install_boot_file() {
+    file=$2
+    [ "$file" ] || file=$("$here/$3" --cached 2>/dev/null) || file=''
+    if [ "$file" ]; then
+        [ -f "$file" ] || fail "cannot install the $1: $file is not a file"
+        install -m 644 "$file" "$lib/$1.new"
+        mv "$lib/$1.new" "$lib/$1"
+    elif [ ! -f "$lib/$1" ]; then
+        echo "install.sh: there is no $1 yet: build it with $3 and call install.sh again," \
+            "or give one with --$1 FILE" >&2
+    fi
+}
+
+install -d "$sbin" "$lib"
+install -m 644 "$here/runx.py" "$lib/runx.py"
+install_boot_file kernel "$kernel" kernel/build.sh
+install_boot_file initrd "$initrd" initrd/build.sh
+
+# Python compiles a module once and a script at each call, so the command is only this much.
+cat >"$sbin/runX.new" <<END
+#!/usr/bin/python3 -IS
+import sys
+
+sys.path.insert(0, "$prefix/lib/runX")
+import runx
+
+sys.exit(runx.main(sys.argv[1:]))
+END
+chmod 755 "$sbin/runX.new"
+mv "$sbin/runX.new" "$sbin/runX"
+
+# The compiled module is used only by the same version of Python, so a build host's does no harm.
+if command -v python3 >/dev/null; then
+    python3 -IS -c 'import py_compile, sys; py_compile.compile(sys.argv[1], doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)' "$lib/runx.py"
+fi

@@ -1,0 +1,1813 @@
+#!/usr/bin/python3 -IS
+# SPDX-License-Identifier: Apache-2.0
+"""runX: an OCI runtime that runs each container as a Xen VM of its own.
+
+An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a monitor,
+whose pid is the container's pid, and the monitor builds a paused domain with `xl create`.  `start`
+unpauses it.  The monitor then carries the standard streams over PV consoles, waits for the domain
+to end, destroys it, and exits with the container's exit status.  In the VM there is an init and
+no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p).
+
+One module, standard library only.  It is started for every operation of every container, so what
+only one operation needs is imported there: json, signal or ctypes cost more than most operations.
+
+The parts, each knowing only those above it: errors and log, OCI config, cpio, xenstore, xl,
+PV console, guest, rootfs, state, monitor, commands, command line.
+"""
+
+import os
+import sys
+import time
+
+VERSION = "0.1.0"
+DEFAULT_ROOT = "/run/runX"
+# An engine may call with an empty environment (Podman's `state`), and xl needs to find its helpers.
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+# ==== errors and log =====================================================================================
+# An error is one sentence for the user.  The command line alone turns it into stderr, log and exit status.
+
+
+class Error(Exception):
+    """What went wrong with which object and, where there is one, the remedy, in one sentence."""
+
+
+class NoContainer(Error):
+    """There is no container of that id."""
+
+    def __init__(self, container_id):
+        super().__init__(f'container "{container_id}" does not exist')
+
+
+class Log:
+    """The engine's log file (--log, --log-format), one record a line.
+
+    Podman reads the file as a single JSON object and containerd looks for the last "error", so
+    nothing is written but what a user must learn; `debug` adds what a developer wants.
+    """
+
+    def __init__(self, path=None, as_json=False, debug=False):
+        self.path, self.as_json, self.wants_debug = path, as_json, debug
+
+    def write(self, level, message):
+        now = timestamp()
+        if self.as_json:
+            import json
+
+            line = json.dumps({"level": level, "msg": message, "time": now})
+        else:
+            line = f"time={now} level={level} msg={message}"
+        if self.path is None:
+            if level == "debug":
+                print(line, file=sys.stderr)
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
+        except OSError:
+            pass  # an unwritable log must not hide the error, which goes to stderr too
+
+    def debug(self, message):
+        if self.wants_debug:
+            self.write("debug", message)
+
+
+def timestamp():
+    """Now, in RFC 3339 with nanoseconds: what Go's time.Time parses."""
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds:09d}Z"
+
+
+class Record:
+    """Base of plain records: the fields are the class's annotations, all required, by name.
+
+    The job of dataclasses, whose import alone would double the time that `state` takes.
+    """
+
+    def __init__(self, **fields):
+        if fields.keys() != self.__annotations__.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.__annotations__)}")
+        self.__dict__.update(fields)
+
+
+# ==== OCI config =========================================================================================
+# config.json of the bundle (runtime-spec config.md), checked and parsed once into Config.
+
+
+class Mount(Record):
+    """An entry of `mounts`; flags are those of mount(2), data what the file system gets."""
+
+    destination: str
+    type: str
+    source: str
+    flags: int
+    data: str
+
+
+class Process(Record):
+    args: list
+    env: list
+    cwd: str
+    terminal: bool
+    uid: int
+    gid: int
+    groups: list
+    umask: int
+
+
+class Config(Record):
+    oci_version: str
+    rootfs: str  # absolute
+    readonly: bool
+    process: Process  # or None: such a container can be created but not started
+    hostname: str
+    mounts: list
+    annotations: dict
+    memory: int  # bytes, 0: the default
+    guest_type: str  # "pv", "pvh", or "" for what the host offers
+
+
+# <sys/mount.h>; bind mounts are told from others by these, not by their type
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
+MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
+MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
+MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
+
+# option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
+MOUNT_OPTIONS = {
+    "defaults": (0, 0), "async": (0, MS_SYNCHRONOUS), "sync": (MS_SYNCHRONOUS, 0), "dirsync": (MS_DIRSYNC, 0),
+    "ro": (MS_RDONLY, 0), "rw": (0, MS_RDONLY),
+    "suid": (0, MS_NOSUID), "nosuid": (MS_NOSUID, 0), "dev": (0, MS_NODEV), "nodev": (MS_NODEV, 0),
+    "exec": (0, MS_NOEXEC), "noexec": (MS_NOEXEC, 0), "bind": (MS_BIND, 0), "rbind": (MS_BIND | MS_REC, 0),
+    "atime": (0, MS_NOATIME), "noatime": (MS_NOATIME, 0),
+    "diratime": (0, MS_NODIRATIME), "nodiratime": (MS_NODIRATIME, 0),
+    "relatime": (MS_RELATIME, 0), "norelatime": (0, MS_RELATIME),
+    "strictatime": (MS_STRICTATIME, 0), "nostrictatime": (0, MS_STRICTATIME),
+    "lazytime": (MS_LAZYTIME, 0), "nolazytime": (0, MS_LAZYTIME),
+    # propagation ends at the VM's border: in there every mount is private
+    "private": (0, 0), "rprivate": (0, 0), "slave": (0, 0), "rslave": (0, 0), "shared": (0, 0), "rshared": (0, 0),
+}  # fmt: skip
+GUEST_FILESYSTEMS = {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}
+
+REQUIRED = object()
+
+
+def field(section, key, kind, default=REQUIRED, where="config.json"):
+    """section[key], checked to be of the type kind; a missing or null one is the default, or an Error."""
+    value = section.get(key)
+    if value is None:
+        if default is REQUIRED:
+            raise Error(f"{where}: {key} is missing")
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise Error(f"{where}: {key} must be a JSON {JSON_NAMES[kind]}")
+    return value
+
+
+JSON_NAMES = {dict: "object", list: "array", str: "string", int: "integer", bool: "boolean"}
+
+
+def strings(section, key, where):
+    """An array of strings that can be given to execve(2): none of them holds a NUL."""
+    values = field(section, key, list, [], where)
+    if not all(isinstance(value, str) and "\0" not in value for value in values):
+        raise Error(f"{where}: {key} must hold only strings without NUL")
+    return values
+
+
+def load_config(bundle):
+    """Reads <bundle>/config.json.  Raises Error, in runc's words where engines show them."""
+    import json
+
+    try:
+        with open(os.path.join(bundle, "config.json"), encoding="utf-8") as file:
+            spec = json.load(file)
+    except FileNotFoundError:
+        raise Error(f"JSON specification file config.json not found in bundle {bundle}") from None
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read config.json of bundle {bundle}: {error}") from None
+    if not isinstance(spec, dict):
+        raise Error(f"config.json of bundle {bundle} must be a JSON object")
+    linux = field(spec, "linux", dict, {})
+    resources = field(linux, "resources", dict, {}, "config.json: linux")
+    memory = field(resources, "memory", dict, {}, "config.json: linux.resources")
+    annotations = field(spec, "annotations", dict, {})
+    if any(field(spec, "hooks", dict, {}).values()):
+        raise Error("config.json: hooks are not supported yet")
+    guest_type = annotations.get("org.runx.type", "")
+    if guest_type not in ("", "pv", "pvh"):
+        raise Error(f'config.json: the annotation org.runx.type is "pv" or "pvh", not {json.dumps(guest_type)}')
+    return Config(
+        oci_version=check_version(field(spec, "ociVersion", str)),
+        rootfs=find_rootfs(bundle, field(spec, "root", dict)),
+        readonly=field(spec["root"], "readonly", bool, False, "config.json: root"),
+        process=parse_process(field(spec, "process", dict, None)),
+        hostname=field(spec, "hostname", str, ""),
+        mounts=[parse_mount(bundle, mount) for mount in field(spec, "mounts", list, [])],
+        annotations=annotations,
+        memory=max(0, field(memory, "limit", int, 0, "config.json: linux.resources.memory")),
+        guest_type=guest_type,
+    )
+
+
+def check_version(version):
+    """Any 1.x, pre-releases included: minor versions only add properties."""
+    numbers = version.split("-")[0].split("+")[0].split(".")
+    if len(numbers) != 3 or not all(number.isdigit() for number in numbers) or int(numbers[0]) != 1:
+        raise Error(f'config.json: ociVersion "{version}" is not supported: runX knows 1.0.0 to 1.3.x')
+    return version
+
+
+def find_rootfs(bundle, root):
+    path = os.path.join(bundle, field(root, "path", str, where="config.json: root"))
+    if not os.path.isdir(path):
+        raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
+    return os.path.realpath(path)
+
+
+def parse_process(spec):
+    if spec is None:
+        return None
+    where = "config.json: process"
+    user = field(spec, "user", dict, {}, where)
+    groups = field(user, "additionalGids", list, [], where + ".user")
+    process = Process(
+        args=strings(spec, "args", where),
+        env=strings(spec, "env", where),
+        cwd=field(spec, "cwd", str, where=where),
+        terminal=field(spec, "terminal", bool, False, where),
+        uid=field(user, "uid", int, 0, where + ".user"),
+        gid=field(user, "gid", int, 0, where + ".user"),
+        groups=groups,
+        umask=field(user, "umask", int, 0o022, where + ".user"),
+    )
+    if not process.args:
+        raise Error("config.json: process.args must not be empty")
+    if not process.cwd.startswith("/") or "\0" in process.cwd:
+        raise Error("config.json: process.cwd must be an absolute path")
+    if not all(isinstance(gid, int) and 0 <= gid < 2**32 for gid in [process.uid, process.gid, *groups]):
+        raise Error("config.json: the ids in process.user must be integers from 0 to 4294967295")
+    return process
+
+
+def parse_mount(bundle, spec):
+    where = "config.json: mounts"
+    if not isinstance(spec, dict):
+        raise Error(f"{where} must hold objects")
+    destination = field(spec, "destination", str, where=where)
+    kind = field(spec, "type", str, "", where)
+    source = field(spec, "source", str, "", where)
+    flags, data = 0, []
+    for option in strings(spec, "options", where):
+        if option in MOUNT_OPTIONS:
+            add, remove = MOUNT_OPTIONS[option]
+            flags = (flags | add) & ~remove
+        else:
+            data.append(option)
+    if "\0" in destination + source:
+        raise Error(f"{where}: a path must not hold a NUL")
+    if kind == "bind":
+        flags |= MS_BIND
+    if flags & MS_BIND:
+        source = os.path.join(bundle, source)
+        if not os.path.exists(source):
+            raise Error(f"cannot mount {source} at {destination}: the source does not exist")
+    elif kind not in GUEST_FILESYSTEMS:
+        raise Error(f'cannot mount at {destination}: the type "{kind}" is not one a VM can mount')
+    return Mount(destination="/" + destination.lstrip("/"), type=kind, source=source, flags=flags, data=",".join(data))
+
+
+# ==== cpio ===============================================================================================
+# The archive that the kernel unpacks as its initramfs: "newc", Documentation/driver-api/early-userspace
+# in the kernel sources.  Archives may follow one another; an uncompressed one starts at a multiple of 4.
+
+
+def cpio_entry(name, mode, data=b"", inode=0, rdev=0):
+    """One member; mode as in st_mode.  Owner root, time 0: the same input gives the same bytes."""
+    raw = os.fsencode(name) + b"\0"
+    if len(data) >= 2**32:
+        raise Error(f"cannot pack {name}: the archive format ends at 4 GiB")
+    fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, os.major(rdev), os.minor(rdev), len(raw), 0)
+    header = b"070701" + b"".join(b"%08X" % number for number in fields) + raw
+    return header + b"\0" * (-len(header) % 4) + data + b"\0" * (-len(data) % 4)
+
+
+def cpio_archive(entries):
+    """entries: (name, mode, data[, rdev]), folders before what is in them."""
+    members = [cpio_entry(*entry[:3], inode, *entry[3:]) for inode, entry in enumerate(entries, 1)]
+    return b"".join(members) + cpio_entry("TRAILER!!!", 0)
+
+
+def folder_entries(folder, prefix=""):
+    """What cpio_archive needs of a folder, sorted by name; hard links become copies."""
+    import stat
+
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            data = os.fsencode(os.readlink(path))
+        elif stat.S_ISREG(status.st_mode):
+            with open(path, "rb") as file:
+                data = file.read()
+        else:
+            data = b""
+        yield (prefix + name, status.st_mode, data, status.st_rdev)
+        if stat.S_ISDIR(status.st_mode):
+            yield from folder_entries(path, f"{prefix}{name}/")
+
+
+def pack_initrd(folder, output):
+    """Packs folder into the gzip'ed archive output, replacing it in one step."""
+    import gzip
+
+    packed = gzip.compress(cpio_archive(folder_entries(folder)), 9, mtime=0)
+    temporary = output + ".new"
+    with open(temporary, "wb") as file:
+        file.write(packed)
+    os.rename(temporary, output)
+
+
+# ==== xenstore ===========================================================================================
+# A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
+
+XS_DIRECTORY, XS_READ, XS_WATCH = 1, 2, 4
+XS_TRANSACTION_START, XS_TRANSACTION_END = 6, 7
+XS_WRITE, XS_RM, XS_SET_PERMS, XS_WATCH_EVENT, XS_ERROR = 11, 13, 14, 15, 16
+XS_HEADER = "<IIII"  # type, req_id, tx_id, length of the payload
+XENSTORED_SOCKET = "/run/xenstored/socket"
+XENBUS_DEVICE = "/dev/xen/xenbus"  # the way where xenstored is a VM of its own
+
+
+class XenstoreError(Error):
+    """xenstored's refusal; code is its name, such as ENOENT."""
+
+    def __init__(self, operation, path, code):
+        super().__init__(f"cannot {operation} {path} in xenstore: {code}")
+        self.code = code
+
+
+class Xenstore:
+    """A connection.  Watch events that come between request and reply wait in `events`."""
+
+    def __init__(self):
+        import socket
+
+        try:
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(XENSTORED_SOCKET)
+            self.fd = self.socket.fileno()
+        except OSError:
+            try:
+                self.fd = os.open(XENBUS_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+            except OSError as error:
+                raise Error(f"cannot connect to xenstored at {XENSTORED_SOCKET}: is this a Xen dom0? ({error})") from None
+        self.events = []
+
+    def request(self, kind, operation, path, payload, transaction=0):
+        import struct
+
+        message = struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload
+        while message:
+            message = message[os.write(self.fd, message) :]
+        while True:
+            reply, body = self._receive()
+            if reply == XS_WATCH_EVENT:
+                self.events.append(body)
+            elif reply == XS_ERROR:
+                raise XenstoreError(operation, path, body.rstrip(b"\0").decode("ascii", "replace"))
+            else:
+                return body
+
+    def _receive(self):
+        import struct
+
+        kind, _, _, length = struct.unpack(XS_HEADER, self._receive_exactly(16))
+        return kind, self._receive_exactly(length)
+
+    def _receive_exactly(self, length):
+        data = b""
+        while len(data) < length:
+            chunk = os.read(self.fd, length - len(data))
+            if not chunk:
+                raise Error("xenstored has closed the connection")
+            data += chunk
+        return data
+
+    def read(self, path, default=None):
+        """The value as text (never trusted, so undecodable bytes are replaced); default where there is no node."""
+        try:
+            return self.request(XS_READ, "read", path, path.encode() + b"\0").decode("utf-8", "replace")
+        except XenstoreError as error:
+            if error.code == "ENOENT":
+                return default
+            raise
+
+    def list(self, path):
+        """Names of the nodes below path, [] where there is none."""
+        try:
+            body = self.request(XS_DIRECTORY, "list", path, path.encode() + b"\0")
+        except XenstoreError as error:
+            if error.code == "ENOENT":
+                return []
+            raise
+        return [name.decode("ascii", "replace") for name in body.split(b"\0") if name]
+
+    def write(self, path, value, permissions=None, transaction=0):
+        """permissions: such as ("n0", "r5"), xenstore.txt "Permissions"; None leaves what the parent gives."""
+        self.request(XS_WRITE, "write", path, path.encode() + b"\0" + value.encode(), transaction)
+        if permissions:
+            listed = "".join(entry + "\0" for entry in (path, *permissions))
+            self.request(XS_SET_PERMS, "set the permissions of", path, listed.encode(), transaction)
+
+    def remove(self, path):
+        try:
+            self.request(XS_RM, "remove", path, path.encode() + b"\0")
+        except XenstoreError as error:
+            if error.code != "ENOENT":
+                raise
+
+    def watch(self, path, token):
+        self.request(XS_WATCH, "watch", path, f"{path}\0{token}\0".encode())
+
+    def take_events(self):
+        """The tokens of the watches that have fired, each once; blocks if there is none yet."""
+        while not self.events:
+            kind, body = self._receive()
+            if kind == XS_WATCH_EVENT:
+                self.events.append(body)
+        events, self.events = self.events, []
+        return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
+
+    def transaction(self, work):
+        """Runs work(transaction id), again for as long as somebody else's change came between."""
+        while True:
+            number = int(self.request(XS_TRANSACTION_START, "start a transaction", "", b"\0").rstrip(b"\0"))
+            try:
+                work(number)
+                self.request(XS_TRANSACTION_END, "end a transaction", "", b"T\0", number)
+                return
+            except XenstoreError as error:
+                if error.code != "EAGAIN":
+                    raise
+
+
+def find_domain(xenstore, uuid):
+    """The domid of the domain with this uuid, or None."""
+    for domid in reversed(xenstore.list("/local/domain")):
+        if xenstore.read(f"/local/domain/{domid}/vm") == f"/vm/{uuid}":
+            return int(domid)
+    return None
+
+
+# ==== xl =================================================================================================
+# The only place where xl is called, and where its configuration grammar (libxlu) is written.
+
+
+def xl(*args):
+    """Runs xl; returns (exit status, its stdout and stderr as text)."""
+    null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
+    actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
+    try:
+        # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
+        pid = os.posix_spawn(
+            find_xl(), ["xl", *args], {**os.environ, "PATH": PATH}, file_actions=actions, setsigdef=[13]
+        )
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.lseek(output, 0, os.SEEK_SET)
+        return status, os.read(output, 1 << 16).decode("utf-8", "replace")
+    finally:
+        os.close(null)
+        os.close(output)
+
+
+def find_xl():
+    for folder in PATH.split(":"):
+        path = os.path.join(folder, "xl")
+        if os.access(path, os.X_OK):
+            return path
+    raise Error("cannot find xl: install the Xen tools (Debian: xen-utils), runX drives Xen with it")
+
+
+def xl_errors(output):
+    """The sentences of libxl's messages, without the source positions that it puts before them."""
+    import re
+
+    position = re.compile(r"^(libxl|xc): error: (\S+:\d+:\s?\w+: )?(Domain \d+:)?")
+    sentences = [position.sub("", line).strip() for line in output.splitlines() if not line.startswith("Parsing")]
+    return "; ".join(dict.fromkeys(filter(None, sentences))) or "xl gave no reason"
+
+
+def quote(text):
+    """A string of xl.cfg: libxlu_cfg_l.l knows these escapes and no numeric ones."""
+    if "\0" in text:
+        raise Error("a string for xl must not hold a NUL")
+    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(character, escape)
+    return f'"{text}"'
+
+
+def xl_config(settings):
+    """settings: key → str, int or list of str."""
+    lines = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            lines.append(f"{key} = [ {', '.join(map(quote, value))} ]")
+        else:
+            lines.append(f"{key} = {value if isinstance(value, int) else quote(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def create_domain(path, memory):
+    """`xl create` of a paused domain, with no xl left behind.  memory: MiB, for the message."""
+    status, output = xl("create", "-e", "-p", "-q", path)
+    if status == 0:
+        return
+    free = xl_info("free_memory")
+    if free.isdigit() and int(free) < memory:
+        raise Error(f"Xen has not enough memory for a VM of {memory} MiB: {free} MiB are free")
+    raise Error(f"xl create failed: {xl_errors(output)}")
+
+
+def xl_info(key):
+    for line in xl("info")[1].splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def unpause_domain(domid):
+    # `xl unpause` exits with 0 whatever happens; only its messages tell
+    _, output = xl("unpause", str(domid))
+    if output.strip():
+        raise Error(f"xl unpause failed: {xl_errors(output)}")
+
+
+def domain_end(domid):
+    """How the domain ended: a letter of `xl list` (xl.1 "STATES"), "gone", or "" while it lives."""
+    status, output = xl("list", str(domid))
+    if status != 0:
+        return "gone"
+    state = output.splitlines()[-1].split()[-2]  # "r-----"; the 4th is s once it is shut down, the 5th why
+    if len(state) != 6:
+        raise Error(f"cannot understand xl list: {output}")
+    if state[5] == "d":
+        return "gone"
+    return state[4] if state[3] == "s" else ""
+
+
+def destroy_domain(uuid):
+    """Destroys the domain with this uuid, if there is one.  Needs no xenstore: it may be half built."""
+    for line in xl("vm-list")[1].splitlines():
+        words = line.split()
+        if words and words[0] == uuid:
+            status, output = xl("destroy", words[1])
+            if status != 0 and domain_end(int(words[1])) != "gone":
+                raise Error(f"xl destroy failed: {xl_errors(output)}")
+
+
+def host_guest_type():
+    """PVH where the hypervisor can run it: it needs hardware support, PV does not; on Arm there is only PVH."""
+    if os.uname().machine not in ("x86_64", "i686"):
+        return "pvh"
+    try:
+        with open("/sys/hypervisor/properties/capabilities", encoding="ascii") as file:
+            return "pvh" if "hvm-3.0-x86_64" in file.read() else "pv"
+    except OSError:
+        return "pv"
+
+
+# ==== PV console =========================================================================================
+# The backend of a console (xen/include/public/io/console.h): one shared page, granted by the guest.
+#
+#     0 ..1023   in    host → guest       3072 in_cons   3076 in_prod    indexes run freely modulo 2^32;
+#     1024..3071 out   guest → host       3080 out_cons  3084 out_prod   prod - cons bytes wait in the ring
+#
+# The page stays mapped, and so readable, when the domain has ended: the last output is never lost.
+
+CONSOLE_IN, CONSOLE_OUT = 1024, 2048  # bytes
+XENBUS_INITIALISED, XENBUS_CONNECTED, XENBUS_CLOSING, XENBUS_CLOSED = "3", "4", "5", "6"
+# <xen/gntdev.h>, <xen/evtchn.h>: _IOC(_IOC_NONE, letter, number, size)
+IOCTL_GNTDEV_MAP_GRANT_REF = (24 << 16) | (ord("G") << 8) | 0
+IOCTL_EVTCHN_BIND_INTERDOMAIN = (8 << 16) | (ord("E") << 8) | 1
+IOCTL_EVTCHN_NOTIFY = (4 << 16) | (ord("E") << 8) | 4
+
+
+class EventChannels:
+    """/dev/xen/evtchn: readable when one of the bound channels has fired."""
+
+    def __init__(self):
+        self.fd = os.open("/dev/xen/evtchn", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def bind(self, domid, port):
+        """Returns our number for the guest's channel port."""
+        import fcntl
+        import struct
+
+        request = bytearray(struct.pack("=II", domid, port))  # for bytes, ioctl would not return the number
+        return fcntl.ioctl(self.fd, IOCTL_EVTCHN_BIND_INTERDOMAIN, request)
+
+    def notify(self, port):
+        import fcntl
+        import struct
+
+        fcntl.ioctl(self.fd, IOCTL_EVTCHN_NOTIFY, struct.pack("=I", port))
+
+    def acknowledge(self):
+        """Takes what has fired, and lets it fire again: before the rings are looked at, so no event is lost."""
+        try:
+            os.write(self.fd, os.read(self.fd, 64))
+        except BlockingIOError:
+            pass
+
+
+class Console:
+    """Console `number` of a domain: /dev/hvc<number> in the guest."""
+
+    def __init__(self, xenstore, channels, domid, number):
+        self.xenstore, self.channels, self.domid, self.number = xenstore, channels, domid, number
+        self.frontend = f"/local/domain/{domid}/device/console/{number}"
+        self.backend = f"/local/domain/0/backend/console/{domid}/{number}"
+        self.page = None
+        xenstore.transaction(self._announce)
+        xenstore.watch(self.frontend + "/state", f"console {number}")
+
+    def _announce(self, transaction):
+        """Both ends in one transaction: the guest must see them whole, with their permissions, or not at all."""
+        ours, theirs = ("n0", f"r{self.domid}"), (f"n{self.domid}", "r0")
+
+        def put(path, value, permissions=ours):
+            self.xenstore.write(path, value, permissions, transaction)
+
+        put(self.backend, "")
+        for key, value in (
+            ("frontend", self.frontend), ("frontend-id", str(self.domid)), ("online", "1"), ("state", "1"),
+        ):  # fmt: skip
+            put(f"{self.backend}/{key}", value)
+        put(self.frontend, "", theirs)
+        # a type of our own, so that neither QEMU ("ioemu") nor xenconsoled takes it
+        for key, value in (("backend", self.backend), ("backend-id", "0"), ("type", "runx"), ("limit", "0")):
+            put(f"{self.frontend}/{key}", value)
+        put(self.frontend + "/state", "1", theirs)
+
+    def follow(self):
+        """Answers a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
+        state = self.xenstore.read(self.frontend + "/state")
+        if state == XENBUS_INITIALISED and self.page is None:
+            self._connect()
+            self.xenstore.write(self.backend + "/state", XENBUS_CONNECTED)
+        elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
+            self.xenstore.write(self.backend + "/state", state)
+
+    def _connect(self):
+        import fcntl
+        import mmap
+        import struct
+
+        try:
+            reference = int(self.xenstore.read(self.frontend + "/ring-ref"))
+            port = int(self.xenstore.read(self.frontend + "/port"))
+            grants = os.open("/dev/xen/gntdev", os.O_RDWR | os.O_CLOEXEC)
+            request = bytearray(struct.pack("=IIQII", 1, 0, 0, self.domid, reference))
+            fcntl.ioctl(grants, IOCTL_GNTDEV_MAP_GRANT_REF, request)
+            offset = struct.unpack("=IIQII", request)[2]
+            page = mmap.mmap(grants, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+            os.close(grants)
+            self.port = self.channels.bind(self.domid, port)
+        except (OSError, ValueError, TypeError, struct.error) as error:
+            raise Error(f"cannot connect to console {self.number} of domain {self.domid}: {error}") from None
+        self.page = memoryview(page)
+        self.indexes = self.page[3072:3088].cast("I")  # in_cons, in_prod, out_cons, out_prod
+
+    def take(self):
+        """What the guest has written, at most one ring full; b"" if nothing."""
+        if self.page is None:
+            return b""
+        _, _, cons, prod = self.indexes
+        count = (prod - cons) & 0xFFFFFFFF
+        if count == 0:
+            return b""
+        if count > CONSOLE_OUT:  # only a guest that means no good writes such an index
+            raise Error(f"console {self.number} of domain {self.domid}: the ring's indexes are impossible")
+        start = cons % CONSOLE_OUT
+        ring = self.page[1024:3072]
+        data = bytes(ring[start : start + count]) + bytes(ring[: max(0, start + count - CONSOLE_OUT)])
+        self.indexes[2] = prod
+        self.channels.notify(self.port)
+        return data
+
+    def room(self):
+        """How many bytes the guest's side can take now."""
+        if self.page is None:
+            return 0
+        cons, prod = self.indexes[0], self.indexes[1]
+        return max(0, CONSOLE_IN - ((prod - cons) & 0xFFFFFFFF))
+
+    def put(self, data):
+        """Writes what fits; returns how many bytes that were."""
+        data = data[: self.room()]
+        if data:
+            prod = self.indexes[1]
+            start = prod % CONSOLE_IN
+            first = min(len(data), CONSOLE_IN - start)
+            self.page[start : start + first] = data[:first]
+            self.page[0 : len(data) - first] = data[first:]
+            self.indexes[1] = (prod + len(data)) & 0xFFFFFFFF
+            self.channels.notify(self.port)
+        return len(data)
+
+
+def remove_consoles(xenstore, domid, numbers):
+    """Takes the backend's ends out of xenstore, and the folder once nothing else is in it."""
+    folder = f"/local/domain/0/backend/console/{domid}"
+    for number in numbers:
+        xenstore.remove(f"{folder}/{number}")
+    if not xenstore.list(folder):
+        xenstore.remove(folder)
+
+
+# ==== guest ==============================================================================================
+# What runX and the guest's init (initrd/) agree on: /container/config in the ramdisk, and nodes below
+# the domain's data/ in xenstore.  All of it is written before the domain runs, but for requests.
+
+# the default devices of runtime-spec config-linux.md: path, major, minor
+DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
+DEVICE_LINKS = (
+    ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
+    ("/proc/self/fd/2", "stderr"), ("pts/ptmx", "ptmx"), ("/proc/kcore", "core"),
+)  # fmt: skip
+S_IFREG, S_IFDIR, S_IFCHR = 0o100000, 0o040000, 0o020000
+
+ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c
+
+
+def guest_config(config, bind_sources):
+    """enter's /container/config: NUL-terminated keywords and operands, executed in order.
+
+    bind_sources: for each bind mount of config, its path below the exported share.
+    """
+    words = []
+    bind_sources = iter(bind_sources)
+    for mount in config.mounts:
+        words += guest_mount(mount, bind_sources)
+        if mount.destination == "/dev" and mount.type == "tmpfs":
+            for name, major, minor in DEVICES:
+                words += ["node", f"/dev/{name}", S_IFCHR | 0o666, major, minor]
+            for content, name in DEVICE_LINKS:
+                words += ["link", content, f"/dev/{name}"]
+    if config.readonly:  # after the mounts, which may need folders to be made
+        words += ["mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""]
+    if config.hostname:
+        words += ["hostname", config.hostname]
+    process = config.process
+    if process:
+        words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd]
+        for keyword, values in (("group", process.groups), ("arg", process.args), ("env", process.env)):
+            for value in values:
+                words += [keyword, value]
+    return b"".join(os.fsencode(str(word)) + b"\0" for word in words)
+
+
+def guest_mount(mount, bind_sources):
+    if not mount.flags & MS_BIND:
+        kind = "cgroup2" if mount.type == "cgroup" else mount.type
+        return ["mount", mount.source or kind, mount.destination, kind, mount.flags, mount.data]
+    source, recursive = next(bind_sources), mount.flags & MS_REC
+    words = ["mount", source, mount.destination, "", MS_BIND | recursive, ""]
+    options = mount.flags & ~(MS_BIND | MS_REC)
+    if options:  # a bind mount takes its options only from a second call
+        words += ["mount", source, mount.destination, "", MS_BIND | MS_REMOUNT | options, ""]
+    return words
+
+
+def encode_input(data):
+    return data.replace(ESCAPE, ESCAPE + ESCAPE)
+
+
+def send_signal(xenstore, domid, number, to_all=False):
+    """Queues a request and rings; a guest that is not ready yet looks at the queue by itself."""
+    data = f"/local/domain/{domid}/data"
+    xenstore.write(f"{data}/request/{time.time_ns():020d}", f"{'killall' if to_all else 'kill'} {number}")
+    if xenstore.read(f"{data}/ready"):
+        xenstore.write(f"/local/domain/{domid}/control/shutdown", "poweroff")
+
+
+# ==== rootfs =============================================================================================
+# What the guest gets over 9p: a folder with the rootfs and the bind mounts' sources, put together in the
+# monitor's own mount namespace.  The QEMU that exports it lives there too; when both are gone the kernel
+# undoes every mount, whoever was killed before, and the host's mount table never shows one.
+
+CLONE_NEWNS = 0x00020000  # <linux/sched.h>
+SYS_OPENAT2 = 437  # the same on every architecture
+RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
+
+
+def system_call(name, *args):
+    """A function of the C library; raises OSError."""
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    result = function(*(os.fsencode(arg) if isinstance(arg, str) else arg for arg in args))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def mount(source, target, flags):
+    import ctypes
+
+    try:
+        system_call("mount", source, target, None, ctypes.c_ulong(flags), None)
+    except OSError as error:
+        raise Error(f"cannot mount {source} at {target}: {error.strerror}") from None
+
+
+def build_share(folder, config):
+    """Fills folder with rootfs/ and mounts/0, 1, …; returns the guest's paths of the latter, below the share."""
+    try:
+        system_call("unshare", CLONE_NEWNS)
+    except OSError as error:
+        raise Error(f"cannot make a mount namespace: {error.strerror}") from None
+    # the host's unmounts still arrive here, so that nothing stays busy because of us
+    mount(None, "/", MS_REC | MS_SLAVE)
+    rootfs = os.path.join(folder, "rootfs")
+    os.makedirs(rootfs)
+    os.mkdir(os.path.join(folder, "mounts"))
+    mount(config.rootfs, rootfs, MS_BIND | MS_REC)
+    paths = []
+    for entry in config.mounts:
+        if entry.flags & MS_BIND:
+            path = f"mounts/{len(paths)}"
+            bind(entry, os.path.join(folder, path))
+            paths.append(path)
+    return paths
+
+
+def bind(entry, target):
+    if os.path.isdir(entry.source):
+        os.mkdir(target)
+    else:
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
+    if entry.flags & MS_RDONLY:  # enforced on this side: the guest is not asked
+        mount(None, target, MS_BIND | MS_REMOUNT | MS_RDONLY)
+
+
+def open_in_root(root, path):
+    """An O_PATH descriptor of path as a process would find it whose root folder is root.  Raises OSError."""
+    import ctypes
+    import struct
+
+    root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    how = struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT)
+    try:
+        return system_call("syscall", ctypes.c_long(SYS_OPENAT2), root_fd, path, how, ctypes.c_size_t(len(how)))
+    finally:
+        os.close(root_fd)
+
+
+def check_executable(root, process):
+    """Finds process.args[0] in root as execvp(3) will in the guest; raises Error in runc's words."""
+    import stat
+
+    name = process.args[0]
+    if "/" in name:
+        candidates = [os.path.join(process.cwd, name)]
+    else:
+        path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
+        candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
+    reason = f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
+    for candidate in candidates:
+        try:
+            fd = open_in_root(root, candidate)
+        except OSError:
+            continue
+        mode = os.fstat(fd).st_mode
+        os.close(fd)
+        if stat.S_ISREG(mode) and mode & 0o111:
+            return
+        reason = "permission denied"
+    raise Error(f'unable to start container process: exec: "{name}": {reason}')
+
+
+# ==== state ==============================================================================================
+# A container is the folder <root>/<id>; the folder is made by create and removed by delete.  state.json is
+# written here only, and flock(2) on the folder keeps operations on one container apart.
+
+
+def check_id(container_id):
+    allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-."
+    if container_id in ("", ".", "..") or len(container_id) > 200 or container_id.strip(allowed):
+        raise Error(f"invalid container ID format: {container_id!r}: use up to 200 of A-Z a-z 0-9 _ + - .")
+    return container_id
+
+
+def process_start_time(pid):
+    """Clock ticks since boot at which process pid was started, None if it has ended: proc(5) /proc/pid/stat."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in b"ZX" else int(fields[19])
+
+
+class Container:
+    """One container: its folder, its stored state, its lock."""
+
+    def __init__(self, root, container_id):
+        self.id = check_id(container_id)
+        self.folder = os.path.join(root, self.id)
+        self.state = {}
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def reserve(self):
+        """Makes the folder: the step of which two creates of one id can do only one."""
+        try:
+            os.makedirs(os.path.dirname(self.folder), 0o711, exist_ok=True)
+            os.mkdir(self.folder, 0o700)
+        except FileExistsError:
+            raise Error(f"container with given ID already exists: {self.id}") from None
+        except OSError as error:
+            raise Error(f"cannot make {self.folder}: {error.strerror}") from None
+
+    def load(self):
+        import json
+
+        try:
+            with open(self.path("state.json"), encoding="utf-8") as file:
+                self.state = json.load(file)
+        except FileNotFoundError:
+            if not os.path.isdir(self.folder):
+                raise NoContainer(self.id) from None
+            self.state = {"status": "creating"}  # between its first two steps, or killed there
+        except ValueError:
+            self.state = {"status": "stopped"}  # not written by us; delete can still remove it
+        return self
+
+    def save(self, **changes):
+        import json
+
+        self.state.update(changes)
+        temporary = self.path("state.json.new")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(self.state, file)
+        os.rename(temporary, self.path("state.json"))
+
+    def __enter__(self):
+        """`with container:` waits for other operations on it, and loads what they have stored."""
+        import fcntl
+
+        try:
+            self.lock_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            raise NoContainer(self.id) from None
+        fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
+        return self.load()
+
+    def __exit__(self, *_):
+        os.close(self.lock_fd)
+
+    def status(self):
+        """creating, created, running or stopped (runtime.md "State")."""
+        status = self.state["status"]
+        if status != "stopped" and "pid" in self.state:
+            if process_start_time(self.state["pid"]) != self.state["pid_start_time"]:
+                return "stopped"
+        return status
+
+    def public_state(self):
+        """The state as runtime.md and `runc state` give it."""
+        status, state = self.status(), self.state
+        return {
+            "ociVersion": state.get("ociVersion", "1.0.0"),
+            "id": self.id,
+            "pid": state.get("pid", 0) if status != "stopped" else 0,
+            "status": status,
+            "bundle": state.get("bundle", ""),
+            "rootfs": state.get("rootfs", ""),
+            "created": state.get("created", ""),
+            "annotations": state.get("annotations", {}),
+            "owner": "",
+        }
+
+    def remove(self):
+        """Removes the folder; what is mounted in it elsewhere (another namespace) is not followed."""
+        import shutil
+
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# ==== monitor ============================================================================================
+# The process whose pid is the container's.  It builds the domain, carries the streams, answers the guest,
+# and takes everything down again, whatever the reason for the end.
+
+DEFAULT_MEMORY = 128  # MiB
+# quiet: hvc0 is for what went wrong.  panic=-1: end at once, and be seen ending.
+KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
+KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
+CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
+
+# how a domain ended that has not told an exit status: exit status, reason.  A pid namespace under runc ends
+# by SIGINT on power-off and by SIGHUP on reboot (reboot(2)), so these are 130 and 129 here too.
+ENDS = {
+    "-": (130, "the VM was powered off from inside"),
+    "r": (129, "the VM was rebooted from inside"),
+    "s": (255, "the VM suspended itself"),
+    "c": (255, "the VM crashed"),
+    "w": (255, "the VM's watchdog fired"),
+    "S": (255, "the VM made a soft reset"),
+    "gone": (137, "the VM was destroyed"),
+}
+
+
+def lib_folder():
+    """Where kernel and initrd are: beside this module, or <prefix>/lib/runX if it is <prefix>/sbin/runX."""
+    here = os.path.dirname(os.path.realpath(__file__))
+    return here if os.path.basename(here) == "runX" else os.path.normpath(os.path.join(here, "../lib/runX"))
+
+
+def boot_file(name, script):
+    path = os.path.join(lib_folder(), name)
+    if not os.path.isfile(path):
+        raise Error(f"there is no {name} at {path}: build one with {script} and install it with install.sh --{name}")
+    return path
+
+
+class Output:
+    """One of the container's output streams: from a console to a descriptor of ours, without ever blocking."""
+
+    def __init__(self, console, fd):
+        self.console, self.fd, self.pending = console, fd, b""
+
+    def advance(self, writable):
+        """Moves what can be moved.  A pipe that poll(2) calls writable takes PIPE_BUF bytes at once."""
+        if self.pending and writable:
+            try:
+                self.pending = self.pending[os.write(self.fd, self.pending) :]
+            except OSError:
+                self.pending = b""  # nobody reads any more
+        if not self.pending:
+            self.pending = self.console.take()
+        return bool(self.pending)
+
+
+class Input:
+    """The container's standard input: from descriptor 0 to console 1."""
+
+    def __init__(self, console, fd):
+        self.console, self.fd, self.pending, self.open = console, fd, b"", True
+
+    def advance(self, readable):
+        if readable and not self.pending:
+            try:
+                data = os.read(self.fd, CONSOLE_IN)
+            except OSError:
+                data = b""  # such as the terminal of another session
+            self.open = bool(data)
+            self.pending = encode_input(data) if data else END
+        self.pending = self.pending[self.console.put(self.pending) :]
+
+
+class Monitor:
+    """Builds one domain, serves it until it ends, and leaves nothing of it."""
+
+    def __init__(self, container, config, bundle, log):
+        self.container, self.config, self.bundle, self.log = container, config, bundle, log
+        self.xenstore = self.domid = self.exit_status = self.deadline = None
+        self.name = self.uuid = ""
+        self.consoles = []
+        self.abandoned = False  # the end cannot wait for a reader of the output
+        self.ready = False
+        self.tail = b""
+        self.tail_fd = -1
+
+    # ---- building
+
+    def build(self):
+        container, config = self.container, self.config
+        kernel, initrd = boot_file("kernel", "kernel/build.sh"), boot_file("initrd", "initrd/build.sh")
+        self.uuid = new_uuid()
+        # the uuid tells apart what has the same id in another root, or is still being destroyed
+        self.name = f"runx-{container.id[:64]}-{self.uuid[:8]}"
+        container.save(
+            ociVersion=config.oci_version, status="creating", bundle=self.bundle, rootfs=config.rootfs,
+            created=timestamp(), annotations=config.annotations, uuid=self.uuid, name=self.name,
+            pid=os.getpid(), pid_start_time=process_start_time(os.getpid()), startable=bool(config.process),
+        )  # fmt: skip
+        os.mkfifo(container.path("control"), 0o600)
+        self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
+        self.xenstore = Xenstore()
+        share = container.path("share")
+        sources = build_share(share, config)
+        if config.process:
+            check_executable(os.path.join(share, "rootfs"), config.process)
+        self.write_ramdisk(initrd, guest_config(config, sources))
+        self.create_domain(kernel, share)
+        self.channels = EventChannels()
+        for number in (1, 2):
+            self.consoles.append(Console(self.xenstore, self.channels, self.domid, number))
+        data = f"/local/domain/{self.domid}/data"
+        for path, token in ((f"{data}/exit", "exit"), (f"{data}/ready", "ready"), ("@releaseDomain", "release")):
+            self.xenstore.watch(path, token)
+        self.xenstore.take_events()  # each watch fires once when it is made
+        container.save(status="created", domid=self.domid)
+
+    def write_ramdisk(self, initrd, guest):
+        with open(initrd, "rb") as file:
+            base = file.read()
+        archive = cpio_archive([("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)])
+        with open(self.container.path("ramdisk"), "wb") as file:
+            file.write(base + b"\0" * (-len(base) % 4) + archive)
+
+    def create_domain(self, kernel, share):
+        memory = self.config.memory >> 20 or DEFAULT_MEMORY
+        ramdisk, xl_cfg = self.container.path("ramdisk"), self.container.path("xl.cfg")
+        if "," in share:
+            raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
+        settings = {
+            "name": self.name, "uuid": self.uuid, "type": self.config.guest_type or host_guest_type(),
+            "kernel": kernel, "ramdisk": ramdisk, "cmdline": KERNEL_PARAMETERS,
+            "memory": memory, "maxmem": memory, "vcpus": 1,
+            "p9": [f"tag=share,security_model=none,path={share}"],
+        }  # fmt: skip
+        with open(xl_cfg, "w", encoding="utf-8") as file:
+            file.write(xl_config(settings))
+        create_domain(xl_cfg, memory)
+        os.unlink(ramdisk)  # Xen has it in memory now; /run is memory too
+        self.domid = find_domain(self.xenstore, self.uuid)
+        if self.domid is None:
+            raise Error(f"xl create made no domain with the uuid {self.uuid}")
+
+    # ---- serving
+
+    def serve(self):
+        """Returns the container's exit status once its domain has ended and all output is delivered."""
+        import select
+
+        self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 2)]
+        self.input = Input(self.consoles[0], 0)
+        self.signals = relay_signals()
+        self.open_tail()
+        while not self.finished():
+            poll = select.poll()
+            for fd, events in self.interests():
+                poll.register(fd, events)
+            ready = {fd: events for fd, events in poll.poll(self.timeout())}
+            self.handle(ready)
+        return self.exit_status
+
+    def finished(self):
+        """Moves what can be moved without waiting; true when there is nothing left to wait for."""
+        if self.exit_status is None:
+            return False
+        return self.abandoned or not any([output.advance(False) for output in self.outputs])
+
+    def interests(self):
+        import select
+
+        for fd in (self.xenstore.fd, self.channels.fd, self.control, self.signals, self.tail_fd):
+            if fd >= 0:
+                yield fd, select.POLLIN
+        for output in self.outputs:
+            if output.pending:
+                yield output.fd, select.POLLOUT
+        if self.ready and self.input.open and not self.input.pending:
+            yield self.input.fd, select.POLLIN
+
+    def timeout(self):
+        """Milliseconds; None waits for ever."""
+        if self.xenstore.events:
+            return 0
+        return None if self.deadline is None else max(0, (self.deadline - time.monotonic()) * 1000)
+
+    def handle(self, ready):
+        if self.channels.fd in ready:
+            self.channels.acknowledge()
+        if self.xenstore.fd in ready or self.xenstore.events:
+            self.handle_xenstore()
+        for output in self.outputs:
+            output.advance(output.fd in ready)
+        if self.ready:
+            self.input.advance(self.input.fd in ready)
+        if self.control in ready:
+            self.handle_control()
+        if self.signals in ready:
+            for number in os.read(self.signals, 64):
+                self.end(128 + number) if not self.started() else self.signal(number)
+        if self.tail_fd in ready:
+            self.read_tail()
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.end(128 + 9, abandon=True)
+
+    def handle_xenstore(self):
+        data = f"/local/domain/{self.domid}/data"
+        for token in self.xenstore.take_events():
+            if token.startswith("console "):
+                self.consoles[int(token.split()[1]) - 1].follow()
+            elif token == "ready":
+                self.ready = self.ready or self.xenstore.read(f"{data}/ready") is not None
+            elif token == "exit":
+                self.take_exit_status(self.xenstore.read(f"{data}/exit"))
+            elif token == "release" and self.exit_status is None:
+                self.check_domain()
+
+    def take_exit_status(self, text):
+        if text is None or self.exit_status is not None:
+            return
+        if text.isdigit() and int(text) <= 255:
+            self.end(int(text))
+        else:
+            self.warn("the VM told no valid exit status")
+            self.end(255)
+        reason = self.xenstore.read(f"/local/domain/{self.domid}/data/error")
+        if reason:
+            self.warn(f"the VM's init: {printable(reason)}")
+            self.report_tail()
+
+    def check_domain(self):
+        end = domain_end(self.domid)
+        if not end:
+            return
+        # the guest may have told its status just before
+        self.take_exit_status(self.xenstore.read(f"/local/domain/{self.domid}/data/exit"))
+        if self.exit_status is None:
+            status, reason = ENDS.get(end, ENDS["c"])
+            self.warn(f"{reason}; exit status {status}")
+            self.report_tail()
+            self.end(status)
+
+    def handle_control(self):
+        """Requests of other runX processes: "kill N", "destroy N" (N: a signal), a line each."""
+        for line in os.read(self.control, 4096).decode("ascii").splitlines():
+            verb, _, number = line.partition(" ")
+            if verb == "destroy" or self.exit_status is not None:
+                self.end(128 + int(number), abandon=True)
+            elif self.deadline is None:
+                self.deadline = time.monotonic() + KILL_GRACE
+                self.signal(int(number))
+
+    def started(self):
+        return self.container.load().state["status"] != "created"
+
+    def signal(self, number):
+        try:
+            send_signal(self.xenstore, self.domid, number)
+        except XenstoreError as error:
+            self.log.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
+
+    def end(self, status, abandon=False):
+        """The container has ended with status; abandon: do not wait for readers of its output."""
+        if self.exit_status is None:
+            self.exit_status = status
+        self.abandoned = self.abandoned or abandon
+        self.deadline = None
+
+    # ---- the guest's own console: kernel and init
+
+    def open_tail(self):
+        path = self.xenstore.read(f"/local/domain/{self.domid}/console/tty", "")
+        if path.startswith("/dev/pts/"):
+            try:
+                self.tail_fd = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                self.log.debug(f"cannot open {path}: {error.strerror}")
+
+    def read_tail(self):
+        try:
+            data = os.read(self.tail_fd, 4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            os.close(self.tail_fd)
+            self.tail_fd = -1
+        self.tail = (self.tail + data)[-CONSOLE_TAIL:]
+
+    def warn(self, message):
+        self.log.write("warning", f"container {self.container.id}: {message}")
+
+    def report_tail(self):
+        while self.tail_fd >= 0 and self.tail_fd_ready():
+            self.read_tail()
+        if self.tail.strip():
+            self.warn(f"the VM's console: {printable(self.tail.decode('utf-8', 'replace'))}")
+
+    def tail_fd_ready(self):
+        import select
+
+        return bool(select.select([self.tail_fd], [], [], 0)[0])
+
+    # ---- taking down
+
+    def take_down(self):
+        """Undoes build(), as far as it came.  Streams first: who reads them sees the end at once."""
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        clean_up(self.xenstore, self.container.state, self.domid)
+        os.unlink(self.container.path("control"))  # says to delete that nothing is left outside the folder
+
+
+def clean_up(xenstore, state, domid=None):
+    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, log files."""
+    uuid, name = state.get("uuid"), state.get("name")
+    if not uuid or not name:
+        return
+    domid = domid or state.get("domid")
+    if domid is not None and xenstore is not None:
+        remove_consoles(xenstore, domid, (1, 2))
+    destroy_domain(uuid)
+    folder = "/var/log/xen"
+    for file in os.listdir(folder) if os.path.isdir(folder) else ():
+        if f"-{name}.log" in file:
+            os.unlink(os.path.join(folder, file))
+
+
+def new_uuid():
+    """A random uuid (RFC 4122, version 4) as text."""
+    number = bytearray(os.urandom(16))
+    number[6], number[8] = number[6] & 0x0F | 0x40, number[8] & 0x3F | 0x80
+    digits = number.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+def printable(text):
+    """Text of the guest's for the log: a hostile guest must not write control characters to a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
+
+
+def relay_signals():
+    """The descriptor from which arrive, a byte each, the signals that a container's own process would get."""
+    import signal
+
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def run_monitor(monitor, report, commit):
+    """The monitor's whole life; never returns.
+
+    report: a pipe to create, that gets "+" or an error.  commit: a pipe from create, that gets one byte
+    once create has done its part; its end without one means that create is gone, and all goes with it.
+    """
+    committed, status, failure = False, 255, None
+    try:
+        os.setsid()
+        os.chdir("/")
+        close_other_descriptors({0, 1, 2, report, commit})
+        monitor.build()
+        os.write(report, b"+")
+        os.close(report)
+        committed = bool(os.read(commit, 1))
+        if committed:
+            status = monitor.serve()
+    except BaseException as error:
+        failure = str(error) if isinstance(error, Error) else f"internal error of the monitor: {error!r}"
+    try:
+        monitor.take_down()
+        if not committed:
+            monitor.container.remove()
+    except BaseException as error:
+        monitor.log.write("error", f"cannot clean up after container {monitor.container.id}: {error}")
+    if committed and failure:
+        monitor.log.write("error", failure)
+    elif failure:
+        report_failure(report, failure)
+    os._exit(status)
+
+
+def report_failure(report, failure):
+    try:
+        os.write(report, failure.encode("utf-8", "replace"))
+    except OSError:
+        pass  # create is gone too
+
+
+def close_other_descriptors(keep):
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the one that listdir had open
+
+
+# ==== commands ===========================================================================================
+# One function per command, in the order of a container's life.  Each gets the Invocation.
+
+SIGKILL = 9
+# signals whose default action is to do nothing: 0 (a question), CHLD, CONT, URG, WINCH
+IGNORED_SIGNALS = {0, 17, 18, 23, 28}
+SIGNALS = (
+    "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU "
+    "URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"
+).split()
+MONITOR_END = 60.0  # seconds that delete gives a monitor to take its domain down
+
+
+class Invocation(Record):
+    """A parsed command line."""
+
+    root: str
+    log: Log
+    options: dict  # without their dashes; flags are True
+    arguments: list
+
+    def container(self):
+        if not self.arguments:
+            raise Error("a container ID is required as an argument")
+        return Container(self.root, self.arguments[0])
+
+
+def command_create(call):
+    create(call)
+
+
+def create(call):
+    """Makes the container; returns the monitor's pid."""
+    container = call.container()
+    bundle = os.path.realpath(call.options.get("bundle", "."))
+    config = load_config(bundle)
+    if config.process and config.process.terminal:
+        raise Error(f"cannot create container {container.id}: process.terminal is not supported yet")
+    find_xl()
+    container.reserve()
+    with container:
+        try:
+            return start_monitor(Monitor(container, config, bundle, call.log), call.options.get("pid-file"))
+        except BaseException:
+            container.remove()
+            raise
+
+
+def start_monitor(monitor, pid_file):
+    report_reader, report_writer = os.pipe()
+    commit_reader, commit_writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        run_monitor(monitor, report_writer, commit_reader)
+    os.close(report_writer)
+    os.close(commit_reader)
+    try:
+        report = read_all(report_reader)
+        if report != b"+":
+            raise Error(f"cannot create container {monitor.container.id}: {report.decode() or 'its monitor was killed'}")
+        if pid_file:
+            write_pid_file(pid_file, pid)
+        os.write(commit_writer, b"+")
+        return pid
+    except BaseException:
+        os.close(commit_writer)  # the monitor takes all down when it sees this
+        os.waitpid(pid, 0)
+        if os.path.exists(monitor.container.path("control")):  # it was killed
+            clean_up(Xenstore(), monitor.container.load().state)
+        raise
+
+
+def read_all(fd):
+    data = b""
+    while chunk := os.read(fd, 65536):
+        data += chunk
+    return data
+
+
+def write_pid_file(path, pid):
+    """The pid in decimal and nothing else, in one step: engines read it as soon as it is there."""
+    temporary = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
+    try:
+        with open(temporary, "w", encoding="ascii") as file:
+            file.write(str(pid))
+        os.rename(temporary, path)
+    except OSError as error:
+        raise Error(f"cannot write the pid file {path}: {error.strerror}") from None
+
+
+def command_start(call):
+    start(call.container())
+
+
+def start(container):
+    with container:
+        status = container.status()
+        if status == "stopped":
+            raise Error("cannot start a container that has stopped")
+        if status != "created":
+            raise Error("cannot start an already running container")
+        if not container.state["startable"]:
+            raise Error(f"cannot start container {container.id}: its config.json has no process")
+        unpause_domain(container.state["domid"])
+        container.save(status="running")
+
+
+def command_run(call):
+    """create, start and, unless detached, wait: the exit status is the container's."""
+    pid = create(call)
+    container = call.container()
+    try:
+        start(container)
+    except BaseException:
+        delete(container, force=True)
+        raise
+    if "detach" in call.options:
+        return 0
+    forward_signals(container)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if "keep" not in call.options:
+        delete(call.container(), force=True)
+    return status if status >= 0 else 128 - status
+
+
+def forward_signals(container):
+    import signal
+
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: kill(container, received))
+
+
+def command_state(call):
+    print_json(call.container().load().public_state())
+
+
+def print_json(value):
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+def parse_signal(text):
+    """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
+    name = text.upper().removeprefix("SIG")
+    if name.isdigit() and int(name) <= 64:
+        return int(name)
+    if name in SIGNALS:
+        return SIGNALS.index(name) + 1
+    for base, number in (("RTMIN", 34), ("RTMAX", 64)):
+        if name.startswith(base):
+            offset = name[len(base) :] or "+0"
+            if offset[0] in "+-" and offset[1:].isdigit() and 34 <= number + int(offset) <= 64:
+                return number + int(offset)
+    raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
+
+
+def command_kill(call):
+    signal = call.options.get("signal") or (call.arguments[1] if len(call.arguments) > 1 else "TERM")
+    kill(call.container(), parse_signal(signal), "all" in call.options)
+
+
+def kill(container, number, to_all=False):
+    """Asks for the signal and returns; whether and when the container ends is its monitor's to see."""
+    with container:
+        status = container.status()
+        if status == "stopped" and to_all:
+            return  # as runc: all of nothing is done
+        if status in ("stopped", "creating"):
+            raise Error("container not running")
+        if status == "created":  # its process is yet to be: only the end can be had
+            if number not in IGNORED_SIGNALS:
+                tell_monitor(container, f"destroy {number}")
+        elif number == SIGKILL:
+            tell_monitor(container, f"kill {number}")
+        elif number != 0:
+            send_signal(Xenstore(), container.state["domid"], number, to_all)
+
+
+def tell_monitor(container, request):
+    try:
+        fd = os.open(container.path("control"), os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # no such file, or nobody reads it
+        raise Error("container not running") from None
+    os.write(fd, request.encode() + b"\n")
+    os.close(fd)
+
+
+def command_delete(call):
+    delete(call.container(), "force" in call.options)
+
+
+def delete(container, force):
+    try:
+        with container:
+            status = container.status()
+            if status not in ("stopped", "created") and not force:
+                raise Error(f"cannot delete container {container.id} that is not stopped: {status}")
+            if status != "stopped":
+                stop_monitor(container)
+            if os.path.exists(container.path("control")):  # the monitor removes it when it has taken all down
+                clean_up(Xenstore(), container.state)
+            container.remove()
+    except NoContainer:
+        if not force:
+            raise
+
+
+def stop_monitor(container):
+    """Ends the monitor and its domain; by force if it does not do so itself in time."""
+    import select
+
+    pid = container.state.get("pid")
+    if pid is None or container.status() == "stopped":
+        return
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        tell_monitor(container, f"destroy {SIGKILL}")
+    except Error:
+        pass  # it is ending already
+    if not select.select([pidfd], [], [], MONITOR_END)[0]:
+        os.kill(pid, SIGKILL)
+        select.select([pidfd], [], [], MONITOR_END)
+    os.close(pidfd)
+
+
+def command_list(call):
+    """As `runc list`: a table, --format json, or --quiet for ids alone."""
+    states = []
+    for name in sorted(os.listdir(call.root)) if os.path.isdir(call.root) else ():
+        try:
+            states.append(Container(call.root, name).load().public_state())
+        except Error:
+            pass  # deleted meanwhile, or not ours
+    if "quiet" in call.options:
+        print("\n".join(state["id"] for state in states))
+    elif call.options.get("format", "table") == "json":
+        print_json(states)
+    else:
+        print_table(states)
+
+
+def print_table(states):
+    heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
+    rows = [heads, *([str(state[head.lower()]) for head in heads] for state in states)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    for row in rows:
+        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def command_features(call):
+    """runtime-spec features.md: what is in it is there, what is not is not."""
+    print_json({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.3.0",
+        "hooks": [],
+        "mountOptions": sorted(MOUNT_OPTIONS),
+        "linux": {
+            "namespaces": [],
+            "capabilities": [],
+            "cgroup": {"v1": False, "v2": False, "systemd": False, "systemdUser": False, "rdma": False},
+            "seccomp": {"enabled": False},
+            "apparmor": {"enabled": False},
+            "selinux": {"enabled": False},
+            "intelRdt": {"enabled": False},
+            "mountExtensions": {"idmap": {"enabled": False}},
+        },
+        "annotations": {"org.runx.version": VERSION},
+        "potentiallyUnsafeConfigAnnotations": ["org.runx."],
+    })  # fmt: skip
+
+
+def command_pack_initrd(call):
+    if len(call.arguments) != 2:
+        raise Error("usage: runX pack-initrd FOLDER FILE")
+    pack_initrd(*call.arguments)
+
+
+# ==== command line =======================================================================================
+# Hand-made, because argparse costs more than most commands, and because engines write options in Go's
+# manner: --x v, --x=v, -x v.  Every failure ends in main().
+
+CREATE_FLAGS = {"no-pivot", "no-new-keyring", "detach", "no-subreaper", "keep"}
+CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
+SHORT = {"b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet"}
+
+# command: (function, flags, options with a value)
+COMMANDS = {
+    "create": (command_create, CREATE_FLAGS, CREATE_VALUES),
+    "start": (command_start, set(), set()),
+    "run": (command_run, CREATE_FLAGS, CREATE_VALUES),
+    "state": (command_state, set(), set()),
+    "kill": (command_kill, {"all"}, {"signal"}),
+    "delete": (command_delete, {"force"}, set()),
+    "list": (command_list, {"quiet"}, {"format"}),
+    "features": (command_features, set(), set()),
+    "pack-initrd": (command_pack_initrd, set(), set()),
+}
+# what other runtimes have, so that the refusal can say that it is known
+UNSUPPORTED = {"checkpoint", "events", "exec", "pause", "ps", "restore", "resume", "update"}
+GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
+GLOBAL_VALUES = {"root", "log", "log-format", "rootless", "criu", "cgroup-manager"}
+
+USAGE = f"""usage: runX [--root DIR] [--log FILE] [--log-format text|json] [--debug] COMMAND [OPTIONS] [ID]
+
+commands:
+  create [--bundle DIR] [--pid-file FILE] ID       make the container's VM, paused
+  start ID                                         let it run
+  run [--bundle DIR] [--detach] [--keep] ID        create, start, wait for its end
+  state ID                                         print its state as JSON
+  kill [--all] ID [SIGNAL]                         send a signal to its process
+  delete [--force] ID                              remove what is left of it
+  list [--format table|json] [--quiet]             all containers below the root
+  features                                         what this runtime can do, as JSON
+  pack-initrd FOLDER FILE                          make a ramdisk
+
+The root is {DEFAULT_ROOT} by default."""
+
+
+def split_option(word):
+    """("bundle", None) of --bundle, -bundle or -b; ("bundle", "x") of --bundle=x."""
+    name, equals, value = word.lstrip("-").partition("=")
+    return SHORT.get(name, name), value if equals else None
+
+
+def parse_globals(words):
+    """Takes the options before the command off words; one that runX does not know is passed over."""
+    options = {}
+    while words and words[0].startswith("-"):
+        name, value = split_option(words.pop(0))
+        if value is None and name in GLOBAL_VALUES and name != "rootless":
+            if not words:
+                raise Error(f"option --{name} needs a value")
+            value = words.pop(0)
+        elif value is None and name not in GLOBAL_FLAGS and len(words) > 1 and words[0] not in COMMANDS:
+            if not words[0].startswith("-") and words[0] not in UNSUPPORTED:
+                value = words.pop(0)
+        options[name] = True if value is None else value
+    return options
+
+
+def parse_options(command, words):
+    """Options and arguments of a command, in any order; what follows -- are arguments."""
+    _, flags, values = COMMANDS[command]
+    options, arguments = {}, []
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            arguments += words
+            break
+        if len(word) < 2 or not word.startswith("-"):
+            arguments.append(word)
+            continue
+        name, value = split_option(word)
+        if command == "list" and name == "force":
+            name = "format"
+        if name in flags:
+            if value != "false":
+                options[name] = True
+        elif name in values:
+            if value is None and not words:
+                raise Error(f"option --{name} of {command} needs a value")
+            options[name] = words.pop(0) if value is None else value
+        else:
+            raise Error(f"{command} has no option {word}: see runX --help")
+    return options, arguments
+
+
+def run_command(words, options, log):
+    if "version" in options:
+        print(f"runX version {VERSION}\nspec: 1.3.0")
+        return 0
+    if "help" in options or not words:
+        print(USAGE)
+        return 0 if words or "help" in options else 1
+    command = words.pop(0)
+    if command in UNSUPPORTED:
+        raise Error(f"runX does not support {command}")
+    if command not in COMMANDS:
+        raise Error(f"unknown command {command!r}: see runX --help")
+    command_options, arguments = parse_options(command, words)
+    root = os.path.abspath(options.get("root", DEFAULT_ROOT))
+    call = Invocation(root=root, log=log, options=command_options, arguments=arguments)
+    return COMMANDS[command][0](call) or 0
+
+
+def main(words):
+    """Runs one command line; returns the exit status.  The only place where an Error ends."""
+    log = Log()
+    try:
+        options = parse_globals(words)
+        log = Log(options.get("log"), options.get("log-format") == "json", "debug" in options)
+        return run_command(words, options, log)
+    except Error as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except OSError as error:
+        message = f"cannot run {' '.join(words[:1]) or 'runX'}: {error}"
+    log.write("error", message)
+    print(f"runX: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""What the tests share: the module under test, bundles, and a dom0 that must be left as it was found."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+IMAGE = "docker.io/library/busybox:latest"
+
+
+def on_xen():
+    try:
+        return "control_d" in pathlib.Path("/proc/xen/capabilities").read_text()
+    except OSError:
+        return False
+
+
+def pytest_collection_modifyitems(items):
+    if not on_xen():
+        reason = "needs a Xen dom0: `python3 tests/lab/lab.py test` boots one"
+        for item in items:
+            if item.path.name.startswith("test_xen_"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def wait_until(condition, what, seconds=30):
+    """Waits for what nobody announces, such as another program's clean-up; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not after {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+def call(*args, **options):
+    """Runs a command to its end; bytes in and out, never our own standard input."""
+    options.setdefault("stdin", subprocess.DEVNULL if "input" not in options else None)
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run(args, capture_output=True, timeout=120, **options)
+
+
+# ---- bundles
+
+
+def config(*args, **process):
+    """A config.json as an engine writes it, as small as it may be."""
+    return {
+        "ociVersion": "1.0.2",
+        "process": {"args": list(args), "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}, **process},
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+        ],
+    }
+
+
+class Bundle:
+    """A bundle with a busybox rootfs, and the runX commands on the container made of it."""
+
+    def __init__(self, folder):
+        self.folder, self.rootfs, self.id = folder, folder / "rootfs", f"test-{uuid.uuid4().hex[:8]}"
+        self.root, self.log, self.pid_file = folder / "root", folder / "log.json", folder / "pid"
+        bin_folder = self.rootfs / "bin"
+        bin_folder.mkdir(parents=True)
+        shutil.copy(shutil.which("busybox"), bin_folder / "busybox")
+        for applet in "sh echo cat sleep id env pwd tee sync true ls printf dd sha256sum md5sum kill".split():
+            (bin_folder / applet).symlink_to("busybox")
+        (self.rootfs / "tmp").mkdir()
+
+    def write_config(self, config):
+        (self.folder / "config.json").write_text(json.dumps(config))
+
+    def runx(self, command, *args, **options):
+        return call(
+            "runX", "--root", str(self.root), "--log", str(self.log), "--log-format", "json", command, *args, **options
+        )  # fmt: skip
+
+    def create(self, **options):
+        return self.runx("create", "--bundle", str(self.folder), "--pid-file", str(self.pid_file), self.id, **options)
+
+    def run(self, *args, **options):
+        self.write_config(config(*args))
+        return self.runx("run", "--bundle", str(self.folder), self.id, **options)
+
+    def state(self):
+        return json.loads(self.runx("state", self.id).stdout)
+
+    def pid(self):
+        return int(self.pid_file.read_text())
+
+    def last_log(self):
+        return json.loads(self.log.read_text().splitlines()[-1])
+
+    def domain(self):
+        """The domid of the container's domain, as xl sees it."""
+        for line in xl("list").splitlines()[1:]:
+            if line.startswith(f"runx-{self.id}-"):
+                return int(line.split()[1])
+        return None
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    bundle = Bundle(tmp_path)
+    yield bundle
+    if shutil.which("runX"):
+        bundle.runx("delete", "--force", bundle.id)
+
+
+# ---- dom0
+
+
+def xl(*args):
+    return subprocess.run(["xl", *args], stdout=subprocess.PIPE, check=True, text=True).stdout
+
+
+def listing(*folders):
+    return {os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)}
+
+
+def processes():
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                words = pathlib.Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            line = b" ".join(words).decode("utf-8", "replace")
+            if any(word in line for word in ("runX", "qemu", "xl create", "containerd-shim", "conmon")):
+                found.add((int(name), line))
+    return found
+
+
+def descriptors(*names):
+    """How many files each of these daemons has open: a dom0 runs out of them slowly and for good."""
+    counts = {}
+    for name in os.listdir("/proc"):
+        try:
+            comm = pathlib.Path("/proc", name, "comm").read_text().strip() if name.isdigit() else ""
+            if comm in names:
+                counts[comm] = len(os.listdir(f"/proc/{name}/fd"))
+        except OSError:
+            pass
+    return counts
+
+
+def dom0_state():
+    """Everything that a container adds to a dom0 and must take away again."""
+    backends = subprocess.run(["xenstore-ls", "-f", "/local/domain/0/backend"], stdout=subprocess.PIPE, text=True).stdout
+    return {
+        "domains": {line.split()[0] for line in xl("list").splitlines()[1:]},
+        "mounts": set(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()),
+        "processes": processes(),
+        "state folders": listing("/run/runX", "/run/containerd/runc/default"),
+        "xenstore backends": set(backends.splitlines()),
+        "xen files": listing("/var/log/xen", "/var/lib/xen", "/run/xen") - {"/run/xen/domid-history"},
+        "descriptors": set(descriptors("xenstored", "xenconsoled").items()),
+    }
+
+
+@pytest.fixture
+def clean_dom0():
+    """The leak check: after the test, dom0 is as it was before."""
+    before = dom0_state()
+    yield
+    left = {}
+
+    def nothing_left():
+        after = dom0_state()
+        left.clear()
+        left.update({key: after[key] ^ before[key] for key in before if after[key] != before[key]})
+        return not left
+
+    try:
+        wait_until(nothing_left, "dom0 as it was before the test", 10)
+    except AssertionError:
+        pytest.fail(f"left behind or taken away: {left}")

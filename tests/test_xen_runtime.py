@@ -1,0 +1,305 @@
+"""runX called directly, as its callers call it: the life of a container, its state, and both kinds of guest."""
+
+import json
+import os
+import pathlib
+import select
+import signal
+import subprocess
+
+import pytest
+from conftest import call, config, wait_until, xl
+
+pytestmark = pytest.mark.usefixtures("clean_dom0")
+
+STATE_FIELDS = {"ociVersion", "id", "pid", "status", "bundle", "rootfs", "created", "annotations", "owner"}
+
+
+@pytest.fixture
+def created(bundle):
+    """A function that creates a container and returns a pidfd of its monitor."""
+    opened = []
+
+    def create(*args, **process):
+        spec = config(*args, **process)
+        spec["annotations"] = {"org.example.note": "kept"}
+        bundle.write_config(spec)
+        result = bundle.create()
+        assert (result.returncode, result.stderr) == (0, b""), result
+        opened.append(os.pidfd_open(bundle.pid()))
+        return opened[-1]
+
+    yield create
+    for fd in opened:
+        os.close(fd)
+
+
+def wait_for(pidfd, seconds=60):
+    assert select.select([pidfd], [], [], seconds)[0], f"the monitor has not ended in {seconds} s"
+
+
+def test_run_waits_and_returns_the_exit_status(bundle):
+    result = bundle.run("sh", "-c", "echo out; echo err >&2; exit 5")
+    assert (result.returncode, result.stdout, result.stderr) == (5, b"out\n", b"err\n")
+    assert not bundle.root.joinpath(bundle.id).exists()
+
+
+def test_state_through_a_life(bundle, created):
+    pidfd = created("sleep", "1000")
+    state = bundle.state()
+    assert set(state) == STATE_FIELDS
+    assert (state["status"], state["pid"], state["id"]) == ("created", bundle.pid(), bundle.id)
+    assert (state["bundle"], state["annotations"]) == (str(bundle.folder), {"org.example.note": "kept"})
+    assert bundle.domain() is not None
+    assert bundle.runx("start", bundle.id).returncode == 0
+    assert bundle.state()["status"] == "running"
+    assert bundle.runx("kill", bundle.id, "KILL").returncode == 0
+    wait_for(pidfd)
+    state = bundle.state()
+    assert (state["status"], state["pid"], set(state)) == ("stopped", 0, STATE_FIELDS)
+    assert bundle.runx("delete", bundle.id).returncode == 0
+    assert b"does not exist" in bundle.runx("state", bundle.id).stderr
+
+
+def test_state_while_create_still_runs(bundle):
+    bundle.write_config(config("true"))
+    creating = subprocess.Popen(
+        ["runX", "--root", str(bundle.root), "create", "--bundle", str(bundle.folder), bundle.id],
+        stdin=subprocess.DEVNULL,
+    )
+    wait_until(lambda: bundle.root.joinpath(bundle.id).exists(), "the state folder")
+    assert bundle.state()["status"] == "creating"
+    assert b"not running" in bundle.runx("kill", bundle.id).stderr
+    assert creating.wait() == 0
+    assert bundle.state()["status"] == "created"
+
+
+def test_a_domain_destroyed_behind_our_back_stops_the_container(bundle, created):
+    pidfd = created("sleep", "1000")
+    bundle.runx("start", bundle.id)
+    xl("destroy", str(bundle.domain()))
+    wait_for(pidfd)
+    assert bundle.state()["status"] == "stopped"
+    assert bundle.runx("delete", bundle.id).returncode == 0
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_killed_monitor_means_stopped_and_delete_removes_the_domain(bundle, created, started):
+    pidfd = created("sleep", "1000")
+    if started:
+        bundle.runx("start", bundle.id)
+    os.kill(bundle.pid(), signal.SIGKILL)
+    wait_for(pidfd)
+    assert bundle.state()["status"] == "stopped"
+    assert bundle.domain() is not None
+    assert bundle.runx("delete", bundle.id).returncode == 0
+    assert bundle.domain() is None
+
+
+def test_writes_of_the_container_are_in_the_bundles_rootfs(bundle):
+    script = "echo kept > /tmp/file; chmod 4711 /tmp/file; ln -s file /tmp/link; mkdir /tmp/dir"
+    assert bundle.run("sh", "-c", "ln -s busybox /bin/ln; ln -s busybox /bin/mkdir; ln -s busybox /bin/chmod;" + script).returncode == 0
+    written = bundle.rootfs / "tmp/file"
+    assert written.read_text() == "kept\n"
+    assert written.stat().st_mode & 0o7777 == 0o4711
+    assert os.readlink(bundle.rootfs / "tmp/link") == "file"
+    assert (bundle.rootfs / "tmp/dir").is_dir()
+
+
+def test_writes_survive_sigkill(bundle, created):
+    pidfd = created("sh", "-c", "exec 5>/tmp/open; echo written >&5; echo done; sleep 1000")
+    bundle.runx("start", bundle.id)
+    wait_until(lambda: (bundle.rootfs / "tmp/open").exists(), "the file that the container makes")
+    bundle.runx("kill", bundle.id, "9")
+    wait_for(pidfd)
+    assert (bundle.rootfs / "tmp/open").read_text() in ("written\n", "")
+
+
+@pytest.mark.parametrize("kind", ["pv", "pvh"])
+def test_both_kinds_of_guest_boot(bundle, kind):
+    if kind == "pvh" and "hvm" not in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text():
+        pytest.skip("this hypervisor cannot run PVH guests: no hardware virtualization")
+    spec = config("sh", "-c", "cat; exit 4")
+    spec["annotations"] = {"org.runx.type": kind}
+    bundle.write_config(spec)
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id, input=kind.encode() * 1000)
+    assert (result.returncode, result.stdout, result.stderr) == (4, kind.encode() * 1000, b"")
+
+
+def test_the_host_chooses_the_kind_of_guest(bundle, created):
+    created("true")
+    chosen = call("xenstore-read", f"/libxl/{bundle.domain()}/type").stdout.decode().strip()
+    can_pvh = "hvm" in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text()
+    assert chosen == ("pvh" if can_pvh else "pv")
+
+
+def test_a_hundred_kilobytes_of_environment_arrive(bundle):
+    variables = [f"V{number}={'x' * 1000}{number}" for number in range(100)]
+    bundle.write_config(config("env", env=["PATH=/bin", *variables]))
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    assert result.stdout.decode().splitlines() == ["PATH=/bin", *variables]
+
+
+def test_groups_and_umask_apply(bundle):
+    user = {"uid": 1000, "gid": 2000, "additionalGids": [3000, 4000], "umask": 0o027}
+    bundle.write_config(config("sh", "-c", "id -u; id -G; umask; pwd", user=user, cwd="/new/folder"))
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    assert result.stdout.decode().splitlines() == ["1000", "2000 3000 4000", "0027", "/new/folder"]
+
+
+def test_a_read_only_root_keeps_its_mounts_writable(bundle):
+    spec = config("sh", "-c", "echo x >/dev/file && cat /dev/file; echo y >/tmp/file")
+    spec["root"]["readonly"] = True
+    bundle.write_config(spec)
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    assert result.stdout == b"x\n" and b"Read-only file system" in result.stderr
+    assert not (bundle.rootfs / "tmp/file").exists()
+
+
+def test_the_user_may_open_its_standard_streams_again(bundle):
+    bundle.write_config(config("sh", "-c", "echo again >/proc/self/fd/1", user={"uid": 1000, "gid": 1000}))
+    assert bundle.runx("run", "--bundle", str(bundle.folder), bundle.id).stdout == b"again\n"
+
+
+def test_a_slow_reader_loses_nothing_and_holds_the_guest_back(bundle):
+    bundle.write_config(config("sh", "-c", "dd if=/dev/zero bs=1024 count=512 2>/dev/null; echo end >&2"))
+    reader, writer = os.pipe()
+    running = subprocess.Popen(
+        ["runX", "--root", str(bundle.root), "run", "--bundle", str(bundle.folder), bundle.id],
+        stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(writer)
+    first = os.read(reader, 1)
+    # nobody reads stdout now; stderr must not come before all of stdout fits somewhere, and it does not
+    assert not select.select([running.stderr], [], [], 3)[0]
+    total = len(first)
+    while chunk := os.read(reader, 65536):
+        total += len(chunk)
+    assert (total, running.stderr.read(), running.wait()) == (512 * 1024, b"end\n", 0)
+
+
+def test_output_in_the_last_instant_is_delivered(bundle):
+    result = bundle.run("sh", "-c", "dd if=/dev/zero bs=1000 count=100 2>/dev/null; exec echo last")
+    assert result.stdout == b"\0" * 100000 + b"last\n"
+
+
+def test_background_processes_end_with_the_container(bundle):
+    result = bundle.run("sh", "-c", "sleep 1000 & sleep 1000 & echo done")
+    assert (result.returncode, result.stdout) == (0, b"done\n")
+
+
+def test_a_reader_that_has_gone_does_not_keep_the_container(bundle):
+    bundle.write_config(config("sh", "-c", "dd if=/dev/zero bs=1024 count=64 2>/dev/null; exit 6"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = subprocess.Popen(
+        ["runX", "--root", str(bundle.root), "run", "--bundle", str(bundle.folder), bundle.id],
+        stdin=subprocess.DEVNULL, stdout=writer,
+    )  # fmt: skip
+    os.close(writer)
+    assert running.wait(60) == 6
+
+
+@pytest.mark.parametrize("number", [2, 10, 15, 34, 64])
+def test_signals_reach_the_process_again_and_again(bundle, created, number):
+    script = f"trap 'n=$((n+1)); echo $n >/tmp/n; [ $n -lt 2 ] || exit 9' {number}; n=0; echo 0 >/tmp/n; while :; do sleep 0.1; done"
+    pidfd = created("sh", "-c", script)
+    bundle.runx("start", bundle.id)
+    count = bundle.rootfs / "tmp/n"
+    for expected in ("0", "1"):
+        wait_until(lambda: count.exists() and count.read_text().strip() == expected, f"{expected} signals")
+        assert bundle.runx("kill", bundle.id, str(number)).returncode == 0
+    wait_for(pidfd)
+    assert count.read_text() == "2\n"
+
+
+def test_ignorable_signals_end_nothing(bundle, created):
+    pidfd = created("sleep", "1000")
+    for stage in ("created", "running"):
+        for name in ("0", "WINCH", "SIGCHLD", "CONT", "URG"):
+            assert bundle.runx("kill", bundle.id, name).returncode == 0
+        assert bundle.state()["status"] == stage
+        bundle.runx("start", bundle.id)
+    assert not select.select([pidfd], [], [], 1)[0]
+
+
+def test_kill_of_a_created_container_destroys_the_domain(bundle, created):
+    pidfd = created("sleep", "1000")
+    assert bundle.runx("kill", bundle.id, "TERM").returncode == 0
+    wait_for(pidfd)
+    assert bundle.domain() is None
+    assert b"cannot start a container that has stopped" in bundle.runx("start", bundle.id).stderr
+
+
+def test_a_signal_sent_before_the_process_runs_is_not_lost(bundle, created):
+    pidfd = created("sleep", "1000")
+    bundle.runx("start", bundle.id)
+    bundle.runx("kill", bundle.id, "TERM")
+    wait_for(pidfd)
+
+
+def test_kill_returns_while_the_guest_is_deaf(bundle, created):
+    # a paused domain is as deaf as a guest can be
+    pidfd = created("sleep", "1000")
+    bundle.runx("start", bundle.id)
+    xl("pause", str(bundle.domain()))
+    assert bundle.runx("kill", bundle.id, "TERM").returncode == 0
+    assert not select.select([pidfd], [], [], 0)[0]
+    assert bundle.runx("kill", bundle.id, "KILL").returncode == 0
+    wait_for(pidfd)
+
+
+def test_a_signal_to_the_monitor_goes_to_the_process(bundle, created):
+    pidfd = created("sh", "-c", "trap 'echo caught >/tmp/caught; exit 0' TERM; echo >/tmp/ready; while :; do sleep 0.1; done")
+    bundle.runx("start", bundle.id)
+    wait_until((bundle.rootfs / "tmp/ready").exists, "the trap to be set")
+    os.kill(bundle.pid(), signal.SIGTERM)
+    wait_for(pidfd)
+    assert (bundle.rootfs / "tmp/caught").exists()
+
+
+def test_what_the_guest_writes_to_xenstore_is_checked(bundle):
+    # a container that is root in its VM can reach the guest's xenstore device
+    script = (
+        "mknod /tmp/xenbus c 10 $(sed -n 's/ xen.xenbus//p' /proc/misc) || exit 1;"
+        "printf '\\013\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\020\\0\\0\\0data/exit\\0999999' >/tmp/xenbus; sleep 1000"
+    )
+    for applet in ("mknod", "sed"):
+        (bundle.rootfs / "bin" / applet).symlink_to("busybox")
+    spec = config("sh", "-c", script)
+    spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
+    bundle.write_config(spec)
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    assert result.returncode == 255, result
+    assert "no valid exit status" in bundle.log.read_text()
+
+
+def test_bind_mounts_are_served(bundle, tmp_path):
+    host = tmp_path / "host"
+    host.mkdir()
+    (host / "file").write_text("from the host")
+    spec = config("sh", "-c", "cat /data/file /one/file; echo back >/data/new; echo no >/one/file")
+    spec["mounts"] += [
+        {"destination": "/data", "type": "bind", "source": str(host), "options": ["rbind", "rw"]},
+        {"destination": "/one/file", "type": "bind", "source": str(host / "file"), "options": ["bind", "ro"]},
+    ]
+    bundle.write_config(spec)
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    assert result.stdout == b"from the host" * 2
+    assert b"Read-only file system" in result.stderr and result.returncode == 1
+    assert (host / "new").read_text() == "back\n"
+    assert (host / "file").read_text() == "from the host"
+
+
+def test_list_shows_containers(bundle, created):
+    created("true")
+    listed = json.loads(bundle.runx("list", "--format=json").stdout)
+    assert [(state["id"], state["status"]) for state in listed] == [(bundle.id, "created")]
+    assert bundle.runx("list", "-q").stdout.decode().split() == [bundle.id]
+    assert bundle.runx("list").stdout.decode().split()[:6] == ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]
+
+
+def test_nothing_is_mounted_on_the_host(bundle, created):
+    before = pathlib.Path("/proc/self/mountinfo").read_text()
+    created("true")
+    assert pathlib.Path("/proc/self/mountinfo").read_text() == before
