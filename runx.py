@@ -48,7 +48,8 @@ class Log:
     """
 
     def __init__(self, path=None, as_json=False, debug=False):
-        self.path, self.as_json, self.wants_debug = path, as_json, debug
+        self.path = path and os.path.abspath(path)  # the monitor leaves this folder
+        self.as_json, self.wants_debug = as_json, debug
 
     def write(self, level, message):
         now = timestamp()
@@ -362,7 +363,9 @@ class Xenstore:
             try:
                 self.fd = os.open(XENBUS_DEVICE, os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
-                raise Error(f"cannot connect to xenstored at {XENSTORED_SOCKET}: is this a Xen dom0? ({error})") from None
+                raise Error(
+                    f"cannot connect to xenstored at {XENSTORED_SOCKET}: is this a Xen dom0? ({error})"
+                ) from None
         self.events = []
 
     def request(self, kind, operation, path, payload, transaction=0):
@@ -404,10 +407,10 @@ class Xenstore:
                 return default
             raise
 
-    def list(self, path):
+    def list(self, path, transaction=0):
         """Names of the nodes below path, [] where there is none."""
         try:
-            body = self.request(XS_DIRECTORY, "list", path, path.encode() + b"\0")
+            body = self.request(XS_DIRECTORY, "list", path, path.encode() + b"\0", transaction)
         except XenstoreError as error:
             if error.code == "ENOENT":
                 return []
@@ -421,9 +424,10 @@ class Xenstore:
             listed = "".join(entry + "\0" for entry in (path, *permissions))
             self.request(XS_SET_PERMS, "set the permissions of", path, listed.encode(), transaction)
 
-    def remove(self, path):
+    def remove(self, path, transaction=0):
+        """Removes path and all below it; no error where there is none."""
         try:
-            self.request(XS_RM, "remove", path, path.encode() + b"\0")
+            self.request(XS_RM, "remove", path, path.encode() + b"\0", transaction)
         except XenstoreError as error:
             if error.code != "ENOENT":
                 raise
@@ -558,14 +562,20 @@ def domain_end(domid):
     return state[4] if state[3] == "s" else ""
 
 
-def destroy_domain(uuid):
-    """Destroys the domain with this uuid, if there is one.  Needs no xenstore: it may be half built."""
+def destroy_domain(domid):
+    """Destroys a domain and what xl started for it; no error if it is gone already."""
+    status, output = xl("destroy", str(domid))
+    if status != 0 and domain_end(domid) != "gone":
+        raise Error(f"xl destroy failed: {xl_errors(output)}")
+
+
+def find_half_built(uuid):
+    """The domid of the domain with this uuid, or None, by the hypervisor's own word: xenstore may not have it yet."""
     for line in xl("vm-list")[1].splitlines():
         words = line.split()
         if words and words[0] == uuid:
-            status, output = xl("destroy", words[1])
-            if status != 0 and domain_end(int(words[1])) != "gone":
-                raise Error(f"xl destroy failed: {xl_errors(output)}")
+            return int(words[1])
+    return None
 
 
 def host_guest_type():
@@ -719,13 +729,18 @@ class Console:
         return len(data)
 
 
-def remove_consoles(xenstore, domid, numbers):
-    """Takes the backend's ends out of xenstore, and the folder once nothing else is in it."""
-    folder = f"/local/domain/0/backend/console/{domid}"
-    for number in numbers:
-        xenstore.remove(f"{folder}/{number}")
-    if not xenstore.list(folder):
-        xenstore.remove(folder)
+def remove_backends(xenstore, kind, domid, numbers):
+    """Takes backend nodes of a domain out of xenstore, and the folders above once nothing else is in them."""
+    folder = f"/local/domain/0/backend/{kind}"
+
+    def remove(transaction):
+        for number in numbers:
+            xenstore.remove(f"{folder}/{domid}/{number}", transaction)
+        for empty in (f"{folder}/{domid}", folder):
+            if not xenstore.list(empty, transaction):
+                xenstore.remove(empty, transaction)
+
+    xenstore.transaction(remove)
 
 
 # ==== guest ==============================================================================================
@@ -833,8 +848,10 @@ def build_share(folder, config):
         raise Error(f"cannot make a mount namespace: {error.strerror}") from None
     # the host's unmounts still arrive here, so that nothing stays busy because of us
     mount(None, "/", MS_REC | MS_SLAVE)
+    os.mkdir(folder)
+    mount(folder, folder, MS_BIND)
     rootfs = os.path.join(folder, "rootfs")
-    os.makedirs(rootfs)
+    os.mkdir(rootfs)
     os.mkdir(os.path.join(folder, "mounts"))
     mount(config.rootfs, rootfs, MS_BIND | MS_REC)
     paths = []
@@ -843,6 +860,8 @@ def build_share(folder, config):
             path = f"mounts/{len(paths)}"
             bind(entry, os.path.join(folder, path))
             paths.append(path)
+    # what is left of the folder itself is memory of the host's, which the guest must not fill
+    mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
     return paths
 
 
@@ -963,12 +982,15 @@ class Container:
         """`with container:` waits for other operations on it, and loads what they have stored."""
         import fcntl
 
-        try:
-            self.lock_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            raise NoContainer(self.id) from None
-        fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
-        return self.load()
+        while True:
+            try:
+                self.lock_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(self.lock_fd), os.stat(self.folder)):
+                    return self.load()
+            except FileNotFoundError:
+                raise NoContainer(self.id) from None
+            os.close(self.lock_fd)  # deleted, and made again, while we waited
 
     def __exit__(self, *_):
         os.close(self.lock_fd)
@@ -1007,7 +1029,7 @@ class Container:
 # The process whose pid is the container's.  It builds the domain, carries the streams, answers the guest,
 # and takes everything down again, whatever the reason for the end.
 
-DEFAULT_MEMORY = 128  # MiB
+DEFAULT_MEMORY, MINIMUM_MEMORY = 128, 48  # MiB; a limit below the minimum could not hold the kernel
 # quiet: hvc0 is for what went wrong.  panic=-1: end at once, and be seen ending.
 KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
@@ -1117,6 +1139,7 @@ class Monitor:
             self.xenstore.watch(path, token)
         self.xenstore.take_events()  # each watch fires once when it is made
         container.save(status="created", domid=self.domid)
+        self.debug(f"domain {self.domid} ({self.name}) is built")
 
     def write_ramdisk(self, initrd, guest):
         with open(initrd, "rb") as file:
@@ -1126,7 +1149,7 @@ class Monitor:
             file.write(base + b"\0" * (-len(base) % 4) + archive)
 
     def create_domain(self, kernel, share):
-        memory = self.config.memory >> 20 or DEFAULT_MEMORY
+        memory = max(self.config.memory >> 20, MINIMUM_MEMORY) if self.config.memory else DEFAULT_MEMORY
         ramdisk, xl_cfg = self.container.path("ramdisk"), self.container.path("xl.cfg")
         if "," in share:
             raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
@@ -1210,8 +1233,9 @@ class Monitor:
         for token in self.xenstore.take_events():
             if token.startswith("console "):
                 self.consoles[int(token.split()[1]) - 1].follow()
-            elif token == "ready":
-                self.ready = self.ready or self.xenstore.read(f"{data}/ready") is not None
+            elif token == "ready" and not self.ready:
+                self.ready = self.xenstore.read(f"{data}/ready") is not None
+                self.debug("the process is being started")
             elif token == "exit":
                 self.take_exit_status(self.xenstore.read(f"{data}/exit"))
             elif token == "release" and self.exit_status is None:
@@ -1259,12 +1283,13 @@ class Monitor:
         try:
             send_signal(self.xenstore, self.domid, number)
         except XenstoreError as error:
-            self.log.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
+            self.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
 
     def end(self, status, abandon=False):
         """The container has ended with status; abandon: do not wait for readers of its output."""
         if self.exit_status is None:
             self.exit_status = status
+            self.debug(f"the exit status is {status}")
         self.abandoned = self.abandoned or abandon
         self.deadline = None
 
@@ -1276,7 +1301,7 @@ class Monitor:
             try:
                 self.tail_fd = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
-                self.log.debug(f"cannot open {path}: {error.strerror}")
+                self.debug(f"cannot open {path}: {error.strerror}")
 
     def read_tail(self):
         try:
@@ -1292,6 +1317,9 @@ class Monitor:
 
     def warn(self, message):
         self.log.write("warning", f"container {self.container.id}: {message}")
+
+    def debug(self, message):
+        self.log.debug(f"container {self.container.id}: {message}")
 
     def report_tail(self):
         while self.tail_fd >= 0 and self.tail_fd_ready():
@@ -1311,19 +1339,25 @@ class Monitor:
         null = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        clean_up(self.xenstore, self.container.state, self.domid)
-        os.unlink(self.container.path("control"))  # says to delete that nothing is left outside the folder
+        clean_up(self.xenstore, self.container.state)
+        self.debug("the domain is gone")
 
 
-def clean_up(xenstore, state, domid=None):
+def clean_up(xenstore, state):
     """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, log files."""
     uuid, name = state.get("uuid"), state.get("name")
-    if not uuid or not name:
-        return
+    if uuid is None or xenstore is None:
+        return  # it came no further
+    domid = find_domain(xenstore, uuid) or find_half_built(uuid)
+    if domid is not None:
+        # xl destroy signals QEMU and then waits two seconds for each of its devices (LIBXL_QEMU_BODGE_TIMEOUT in
+        # libxl_internal.h), answer or not; a device that is not on libxl's list it does not wait for
+        xenstore.remove(f"/libxl/{domid}/device/9pfs")
+        destroy_domain(domid)
     domid = domid or state.get("domid")
-    if domid is not None and xenstore is not None:
-        remove_consoles(xenstore, domid, (1, 2))
-    destroy_domain(uuid)
+    if domid is not None:
+        remove_backends(xenstore, "9pfs", domid, (0,))
+        remove_backends(xenstore, "console", domid, (1, 2))
     folder = "/var/log/xen"
     for file in os.listdir(folder) if os.path.isdir(folder) else ():
         if f"-{name}.log" in file:
@@ -1375,7 +1409,9 @@ def run_monitor(monitor, report, commit):
         failure = str(error) if isinstance(error, Error) else f"internal error of the monitor: {error!r}"
     try:
         monitor.take_down()
-        if not committed:
+        if committed:
+            os.unlink(monitor.container.path("control"))  # tells delete that nothing is left outside the folder
+        else:
             monitor.container.remove()
     except BaseException as error:
         monitor.log.write("error", f"cannot clean up after container {monitor.container.id}: {error}")
@@ -1461,7 +1497,9 @@ def start_monitor(monitor, pid_file):
     try:
         report = read_all(report_reader)
         if report != b"+":
-            raise Error(f"cannot create container {monitor.container.id}: {report.decode() or 'its monitor was killed'}")
+            raise Error(
+                f"cannot create container {monitor.container.id}: {report.decode() or 'its monitor was killed'}"
+            )
         if pid_file:
             write_pid_file(pid_file, pid)
         os.write(commit_writer, b"+")

@@ -14,6 +14,8 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+import runx  # noqa: E402
+
 IMAGE = "docker.io/library/busybox:latest"
 
 
@@ -42,10 +44,9 @@ def wait_until(condition, what, seconds=30):
 
 def call(*args, **options):
     """Runs a command to its end; bytes in and out, never our own standard input."""
-    options.setdefault("stdin", subprocess.DEVNULL if "input" not in options else None)
-    if "input" in options:
-        del options["stdin"]
-    return subprocess.run(args, capture_output=True, timeout=120, **options)
+    if "input" not in options:
+        options.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run(args, timeout=120, **{"capture_output": True, **options})
 
 
 # ---- bundles
@@ -85,8 +86,15 @@ class Bundle:
             "runX", "--root", str(self.root), "--log", str(self.log), "--log-format", "json", command, *args, **options
         )  # fmt: skip
 
-    def create(self, **options):
-        return self.runx("create", "--bundle", str(self.folder), "--pid-file", str(self.pid_file), self.id, **options)
+    def create(self):
+        """Its output goes to files: the monitor keeps them open as the container's."""
+        with open(self.folder / "stdout", "wb") as stdout, open(self.folder / "stderr", "wb") as stderr:
+            result = self.runx(
+                "create", "--bundle", str(self.folder), "--pid-file", str(self.pid_file), self.id,
+                capture_output=False, stdout=stdout, stderr=stderr,
+            )  # fmt: skip
+        result.stderr = (self.folder / "stderr").read_bytes()
+        return result
 
     def run(self, *args, **options):
         self.write_config(config(*args))
@@ -129,16 +137,16 @@ def listing(*folders):
 
 
 def processes():
+    """Those that runX, xl or an engine may leave."""
     found = set()
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                words = pathlib.Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+                comm = pathlib.Path("/proc", name, "comm").read_text().strip()
             except OSError:
                 continue
-            line = b" ".join(words).decode("utf-8", "replace")
-            if any(word in line for word in ("runX", "qemu", "xl create", "containerd-shim", "conmon")):
-                found.add((int(name), line))
+            if comm in ("runX", "xl", "conmon", "ctr") or comm.startswith(("xen-qemu", "qemu", "containerd-shim")):
+                found.add((int(name), comm))
     return found
 
 
@@ -155,34 +163,45 @@ def descriptors(*names):
     return counts
 
 
+def nodes(xenstore, path):
+    """All of xenstore below path."""
+    for name in xenstore.list(path):
+        yield f"{path}/{name}"
+        yield from nodes(xenstore, f"{path}/{name}")
+
+
 def dom0_state():
     """Everything that a container adds to a dom0 and must take away again."""
-    backends = subprocess.run(["xenstore-ls", "-f", "/local/domain/0/backend"], stdout=subprocess.PIPE, text=True).stdout
+    xenstore = runx.Xenstore()
     return {
         "domains": {line.split()[0] for line in xl("list").splitlines()[1:]},
         "mounts": set(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()),
         "processes": processes(),
         "state folders": listing("/run/runX", "/run/containerd/runc/default"),
-        "xenstore backends": set(backends.splitlines()),
+        "xenstore": set(nodes(xenstore, "/local/domain/0/backend")) | set(xenstore.list("/libxl")),
         "xen files": listing("/var/log/xen", "/var/lib/xen", "/run/xen") - {"/run/xen/domid-history"},
-        "descriptors": set(descriptors("xenstored", "xenconsoled").items()),
+        "descriptors": set(descriptors("xenconsoled").items()),
     }
+
+
+dom0_before = {}
 
 
 @pytest.fixture
 def clean_dom0():
-    """The leak check: after the test, dom0 is as it was before."""
-    before = dom0_state()
+    """The leak check: after the test, dom0 is as it was before the first one."""
+    dom0_before.update(dom0_before or dom0_state())
     yield
     left = {}
 
     def nothing_left():
-        after = dom0_state()
+        now = dom0_state()
         left.clear()
-        left.update({key: after[key] ^ before[key] for key in before if after[key] != before[key]})
+        left.update({key: now[key] ^ dom0_before[key] for key in now if now[key] != dom0_before[key]})
         return not left
 
     try:
         wait_until(nothing_left, "dom0 as it was before the test", 10)
     except AssertionError:
+        dom0_before.clear()  # one test's leak is not the next one's
         pytest.fail(f"left behind or taken away: {left}")

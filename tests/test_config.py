@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import runx
 from conftest import call, config
+
+import runx
 
 RUNX = ["python3", "-IS", runx.__file__]
 
@@ -90,7 +91,15 @@ def test_what_containerd_writes():
 
 def test_what_podman_writes():
     options, command, flags, arguments = parse(
-        "--log-format=json", "--log=/b/oci-log", "--rootless=false", "create", "--bundle=/b", "--pid-file=/p", "-b", "/c", "x"
+        "--log-format=json",
+        "--log=/b/oci-log",
+        "--rootless=false",
+        "create",
+        "--bundle=/b",
+        "--pid-file=/p",
+        "-b",
+        "/c",
+        "x",
     )
     assert (options["log"], options["rootless"]) == ("/b/oci-log", "false")
     assert (command, flags["bundle"], arguments) == ("create", "/c", ["x"])
@@ -114,7 +123,17 @@ def test_unknown_options_are_refused():
 
 
 @pytest.mark.parametrize(
-    "text, number", [("9", 9), ("KILL", 9), ("SIGTERM", 15), ("winch", 28), ("RTMIN", 34), ("SIGRTMIN+3", 37), ("RTMAX-1", 63), ("0", 0)]
+    "text, number",
+    [
+        ("9", 9),
+        ("KILL", 9),
+        ("SIGTERM", 15),
+        ("winch", 28),
+        ("RTMIN", 34),
+        ("SIGRTMIN+3", 37),
+        ("RTMAX-1", 63),
+        ("0", 0),
+    ],
 )
 def test_signals_by_name_and_number(text, number):
     assert runx.parse_signal(text) == number

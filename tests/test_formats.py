@@ -6,6 +6,7 @@ import struct
 import subprocess
 
 import pytest
+
 import runx
 
 
@@ -57,7 +58,7 @@ def test_members_are_aligned_whatever_their_size(size):
 
 def test_strings_for_xl_are_quoted():
     assert runx.quote('a"b\\c\nd\re') == '"a\\"b\\\\c\\nd\\re"'
-    assert runx.quote("$`;#'é") == "\"$`;#'é\""
+    assert runx.quote("$`;#'é") == '"$`;#\'é"'
     with pytest.raises(runx.Error, match="NUL"):
         runx.quote("a\0b")
 

@@ -1,12 +1,10 @@
 """Bad input: one clear sentence on stderr and as the log's last record, exit status not 0, nothing left."""
 
-import json
-import pathlib
 import shutil
 import subprocess
 
 import pytest
-from conftest import call, config, wait_until, xl
+from conftest import call, config, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
@@ -115,7 +113,10 @@ def test_delete_of_a_running_container_is_refused(bundle):
     bundle.write_config(config("sleep", "1000"))
     assert bundle.create().returncode == 0 and bundle.runx("start", bundle.id).returncode == 0
     result = bundle.runx("delete", bundle.id)
-    assert result.returncode != 0 and f"cannot delete container {bundle.id} that is not stopped: running" in result.stderr.decode()
+    assert (
+        result.returncode != 0
+        and f"cannot delete container {bundle.id} that is not stopped: running" in result.stderr.decode()
+    )
     assert bundle.runx("start", bundle.id).stderr == b"runX: cannot start an already running container\n"
     assert bundle.state()["status"] == "running"
 
@@ -125,7 +126,9 @@ def test_no_kernel(bundle, tmp_path):
     (tmp_path / "sbin").mkdir()
     runx = shutil.copy("/usr/lib/runX/runx.py", tmp_path / "sbin/runX")
     bundle.write_config(config("true"))
-    result = call("python3", "-IS", str(runx), "--root", str(bundle.root), "create", "--bundle", str(bundle.folder), bundle.id)
+    result = call(
+        "python3", "-IS", str(runx), "--root", str(bundle.root), "create", "--bundle", str(bundle.folder), bundle.id
+    )
     message = result.stderr.decode()
     assert result.returncode == 1 and "there is no kernel at" in message and "kernel/build.sh" in message
     assert not list(bundle.root.iterdir())
