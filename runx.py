@@ -363,9 +363,7 @@ class Xenstore:
             try:
                 self.fd = os.open(XENBUS_DEVICE, os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
-                raise Error(
-                    f"cannot connect to xenstored at {XENSTORED_SOCKET}: is this a Xen dom0? ({error})"
-                ) from None
+                raise Error(f"cannot connect to xenstored ({error.strerror}): is this a Xen dom0?") from None
         self.events = []
 
     def request(self, kind, operation, path, payload, transaction=0):
@@ -1497,9 +1495,8 @@ def start_monitor(monitor, pid_file):
     try:
         report = read_all(report_reader)
         if report != b"+":
-            raise Error(
-                f"cannot create container {monitor.container.id}: {report.decode() or 'its monitor was killed'}"
-            )
+            reason = report.decode() or "its monitor was killed"
+            raise Error(f"cannot create container {monitor.container.id}: {reason}")
         if pid_file:
             write_pid_file(pid_file, pid)
         os.write(commit_writer, b"+")

@@ -74,7 +74,7 @@ class Bundle:
         bin_folder = self.rootfs / "bin"
         bin_folder.mkdir(parents=True)
         shutil.copy(shutil.which("busybox"), bin_folder / "busybox")
-        for applet in "sh echo cat sleep id env pwd tee sync true ls printf dd sha256sum md5sum kill".split():
+        for applet in "sh echo cat chmod dd env id kill ln ls mkdir mknod mount pwd sed sleep sync true".split():
             (bin_folder / applet).symlink_to("busybox")
         (self.rootfs / "tmp").mkdir()
 

@@ -137,8 +137,8 @@ def test_no_kernel(bundle, tmp_path):
 def test_no_xl(bundle):
     # a mount namespace in which xl is hidden behind /dev/null
     bundle.write_config(config("true"))
-    command = f"mount --bind /dev/null {shutil.which('xl')} && exec runX --root {bundle.root} create --bundle {bundle.folder} {bundle.id}"
-    result = call("unshare", "-m", "sh", "-c", command)
+    create = f"runX --root {bundle.root} create --bundle {bundle.folder} {bundle.id}"
+    result = call("unshare", "-m", "sh", "-c", f"mount --bind /dev/null {shutil.which('xl')} && exec {create}")
     assert result.returncode == 1 and b"cannot find xl" in result.stderr
     assert not bundle.root.exists() or not list(bundle.root.iterdir())
 

@@ -97,12 +97,7 @@ def test_a_killed_monitor_means_stopped_and_delete_removes_the_domain(bundle, cr
 
 def test_writes_of_the_container_are_in_the_bundles_rootfs(bundle):
     script = "echo kept > /tmp/file; chmod 4711 /tmp/file; ln -s file /tmp/link; mkdir /tmp/dir"
-    assert (
-        bundle.run(
-            "sh", "-c", "ln -s busybox /bin/ln; ln -s busybox /bin/mkdir; ln -s busybox /bin/chmod;" + script
-        ).returncode
-        == 0
-    )
+    assert bundle.run("sh", "-c", script).returncode == 0
     written = bundle.rootfs / "tmp/file"
     assert written.read_text() == "kept\n"
     assert written.stat().st_mode & 0o7777 == 0o4711
@@ -270,8 +265,6 @@ def test_what_the_guest_writes_to_xenstore_is_checked(bundle):
         "mknod /tmp/xenbus c 10 $(sed -n 's/ xen.xenbus//p' /proc/misc) || exit 1;"
         "printf '\\013\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\020\\0\\0\\0data/exit\\0999999' >/tmp/xenbus; sleep 1000"
     )
-    for applet in ("mknod", "sed"):
-        (bundle.rootfs / "bin" / applet).symlink_to("busybox")
     spec = config("sh", "-c", script)
     spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
     bundle.write_config(spec)
@@ -299,8 +292,6 @@ def test_bind_mounts_are_served(bundle, tmp_path):
 
 def test_the_guest_cannot_fill_the_hosts_memory(bundle):
     # what is exported beside the rootfs is the state folder's, on the host's /run
-    (bundle.rootfs / "bin/mount").symlink_to("busybox")
-    (bundle.rootfs / "bin/mkdir").symlink_to("busybox")
     script = (
         "mkdir /s; mount -t 9p -o trans=xen,version=9p2000.L share /s; ls /s; echo x >/s/file; echo x >/s/mounts/file"
     )
@@ -311,13 +302,11 @@ def test_the_guest_cannot_fill_the_hosts_memory(bundle):
 
 def test_a_memory_limit_is_the_size_of_the_vm(bundle):
     for mebibytes, most in ((96, 96), (6, 48)):
-        spec = config(
-            "sh", "-c", "while read -r name size _; do [ $name = MemTotal: ] && echo $size; done </proc/meminfo"
-        )
+        spec = config("sh", "-c", "read -r _ kibibytes _ </proc/meminfo; echo $kibibytes")
         spec["linux"] = {"resources": {"memory": {"limit": mebibytes << 20}}}
         bundle.write_config(spec)
         result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
-        assert (most - 32) << 10 < int(result.stdout) < most << 10, result
+        assert (most - 40) << 10 < int(result.stdout) < most << 10, result
 
 
 def test_list_shows_containers(bundle, created):
