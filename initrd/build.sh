@@ -4,13 +4,14 @@
 #
 #   build.sh [--arch x86_64|arm64|arm] [--busybox TARBALL] [--output FILE] [--cached]
 #
-# --output copies the ramdisk there as well; --cached builds nothing and fails if the ramdisk is not there yet. Without
-# --busybox the source is Debian's, from the mirrors this machine's apt uses. CC names the compiler: for this machine's
-# architecture the default is musl-gcc, whose busybox has a fifth of the size of one with glibc; for another it is the
-# cross compiler, with glibc, whose prefix CROSS_COMPILE can change.
+# --output copies the ramdisk there as well; --cached builds nothing and fails if the ramdisk is not there yet.
+# The programs are static, with musl, which makes them a fifth as large as glibc does. CC names another compiler, with
+# what libc it has; CROSS_COMPILE the prefix of the one for another architecture than this machine's.
+# What is not on this machine comes from the Debian mirrors its apt uses: busybox's source unless --busybox is given,
+# and to cross-compile the other architecture's musl-dev unless CC is given.
 #
-# Debian packages: gcc libc6-dev musl-tools make bzip2 python3; gcc-aarch64-linux-gnu or gcc-arm-linux-gnueabihf to
-# cross-compile.
+# Debian packages: gcc libc6-dev make bzip2 python3 musl-tools; to cross-compile, gcc-aarch64-linux-gnu and
+# linux-libc-dev-arm64-cross or gcc-arm-linux-gnueabihf and linux-libc-dev-armhf-cross.
 set -eu
 
 fail() {
@@ -49,30 +50,39 @@ while [ $# -gt 0 ]; do
 done
 
 case $arch in
-x86_64) prefix=x86_64-linux-gnu- package=gcc-x86-64-linux-gnu ;;
-arm64) prefix=aarch64-linux-gnu- package=gcc-aarch64-linux-gnu ;;
-arm) prefix=arm-linux-gnueabihf- package=gcc-arm-linux-gnueabihf ;;
+x86_64) debian_arch=amd64 triplet=x86_64-linux-gnu gcc_package=gcc-x86-64-linux-gnu ;;
+arm64) debian_arch=arm64 triplet=aarch64-linux-gnu gcc_package=gcc-aarch64-linux-gnu ;;
+arm) debian_arch=armhf triplet=arm-linux-gnueabihf gcc_package=gcc-arm-linux-gnueabihf ;;
 *) fail "no ramdisk for architecture $arch: use x86_64, arm64 or arm." ;;
 esac
 if [ "$arch" = "$machine" ]; then
-    cross='' compiler=${CC:-musl-gcc} package=musl-tools
+    cross='' compiler=${CC:-musl-gcc} gcc_package=musl-tools
+    linux_headers=/usr/include asm_headers=/usr/include/$triplet headers_package=libc6-dev
 else
-    cross=${CROSS_COMPILE:-$prefix} compiler=${CC:-${CROSS_COMPILE:-$prefix}gcc}
+    cross=${CROSS_COMPILE:-$triplet-} compiler=${CC:-${CROSS_COMPILE:-$triplet-}gcc}
+    linux_headers=/usr/$triplet/include asm_headers=$linux_headers
+    headers_package=linux-libc-dev-$debian_arch-cross
 fi
 
 # --- is it there already? ---
 
+# The version that apt would fetch or has installed; the other architectures have the same.
+version() {
+    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Version: //p'
+}
+
 here=$(CDPATH='' cd "$(dirname "$0")" && pwd)
 if [ -n "$busybox" ]; then
     [ -r "$busybox" ] || fail "cannot read busybox's source $busybox: name a tarball with --busybox."
-    source_identity=$(sha256sum <"$busybox")
+    busybox_identity=$(sha256sum <"$busybox")
 else
-    source_identity=$(apt-cache show --no-all-versions busybox 2>&1 | grep '^Version:') || source_identity=missing
+    busybox_identity=$(version busybox)
 fi
+musl_version=$(version musl-dev)
 compiler_identity=$($compiler --version 2>&1 | head -n 1)
 busybox_key=$({
     (cd "$here" && sha256sum build.sh busybox.config)
-    echo "$arch $source_identity $compiler $compiler_identity"
+    echo "$arch $busybox_identity $musl_version $compiler $compiler_identity"
 } | sha256sum | cut -c 1-16)
 key=$({
     (cd "$here" && sha256sum ./*)
@@ -95,11 +105,12 @@ packages=''
 need() {
     command -v "$1" >/dev/null || packages="$packages $2"
 }
-need "${compiler%% *}" "$package"
+need "${compiler%% *}" "$gcc_package"
 need gcc gcc
 need make make
 need bzip2 bzip2
 need python3 python3
+[ -n "${CC:-}" ] || [ -d "$asm_headers/asm" ] || packages="$packages $headers_package"
 [ -z "$packages" ] || fail "cannot build the ramdisk: install the packages$packages."
 
 mkdir -p "$cache"
@@ -108,45 +119,71 @@ builder=''
 trap '[ -z "$builder" ] || kill "$builder" 2>/dev/null || true; wait; rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 
-# musl has no headers of the kernel: those of this machine's libc6-dev serve, seen through a folder of their own because
-# glibc's lie beside them.
-flags=''
-if [ "$compiler" = musl-gcc ]; then
+# fetch TYPE COMMAND...: has apt-get do COMMAND in $work/TYPE, with the mirrors that this machine uses as sources of
+# TYPE (deb or deb-src). Its lists are its own there, so the machine's stay as they are; it authenticates as ever.
+fetch() {
+    apt=$work/$1
+    options="arch=$debian_arch"
+    [ ! -f /usr/share/keyrings/debian-archive-keyring.gpg ] ||
+        options="$options signed-by=/usr/share/keyrings/debian-archive-keyring.gpg"
+    mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+    # shellcheck disable=SC2016 # the $(...) are apt's
+    apt-get indextargets --format "$1 [$options] "'$(SITE) $(RELEASE) $(COMPONENT)' \
+        'Created-By: Packages' 'Component: main' 2>"$work/log" | sort -u >"$apt/sources.list"
+    cat >"$apt/apt.conf" <<END
+Dir::Etc::SourceList "$apt/sources.list";
+Dir::Etc::SourceParts "-";
+Dir::State::Lists "$apt/lists";
+Dir::Cache "$apt/cache";
+APT::Architecture "$debian_arch";
+#clear APT::Architectures;
+APT::Architectures { "$debian_arch"; };
+END
+    shift
+    # An update that misses one of several mirrors may still have what is wanted.
+    (cd "$apt" && { apt-get -q -c apt.conf update || true; } && apt-get -q -c apt.conf "$@") >"$work/log" 2>&1
+}
+
+# --- the libc ---
+
+# musl has no headers of the kernel. Those that came with glibc serve, through a folder of their own because glibc's lie
+# beside them.
+if [ -z "${CC:-}" ]; then
     mkdir "$work/include"
-    ln -s /usr/include/linux /usr/include/asm-generic "/usr/include/$(gcc -print-multiarch)/asm" "$work/include"
-    flags="-idirafter $work/include"
+    ln -s "$linux_headers/linux" "$linux_headers/asm-generic" "$asm_headers/asm" "$work/include"
+    if [ -n "$cross" ]; then
+        # For another architecture there is no package with a musl-gcc, but that is only gcc told where musl lies.
+        musl=$cache/musl-$arch-$musl_version
+        if [ ! -f "$musl/specs" ]; then
+            say "fetching musl for $arch"
+            fetch deb download musl-dev || {
+                tail -n 10 "$work/log" >&2
+                fail "cannot fetch musl-dev:$debian_arch with apt: run apt-get update or name a cross compiler in CC."
+            }
+            mkdir -p "$musl"
+            dpkg-deb -x "$work"/deb/musl-dev_*.deb "$musl"
+            sed "s|/usr/|$musl/usr/|g" "$musl"/usr/lib/*/musl-gcc.specs >"$work/specs"
+            mv "$work/specs" "$musl/specs"
+        fi
+        compiler="$compiler -specs=$musl/specs"
+    fi
+    compiler="$compiler -idirafter $work/include"
 fi
 
 # --- busybox ---
 
-# Has apt fetch the source's tarball, which it authenticates, from the mirrors this machine uses, and leaves the
-# machine's lists and configuration as they are.
-fetch_busybox() {
-    mkdir -p "$work/apt/lists/partial" "$work/apt/cache/archives/partial"
-    keys=''
-    [ ! -f /usr/share/keyrings/debian-archive-keyring.gpg ] ||
-        keys='[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] '
-    # shellcheck disable=SC2016 # the $(...) are apt's
-    apt-get indextargets --format "deb-src $keys"'$(SITE) $(RELEASE) $(COMPONENT)' \
-        'Created-By: Packages' 'Component: main' | sort -u >"$work/apt/sources.list"
-    set -- -q -o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts=- \
-        -o Dir::State::Lists="$work/apt/lists" -o Dir::Cache="$work/apt/cache"
-    (apt-get "$@" update && cd "$work/apt" && apt-get "$@" source --download-only --tar-only busybox) \
-        >"$work/log" 2>&1 && ls "$work"/apt/busybox_*.orig.tar.*
-}
-
 busybox_make() {
-    exec make -C "$work/busybox" -j "$(nproc)" CROSS_COMPILE="$cross" CC="$compiler" EXTRA_CFLAGS="$flags" "$@" \
-        </dev/null >"$work/log" 2>&1
+    exec make -C "$work/busybox" -j "$(nproc)" CROSS_COMPILE="$cross" CC="$compiler" "$@" </dev/null >"$work/log" 2>&1
 }
 
 if [ ! -f "$built/busybox" ]; then
     if [ -z "$busybox" ]; then
         say "fetching busybox's source"
-        busybox=$(fetch_busybox) || {
+        fetch deb-src source --download-only --tar-only busybox || {
             tail -n 10 "$work/log" >&2
             fail "cannot fetch busybox's source with apt: run apt-get update or name a tarball with --busybox."
         }
+        busybox=$(ls "$work"/deb-src/busybox_*.orig.tar.*)
     fi
     mkdir "$work/busybox"
     tar -x -f "$busybox" -C "$work/busybox" --strip-components=1 ||
@@ -177,6 +214,7 @@ fi
 
 # --- the ramdisk ---
 
+say "compiling enter"
 root=$work/root
 mkdir "$root"
 (cd "$root" && mkdir bin sbin dev proc sys mnt run etc tmp)
@@ -187,9 +225,8 @@ done <"$built/links"
 # /sbin/poweroff is the doorbell; a second command of that name would be taken for it.
 rm "$root/bin/poweroff"
 
-say "compiling enter"
-# shellcheck disable=SC2086 # several words each
-$compiler $flags -Os -Wall -Wextra -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
+# shellcheck disable=SC2086 # a compiler and its options
+$compiler -Os -Wall -Wextra -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
     -static -s -Wl,--gc-sections -o "$root/sbin/enter" "$here/enter.c" >&2 || fail "cannot compile $here/enter.c."
 ln -s enter "$root/sbin/xs"
 cp "$here/init" "$root/init"

@@ -188,6 +188,7 @@ static void apply_config(char **args, char **envs)
 	gid_t *groups = NULL, gid = 0;
 	size_t n_args = 0, n_envs = 0, n_groups = 0;
 	uid_t uid = 0;
+	mode_t mask = 022;
 	char *cwd = "/";
 
 	while (config_next < config_end) {
@@ -218,7 +219,7 @@ static void apply_config(char **args, char **envs)
 		} else if (!strcmp(keyword, "user")) {	/* uid gid umask */
 			uid = next_number();
 			gid = next_number();
-			umask(next_number());
+			mask = next_number();
 		} else if (!strcmp(keyword, "group")) {	/* gid */
 			groups = realloc(groups, (n_groups + 1) * sizeof *groups);
 			groups[n_groups++] = next_number();
@@ -234,6 +235,7 @@ static void apply_config(char **args, char **envs)
 		}
 	}
 	make_folders(strdup(cwd));
+	umask(mask);
 	for (int fd = 0; fd <= 2; fd++)	/* so that the user may open /dev/stdout again, as under runc */
 		if (fchown(fd, uid, -1) < 0)
 			die(CANNOT_EXECUTE, "chown", "a standard stream");

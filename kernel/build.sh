@@ -30,35 +30,30 @@ esac
 arch=$machine source='' output='' cached=no
 while [ $# -gt 0 ]; do
     case $1 in
-    --arch | --source | --output)
-        [ $# -gt 1 ] || fail "$1 needs a value."
-        case $1 in
-        --arch) arch=$2 ;;
-        --source) source=$2 ;;
-        --output) output=$2 ;;
-        esac
-        shift 2
-        ;;
     --cached)
         cached=yes
         shift
+        continue
         ;;
+    --arch | --source | --output) [ $# -gt 1 ] || fail "$1 needs a value." ;;
     *) fail "unknown option $1; see the head of the script." ;;
     esac
+    case $1 in
+    --arch) arch=$2 ;;
+    --source) source=$2 ;;
+    --output) output=$2 ;;
+    esac
+    shift 2
 done
 
 cross=''
 case $arch in
-x86_64) target=vmlinux image=vmlinux prefix=x86_64-linux-gnu- compiler_package=gcc-x86-64-linux-gnu ;;
-arm64) target=Image image=arch/arm64/boot/Image prefix=aarch64-linux-gnu- compiler_package=gcc-aarch64-linux-gnu ;;
-arm) target=zImage image=arch/arm/boot/zImage prefix=arm-linux-gnueabihf- compiler_package=gcc-arm-linux-gnueabihf ;;
+x86_64) target=vmlinux image=vmlinux prefix=x86_64-linux-gnu- cross_package=gcc-x86-64-linux-gnu ;;
+arm64) target=Image image=arch/arm64/boot/Image prefix=aarch64-linux-gnu- cross_package=gcc-aarch64-linux-gnu ;;
+arm) target=zImage image=arch/arm/boot/zImage prefix=arm-linux-gnueabihf- cross_package=gcc-arm-linux-gnueabihf ;;
 *) fail "no kernel for architecture $arch: use x86_64, arm64 or arm." ;;
 esac
-if [ "$arch" = "$machine" ]; then
-    compiler_package=gcc
-else
-    cross=${CROSS_COMPILE:-$prefix}
-fi
+[ "$arch" = "$machine" ] || cross=${CROSS_COMPILE:-$prefix}
 
 # --- is it there already? ---
 
@@ -91,14 +86,14 @@ deliver() {
 # --- can it be built? ---
 
 [ -r "$source" ] ||
-    fail "cannot read the kernel's source $source: install the package linux-source-6.12 or name a tarball with --source."
+    fail "cannot read the kernel's source $source: install linux-source-6.12 or name a tarball with --source."
 
 packages=''
 need() {
     command -v "$1" >/dev/null || packages="$packages $2"
 }
-need "${cross}gcc" "$compiler_package"
 need gcc gcc
+[ -z "$cross" ] || need "${cross}gcc" "$cross_package"
 need make make
 need flex flex
 need bison bison
@@ -144,7 +139,8 @@ kernel_make() {
 
 say "configuring for $arch"
 cat "$here/common.config" "$here/$arch.config" >"$work/requested"
-(kernel_make KCONFIG_ALLCONFIG="$work/requested" allnoconfig) || fail "cannot configure the kernel: $(tail -n 5 "$work/log")"
+(kernel_make KCONFIG_ALLCONFIG="$work/requested" allnoconfig) ||
+    fail "cannot configure the kernel: $(tail -n 5 "$work/log")"
 lost=$(
     grep '^CONFIG_' "$work/requested" | grep -vxFf "$work/linux/.config" || true
     sed -n 's/^# \(CONFIG_[A-Z0-9_]*\) is not set$/^\1=/p' "$work/requested" | grep -f - "$work/linux/.config" || true
