@@ -813,6 +813,7 @@ def send_signal(xenstore, domid, number, to_all=False):
 # undoes every mount, whoever was killed before, and the host's mount table never shows one.
 
 CLONE_NEWNS = 0x00020000  # <linux/sched.h>
+MNT_DETACH = 2  # <sys/mount.h>
 SYS_OPENAT2 = 437  # the same on every architecture
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
 
@@ -861,6 +862,14 @@ def build_share(folder, config):
     # what is left of the folder itself is memory of the host's, which the guest must not fill
     mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
     return paths
+
+
+def remove_share(folder):
+    """Takes the mounts below folder away, in the monitor's namespace, where they cover what is to be removed."""
+    try:
+        system_call("umount2", folder, MNT_DETACH)
+    except OSError:
+        pass  # build_share() has not come so far
 
 
 def bind(entry, target):
@@ -959,12 +968,13 @@ class Container:
         try:
             with open(self.path("state.json"), encoding="utf-8") as file:
                 self.state = json.load(file)
+            self.state["status"]
         except FileNotFoundError:
             if not os.path.isdir(self.folder):
                 raise NoContainer(self.id) from None
             self.state = {"status": "creating"}  # between its first two steps, or killed there
-        except ValueError:
-            self.state = {"status": "stopped"}  # not written by us; delete can still remove it
+        except (ValueError, TypeError, KeyError):
+            raise Error(f"cannot read {self.path('state.json')}: runX has not written it") from None
         return self
 
     def save(self, **changes):
@@ -1017,10 +1027,29 @@ class Container:
         }
 
     def remove(self):
-        """Removes the folder; what is mounted in it elsewhere (another namespace) is not followed."""
-        import shutil
+        """Removes the folder, by name and only what create made: below `share` there may be mounts of others' files."""
+        mounts = self.path("share/mounts")
+        for name in os.listdir(mounts) if os.path.isdir(mounts) else ():
+            remove_empty(os.path.join(mounts, name))
+        for name in ("share/mounts", "share/rootfs", "share"):
+            remove_empty(self.path(name))
+        for name in ("control", "ramdisk", "xl.cfg", "state.json.new", "state.json"):
+            if os.path.lexists(self.path(name)):
+                os.unlink(self.path(name))
+        remove_empty(self.folder)
 
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+def remove_empty(path):
+    """Removes an empty folder or file, if it is there; what has content stays, and that is an Error."""
+    try:
+        if os.path.isdir(path):
+            os.rmdir(path)
+        elif os.path.lexists(path):
+            if os.path.getsize(path):
+                raise OSError(0, "it is not empty")
+            os.unlink(path)
+    except OSError as error:
+        raise Error(f"cannot remove {path}: {error.strerror}") from None
 
 
 # ==== monitor ============================================================================================
@@ -1338,6 +1367,7 @@ class Monitor:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         clean_up(self.xenstore, self.container.state)
+        remove_share(self.container.path("share"))
         self.debug("the domain is gone")
 
 

@@ -72,12 +72,6 @@ def test_a_mebibyte_through_stdin_and_back_is_identical():
     assert (len(result.stdout), result.returncode, result.stderr) == (len(data), 0, b"")
 
 
-def test_stdin_is_a_pipe_and_ends_more_than_once():
-    script = "[ -t 0 ] || echo pipe; wc -c; wc -c"
-    result = ctr_run("sh", "-c", script, input=b"12345")
-    assert result.stdout.split() == [b"pipe", b"5", b"0"]
-
-
 def test_arguments_and_environment_arrive_exactly():
     awkward = ["two words", "'", '"', "$HOME `id` \\", "line\nbreak\n", "héłló 世界", "", "*", "-n", "a=b"]
     script = 'for a; do printf "%s" "$a" | od -An -tx1 -v | tr -d " \\n"; echo; done; printf "%s" "$AWKWARD"'
@@ -88,12 +82,8 @@ def test_arguments_and_environment_arrive_exactly():
     assert lines[-1].decode() == options[1].partition("=")[2]
 
 
-def test_the_working_directory_and_the_user_apply():
-    script = "pwd; id -u; id -g; touch /tmp/mine && ls -n /tmp/mine"
-    result = ctr_run("sh", "-c", script, options=["--cwd", "/usr/new", "--user", "1234:567"])
-    lines = result.stdout.decode().splitlines()
-    assert lines[:3] == ["/usr/new", "1234", "567"], result
-    assert lines[3].split()[2:4] == ["1234", "567"]
+def test_the_working_directory_is_made_and_used():
+    assert ctr_run("pwd", options=["--cwd", "/usr/new/folder"]).stdout == b"/usr/new/folder\n"
 
 
 def test_a_detached_task_runs_until_its_trap_ends_it(detached):

@@ -1,6 +1,8 @@
 """Bad input: one clear sentence on stderr and as the log's last record, exit status not 0, nothing left."""
 
+import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -73,7 +75,27 @@ def test_command_not_found(bundle, name, words):
     check_refused(bundle, bundle.create(), words)
 
 
-@pytest.mark.parametrize("container_id", ["", "..", "a/b", "a b", "x" * 300, "é"])
+def test_cleaning_up_touches_no_file_of_the_user(bundle, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("still here")
+    spec = config("no-such-command")
+    spec["mounts"] += [
+        {"destination": "/data", "type": "bind", "source": str(precious), "options": ["rbind"]},
+        {"destination": "/file", "type": "bind", "source": str(precious / "file"), "options": ["bind"]},
+    ]
+    bundle.write_config(spec)
+    check_refused(bundle, bundle.create(), "executable file not found")
+    bundle.write_config({**spec, "process": config("true")["process"]})
+    assert bundle.create().returncode == 0
+    os.kill(bundle.pid(), signal.SIGKILL)
+    assert bundle.runx("delete", "--force", bundle.id).returncode == 0
+    assert not bundle.root.joinpath(bundle.id).exists()
+    assert (precious / "file").read_text() == "still here"
+    assert (bundle.rootfs / "bin/busybox").exists()
+
+
+@pytest.mark.parametrize("container_id", ["", "..", "a/b", "a b", pytest.param("x" * 300, id="long"), "é"])
 def test_bad_id(bundle, container_id):
     bundle.write_config(config("true"))
     bundle.id = container_id

@@ -44,6 +44,11 @@ def test_run_waits_and_returns_the_exit_status(bundle):
     assert not bundle.root.joinpath(bundle.id).exists()
 
 
+def test_stdin_is_a_pipe_and_stays_at_its_end(bundle):
+    result = bundle.run("sh", "-c", "[ -t 0 ] || echo pipe; cat; cat; echo end", input=b"1\x10\x04\x00\x11\x132")
+    assert (result.stdout, result.returncode) == (b"pipe\n1\x10\x04\x00\x11\x132end\n", 0)
+
+
 def test_state_through_a_life(bundle, created):
     pidfd = created("sleep", "1000")
     state = bundle.state()
