@@ -21,6 +21,7 @@ import time
 
 VERSION = "0.1.0"
 DEFAULT_ROOT = "/run/runX"
+HOST_CONFIG = "/etc/runX/config.json"
 # An engine may call with an empty environment (Podman's `state`), and xl needs to find its helpers.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -196,7 +197,7 @@ def load_config(bundle):
     annotations = field(spec, "annotations", dict, {})
     if any(field(spec, "hooks", dict, {}).values()):
         raise Error("config.json: hooks are not supported yet")
-    guest_type = annotations.get("org.runx.type", "")
+    guest_type = annotations.get("org.runx.type") or load_host_config().get("type", "")
     if guest_type not in ("", "pv", "pvh"):
         raise Error(f'config.json: the annotation org.runx.type is "pv" or "pvh", not {json.dumps(guest_type)}')
     return Config(
@@ -210,6 +211,22 @@ def load_config(bundle):
         memory=max(0, field(memory, "limit", int, 0, "config.json: linux.resources.memory")),
         guest_type=guest_type,
     )
+
+
+def load_host_config():
+    """The host's own settings, {} where there is no file.  "type": "pv" or "pvh", for containers that do not say."""
+    import json
+
+    try:
+        with open(HOST_CONFIG, encoding="utf-8") as file:
+            settings = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read {HOST_CONFIG}: {error}") from None
+    if not isinstance(settings, dict) or settings.keys() - {"type"} or settings.get("type", "pv") not in ("pv", "pvh"):
+        raise Error(f'{HOST_CONFIG} must be a JSON object with "type", which is "pv" or "pvh", and nothing else')
+    return settings
 
 
 def check_version(version):

@@ -174,9 +174,10 @@ static void make_target(char *path, const char *source, unsigned long flags)
  */
 static void enter_rootfs(void)
 {
-	int share = open(SHARE, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	int share;
 
 	if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
+	    (share = open(SHARE, O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0 ||
 	    mount(SHARE "/rootfs", SHARE "/rootfs", NULL, MS_BIND, NULL) < 0 || chdir(SHARE "/rootfs") < 0 ||
 	    mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || fchdir(share) < 0)
 		die(CANNOT_EXECUTE, "enter", "the rootfs");

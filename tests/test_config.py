@@ -70,6 +70,19 @@ def test_the_guests_config_keeps_the_order_of_mounts(bundle, tmp_path):
     assert words[-7:] == [b"sh", b"arg", b"-c", b"arg", b"x", b"env", b"PATH=/bin", b""][-7:]
 
 
+def test_the_hosts_own_configuration(bundle, tmp_path, monkeypatch):
+    file = tmp_path / "host.json"
+    monkeypatch.setattr(runx, "HOST_CONFIG", str(file))
+    assert runx.load_config(bundle(config("true"))).guest_type == ""
+    file.write_text('{"type": "pv"}')
+    assert runx.load_config(bundle(config("true"))).guest_type == "pv"
+    assert runx.load_config(bundle({**config("true"), "annotations": {"org.runx.type": "pvh"}})).guest_type == "pvh"
+    for wrong in ("{", "[]", '{"type": "hvm"}', '{"tpye": "pv"}'):
+        file.write_text(wrong)
+        with pytest.raises(runx.Error, match="host.json"):
+            runx.load_config(bundle(config("true")))
+
+
 # ---- the command line
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import uuid
@@ -43,9 +44,11 @@ def detached():
 
 
 def wait_for_exit(name):
-    """The task's exit status, when containerd has seen it."""
+    """The task's exit status, when containerd has seen it: `ctr task rm` tells one that is not 0."""
     wait_until(lambda: task_status(name) == "STOPPED", f"task {name} stopped")
-    return ctr("task", "rm", name).returncode
+    removed = ctr("task", "rm", name)
+    told = re.search(r"non-zero exit code (\d+)", (removed.stdout + removed.stderr).decode())
+    return int(told[1]) if told else removed.returncode
 
 
 def task_status(name):

@@ -119,22 +119,38 @@ def test_writes_survive_sigkill(bundle, created):
     assert (bundle.rootfs / "tmp/open").read_text() in ("written\n", "")
 
 
+def can_run_pvh():
+    return "hvm" in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text()
+
+
+def crashes_of_the_emulated_processor():
+    """QEMU's software emulation of SVM loses the state of a PVH guest now and then; Xen sees a triple fault."""
+    return xl("dmesg").count("Triple fault")
+
+
 @pytest.mark.parametrize("kind", ["pv", "pvh"])
 def test_both_kinds_of_guest_boot(bundle, kind):
-    if kind == "pvh" and "hvm" not in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text():
+    if kind == "pvh" and not can_run_pvh():
         pytest.skip("this hypervisor cannot run PVH guests: no hardware virtualization")
     spec = config("sh", "-c", "cat; exit 4")
     spec["annotations"] = {"org.runx.type": kind}
     bundle.write_config(spec)
-    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id, input=kind.encode() * 1000)
+    for _ in range(3):
+        crashes = crashes_of_the_emulated_processor()
+        result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id, input=kind.encode() * 1000)
+        if crashes_of_the_emulated_processor() == crashes:
+            break
     assert (result.returncode, result.stdout, result.stderr) == (4, kind.encode() * 1000, b"")
 
 
-def test_the_host_chooses_the_kind_of_guest(bundle, created):
-    created("true")
+def test_the_host_chooses_the_kind_of_guest(bundle):
+    # in a mount namespace where the host's own configuration is hidden, if it has one
+    bundle.write_config(config("true"))
+    create = f"exec runX --root {bundle.root} create --bundle {bundle.folder} {bundle.id} >/dev/null 2>&1"
+    hide = "if [ -d /etc/runX ]; then mount -t tmpfs none /etc/runX; fi"
+    assert call("unshare", "-m", "sh", "-c", f"{hide}; {create}").returncode == 0
     chosen = call("xenstore-read", f"/libxl/{bundle.domain()}/type").stdout.decode().strip()
-    can_pvh = "hvm" in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text()
-    assert chosen == ("pvh" if can_pvh else "pv")
+    assert chosen == ("pvh" if can_run_pvh() else "pv")
 
 
 def test_a_hundred_kilobytes_of_environment_arrive(bundle):
