@@ -195,6 +195,9 @@ def load_config(bundle):
     resources = field(linux, "resources", dict, {}, "config.json: linux")
     memory = field(resources, "memory", dict, {}, "config.json: linux.resources")
     annotations = field(spec, "annotations", dict, {})
+    hostname = field(spec, "hostname", str, "")
+    if "\0" in hostname:
+        raise Error("config.json: hostname must not hold a NUL")
     if any(field(spec, "hooks", dict, {}).values()):
         raise Error("config.json: hooks are not supported yet")
     guest_type = annotations.get("org.runx.type") or load_host_config().get("type", "")
@@ -205,7 +208,7 @@ def load_config(bundle):
         rootfs=find_rootfs(bundle, field(spec, "root", dict)),
         readonly=field(spec["root"], "readonly", bool, False, "config.json: root"),
         process=parse_process(field(spec, "process", dict, None)),
-        hostname=field(spec, "hostname", str, ""),
+        hostname=hostname,
         mounts=[parse_mount(bundle, mount) for mount in field(spec, "mounts", list, [])],
         annotations=annotations,
         memory=max(0, field(memory, "limit", int, 0, "config.json: linux.resources.memory")),
@@ -797,7 +800,7 @@ def guest_config(config, bind_sources):
         for keyword, values in (("group", process.groups), ("arg", process.args), ("env", process.env)):
             for value in values:
                 words += [keyword, value]
-    return b"".join(os.fsencode(str(word)) + b"\0" for word in words)
+    return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
 
 
 def guest_mount(mount, bind_sources):
