@@ -1,0 +1,372 @@
+#!/usr/bin/python3
+"""Make the disk image of the lab's dom0, and what QEMU needs to boot it.
+
+    image.py        print the folder that holds the image, making it first if need be
+
+The folder is ${XDG_CACHE_HOME:-~/.cache}/runx/dom0-<key>:
+
+    xen         the hypervisor, an ELF file that QEMU loads by the multiboot protocol
+    vmlinux     dom0's kernel, unpacked: emulated unpacking would cost a second of every boot
+    initrd.img  busybox and the modules that lead to the disk
+    disk.img    an ext4 file system with Debian and the dom0 tools (sparse)
+
+<key> is a hash over all that decides the content: this file, lab-init and the packages named
+below.  What changes often (dom0-init, the agent, runX) is not in the image: the lab mounts the
+working tree in the dom0.
+
+Needs root, for the chroot that packages are installed in.  Progress goes to stderr.
+"""
+
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+SUITE = "bookworm"
+
+PACKAGES = [
+    # Xen's tools; the QEMU that serves 9p and disks to the guests
+    "xen-utils-4.17", "xenstore-utils", "qemu-system-xen",
+    # container engines, and what they call
+    "containerd", "runc", "containernetworking-plugins", "podman", "conmon", "dnsmasq-base",
+    # runX's interpreter; the tests
+    "python3", "python3-pytest", "strace", "iperf3", "jq", "socat",
+    # root file systems of containers
+    "e2fsprogs", "squashfs-tools", "erofs-utils",
+    # a small system around them
+    "busybox-static", "iproute2", "iptables", "bridge-utils", "kmod", "mount",
+    "netbase", "procps", "util-linux",
+]
+# Unpacked, not installed: as installed packages these two would bring an initramfs generator,
+# udev and a boot loader's configuration along.
+KERNEL_PACKAGE = "linux-image-amd64"
+XEN_PACKAGE = "xen-hypervisor-4.17-amd64"
+
+# Nobody reads documentation in the lab.
+EXCLUDED_PATHS = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*",
+                  "/usr/share/locale/*", "/usr/share/perl/*/pod/*"]
+
+# Of the kernel's modules, drivers of real hardware are four fifths and of no use here.
+DRIVERS_KEPT = {"block", "char", "net", "vhost", "virtio", "xen"}
+NET_DRIVERS_KEPT = {"xen-netback"}      # besides those directly in drivers/net
+BOOT_MODULES = ["virtio_pci", "virtio_blk", "ext4"]
+LATER_MODULES = ["virtio_console", "virtio_net", "9p", "9pnet_virtio", "xen-evtchn",
+                 "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xen-netback", "xen-blkback",
+                 "bridge", "veth", "tun", "loop", "overlay"]
+
+DISK_SIZE = "6G"        # sparse; free space is for containers
+BUSYBOX_REFERENCE = "docker.io/library/busybox:latest"
+BUSYBOX_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+INITRAMFS_INIT = """\
+#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev
+for module in @MODULES@; do /bin/busybox insmod /modules/$module; done
+# With the type, for there is no /proc/filesystems to guess from.
+/bin/busybox mount -t ext4 -o noatime,nobarrier,noinit_itable /dev/vda /root
+exec /bin/busybox switch_root /root /sbin/lab-init
+"""
+
+
+BEGAN = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Report progress."""
+    print(f"dom0 image: {time.monotonic() - BEGAN:.0f} s: {text}", file=sys.stderr, flush=True)
+
+
+class ImageError(Exception):
+    """The image cannot be made; the message says what failed and what to do."""
+
+
+def cache_root() -> Path:
+    """The folder for everything that RunX's lab keeps between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runx"
+
+
+def image_folder() -> Path:
+    """Where the image for the present inputs is, or would be."""
+    digest = hashlib.sha256()
+    for source in (Path(__file__), HERE / "lab-init"):
+        digest.update(source.read_bytes() + b"\0")
+    return cache_root() / f"dom0-{digest.hexdigest()[:16]}"
+
+
+def run(*argv, **options) -> str:
+    """Run a program to its end and return its stdout; stderr is shown only when it fails."""
+    done = subprocess.run([str(arg) for arg in argv], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, **options)
+    if done.returncode != 0:
+        sys.stderr.write(done.stderr)
+        raise ImageError(f"making the dom0 image: {argv[0]} failed with status "
+                         f"{done.returncode}; its messages are above")
+    return done.stdout
+
+
+# -- Debian ------------------------------------------------------------------------------------
+
+def apt_sources() -> str:
+    """The lines of a sources.list for SUITE, from the mirrors that this machine itself uses."""
+    targets = run("apt-get", "indextargets", "--format",
+                  "$(ORIGIN)\t$(RELEASE)\t$(REPO_URI)\t$(COMPONENT)", "Created-By: Packages")
+    lines = set()
+    for target in targets.splitlines():
+        origin, release, uri, component = target.split("\t")
+        if origin == "Debian" and release.split("-")[0] == SUITE and component == "main":
+            lines.add(f"deb {uri} {release} {component}\n")
+    if not lines:
+        raise ImageError(f"looking for a Debian mirror: apt's sources name none for {SUITE}; "
+                         "run the lab on Debian 12, or add its sources and run apt-get update")
+    return "".join(sorted(lines))
+
+
+def make_root(root: Path) -> None:
+    """Install PACKAGES and what they need into `root`."""
+    options = [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS]
+    # In a PID and mount namespace of its own, so that an interrupted run leaves neither
+    # processes nor mounts behind.
+    run("unshare", "--mount", "--pid", "--fork", "--kill-child",
+        "mmdebstrap", "--mode=root", "--variant=essential", "--format=directory",
+        f"--include={','.join(PACKAGES)}", "--dpkgopt=force-unsafe-io", *options,
+        SUITE, root, "-", input=apt_sources())
+
+
+def unpack_packages(folder: Path) -> None:
+    """Unpack the kernel and the hypervisor into `folder`."""
+    folder.mkdir()
+    depends = run("apt-cache", "depends", KERNEL_PACKAGE)
+    kernel = re.search(r"Depends: (linux-image-\S+)", depends)
+    if not kernel:
+        raise ImageError(f"looking for dom0's kernel: apt knows no package {KERNEL_PACKAGE}; "
+                         "run apt-get update")
+    run("apt-get", "download", "-o", "APT::Sandbox::User=root", kernel[1], XEN_PACKAGE,
+        cwd=folder)
+    for package in list(folder.glob("*.deb")):
+        run("dpkg-deb", "-x", package, folder)
+        package.unlink()
+
+
+# -- kernel, modules and the small initramfs -----------------------------------------------------
+
+def unpacked_kernel(bzimage: bytes) -> bytes:
+    """The ELF file inside an x86 bzImage (see Documentation/x86/boot.rst, payload_offset)."""
+    setup_sectors = bzimage[0x1f1] or 4
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    # A decompressor object, for it stops at the stream's end: four more bytes follow.
+    return lzma.LZMADecompressor().decompress(bzimage[start:start + length])
+
+
+def install_modules(unpacked: Path, root: Path) -> str:
+    """Move the modules that dom0 can use into `root`; return the kernel's version."""
+    source = next((unpacked / "lib/modules").iterdir())
+    drivers = source / "kernel/drivers"
+    for folder in drivers.iterdir():
+        if folder.name not in DRIVERS_KEPT:
+            shutil.rmtree(folder)
+    for folder in (drivers / "net").iterdir():
+        if folder.is_dir() and folder.name not in NET_DRIVERS_KEPT:
+            shutil.rmtree(folder)
+    shutil.rmtree(source / "kernel/sound")
+    version = source.name
+    target = root / "usr/lib/modules" / version
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(source, target)
+    run("chroot", root, "depmod", version)
+    for module in BOOT_MODULES + LATER_MODULES:
+        module_files(root, version, module)
+    return version
+
+
+def module_files(root: Path, version: str, module: str) -> "list[Path]":
+    """The files to load for `module`, in order."""
+    steps = run("chroot", root, "modprobe", "--set-version", version, "--show-depends", module)
+    return [root / line.split()[1].lstrip("/") for line in steps.splitlines()
+            if line.startswith("insmod")]
+
+
+def cpio_entry(name: str, mode: int, data: bytes, inode: int) -> bytes:
+    """One member of a cpio archive in the "newc" format that Linux's initramfs takes."""
+    fields = [inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0]
+    head = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
+
+
+def make_initramfs(root: Path, version: str) -> bytes:
+    """A cpio archive that loads BOOT_MODULES, mounts the disk and starts its lab-init."""
+    files = {}
+    for module in BOOT_MODULES:
+        for path in module_files(root, version, module):
+            files[path.name] = path.read_bytes()
+    init = INITRAMFS_INIT.replace("@MODULES@", " ".join(files))
+    entries = [(folder, stat.S_IFDIR | 0o755, b"") for folder in ("bin", "dev", "modules", "root")]
+    entries.append(("init", stat.S_IFREG | 0o755, init.encode()))
+    entries.append(("bin/busybox", stat.S_IFREG | 0o755, (root / "bin/busybox").read_bytes()))
+    entries += [(f"modules/{name}", stat.S_IFREG | 0o644, data) for name, data in files.items()]
+    entries.append(("TRAILER!!!", 0, b""))
+    return b"".join(cpio_entry(*entry, inode) for inode, entry in enumerate(entries, 1))
+
+
+# -- the busybox container image -----------------------------------------------------------------
+
+def busybox_layer(busybox: Path) -> bytes:
+    """A tar archive of a root file system: busybox, a link per applet, the usual folders."""
+    blob = io.BytesIO()
+    with tarfile.open(fileobj=blob, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        def add(name, kind=tarfile.REGTYPE, mode=0o755, data=b"", link=""):
+            member = tarfile.TarInfo(name)      # its times and owners are 0
+            member.type, member.mode, member.size, member.linkname = kind, mode, len(data), link
+            tar.addfile(member, io.BytesIO(data))
+
+        for folder in ("bin", "dev", "etc", "home", "mnt", "proc", "sbin", "sys", "usr",
+                       "usr/bin", "usr/sbin", "var", "var/log", "var/spool"):
+            add(folder, tarfile.DIRTYPE)
+        add("root", tarfile.DIRTYPE, 0o700)
+        for folder in ("tmp", "var/tmp"):
+            add(folder, tarfile.DIRTYPE, 0o1777)
+        add("run", tarfile.DIRTYPE)
+        add("var/run", tarfile.SYMTYPE, 0o777, link="../run")
+        for name, text in (
+                ("passwd", "root:x:0:0:root:/root:/bin/sh\n"
+                           "daemon:x:1:1:daemon:/usr/sbin:/bin/false\n"
+                           "www-data:x:33:33:www-data:/var/www:/bin/false\n"
+                           "nobody:x:65534:65534:nobody:/home:/bin/false\n"),
+                ("group", "root:x:0:\ndaemon:x:1:\ntty:x:5:\nwww-data:x:33:\nusers:x:100:\n"
+                          "nogroup:x:65534:\n"),
+                ("shells", "/bin/sh\n")):
+            add(f"etc/{name}", mode=0o644, data=text.encode())
+        add("etc/shadow", mode=0o640, data=b"root:*:::::::\n")
+        add("bin/busybox", data=busybox.read_bytes())
+        for applet in sorted(set(run(busybox, "--list-full").split())):
+            # /linuxrc and the like, directly in the root, are for initramfs images
+            if "/" in applet and applet != "bin/busybox":
+                add(applet, tarfile.SYMTYPE, 0o777, link="/bin/busybox")
+    return blob.getvalue()
+
+
+def make_busybox_image(busybox: Path) -> bytes:
+    """An OCI image layout in a tar archive, as `ctr image import` takes it."""
+    blobs = {}
+
+    def descriptor(data, media_type, **more):
+        digest = hashlib.sha256(data).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = data
+        return {"mediaType": f"application/vnd.oci.image.{media_type}",
+                "digest": f"sha256:{digest}", "size": len(data), **more}
+
+    layer = descriptor(busybox_layer(busybox), "layer.v1.tar")
+    config = descriptor(json.dumps({
+        "architecture": "amd64", "os": "linux",
+        "config": {"Env": [f"PATH={BUSYBOX_PATH}"], "Cmd": ["sh"]},
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+        "history": [{"created_by": "the lab, from Debian's busybox-static"}],
+    }).encode(), "config.v1+json")
+    manifest = descriptor(json.dumps({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": config, "layers": [layer],
+    }).encode(), "manifest.v1+json", annotations={
+        "io.containerd.image.name": BUSYBOX_REFERENCE,
+        "org.opencontainers.image.ref.name": "latest",
+    })
+    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
+             "index.json": json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode(),
+             **blobs}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return archive.getvalue()
+
+
+# -- putting it together -----------------------------------------------------------------------
+
+def configure(root: Path) -> None:
+    """Write the few files that make `root` the lab's dom0."""
+    shutil.copy(HERE / "lab-init", root / "usr/sbin/lab-init")
+    (root / "usr/sbin/lab-init").chmod(0o755)
+    for folder in ("repo", "share", "usr/share/lab"):
+        (root / folder).mkdir()
+    (root / "usr/share/lab/busybox.tar").write_bytes(make_busybox_image(root / "bin/busybox"))
+    (root / "etc/hostname").write_text("dom0\n")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost dom0\n::1 localhost\n")
+    (root / "etc/machine-id").write_text("72756e786c61623072756e786c616230\n")
+    resolv_conf = root / "etc/resolv.conf"
+    resolv_conf.unlink(missing_ok=True)
+    resolv_conf.touch()
+
+
+def make_disk(root: Path, disk: Path) -> None:
+    """Put `root` into an ext4 image.
+
+    It never outlives a boot that writes to it, so it has no journal and no checksums.
+    """
+    run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0",
+        "-d", root, disk, DISK_SIZE)
+
+
+def make_image(target: Path) -> None:
+    """Make the image in a folder beside `target`, then rename that folder to it."""
+    work = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
+    try:
+        root, unpacked, result = work / "root", work / "unpacked", work / "result"
+        result.mkdir()
+        say(f"installing {len(PACKAGES)} Debian packages and what they need")
+        make_root(root)
+        say("unpacking Xen and dom0's kernel")
+        unpack_packages(unpacked)
+        bzimage = next((unpacked / "boot").glob("vmlinuz-*"))
+        (result / "vmlinux").write_bytes(unpacked_kernel(bzimage.read_bytes()))
+        hypervisor = next((unpacked / "boot").glob("xen-*.gz"))
+        (result / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
+        version = install_modules(unpacked, root)
+        (result / "initrd.img").write_bytes(make_initramfs(root, version))
+        configure(root)
+        say("filling the disk")
+        make_disk(root, result / "disk.img")
+        result.rename(target)
+        say("done")
+    finally:
+        run("rm", "-rf", "--one-file-system", work)
+
+
+def main() -> int:
+    target = image_folder()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / "image.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # two labs want the image: one makes it
+        if not target.is_dir():
+            for leftover in target.parent.glob("partial-*"):
+                run("rm", "-rf", "--one-file-system", leftover)
+            make_image(target)
+            for old in target.parent.glob("dom0-*"):
+                if old != target:
+                    shutil.rmtree(old)
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        sys.exit(main())
+    except (ImageError, OSError) as error:
+        sys.exit(f"image.py: {error}")
