@@ -88,8 +88,9 @@ class Record:
     """
 
     def __init__(self, **fields):
-        if fields.keys() != self.__annotations__.keys():
-            raise TypeError(f"{type(self).__name__} takes {', '.join(self.__annotations__)}")
+        names = type(self).__annotations__
+        if fields.keys() != names.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(names)}")
         self.__dict__.update(fields)
 
 
@@ -133,7 +134,7 @@ class Config(Record):
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
 MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
-MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
+MS_BIND, MS_REC, MS_SLAVE = 4096, 16384, 1 << 19
 MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
 
 # option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
@@ -294,6 +295,8 @@ def parse_mount(bundle, spec):
         source = os.path.join(bundle, source)
         if not os.path.exists(source):
             raise Error(f"cannot mount {source} at {destination}: the source does not exist")
+        if data:
+            raise Error(f"cannot mount {source} at {destination}: a bind mount has no option {data[0]} here")
     elif kind not in GUEST_FILESYSTEMS:
         raise Error(f'cannot mount at {destination}: the type "{kind}" is not one a VM can mount')
     return Mount(destination="/" + destination.lstrip("/"), type=kind, source=source, flags=flags, data=",".join(data))
@@ -416,10 +419,11 @@ class Xenstore:
             data += chunk
         return data
 
-    def read(self, path, default=None):
+    def read(self, path, default=None, transaction=0):
         """The value as text (never trusted, so undecodable bytes are replaced); default where there is no node."""
         try:
-            return self.request(XS_READ, "read", path, path.encode() + b"\0").decode("utf-8", "replace")
+            body = self.request(XS_READ, "read", path, path.encode() + b"\0", transaction)
+            return body.decode("utf-8", "replace")
         except XenstoreError as error:
             if error.code == "ENOENT":
                 return default
@@ -463,15 +467,20 @@ class Xenstore:
         return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
 
     def transaction(self, work):
-        """Runs work(transaction id), again for as long as somebody else's change came between."""
-        while True:
+        """Runs work(transaction id), again if somebody else's change came between; a guest that makes changes
+        without end is refused in the end."""
+        for attempt in range(100):
             number = int(self.request(XS_TRANSACTION_START, "start a transaction", "", b"\0").rstrip(b"\0"))
             try:
                 work(number)
+            except BaseException:
+                self.request(XS_TRANSACTION_END, "drop a transaction", "", b"F\0", number)
+                raise
+            try:
                 self.request(XS_TRANSACTION_END, "end a transaction", "", b"T\0", number)
                 return
             except XenstoreError as error:
-                if error.code != "EAGAIN":
+                if error.code != "EAGAIN" or attempt == 99:
                     raise
 
 
@@ -819,12 +828,20 @@ def encode_input(data):
     return data.replace(ESCAPE, ESCAPE + ESCAPE)
 
 
-def send_signal(xenstore, domid, number, to_all=False):
+def send_signal(xenstore, domid, uuid, number, to_all=False):
     """Queues a request and rings; a guest that is not ready yet looks at the queue by itself."""
-    data = f"/local/domain/{domid}/data"
-    xenstore.write(f"{data}/request/{time.time_ns():020d}", f"{'killall' if to_all else 'kill'} {number}")
-    if xenstore.read(f"{data}/ready"):
-        xenstore.write(f"/local/domain/{domid}/control/shutdown", "poweroff")
+    domain = f"/local/domain/{domid}"
+
+    def request(transaction):
+        # a write below a domain that is gone would make its folder anew, for ever
+        if xenstore.read(f"{domain}/vm", transaction=transaction) != f"/vm/{uuid}":
+            raise Error("container not running")
+        name = f"{domain}/data/request/{time.time_ns():020d}"
+        xenstore.write(name, f"{'killall' if to_all else 'kill'} {number}", transaction=transaction)
+        if xenstore.read(f"{domain}/data/ready", transaction=transaction):
+            xenstore.write(f"{domain}/control/shutdown", "poweroff", transaction=transaction)
+
+    xenstore.transaction(request)
 
 
 # ==== rootfs =============================================================================================
@@ -873,6 +890,7 @@ def build_share(folder, config):
     os.mkdir(rootfs)
     os.mkdir(os.path.join(folder, "mounts"))
     mount(config.rootfs, rootfs, MS_BIND | MS_REC)
+    restrict(rootfs)
     paths = []
     for entry in config.mounts:
         if entry.flags & MS_BIND:
@@ -898,8 +916,13 @@ def bind(entry, target):
     else:
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
     mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
-    if entry.flags & MS_RDONLY:  # enforced on this side: the guest is not asked
-        mount(None, target, MS_BIND | MS_REMOUNT | MS_RDONLY)
+    restrict(target, entry.flags & MS_RDONLY)  # enforced on this side: the guest is not asked
+
+
+def restrict(target, readonly=0):
+    """Makes no device of dom0's reachable by a node in target; the guest opens its own devices itself."""
+    kept = os.statvfs(target).f_flag & (MS_RDONLY | MS_NOEXEC)  # <sys/statvfs.h> has the same numbers
+    mount(None, target, MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOSUID | kept | readonly)
 
 
 def open_in_root(root, path):
@@ -915,11 +938,15 @@ def open_in_root(root, path):
         os.close(root_fd)
 
 
-def check_executable(root, process):
-    """Finds process.args[0] in root as execvp(3) will in the guest; raises Error in runc's words."""
+def check_executable(root, config):
+    """Finds process.args[0] in root as execvp(3) will in the guest; raises Error in runc's words.
+
+    What a mount of the guest's may cover is not judged here; the guest says it on standard error.
+    """
+    import errno
     import stat
 
-    name = process.args[0]
+    process, name = config.process, config.process.args[0]
     if "/" in name:
         candidates = [os.path.join(process.cwd, name)]
     else:
@@ -927,9 +954,13 @@ def check_executable(root, process):
         candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
     reason = f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
     for candidate in candidates:
+        if any(f"{candidate}/".startswith(f"{mount.destination.rstrip('/')}/") for mount in config.mounts):
+            return
         try:
             fd = open_in_root(root, candidate)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return  # such as a kernel without openat2(2)
             continue
         mode = os.fstat(fd).st_mode
         os.close(fd)
@@ -1014,11 +1045,18 @@ class Container:
             try:
                 self.lock_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
-                if os.path.samestat(os.fstat(self.lock_fd), os.stat(self.folder)):
-                    return self.load()
             except FileNotFoundError:
                 raise NoContainer(self.id) from None
-            os.close(self.lock_fd)  # deleted, and made again, while we waited
+            if self.is_ours():
+                return self.load()
+            os.close(self.lock_fd)  # deleted while we waited, and perhaps made again
+
+    def is_ours(self):
+        """Whether the folder that we have locked is still the container's."""
+        try:
+            return os.path.samestat(os.fstat(self.lock_fd), os.stat(self.folder))
+        except FileNotFoundError:
+            return False
 
     def __exit__(self, *_):
         os.close(self.lock_fd)
@@ -1114,11 +1152,16 @@ class Output:
     def __init__(self, console, fd):
         self.console, self.fd, self.pending = console, fd, b""
 
-    def advance(self, writable):
-        """Moves what can be moved.  A pipe that poll(2) calls writable takes PIPE_BUF bytes at once."""
-        if self.pending and writable:
+    def advance(self):
+        """Moves what can be moved.  A pipe that is writable now takes PIPE_BUF bytes at once; asked for each
+        write, because both streams may be one pipe."""
+        import select
+
+        if self.pending and select.select([], [self.fd], [], 0)[1]:
             try:
                 self.pending = self.pending[os.write(self.fd, self.pending) :]
+            except BlockingIOError:
+                pass
             except OSError:
                 self.pending = b""  # nobody reads any more
         if not self.pending:
@@ -1175,7 +1218,7 @@ class Monitor:
         share = container.path("share")
         sources = build_share(share, config)
         if config.process:
-            check_executable(os.path.join(share, "rootfs"), config.process)
+            check_executable(os.path.join(share, "rootfs"), config)
         self.write_ramdisk(initrd, guest_config(config, sources))
         self.create_domain(kernel, share)
         self.channels = EventChannels()
@@ -1236,7 +1279,7 @@ class Monitor:
         """Moves what can be moved without waiting; true when there is nothing left to wait for."""
         if self.exit_status is None:
             return False
-        return self.abandoned or not any([output.advance(False) for output in self.outputs])
+        return self.abandoned or not any([output.advance() for output in self.outputs])
 
     def interests(self):
         import select
@@ -1262,7 +1305,7 @@ class Monitor:
         if self.xenstore.fd in ready or self.xenstore.events:
             self.handle_xenstore()
         for output in self.outputs:
-            output.advance(output.fd in ready)
+            output.advance()
         if self.ready:
             self.input.advance(self.input.fd in ready)
         if self.control in ready:
@@ -1328,8 +1371,8 @@ class Monitor:
 
     def signal(self, number):
         try:
-            send_signal(self.xenstore, self.domid, number)
-        except XenstoreError as error:
+            send_signal(self.xenstore, self.domid, self.uuid, number)
+        except Error as error:
             self.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
 
     def end(self, status, abandon=False):
@@ -1530,7 +1573,8 @@ def create(call):
         try:
             return start_monitor(Monitor(container, config, bundle, call.log), call.options.get("pid-file"))
         except BaseException:
-            container.remove()
+            if container.is_ours():
+                container.remove()
             raise
 
 
@@ -1554,7 +1598,7 @@ def start_monitor(monitor, pid_file):
     except BaseException:
         os.close(commit_writer)  # the monitor takes all down when it sees this
         os.waitpid(pid, 0)
-        if os.path.exists(monitor.container.path("control")):  # it was killed
+        if monitor.container.is_ours():  # still there: the monitor was killed
             clean_up(Xenstore(), monitor.container.load().state)
         raise
 
@@ -1605,18 +1649,25 @@ def command_run(call):
         raise
     if "detach" in call.options:
         return 0
-    forward_signals(container)
+    forward_signals(pid)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if "keep" not in call.options:
         delete(call.container(), force=True)
     return status if status >= 0 else 128 - status
 
 
-def forward_signals(container):
+def forward_signals(pid):
+    """What a person or a supervisor sends to `run` goes to the monitor, which gives it to the process."""
     import signal
 
+    def forward(number, _):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass  # it has just ended
+
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: kill(container, received))
+        signal.signal(number, forward)
 
 
 def command_state(call):
@@ -1663,7 +1714,7 @@ def kill(container, number, to_all=False):
         elif number == SIGKILL:
             tell_monitor(container, f"kill {number}")
         elif number != 0:
-            send_signal(Xenstore(), container.state["domid"], number, to_all)
+            send_signal(Xenstore(), container.state["domid"], container.state["uuid"], number, to_all)
 
 
 def tell_monitor(container, request):

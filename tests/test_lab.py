@@ -309,9 +309,7 @@ class TestCommands:
             if b"".join(stdout) == b"first 24 80\r\n":
                 os.write(writer, b"\0")
 
-        script = (
-            "trap 'echo second $(stty size); exit 3' WINCH; echo first $(stty size); sleep 1000 & wait"
-        )
+        script = "trap 'echo second $(stty size); exit 3' WINCH; echo first $(stty size); sleep 1000 & wait"
         keyboard = os.pipe()
         status = lab.run(
             ["bash", "-c", script],

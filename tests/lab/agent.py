@@ -14,6 +14,8 @@ Control messages, besides credit:
 When lab.py goes away, the agent ends, and the dom0 with it.
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import pty
@@ -25,10 +27,10 @@ import time
 
 from frames import STDERR, STDIN, STDOUT, Link, Pump, Sink, Source
 
-STATE = "/run/lab"      # dom0-init notes there what it has done
+STATE = "/run/lab"  # dom0-init notes there what it has done
 
 
-def lines_of(name: str) -> "list[str]":
+def lines_of(name: str) -> list[str]:
     """The lines of one of dom0-init's notes; none if it has not written it."""
     try:
         with open(f"{STATE}/{name}", encoding="utf-8") as file:
@@ -40,12 +42,14 @@ def lines_of(name: str) -> "list[str]":
 def report() -> dict:
     """What lab.py wants to know about the boot."""
     steps = [line.split(" ", 2) for line in lines_of("steps")]
-    return {"steps": [[name, float(begin), float(end)] for begin, end, name in steps],
-            "warnings": lines_of("warnings"),
-            "uptime": time.clock_gettime(time.CLOCK_BOOTTIME)}
+    return {
+        "steps": [[name, float(begin), float(end)] for begin, end, name in steps],
+        "warnings": lines_of("warnings"),
+        "uptime": time.clock_gettime(time.CLOCK_BOOTTIME),
+    }
 
 
-def set_window(fd: int, window: "list[int]") -> None:
+def set_window(fd: int, window: list[int]) -> None:
     """Tell a terminal its size; its foreground processes get SIGWINCH from the kernel."""
     rows, columns = window
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -66,19 +70,18 @@ class Command:
         else:
             to_command, *from_command = self.start_on_pipes(argv, env, cwd)
         self.stdin = Sink(link, STDIN, to_command)
-        self.outputs = [Source(link, stream, fd)
-                        for stream, fd in zip((STDOUT, STDERR), from_command)]
+        self.outputs = [Source(link, stream, fd) for stream, fd in zip((STDOUT, STDERR), from_command)]
         self.pump = Pump(link, self.outputs, [self.stdin])
         self.open_fds = {to_command, *from_command}
 
-    def start_on_pipes(self, argv, env, cwd) -> "list[int]":
+    def start_on_pipes(self, argv, env, cwd) -> list[int]:
         """Start it with three pipes; return our ends of them."""
-        (stdin, to_command), (from_stdout, stdout), (from_stderr, stderr) = (
-            os.pipe() for _ in range(3))
+        (stdin, to_command), (from_stdout, stdout), (from_stderr, stderr) = (os.pipe() for _ in range(3))
         ours, theirs = [to_command, from_stdout, from_stderr], [stdin, stdout, stderr]
         try:
-            self.process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout,
-                                            stderr=stderr, start_new_session=True)
+            self.process = subprocess.Popen(
+                argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+            )
         except OSError:
             close_all(ours)
             raise
@@ -88,14 +91,21 @@ class Command:
             os.set_blocking(fd, False)
         return ours
 
-    def start_on_terminal(self, argv, env, cwd, window) -> "list[int]":
+    def start_on_terminal(self, argv, env, cwd, window) -> list[int]:
         """Start it with a controlling terminal; return our end of it, for both directions."""
         self.terminal, slave = pty.openpty()
         set_window(slave, window)
         try:
             self.process = subprocess.Popen(
-                argv, env=env, cwd=cwd, stdin=slave, stdout=slave, stderr=slave,
-                start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                argv,
+                env=env,
+                cwd=cwd,
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            )
         except OSError:
             os.close(self.terminal)
             raise
@@ -129,7 +139,7 @@ class Command:
         if at_end and not self.terminal and self.stdin.fd in self.open_fds:
             self.open_fds.remove(self.stdin.fd)
             os.close(self.stdin.fd)
-            self.stdin.broken = True        # should more come, drop it
+            self.stdin.broken = True  # should more come, drop it
 
 
 def execute(link: Link, request: dict) -> int:
@@ -137,8 +147,9 @@ def execute(link: Link, request: dict) -> int:
     try:
         command = Command(link, **request)
     except OSError as error:
-        link.send(STDERR, f"lab: cannot run {request['argv'][0]} in dom0 "
-                          f"(in {request['cwd']}): {error.strerror}\n".encode())
+        link.send(
+            STDERR, f"lab: cannot run {request['argv'][0]} in dom0 (in {request['cwd']}): {error.strerror}\n".encode()
+        )
         return 127 if isinstance(error, FileNotFoundError) else 126
     return command.run()
 

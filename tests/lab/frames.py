@@ -12,6 +12,8 @@ has passed on, and the receiver returns credit for what it passes on ({"credit":
 So a reader that is slow, or stuck, holds up its own stream and no other, and memory is bounded.
 """
 
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -21,8 +23,8 @@ import struct
 CONTROL, STDIN, STDOUT, STDERR = range(4)
 
 HEADER = struct.Struct("!BI")
-PAYLOAD = 16 << 10      # bytes at most in one data frame
-WINDOW = 256 << 10      # bytes of one stream that may be under way
+PAYLOAD = 16 << 10  # bytes at most in one data frame
+WINDOW = 256 << 10  # bytes of one stream that may be under way
 
 
 class Link:
@@ -72,11 +74,11 @@ class Link:
         _, length = HEADER.unpack_from(self.incoming)
         return len(self.incoming) >= HEADER.size + length
 
-    def next_frame(self) -> "tuple[int, bytes]":
+    def next_frame(self) -> tuple[int, bytes]:
         """Take the first frame; has_frame() must be true."""
         stream, length = HEADER.unpack_from(self.incoming)
         end = HEADER.size + length
-        payload = bytes(self.incoming[HEADER.size:end])
+        payload = bytes(self.incoming[HEADER.size : end])
         del self.incoming[:end]
         return stream, payload
 
@@ -122,9 +124,9 @@ class Sink:
         self.fd = None if callable(target) else target
         self.function = target if callable(target) else None
         self.pending = bytearray()
-        self.ended = False          # the stream's end has arrived
-        self.broken = False         # nobody reads the descriptor any more
-        self.owed = 0               # bytes passed on, for which credit has yet to be returned
+        self.ended = False  # the stream's end has arrived
+        self.broken = False  # nobody reads the descriptor any more
+        self.owed = 0  # bytes passed on, for which credit has yet to be returned
         # What poll() calls writable takes PIPE_BUF bytes; more could block.
         if self.fd is not None:
             self.chunk = select.PIPE_BUF if os.get_blocking(self.fd) else 4 * PAYLOAD
@@ -142,7 +144,7 @@ class Sink:
     def pump(self) -> None:
         """Write once."""
         try:
-            written = os.write(self.fd, self.pending[:self.chunk])
+            written = os.write(self.fd, self.pending[: self.chunk])
         except BlockingIOError:
             return
         except OSError as error:
@@ -169,7 +171,7 @@ class Pump:
         self.sources = {source.stream: source for source in sources}
         self.sinks = {sink.stream: sink for sink in sinks}
 
-    def step(self, also=(), timeout=None) -> "tuple[dict | None, set[int]]":
+    def step(self, also=(), timeout=None) -> tuple[dict | None, set[int]]:
         """Wait until something can move, or one of the descriptors `also` is readable; move it.
 
         `timeout` is in seconds.  Returns a control message, if one has come, and those of `also`
@@ -191,7 +193,7 @@ class Pump:
         self.link.flush()
         return message, ready.keys() & set(also)
 
-    def dispatch(self, stream: int, payload: bytes) -> "dict | None":
+    def dispatch(self, stream: int, payload: bytes) -> dict | None:
         """Take one frame; return it if it is a control message that is not credit."""
         if stream != CONTROL:
             if stream in self.sinks:
@@ -201,11 +203,11 @@ class Pump:
         if "credit" not in message:
             return message
         stream, count = message["credit"]
-        if stream in self.sources:      # it may be late, for a command that has ended
+        if stream in self.sources:  # it may be late, for a command that has ended
             self.sources[stream].credit += count
         return None
 
-    def wait(self, also, timeout) -> "dict[int, int]":
+    def wait(self, also, timeout) -> dict[int, int]:
         """poll() for all that could move now; a dict of descriptors and their events."""
         wanted = {fd: select.POLLIN for fd in also}
         wanted[self.link.fd] = select.POLLIN | (select.POLLOUT if self.link.outgoing else 0)

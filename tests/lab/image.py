@@ -17,6 +17,8 @@ working tree in the dom0.
 Needs root, for the chroot that packages are installed in.  Progress goes to stderr.
 """
 
+from __future__ import annotations
+
 import fcntl
 import gzip
 import hashlib
@@ -40,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 
 SUITE = "bookworm"
 
+# fmt: off
 PACKAGES = [
     # Xen's tools; the QEMU that serves 9p and disks to the guests
     "xen-utils-4.17", "xenstore-utils", "qemu-system-xen",
@@ -53,26 +56,45 @@ PACKAGES = [
     "busybox-static", "iproute2", "iptables", "bridge-utils", "kmod", "mount",
     "netbase", "procps", "util-linux",
 ]
+# fmt: on
 # Unpacked, not installed: as installed packages these two would bring an initramfs generator,
 # udev and a boot loader's configuration along.
 KERNEL_PACKAGE = "linux-image-amd64"
 XEN_PACKAGE = "xen-hypervisor-4.17-amd64"
 
 # Nobody reads documentation in the lab.
-EXCLUDED_PATHS = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*",
-                  "/usr/share/locale/*", "/usr/share/perl/*/pod/*"]
+EXCLUDED_PATHS = "/usr/share/doc/* /usr/share/man/* /usr/share/info/* /usr/share/locale/*".split()
 
 # Of the kernel's modules, drivers of real hardware are four fifths and of no use here.
 DRIVERS_KEPT = {"block", "char", "net", "vhost", "virtio", "xen"}
-NET_DRIVERS_KEPT = {"xen-netback"}      # besides those directly in drivers/net
+NET_DRIVERS_KEPT = {"xen-netback"}  # besides those directly in drivers/net
+# The image must have what its initramfs loads, and what dom0-init does.
 BOOT_MODULES = ["virtio_pci", "virtio_blk", "ext4"]
-LATER_MODULES = ["virtio_console", "virtio_net", "9p", "9pnet_virtio", "xen-evtchn",
-                 "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xen-netback", "xen-blkback",
-                 "bridge", "veth", "tun", "loop", "overlay"]
+LATER_MODULES = (
+    "virtio_console virtio_net 9p 9pnet_virtio xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xen-netback xen-blkback "
+    "bridge veth tun loop overlay"
+).split()
 
-DISK_SIZE = "6G"        # sparse; free space is for containers
+DISK_SIZE = "6G"  # sparse; free space is for containers
 BUSYBOX_REFERENCE = "docker.io/library/busybox:latest"
 BUSYBOX_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+BUSYBOX_ETC = {
+    "passwd": """\
+root:x:0:0:root:/root:/bin/sh
+daemon:x:1:1:daemon:/usr/sbin:/bin/false
+www-data:x:33:33:www-data:/var/www:/bin/false
+nobody:x:65534:65534:nobody:/home:/bin/false
+""",
+    "group": """\
+root:x:0:
+daemon:x:1:
+tty:x:5:
+www-data:x:33:
+users:x:100:
+nogroup:x:65534:
+""",
+    "shells": "/bin/sh\n",
+}
 
 INITRAMFS_INIT = """\
 #!/bin/busybox sh
@@ -82,7 +104,6 @@ for module in @MODULES@; do /bin/busybox insmod /modules/$module; done
 /bin/busybox mount -t ext4 -o noatime,nobarrier,noinit_itable /dev/vda /root
 exec /bin/busybox switch_root /root /sbin/lab-init
 """
-
 
 BEGAN = time.monotonic()
 
@@ -111,41 +132,50 @@ def image_folder() -> Path:
 
 def run(*argv, **options) -> str:
     """Run a program to its end and return its stdout; stderr is shown only when it fails."""
-    done = subprocess.run([str(arg) for arg in argv], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, **options)
+    done = subprocess.run(
+        [str(word) for word in argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,  # a Ctrl-C is for us; we end the program
+        **options,
+    )
     if done.returncode != 0:
         sys.stderr.write(done.stderr)
-        raise ImageError(f"making the dom0 image: {argv[0]} failed with status "
-                         f"{done.returncode}; its messages are above")
+        raise ImageError(
+            f"making the dom0 image: {argv[0]} failed with status {done.returncode}; its messages are above"
+        )
     return done.stdout
 
 
 # -- Debian ------------------------------------------------------------------------------------
 
+
 def apt_sources() -> str:
     """The lines of a sources.list for SUITE, from the mirrors that this machine itself uses."""
-    targets = run("apt-get", "indextargets", "--format",
-                  "$(ORIGIN)\t$(RELEASE)\t$(REPO_URI)\t$(COMPONENT)", "Created-By: Packages")
+    keys = "$(ORIGIN)\t$(RELEASE)\t$(REPO_URI)\t$(COMPONENT)"
+    targets = run("apt-get", "indextargets", "--format", keys, "Created-By: Packages")
     lines = set()
     for target in targets.splitlines():
         origin, release, uri, component = target.split("\t")
         if origin == "Debian" and release.split("-")[0] == SUITE and component == "main":
             lines.add(f"deb {uri} {release} {component}\n")
     if not lines:
-        raise ImageError(f"looking for a Debian mirror: apt's sources name none for {SUITE}; "
-                         "run the lab on Debian 12, or add its sources and run apt-get update")
+        raise ImageError(
+            f"looking for a Debian mirror: apt's sources name none for {SUITE}; "
+            "run the lab on Debian 12, or add its sources and run apt-get update"
+        )
     return "".join(sorted(lines))
 
 
 def make_root(root: Path) -> None:
     """Install PACKAGES and what they need into `root`."""
-    options = [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS]
-    # In a PID and mount namespace of its own, so that an interrupted run leaves neither
+    # In a PID and mount namespace that ends when we do, so that an interrupted run leaves neither
     # processes nor mounts behind.
-    run("unshare", "--mount", "--pid", "--fork", "--kill-child",
-        "mmdebstrap", "--mode=root", "--variant=essential", "--format=directory",
-        f"--include={','.join(PACKAGES)}", "--dpkgopt=force-unsafe-io", *options,
-        SUITE, root, "-", input=apt_sources())
+    shield = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
+    options = ["--mode=root", "--variant=essential", "--format=directory", f"--include={','.join(PACKAGES)}"]
+    options += [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS] + ["--dpkgopt=force-unsafe-io"]
+    run(*shield, "mmdebstrap", *options, SUITE, root, "-", input=apt_sources())
 
 
 def unpack_packages(folder: Path) -> None:
@@ -154,10 +184,8 @@ def unpack_packages(folder: Path) -> None:
     depends = run("apt-cache", "depends", KERNEL_PACKAGE)
     kernel = re.search(r"Depends: (linux-image-\S+)", depends)
     if not kernel:
-        raise ImageError(f"looking for dom0's kernel: apt knows no package {KERNEL_PACKAGE}; "
-                         "run apt-get update")
-    run("apt-get", "download", "-o", "APT::Sandbox::User=root", kernel[1], XEN_PACKAGE,
-        cwd=folder)
+        raise ImageError(f"looking for dom0's kernel: apt knows no package {KERNEL_PACKAGE}; run apt-get update")
+    run("apt-get", "download", "-o", "APT::Sandbox::User=root", kernel[1], XEN_PACKAGE, cwd=folder)
     for package in list(folder.glob("*.deb")):
         run("dpkg-deb", "-x", package, folder)
         package.unlink()
@@ -165,13 +193,14 @@ def unpack_packages(folder: Path) -> None:
 
 # -- kernel, modules and the small initramfs -----------------------------------------------------
 
+
 def unpacked_kernel(bzimage: bytes) -> bytes:
     """The ELF file inside an x86 bzImage (see Documentation/x86/boot.rst, payload_offset)."""
-    setup_sectors = bzimage[0x1f1] or 4
+    setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
     # A decompressor object, for it stops at the stream's end: four more bytes follow.
-    return lzma.LZMADecompressor().decompress(bzimage[start:start + length])
+    return lzma.LZMADecompressor().decompress(bzimage[start : start + length])
 
 
 def install_modules(unpacked: Path, root: Path) -> str:
@@ -195,11 +224,10 @@ def install_modules(unpacked: Path, root: Path) -> str:
     return version
 
 
-def module_files(root: Path, version: str, module: str) -> "list[Path]":
+def module_files(root: Path, version: str, module: str) -> list[Path]:
     """The files to load for `module`, in order."""
     steps = run("chroot", root, "modprobe", "--set-version", version, "--show-depends", module)
-    return [root / line.split()[1].lstrip("/") for line in steps.splitlines()
-            if line.startswith("insmod")]
+    return [root / line.split()[1].lstrip("/") for line in steps.splitlines() if line.startswith("insmod")]
 
 
 def cpio_entry(name: str, mode: int, data: bytes, inode: int) -> bytes:
@@ -226,31 +254,24 @@ def make_initramfs(root: Path, version: str) -> bytes:
 
 # -- the busybox container image -----------------------------------------------------------------
 
+
 def busybox_layer(busybox: Path) -> bytes:
     """A tar archive of a root file system: busybox, a link per applet, the usual folders."""
     blob = io.BytesIO()
     with tarfile.open(fileobj=blob, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+
         def add(name, kind=tarfile.REGTYPE, mode=0o755, data=b"", link=""):
-            member = tarfile.TarInfo(name)      # its times and owners are 0
+            member = tarfile.TarInfo(name)  # its times and owners are 0
             member.type, member.mode, member.size, member.linkname = kind, mode, len(data), link
             tar.addfile(member, io.BytesIO(data))
 
-        for folder in ("bin", "dev", "etc", "home", "mnt", "proc", "sbin", "sys", "usr",
-                       "usr/bin", "usr/sbin", "var", "var/log", "var/spool"):
+        for folder in "bin dev etc home mnt proc run sbin sys usr usr/bin usr/sbin var var/log var/spool".split():
             add(folder, tarfile.DIRTYPE)
         add("root", tarfile.DIRTYPE, 0o700)
         for folder in ("tmp", "var/tmp"):
             add(folder, tarfile.DIRTYPE, 0o1777)
-        add("run", tarfile.DIRTYPE)
         add("var/run", tarfile.SYMTYPE, 0o777, link="../run")
-        for name, text in (
-                ("passwd", "root:x:0:0:root:/root:/bin/sh\n"
-                           "daemon:x:1:1:daemon:/usr/sbin:/bin/false\n"
-                           "www-data:x:33:33:www-data:/var/www:/bin/false\n"
-                           "nobody:x:65534:65534:nobody:/home:/bin/false\n"),
-                ("group", "root:x:0:\ndaemon:x:1:\ntty:x:5:\nwww-data:x:33:\nusers:x:100:\n"
-                          "nogroup:x:65534:\n"),
-                ("shells", "/bin/sh\n")):
+        for name, text in BUSYBOX_ETC.items():
             add(f"etc/{name}", mode=0o644, data=text.encode())
         add("etc/shadow", mode=0o640, data=b"root:*:::::::\n")
         add("bin/busybox", data=busybox.read_bytes())
@@ -265,29 +286,34 @@ def make_busybox_image(busybox: Path) -> bytes:
     """An OCI image layout in a tar archive, as `ctr image import` takes it."""
     blobs = {}
 
-    def descriptor(data, media_type, **more):
+    def describe(content, media_type):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         digest = hashlib.sha256(data).hexdigest()
         blobs[f"blobs/sha256/{digest}"] = data
-        return {"mediaType": f"application/vnd.oci.image.{media_type}",
-                "digest": f"sha256:{digest}", "size": len(data), **more}
+        media_type = f"application/vnd.oci.image.{media_type}"
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
 
-    layer = descriptor(busybox_layer(busybox), "layer.v1.tar")
-    config = descriptor(json.dumps({
-        "architecture": "amd64", "os": "linux",
+    layer = describe(busybox_layer(busybox), "layer.v1.tar")
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
         "config": {"Env": [f"PATH={BUSYBOX_PATH}"], "Cmd": ["sh"]},
         "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
         "history": [{"created_by": "the lab, from Debian's busybox-static"}],
-    }).encode(), "config.v1+json")
-    manifest = descriptor(json.dumps({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": config, "layers": [layer],
-    }).encode(), "manifest.v1+json", annotations={
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": describe(config, "config.v1+json"),
+        "layers": [layer],
+    }
+    entry = describe(manifest, "manifest.v1+json")
+    entry["annotations"] = {
         "io.containerd.image.name": BUSYBOX_REFERENCE,
         "org.opencontainers.image.ref.name": "latest",
-    })
-    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
-             "index.json": json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode(),
-             **blobs}
+    }
+    index = {"schemaVersion": 2, "manifests": [entry]}
+    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": json.dumps(index).encode(), **blobs}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in files.items():
@@ -298,6 +324,7 @@ def make_busybox_image(busybox: Path) -> bytes:
 
 
 # -- putting it together -----------------------------------------------------------------------
+
 
 def configure(root: Path) -> None:
     """Write the few files that make `root` the lab's dom0."""
@@ -319,8 +346,7 @@ def make_disk(root: Path, disk: Path) -> None:
 
     It never outlives a boot that writes to it, so it has no journal and no checksums.
     """
-    run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0",
-        "-d", root, disk, DISK_SIZE)
+    run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0", "-d", root, disk, DISK_SIZE)
 
 
 def make_image(target: Path) -> None:
@@ -348,24 +374,41 @@ def make_image(target: Path) -> None:
         run("rm", "-rf", "--one-file-system", work)
 
 
+def remove_old_images(current: Path) -> None:
+    """Remove all images but the current one and the one used last before it.
+
+    That one may belong to another checkout, and two of them must not take turns in rebuilding.
+    """
+    others = [folder for folder in current.parent.glob("dom0-*") if folder != current]
+    others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in others[1:]:
+        folder.rename(folder.with_name(f"partial-{folder.name}"))  # never half an image under its name
+    remove_leftovers(current.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted run has left."""
+    for leftover in folder.glob("partial-*"):
+        run("rm", "-rf", "--one-file-system", leftover)
+
+
 def main() -> int:
     target = image_folder()
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / "image.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)        # two labs want the image: one makes it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two labs want the image: one makes it
         if not target.is_dir():
-            for leftover in target.parent.glob("partial-*"):
-                run("rm", "-rf", "--one-file-system", leftover)
+            remove_leftovers(target.parent)
             make_image(target)
-            for old in target.parent.glob("dom0-*"):
-                if old != target:
-                    shutil.rmtree(old)
+            remove_old_images(target)
+        os.utime(target)  # the time of its last use
     print(target)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, lambda signum, frame: sys.exit(128 + signum))
     try:
         sys.exit(main())
     except (ImageError, OSError) as error:
