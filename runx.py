@@ -81,6 +81,11 @@ def timestamp():
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds:09d}Z"
 
 
+def printable(text):
+    """Text of the guest's for the log: a hostile guest must not write control characters to a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
+
+
 class Record:
     """Base of plain records: the fields are the class's annotations, all required, by name.
 
@@ -113,10 +118,49 @@ class Process(Record):
     env: list
     cwd: str
     terminal: bool
+    console_size: tuple  # rows, columns; 0, 0: not said
     uid: int
     gid: int
     groups: list
     umask: int
+
+
+class Hook(Record):
+    path: str
+    args: list  # argv
+    env: list
+    timeout: int  # seconds, 0: none
+
+
+DEFAULT_MEMORY, MINIMUM_MEMORY = 128, 48  # MiB; a limit below the minimum could not hold the kernel
+
+
+class Resources(Record):
+    """What Xen can give a VM, of linux.resources; 0 or "": not said."""
+
+    memory: int  # bytes; -1: no limit
+    quota: int  # microseconds of processor time in each period, of all processors together; -1: no limit
+    period: int  # microseconds
+    shares: int  # cgroup v1's weight: 1024 is the usual one
+    cpus: str  # physical processors, such as 0-3,7
+
+    def mebibytes(self, unlimited):
+        """Memory of the VM; unlimited: what it gets where there is no limit."""
+        if self.memory < 0:
+            return unlimited
+        return max(self.memory >> 20, MINIMUM_MEMORY) if self.memory else DEFAULT_MEMORY
+
+    def vcpus(self, unlimited):
+        """As many as the quota can keep busy."""
+        return unlimited if self.quota < 0 else max(1, -(-self.quota // self.period))
+
+    def cap(self):
+        """The most that all vcpus may use together, in percent of one processor; 0: no limit."""
+        return max(1, self.quota * 100 // self.period) if self.quota > 0 else 0
+
+    def weight(self):
+        """For Xen's scheduler, where 256 is the usual one."""
+        return min(65535, max(1, self.shares * 256 // 1024))
 
 
 class Config(Record):
@@ -127,7 +171,11 @@ class Config(Record):
     hostname: str
     mounts: list
     annotations: dict
-    memory: int  # bytes, 0: the default
+    hooks: dict  # as in config.json: parse_hooks() has accepted it
+    resources: Resources
+    raw_resources: dict  # as in config.json: what `update` must not change
+    maxmem: int  # MiB, 0: no more than memory
+    maxvcpus: int  # 0: no more than vcpus
     guest_type: str  # "pv", "pvh", or "" for what the host offers
 
 
@@ -194,13 +242,17 @@ def load_config(bundle):
         raise Error(f"config.json of bundle {bundle} must be a JSON object")
     linux = field(spec, "linux", dict, {})
     resources = field(linux, "resources", dict, {}, "config.json: linux")
-    memory = field(resources, "memory", dict, {}, "config.json: linux.resources")
     annotations = field(spec, "annotations", dict, {})
     hostname = field(spec, "hostname", str, "")
     if "\0" in hostname:
         raise Error("config.json: hostname must not hold a NUL")
-    if any(field(spec, "hooks", dict, {}).values()):
-        raise Error("config.json: hooks are not supported yet")
+    hooks = field(spec, "hooks", dict, {})
+    for kind in HOOK_KINDS:
+        parse_hooks(hooks, kind)
+    process = parse_process(field(spec, "process", dict, None))
+    mounts = [parse_mount(bundle, mount) for mount in field(spec, "mounts", list, [])]
+    if process and process.terminal and not any(mount.type == "devpts" for mount in mounts):
+        raise Error("config.json: process.terminal needs a mount of the type devpts at /dev/pts")
     guest_type = annotations.get("org.runx.type") or load_host_config().get("type", "")
     if guest_type not in ("", "pv", "pvh"):
         raise Error(f'config.json: the annotation org.runx.type is "pv" or "pvh", not {json.dumps(guest_type)}')
@@ -208,11 +260,15 @@ def load_config(bundle):
         oci_version=check_version(field(spec, "ociVersion", str)),
         rootfs=find_rootfs(bundle, field(spec, "root", dict)),
         readonly=field(spec["root"], "readonly", bool, False, "config.json: root"),
-        process=parse_process(field(spec, "process", dict, None)),
+        process=process,
         hostname=hostname,
-        mounts=[parse_mount(bundle, mount) for mount in field(spec, "mounts", list, [])],
+        mounts=mounts,
         annotations=annotations,
-        memory=max(0, field(memory, "limit", int, 0, "config.json: linux.resources.memory")),
+        hooks=hooks,
+        resources=parse_resources(resources, "config.json: linux.resources"),
+        raw_resources=resources,
+        maxmem=number_of(annotations, "org.runx.maxmem"),
+        maxvcpus=number_of(annotations, "org.runx.maxvcpus"),
         guest_type=guest_type,
     )
 
@@ -236,7 +292,7 @@ def load_host_config():
 def check_version(version):
     """Any 1.x, pre-releases included: minor versions only add properties."""
     numbers = version.split("-")[0].split("+")[0].split(".")
-    if len(numbers) != 3 or not all(number.isdigit() for number in numbers) or int(numbers[0]) != 1:
+    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers) or int(numbers[0]) != 1:
         raise Error(f'config.json: ociVersion "{version}" is not supported: runX knows 1.0.0 to 1.3.x')
     return version
 
@@ -259,6 +315,10 @@ def parse_process(spec):
         env=strings(spec, "env", where),
         cwd=field(spec, "cwd", str, where=where),
         terminal=field(spec, "terminal", bool, False, where),
+        console_size=tuple(
+            field(field(spec, "consoleSize", dict, {}, where), key, int, 0, where + ".consoleSize")
+            for key in ("height", "width")
+        ),
         uid=field(user, "uid", int, 0, where + ".user"),
         gid=field(user, "gid", int, 0, where + ".user"),
         groups=groups,
@@ -268,9 +328,55 @@ def parse_process(spec):
         raise Error("config.json: process.args must not be empty")
     if not process.cwd.startswith("/") or "\0" in process.cwd:
         raise Error("config.json: process.cwd must be an absolute path")
+    if not all(0 <= number < 2**16 for number in process.console_size):
+        raise Error("config.json: process.consoleSize must be from 0 to 65535")
     if not all(isinstance(gid, int) and 0 <= gid < 2**32 for gid in [process.uid, process.gid, *groups]):
         raise Error("config.json: the ids in process.user must be integers from 0 to 4294967295")
     return process
+
+
+def number_of(annotations, key):
+    text = annotations.get(key) or "0"
+    if not (isinstance(text, str) and text.isdecimal() and len(text) < 8):
+        raise Error(f"config.json: the annotation {key} must be a number")
+    return int(text)
+
+
+def parse_resources(spec, where):
+    """Resources of runtime-spec config-linux.md."""
+    memory, cpu = field(spec, "memory", dict, {}, where), field(spec, "cpu", dict, {}, where)
+
+    def number(section, name, key):
+        return max(-1, field(section, key, int, 0, f"{where}.{name}"))
+
+    cpus = field(cpu, "cpus", str, "", where + ".cpu")
+    if cpus.strip("0123456789,-"):
+        raise Error(f"{where}.cpu: cpus must be a list such as 0-3,7")
+    return Resources(
+        memory=number(memory, "memory", "limit"), quota=number(cpu, "cpu", "quota"),
+        period=max(0, number(cpu, "cpu", "period")) or 100000,
+        shares=max(0, number(cpu, "cpu", "shares")), cpus=cpus,
+    )  # fmt: skip
+
+
+# in the order of a container's life; runtime-spec config.md "POSIX-platform Hooks"
+HOOK_KINDS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+
+
+def parse_hooks(hooks, kind):
+    """The Hooks of one kind of config.json's hooks object."""
+    parsed, where = [], f"config.json: hooks.{kind}"
+    for spec in field(hooks, kind, list, [], "config.json: hooks"):
+        if not isinstance(spec, dict):
+            raise Error(f"{where} must hold objects")
+        path, timeout = field(spec, "path", str, where=where), field(spec, "timeout", int, None, where)
+        if not path.startswith("/") or "\0" in path:
+            raise Error(f"{where}: path must be absolute")
+        if timeout is not None and timeout <= 0:
+            raise Error(f"{where}: timeout must be greater than 0")
+        args, env = strings(spec, "args", where) or [path], strings(spec, "env", where)
+        parsed.append(Hook(path=path, args=args, env=env, timeout=timeout or 0))
+    return parsed
 
 
 def parse_mount(bundle, spec):
@@ -495,22 +601,65 @@ def find_domain(xenstore, uuid):
 # ==== xl =================================================================================================
 # The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
+SIGHUP, SIGKILL, SIGWINCH = 1, 9, 28  # import signal costs a tenth of what `state` takes
 
-def xl(*args):
-    """Runs xl; returns (exit status, its stdout and stderr as text)."""
+
+def system_call(name, *args):
+    """A function of the C library; raises OSError."""
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    result = function(*(os.fsencode(arg) if isinstance(arg, str) else arg for arg in args))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def xl(*args, dies_with_us=False):
+    """Runs xl; returns (exit status, its stdout and stderr as text).
+
+    dies_with_us: xl does not outlive a caller that is killed.
+    """
     null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
+    environment = {**os.environ, "PATH": PATH}
     try:
-        # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
-        pid = os.posix_spawn(
-            find_xl(), ["xl", *args], {**os.environ, "PATH": PATH}, file_actions=actions, setsigdef=[13]
-        )
+        if dies_with_us:
+            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions)
+        else:
+            # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
+            pid = os.posix_spawn(find_xl(), ["xl", *args], environment, file_actions=actions, setsigdef=[13])
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.lseek(output, 0, os.SEEK_SET)
         return status, os.read(output, 1 << 16).decode("utf-8", "replace")
     finally:
         os.close(null)
         os.close(output)
+
+
+def spawn_tied(path, argv, environment, actions):
+    """posix_spawn(3) of a process that gets SIGKILL when we die (prctl(2), PR_SET_PDEATHSIG)."""
+    parent, pid = os.getpid(), os.fork()
+    if pid:
+        return pid
+    try:
+        system_call("prctl", 1, SIGKILL)
+        if os.getppid() == parent:
+            for _, source, target in actions:
+                os.dup2(source, target)
+            default_signals()
+            os.execve(path, argv, environment)
+    except BaseException:
+        pass  # nothing may return into the caller's side
+    os._exit(127)
+
+
+def default_signals():
+    """Python ignores SIGPIPE, and so would a program that it executes."""
+    import signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def find_xl():
@@ -552,7 +701,7 @@ def xl_config(settings):
 
 def create_domain(path, memory):
     """`xl create` of a paused domain, with no xl left behind.  memory: MiB, for the message."""
-    status, output = xl("create", "-e", "-p", "-q", path)
+    status, output = xl("create", "-e", "-p", "-q", path, dies_with_us=True)
     if status == 0:
         return
     free = xl_info("free_memory")
@@ -569,24 +718,42 @@ def xl_info(key):
     return ""
 
 
-def unpause_domain(domid):
-    # `xl unpause` exits with 0 whatever happens; only its messages tell
-    _, output = xl("unpause", str(domid))
-    if output.strip():
-        raise Error(f"xl unpause failed: {xl_errors(output)}")
+def change_domain(*args):
+    """An xl command that changes a domain.  Some exit with 0 whatever happens, and only their messages tell."""
+    status, output = xl(*map(str, args))
+    if status != 0 or output.strip():
+        raise Error(f"xl {args[0]} failed: {xl_errors(output)}")
+
+
+class Listing(Record):
+    """A domain in `xl list` (xl.1)."""
+
+    memory: int  # MiB
+    state: str  # such as "r-----"; the 4th is s once it is shut down, the 5th why, the 6th d while it is destroyed
+    time: float  # seconds of processor time, in tenths
+
+    def end(self):
+        """How the domain ended: a letter, or "" while it lives."""
+        return "gone" if self.state[5] == "d" else self.state[4] if self.state[3] == "s" else ""
+
+
+def list_domain(domid):
+    """The domain's Listing, or None if there is none."""
+    status, output = xl("list", str(domid))
+    if status != 0:
+        return None
+    try:
+        memory, _, state, seconds = output.splitlines()[-1].rsplit(None, 4)[1:]
+        state[5]
+        return Listing(memory=int(memory), state=state, time=float(seconds))
+    except (ValueError, IndexError):
+        raise Error(f"cannot understand xl list: {output}") from None
 
 
 def domain_end(domid):
-    """How the domain ended: a letter of `xl list` (xl.1 "STATES"), "gone", or "" while it lives."""
-    status, output = xl("list", str(domid))
-    if status != 0:
-        return "gone"
-    state = output.splitlines()[-1].split()[-2]  # "r-----"; the 4th is s once it is shut down, the 5th why
-    if len(state) != 6:
-        raise Error(f"cannot understand xl list: {output}")
-    if state[5] == "d":
-        return "gone"
-    return state[4] if state[3] == "s" else ""
+    """How the domain ended: a letter of its Listing, "gone", or "" while it lives."""
+    listing = list_domain(domid)
+    return listing.end() if listing else "gone"
 
 
 def destroy_domain(domid):
@@ -782,13 +949,14 @@ DEVICE_LINKS = (
 )  # fmt: skip
 S_IFREG, S_IFDIR, S_IFCHR = 0o100000, 0o040000, 0o020000
 
-ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c
+MOST_REQUESTS = 150
+ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c.  The end of a terminal is a hang-up.
 
 
-def guest_config(config, bind_sources):
+def guest_config(config, bind_sources, state):
     """enter's /container/config: NUL-terminated keywords and operands, executed in order.
 
-    bind_sources: for each bind mount of config, its path below the exported share.
+    bind_sources: for each bind mount of config, its path below the exported share.  state: JSON, for hooks.
     """
     words = []
     bind_sources = iter(bind_sources)
@@ -799,13 +967,17 @@ def guest_config(config, bind_sources):
                 words += ["node", f"/dev/{name}", S_IFCHR | 0o666, major, minor]
             for content, name in DEVICE_LINKS:
                 words += ["link", content, f"/dev/{name}"]
+    if config.process and config.process.terminal:
+        words += ["terminal"]
     if config.readonly:  # after the mounts, which may need folders to be made
         words += ["mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""]
     if config.hostname:
         words += ["hostname", config.hostname]
     process = config.process
     if process:
-        words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd]
+        words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd, "state", state]
+        for hook in parse_hooks(config.hooks, "startContainer"):
+            words += ["hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env]
         for keyword, values in (("group", process.groups), ("arg", process.args), ("env", process.env)):
             for value in values:
                 words += [keyword, value]
@@ -828,20 +1000,29 @@ def encode_input(data):
     return data.replace(ESCAPE, ESCAPE + ESCAPE)
 
 
-def send_signal(xenstore, domid, uuid, number, to_all=False):
-    """Queues a request and rings; a guest that is not ready yet looks at the queue by itself."""
+def send_request(xenstore, domid, uuid, request, key=None, data=None):
+    """Queues what the guest's init is asked for, and rings; one that is not ready yet looks at the queue by itself.
+
+    request: "kill N", "killall N", "look" or "cpus", see initrd/poweroff.  key: of two requests with one
+    key the guest gets the last.  data: nodes to be written with it, below data/.
+    """
     domain = f"/local/domain/{domid}"
 
-    def request(transaction):
+    def write(transaction):
         # a write below a domain that is gone would make its folder anew, for ever
         if xenstore.read(f"{domain}/vm", transaction=transaction) != f"/vm/{uuid}":
             raise Error("container not running")
-        name = f"{domain}/data/request/{time.time_ns():020d}"
-        xenstore.write(name, f"{'killall' if to_all else 'kill'} {number}", transaction=transaction)
+        for name, value in (data or {}).items():
+            xenstore.write(f"{domain}/data/{name}", value, transaction=transaction)
+        # one reply must hold all their names, or the guest cannot list them any more (xs_wire.h, XENSTORE_PAYLOAD_MAX)
+        if len(xenstore.list(f"{domain}/data/request", transaction)) >= MOST_REQUESTS:
+            raise Error("the container's VM does not take its signals: kill it with SIGKILL")
+        name = f"{domain}/data/request/{key or format(time.time_ns(), '020d')}"
+        xenstore.write(name, request, transaction=transaction)
         if xenstore.read(f"{domain}/data/ready", transaction=transaction):
             xenstore.write(f"{domain}/control/shutdown", "poweroff", transaction=transaction)
 
-    xenstore.transaction(request)
+    xenstore.transaction(write)
 
 
 # ==== rootfs =============================================================================================
@@ -850,21 +1031,8 @@ def send_signal(xenstore, domid, uuid, number, to_all=False):
 # undoes every mount, whoever was killed before, and the host's mount table never shows one.
 
 CLONE_NEWNS = 0x00020000  # <linux/sched.h>
-MNT_DETACH = 2  # <sys/mount.h>
 SYS_OPENAT2 = 437  # the same on every architecture
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
-
-
-def system_call(name, *args):
-    """A function of the C library; raises OSError."""
-    import ctypes
-
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    result = function(*(os.fsencode(arg) if isinstance(arg, str) else arg for arg in args))
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
 
 
 def mount(source, target, flags):
@@ -900,14 +1068,6 @@ def build_share(folder, config):
     # what is left of the folder itself is memory of the host's, which the guest must not fill
     mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
     return paths
-
-
-def remove_share(folder):
-    """Takes the mounts below folder away, in the monitor's namespace, where they cover what is to be removed."""
-    try:
-        system_call("umount2", folder, MNT_DETACH)
-    except OSError:
-        pass  # build_share() has not come so far
 
 
 def bind(entry, target):
@@ -1062,16 +1222,20 @@ class Container:
         os.close(self.lock_fd)
 
     def status(self):
-        """creating, created, running or stopped (runtime.md "State")."""
-        status = self.state["status"]
-        if status != "stopped" and "pid" in self.state:
-            if process_start_time(self.state["pid"]) != self.state["pid_start_time"]:
-                return "stopped"
-        return status
+        """creating, created, running or stopped (runtime.md "State"), and runc's paused."""
+        if "pid" in self.state and process_start_time(self.state["pid"]) != self.state["pid_start_time"]:
+            return "stopped"
+        return "paused" if self.state.get("paused") else self.state["status"]
 
-    def public_state(self):
+    def state_for_hooks(self, status):
+        """The state as hooks get it, JSON: status is what it is by the runtime-spec, not yet or no more in fact."""
+        import json
+
+        return json.dumps(self.public_state(status))
+
+    def public_state(self, status=None):
         """The state as runtime.md and `runc state` give it."""
-        status, state = self.status(), self.state
+        status, state = status or self.status(), self.state
         return {
             "ociVersion": state.get("ociVersion", "1.0.0"),
             "id": self.id,
@@ -1091,7 +1255,7 @@ class Container:
             remove_empty(os.path.join(mounts, name))
         for name in ("share/mounts", "share/rootfs", "share"):
             remove_empty(self.path(name))
-        for name in ("control", "ramdisk", "xl.cfg", "state.json.new", "state.json"):
+        for name in ("control", "ready", "ramdisk", "xl.cfg", "state.json.new", "state.json"):
             if os.path.lexists(self.path(name)):
                 os.unlink(self.path(name))
         remove_empty(self.folder)
@@ -1110,11 +1274,74 @@ def remove_empty(path):
         raise Error(f"cannot remove {path}: {error.strerror}") from None
 
 
+# ==== hooks ==============================================================================================
+# Programs of the engine's that run at points of a container's life: runtime-spec config.md "POSIX-platform
+# Hooks".  Those of startContainer run in the guest, see enter.c.
+
+
+def run_hooks(container, kind, status, namespaces_of=None):
+    """Runs the container's hooks of one kind; the first that fails is an Error, and the last that runs."""
+    for error in hook_errors(container, kind, status, namespaces_of):
+        raise Error(error)
+
+
+def hook_errors(container, kind, status, namespaces_of=None):
+    """Runs hooks one by one, and yields a sentence, in runc's words, for each that fails.
+
+    status: what the state that they read says.  namespaces_of: a process whose mount namespace they join.
+    """
+    for number, hook in enumerate(parse_hooks(container.state.get("hooks", {}), kind)):
+        state = container.state_for_hooks(status).encode()
+        reason, output = run_hook(hook, state, container.state["bundle"], namespaces_of)
+        if reason:
+            yield f"error running {kind} hook #{number}: {reason}{output}"
+
+
+def run_hook(hook, state, bundle, namespaces_of):
+    """Runs one hook to its end or its timeout; returns what went wrong, or "", and what it has written."""
+    import select
+
+    files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
+    os.write(files[0], state)
+    os.lseek(files[0], 0, os.SEEK_SET)
+    pid = os.fork()
+    if pid == 0:
+        execute_hook(hook, files, bundle, namespaces_of)
+    pidfd = os.pidfd_open(pid)
+    ended = bool(select.select([pidfd], [], [], hook.timeout or None)[0])
+    if not ended:
+        os.killpg(pid, SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    texts = [printable(os.pread(fd, 4096, 0).decode("utf-8", "replace")) for fd in files[1:]]
+    for fd in (pidfd, *files):
+        os.close(fd)
+    reason = f"signal {-status}" if status < 0 else f"exit status {status}" if status else ""
+    if not ended:
+        reason = f"hook ran past specified timeout of {hook.timeout}s"
+    return reason, f", stdout: {texts[0]}, stderr: {texts[1]}"
+
+
+def execute_hook(hook, files, bundle, namespaces_of):
+    """The hook's side of the fork; never returns."""
+    try:
+        os.setsid()  # a group of its own, to be killed with its children
+        for target, source in enumerate(files):
+            os.dup2(source, target)
+        if namespaces_of:
+            system_call("setns", os.open(f"/proc/{namespaces_of}/ns/mnt", os.O_RDONLY), CLONE_NEWNS)
+        if os.path.isdir(bundle):
+            os.chdir(bundle)
+        default_signals()
+        os.execve(hook.path, hook.args, dict(variable.partition("=")[::2] for variable in hook.env))
+    except BaseException as error:  # nothing may return into the caller's side
+        os.write(2, f"cannot execute {hook.path}: {error}".encode())
+    os._exit(127)
+
+
 # ==== monitor ============================================================================================
 # The process whose pid is the container's.  It builds the domain, carries the streams, answers the guest,
 # and takes everything down again, whatever the reason for the end.
 
-DEFAULT_MEMORY, MINIMUM_MEMORY = 128, 48  # MiB; a limit below the minimum could not hold the kernel
 # quiet: hvc0 is for what went wrong.  panic=-1: end at once, and be seen ending.
 KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
@@ -1146,11 +1373,20 @@ def boot_file(name, script):
     return path
 
 
+def close_standard(fd):
+    """Closes one of 0, 1, 2, so that the other end sees it, and keeps the number taken."""
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, fd)
+    os.close(null)
+
+
 class Output:
     """One of the container's output streams: from a console to a descriptor of ours, without ever blocking."""
 
     def __init__(self, console, fd):
         self.console, self.fd, self.pending = console, fd, b""
+        self.ended = False  # the process has closed it
+        self.unread = False  # who has read it is gone
 
     def advance(self):
         """Moves what can be moved.  A pipe that is writable now takes PIPE_BUF bytes at once; asked for each
@@ -1163,14 +1399,17 @@ class Output:
             except BlockingIOError:
                 pass
             except OSError:
-                self.pending = b""  # nobody reads any more
+                self.pending, self.unread = b"", True
         if not self.pending:
             self.pending = self.console.take()
+        if self.ended and not self.pending:
+            close_standard(self.fd)
+            self.ended = False
         return bool(self.pending)
 
 
 class Input:
-    """The container's standard input: from descriptor 0 to console 1."""
+    """The container's standard input, or what is typed at its terminal: from descriptor 0 to console 1."""
 
     def __init__(self, console, fd):
         self.console, self.fd, self.pending, self.open = console, fd, b"", True
@@ -1186,16 +1425,51 @@ class Input:
         self.pending = self.pending[self.console.put(self.pending) :]
 
 
+def open_terminal(console_socket, size):
+    """Makes a pty, gives the engine its master, and returns its slave, which becomes our controlling terminal.
+
+    console_socket: a path, or the descriptor of a connected socket; it gets one message, the pty's name and
+    the one descriptor, as runc sends it.  size: rows, columns.  Raises Error.
+    """
+    import fcntl
+    import socket
+    import struct
+    import termios
+    import tty
+
+    try:
+        master, slave = os.openpty()
+        tty.setraw(slave)  # the terminal in the guest edits, echoes and makes signals
+        os.set_blocking(slave, False)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        if isinstance(console_socket, int):
+            engine = socket.socket(fileno=console_socket)
+        else:
+            engine = socket.socket(socket.AF_UNIX)
+            engine.connect(console_socket)
+        socket.send_fds(engine, [os.ttyname(slave).encode()], [master])
+        engine.close()
+        os.close(master)
+        # a resize of the master is a SIGWINCH for the foreground of the slave's session: us
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    except OSError as error:
+        raise Error(
+            f"cannot send a terminal to the console socket {console_socket}: {error.strerror or error}"
+        ) from None
+    return slave
+
+
 class Monitor:
     """Builds one domain, serves it until it ends, and leaves nothing of it."""
 
-    def __init__(self, container, config, bundle, log):
+    def __init__(self, container, config, bundle, log, console_socket=None):
         self.container, self.config, self.bundle, self.log = container, config, bundle, log
+        self.console_socket = console_socket
         self.xenstore = self.domid = self.exit_status = self.deadline = None
-        self.name = self.uuid = ""
         self.consoles = []
         self.abandoned = False  # the end cannot wait for a reader of the output
         self.ready = False
+        self.told_unread = ""
         self.tail = b""
         self.tail_fd = -1
 
@@ -1204,12 +1478,12 @@ class Monitor:
     def build(self):
         container, config = self.container, self.config
         kernel, initrd = boot_file("kernel", "kernel/build.sh"), boot_file("initrd", "initrd/build.sh")
-        self.uuid = new_uuid()
-        # the uuid tells apart what has the same id in another root, or is still being destroyed
-        self.name = f"runx-{container.id[:64]}-{self.uuid[:8]}"
+        uuid = new_uuid()
         container.save(
             ociVersion=config.oci_version, status="creating", bundle=self.bundle, rootfs=config.rootfs,
-            created=timestamp(), annotations=config.annotations, uuid=self.uuid, name=self.name,
+            created=timestamp(), annotations=config.annotations, hooks=config.hooks, uuid=uuid,
+            # the uuid tells apart what has the same id in another root, or is still being destroyed
+            name=f"runx-{container.id[:64]}-{uuid[:8]}",
             pid=os.getpid(), pid_start_time=process_start_time(os.getpid()), startable=bool(config.process),
         )  # fmt: skip
         os.mkfifo(container.path("control"), 0o600)
@@ -1219,17 +1493,34 @@ class Monitor:
         sources = build_share(share, config)
         if config.process:
             check_executable(os.path.join(share, "rootfs"), config)
-        self.write_ramdisk(initrd, guest_config(config, sources))
+        self.write_ramdisk(initrd, guest_config(config, sources, container.state_for_hooks("created")))
         self.create_domain(kernel, share)
         self.channels = EventChannels()
         for number in (1, 2):
             self.consoles.append(Console(self.xenstore, self.channels, self.domid, number))
-        data = f"/local/domain/{self.domid}/data"
-        for path, token in ((f"{data}/exit", "exit"), (f"{data}/ready", "ready"), ("@releaseDomain", "release")):
-            self.xenstore.watch(path, token)
+        for node in ("ready", "ended", "exit"):
+            self.xenstore.watch(f"/local/domain/{self.domid}/data/{node}", node)
+        self.xenstore.watch("@releaseDomain", "release")
         self.xenstore.take_events()  # each watch fires once when it is made
-        container.save(status="created", domid=self.domid)
-        self.debug(f"domain {self.domid} ({self.name}) is built")
+        if self.has_terminal():
+            self.take_terminal()
+        container.save(domid=self.domid)
+        self.debug(f"domain {self.domid} ({container.state['name']}) is built")
+
+    def has_terminal(self):
+        return bool(self.config.process and self.config.process.terminal)
+
+    def take_terminal(self):
+        """The standard streams become a terminal's, whose other end the engine has."""
+        import signal
+
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
+        slave = open_terminal(self.console_socket, self.config.process.console_size)
+        null = os.open("/dev/null", os.O_RDWR)
+        for source, target in ((slave, 0), (slave, 1), (null, 2)):
+            os.dup2(source, target)
+        os.close(slave)
+        os.close(null)
 
     def write_ramdisk(self, initrd, guest):
         with open(initrd, "rb") as file:
@@ -1239,23 +1530,31 @@ class Monitor:
             file.write(base + b"\0" * (-len(base) % 4) + archive)
 
     def create_domain(self, kernel, share):
-        memory = max(self.config.memory >> 20, MINIMUM_MEMORY) if self.config.memory else DEFAULT_MEMORY
+        config, state, resources = self.config, self.container.state, self.config.resources
+        memory, vcpus = resources.mebibytes(DEFAULT_MEMORY), resources.vcpus(1)
+        maxmem = max(memory, config.maxmem)
+        maxvcpus = max(vcpus, config.maxvcpus)
+        self.container.save(maxmem=maxmem, maxvcpus=maxvcpus, resources=config.raw_resources)
         ramdisk, xl_cfg = self.container.path("ramdisk"), self.container.path("xl.cfg")
         if "," in share:
             raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
         settings = {
-            "name": self.name, "uuid": self.uuid, "type": self.config.guest_type or host_guest_type(),
+            "name": state["name"], "uuid": state["uuid"], "type": config.guest_type or host_guest_type(),
             "kernel": kernel, "ramdisk": ramdisk, "cmdline": KERNEL_PARAMETERS,
-            "memory": memory, "maxmem": memory, "vcpus": 1,
+            "memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus, "cap": resources.cap(),
             "p9": [f"tag=share,security_model=none,path={share}"],
         }  # fmt: skip
+        if resources.shares:
+            settings["cpu_weight"] = resources.weight()
+        if resources.cpus:
+            settings["cpus"] = resources.cpus
         with open(xl_cfg, "w", encoding="utf-8") as file:
             file.write(xl_config(settings))
         create_domain(xl_cfg, memory)
         os.unlink(ramdisk)  # Xen has it in memory now; /run is memory too
-        self.domid = find_domain(self.xenstore, self.uuid)
+        self.domid = find_domain(self.xenstore, settings["uuid"])
         if self.domid is None:
-            raise Error(f"xl create made no domain with the uuid {self.uuid}")
+            raise Error(f"xl create made no domain with the uuid {settings['uuid']}")
 
     # ---- serving
 
@@ -1265,8 +1564,10 @@ class Monitor:
 
         self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 2)]
         self.input = Input(self.consoles[0], 0)
-        self.signals = relay_signals()
+        self.signals = relay_signals(self.has_terminal())
         self.open_tail()
+        if self.has_terminal():
+            self.resize()
         while not self.finished():
             poll = select.poll()
             for fd, events in self.interests():
@@ -1311,8 +1612,8 @@ class Monitor:
         if self.control in ready:
             self.handle_control()
         if self.signals in ready:
-            for number in os.read(self.signals, 64):
-                self.end(128 + number) if not self.started() else self.signal(number)
+            self.handle_signals(os.read(self.signals, 64))
+        self.tell_unread()
         if self.tail_fd in ready:
             self.read_tail()
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -1325,24 +1626,46 @@ class Monitor:
                 self.consoles[int(token.split()[1]) - 1].follow()
             elif token == "ready" and not self.ready:
                 self.ready = self.xenstore.read(f"{data}/ready") is not None
-                self.debug("the process is being started")
+                if self.ready and self.config.hooks:  # for a start that comes too late to see it in xenstore
+                    open(self.container.path("ready"), "w", encoding="ascii").close()
+            elif token == "ended":
+                self.close_ended(self.xenstore.read(f"{data}/ended", ""))
             elif token == "exit":
                 self.take_exit_status(self.xenstore.read(f"{data}/exit"))
             elif token == "release" and self.exit_status is None:
                 self.check_domain()
 
+    def close_ended(self, streams):
+        """streams: the numbers of those that the process has closed, in the guest's words."""
+        if self.has_terminal():
+            return  # a terminal ends in no other way than by hanging up
+        for output in self.outputs:
+            output.ended = output.ended or str(output.fd) in streams
+        if "0" in streams and self.input.open:
+            self.input.open = False
+            close_standard(0)
+
+    def tell_unread(self):
+        """Lets the process see that nobody reads its output any more, as it would see it with a pipe of the host's."""
+        unread = "".join(str(output.fd) for output in self.outputs if output.unread)
+        if unread != self.told_unread:
+            self.told_unread = unread
+            self.ask("look", "look", {"unread": unread})
+
     def take_exit_status(self, text):
         if text is None or self.exit_status is not None:
             return
-        if text.isdigit() and int(text) <= 255:
+        if text.isascii() and text.isdecimal() and int(text) <= 255:
             self.end(int(text))
         else:
             self.warn("the VM told no valid exit status")
             self.end(255)
-        reason = self.xenstore.read(f"/local/domain/{self.domid}/data/error")
-        if reason:
-            self.warn(f"the VM's init: {printable(reason)}")
-            self.report_tail()
+        data = f"/local/domain/{self.domid}/data"
+        for node, what in (("error", "the VM's init"), ("oom", "the VM has run out of memory")):
+            reason = self.xenstore.read(f"{data}/{node}")
+            if reason:
+                self.warn(f"{what}: {printable(reason)}")
+                self.report_tail()
 
     def check_domain(self):
         end = domain_end(self.domid)
@@ -1366,12 +1689,30 @@ class Monitor:
                 self.deadline = time.monotonic() + KILL_GRACE
                 self.signal(int(number))
 
-    def started(self):
-        return self.container.load().state["status"] != "created"
+    def handle_signals(self, numbers):
+        for number in numbers:
+            if number == SIGWINCH:
+                self.resize()
+            elif number == SIGHUP and self.has_terminal():
+                self.outputs[0].unread = True  # the kernel tells us, as the pty's owner, that the engine has hung up
+            elif self.container.load().state["status"] == "created":
+                self.end(128 + number)
+            else:
+                self.signal(number)
 
     def signal(self, number):
+        self.ask(f"kill {number}")
+
+    def resize(self):
         try:
-            send_signal(self.xenstore, self.domid, self.uuid, number)
+            size = os.get_terminal_size(0)
+        except OSError:
+            return  # the engine has hung up
+        self.ask("look", "look", {"winsize": f"{size.lines} {size.columns}"})
+
+    def ask(self, request, key=None, data=None):
+        try:
+            send_request(self.xenstore, self.domid, self.container.state["uuid"], request, key, data)
         except Error as error:
             self.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
 
@@ -1381,7 +1722,8 @@ class Monitor:
             self.exit_status = status
             self.debug(f"the exit status is {status}")
         self.abandoned = self.abandoned or abandon
-        self.deadline = None
+        if self.abandoned:
+            self.deadline = None  # else, after SIGKILL, it is what readers of the output still have
 
     # ---- the guest's own console: kernel and init
 
@@ -1430,7 +1772,6 @@ class Monitor:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         clean_up(self.xenstore, self.container.state)
-        remove_share(self.container.path("share"))
         self.debug("the domain is gone")
 
 
@@ -1455,6 +1796,15 @@ def clean_up(xenstore, state):
             os.unlink(os.path.join(folder, file))
 
 
+def destroy(container, log):
+    """Removes what is left of a container that has no monitor any more, and runs its poststop hooks."""
+    if os.path.exists(container.path("control")):  # a monitor that has taken all down removes it
+        clean_up(Xenstore(), container.state)
+    container.remove()
+    for error in hook_errors(container, "poststop", "stopped"):
+        log.write("warning", error)
+
+
 def new_uuid():
     """A random uuid (RFC 4122, version 4) as text."""
     number = bytearray(os.urandom(16))
@@ -1463,19 +1813,15 @@ def new_uuid():
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def printable(text):
-    """Text of the guest's for the log: a hostile guest must not write control characters to a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
-
-
-def relay_signals():
+def relay_signals(terminal):
     """The descriptor from which arrive, a byte each, the signals that a container's own process would get."""
     import signal
 
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: None)
+    names = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"]
+    for name in [*names, "SIGWINCH"] if terminal else names:
+        signal.signal(getattr(signal, name), lambda *_: None)
     return reader
 
 
@@ -1485,11 +1831,12 @@ def run_monitor(monitor, report, commit):
     report: a pipe to create, that gets "+" or an error.  commit: a pipe from create, that gets one byte
     once create has done its part; its end without one means that create is gone, and all goes with it.
     """
-    committed, status, failure = False, 255, None
+    committed, status, failure, home = False, 255, None, None
     try:
         os.setsid()
         os.chdir("/")
-        close_other_descriptors({0, 1, 2, report, commit})
+        close_other_descriptors({0, 1, 2, report, commit, monitor.console_socket})
+        home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         monitor.build()
         os.write(report, b"+")
         os.close(report)
@@ -1500,10 +1847,12 @@ def run_monitor(monitor, report, commit):
         failure = str(error) if isinstance(error, Error) else f"internal error of the monitor: {error!r}"
     try:
         monitor.take_down()
-        if committed:
+        if os.path.exists(monitor.container.path("control")):
             os.unlink(monitor.container.path("control"))  # tells delete that nothing is left outside the folder
-        else:
-            monitor.container.remove()
+        if not committed:
+            if home is not None:  # poststop hooks run where the others have run
+                system_call("setns", home, CLONE_NEWNS)
+            destroy(monitor.container, monitor.log)
     except BaseException as error:
         monitor.log.write("error", f"cannot clean up after container {monitor.container.id}: {error}")
     if committed and failure:
@@ -1532,9 +1881,8 @@ def close_other_descriptors(keep):
 # ==== commands ===========================================================================================
 # One function per command, in the order of a container's life.  Each gets the Invocation.
 
-SIGKILL = 9
-# signals whose default action is to do nothing: 0 (a question), CHLD, CONT, URG, WINCH
-IGNORED_SIGNALS = {0, 17, 18, 23, 28}
+# signals that end a container which is not started, as they end runc's init, a Go program; others do nothing to it
+ENDING_SIGNALS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 31}
 SIGNALS = (
     "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU "
     "URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"
@@ -1557,24 +1905,43 @@ class Invocation(Record):
 
 
 def command_create(call):
-    create(call)
+    container, config, bundle = prepare(call)
+    create(call, container, config, bundle, find_console_socket(call, config, attached=False))
 
 
-def create(call):
-    """Makes the container; returns the monitor's pid."""
+def prepare(call):
+    """What create and run begin with: the container, not made yet, its config and its bundle."""
     container = call.container()
     bundle = os.path.realpath(call.options.get("bundle", "."))
     config = load_config(bundle)
-    if config.process and config.process.terminal:
-        raise Error(f"cannot create container {container.id}: process.terminal is not supported yet")
     find_xl()
+    return container, config, bundle
+
+
+def find_console_socket(call, config, attached):
+    """The absolute path of --console-socket, or None; Error, in runc's words, unless it is there just when needed.
+
+    attached: the caller is there to be the terminal's other end.
+    """
+    path = call.options.get("console-socket")
+    terminal = bool(config.process and config.process.terminal)
+    if terminal and not path and not attached:
+        raise Error("cannot allocate tty if runX will detach without setting console socket")
+    if path and (attached or not terminal):
+        raise Error("cannot use console socket if runX will not detach or allocate tty")
+    return path and os.path.abspath(path)
+
+
+def create(call, container, config, bundle, console_socket):
+    """Makes the container; returns the monitor's pid."""
     container.reserve()
     with container:
         try:
-            return start_monitor(Monitor(container, config, bundle, call.log), call.options.get("pid-file"))
+            monitor = Monitor(container, config, bundle, call.log, console_socket)
+            return start_monitor(monitor, call.options.get("pid-file"))
         except BaseException:
-            if container.is_ours():
-                container.remove()
+            if container.is_ours():  # still there: the monitor was killed
+                destroy(container.load(), call.log)
             raise
 
 
@@ -1591,15 +1958,22 @@ def start_monitor(monitor, pid_file):
         if report != b"+":
             reason = report.decode() or "its monitor was killed"
             raise Error(f"cannot create container {monitor.container.id}: {reason}")
+        container = monitor.container.load()
+        run_hooks(container, "prestart", "creating")
+        run_hooks(container, "createRuntime", "creating")
+        run_hooks(container, "createContainer", "creating", namespaces_of=pid)
         if pid_file:
             write_pid_file(pid_file, pid)
+        container.save(status="created")
         os.write(commit_writer, b"+")
         return pid
-    except BaseException:
+    except BaseException as error:
         os.close(commit_writer)  # the monitor takes all down when it sees this
         os.waitpid(pid, 0)
-        if monitor.container.is_ours():  # still there: the monitor was killed
-            clean_up(Xenstore(), monitor.container.load().state)
+        if pid_file and os.path.exists(pid_file):
+            os.unlink(pid_file)
+        if isinstance(error, BrokenPipeError):
+            raise Error(f"cannot create container {monitor.container.id}: its monitor was killed") from None
         raise
 
 
@@ -1630,30 +2004,115 @@ def start(container):
         status = container.status()
         if status == "stopped":
             raise Error("cannot start a container that has stopped")
-        if status != "created":
+        if status == "running":
             raise Error("cannot start an already running container")
+        if status != "created":
+            raise Error(f"cannot start a container in the {status} state")
         if not container.state["startable"]:
             raise Error(f"cannot start container {container.id}: its config.json has no process")
-        unpause_domain(container.state["domid"])
+        change_domain("unpause", container.state["domid"])
         container.save(status="running")
+    # without the lock: a hook may call runX
+    if container.state["hooks"].get("startContainer") or container.state["hooks"].get("poststart"):
+        await_process(container)
+        try:
+            run_hooks(container, "poststart", "running")
+        except Error:
+            with container:
+                stop_monitor(container)
+            raise
+
+
+def await_process(container):
+    """Waits until the container's process is executed; Error if it ends before: a startContainer hook has failed."""
+    import select
+
+    xenstore, data = Xenstore(), f"/local/domain/{container.state['domid']}/data"
+    xenstore.watch(data, "data")
+    pidfd = open_pidfd(container)
+    reason = None
+    while pidfd is not None:
+        if not xenstore.events and pidfd in select.select([xenstore.fd, pidfd], [], [])[0]:
+            break
+        xenstore.take_events()
+        if xenstore.read(f"{data}/ready"):
+            os.close(pidfd)
+            return
+        reason = xenstore.read(f"{data}/error") or reason
+    if os.path.exists(container.path("ready")):
+        return  # it was over before we were told
+    raise Error(f"cannot start container {container.id}: {printable(reason or 'its VM has ended, see the log')}")
 
 
 def command_run(call):
     """create, start and, unless detached, wait: the exit status is the container's."""
-    pid = create(call)
-    container = call.container()
+    container, config, bundle = prepare(call)
+    attached = "detach" not in call.options
+    console_socket, engine = find_console_socket(call, config, attached), None
+    if attached and config.process and config.process.terminal:
+        import socket
+
+        engine, console_socket = (end.detach() for end in socket.socketpair())
+    pid = create(call, container, config, bundle, console_socket)
     try:
         start(container)
     except BaseException:
-        delete(container, force=True)
+        delete(container, True, call.log)
         raise
-    if "detach" in call.options:
+    if not attached:
         return 0
     forward_signals(pid)
+    if engine is not None:
+        os.close(console_socket)
+        with socket.socket(fileno=engine) as connection:
+            attach(socket.recv_fds(connection, 4096, 1)[1][0])
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if "keep" not in call.options:
-        delete(call.container(), force=True)
+        delete(call.container(), True, call.log)
     return status if status >= 0 else 128 - status
+
+
+def attach(master):
+    """Joins our standard input and output, a terminal or not, to a container's terminal until that ends."""
+    import select
+    import signal
+    import termios
+    import tty
+
+    def resize(*_):
+        import fcntl
+
+        fcntl.ioctl(master, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
+
+    saved = termios.tcgetattr(0) if os.isatty(0) else None
+    if saved:
+        tty.setraw(0)
+        signal.signal(signal.SIGWINCH, resize)
+        resize()
+    os.set_blocking(master, False)
+    typed, reading = b"", True  # typed: what the container has yet to take
+    try:
+        while True:
+            sources = [master] if typed or not reading else [master, 0]
+            readable, writable, _ = select.select(sources, [master] if typed else [], [])
+            if 0 in readable:
+                typed = os.read(0, 4096)
+                reading = bool(typed)
+            if writable:
+                typed = typed[os.write(master, typed) :]
+            if master in readable:
+                output = os.read(master, 4096)
+                while output:
+                    output = output[os.write(1, output) :]
+    except OSError:
+        pass  # EIO from the master: the container's end is closed; or nobody is at ours any more
+    finally:
+        os.close(master)  # which hangs up, if it has not ended
+        try:
+            if saved:
+                termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        except termios.error:
+            pass  # the terminal has gone
 
 
 def forward_signals(pid):
@@ -1674,23 +2133,24 @@ def command_state(call):
     print_json(call.container().load().public_state())
 
 
-def print_json(value):
+def print_json(value, indent=2):
+    """indent None: on one line, at once, for a reader of a stream."""
     import json
 
-    print(json.dumps(value, indent=2))
+    print(json.dumps(value, indent=indent), flush=True)
 
 
 def parse_signal(text):
     """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
     name = text.upper().removeprefix("SIG")
-    if name.isdigit() and int(name) <= 64:
+    if name.isdecimal() and int(name) <= 64:
         return int(name)
     if name in SIGNALS:
         return SIGNALS.index(name) + 1
     for base, number in (("RTMIN", 34), ("RTMAX", 64)):
         if name.startswith(base):
             offset = name[len(base) :] or "+0"
-            if offset[0] in "+-" and offset[1:].isdigit() and 34 <= number + int(offset) <= 64:
+            if offset[0] in "+-" and offset[1:].isdecimal() and 34 <= number + int(offset) <= 64:
                 return number + int(offset)
     raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
 
@@ -1708,13 +2168,26 @@ def kill(container, number, to_all=False):
             return  # as runc: all of nothing is done
         if status in ("stopped", "creating"):
             raise Error("container not running")
-        if status == "created":  # its process is yet to be: only the end can be had
-            if number not in IGNORED_SIGNALS:
+        if container.state["status"] == "created":  # its process is yet to be: only the end can be had
+            if number in ENDING_SIGNALS:
                 tell_monitor(container, f"destroy {number}")
         elif number == SIGKILL:
+            if status == "paused":  # so that its last writes reach the host
+                resume(container)
             tell_monitor(container, f"kill {number}")
         elif number != 0:
-            send_signal(Xenstore(), container.state["domid"], container.state["uuid"], number, to_all)
+            request = f"killall {number}" if to_all else f"kill {number}"
+            send_request(Xenstore(), container.state["domid"], container.state["uuid"], request)
+
+
+def open_pidfd(container):
+    """A descriptor that is readable once the monitor has ended; None if it has."""
+    if container.state.get("pid") is None or container.status() == "stopped":
+        return None
+    try:
+        return os.pidfd_open(container.state["pid"])
+    except ProcessLookupError:
+        return None
 
 
 def tell_monitor(container, request):
@@ -1727,10 +2200,10 @@ def tell_monitor(container, request):
 
 
 def command_delete(call):
-    delete(call.container(), "force" in call.options)
+    delete(call.container(), "force" in call.options, call.log)
 
 
-def delete(container, force):
+def delete(container, force, log):
     try:
         with container:
             status = container.status()
@@ -1738,9 +2211,8 @@ def delete(container, force):
                 raise Error(f"cannot delete container {container.id} that is not stopped: {status}")
             if status != "stopped":
                 stop_monitor(container)
-            if os.path.exists(container.path("control")):  # the monitor removes it when it has taken all down
-                clean_up(Xenstore(), container.state)
-            container.remove()
+            if container.is_ours():  # a monitor that was still creating has removed it by itself
+                destroy(container, log)
     except NoContainer:
         if not force:
             raise
@@ -1750,21 +2222,231 @@ def stop_monitor(container):
     """Ends the monitor and its domain; by force if it does not do so itself in time."""
     import select
 
-    pid = container.state.get("pid")
-    if pid is None or container.status() == "stopped":
-        return
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
+    pidfd = open_pidfd(container)
+    if pidfd is None:
         return
     try:
         tell_monitor(container, f"destroy {SIGKILL}")
     except Error:
         pass  # it is ending already
     if not select.select([pidfd], [], [], MONITOR_END)[0]:
-        os.kill(pid, SIGKILL)
+        os.kill(container.state["pid"], SIGKILL)
         select.select([pidfd], [], [], MONITOR_END)
     os.close(pidfd)
+
+
+def command_pause(call):
+    """The VM gets no processor time until `resume`.  One that is not started has none anyway."""
+    container = call.container()
+    with container:
+        status = container.status()
+        if status not in ("created", "running"):
+            raise Error("container not running")
+        if status == "running":
+            change_domain("pause", container.state["domid"])
+        container.save(paused=True)
+
+
+def command_resume(call):
+    container = call.container()
+    with container:
+        if container.status() != "paused":
+            raise Error("container not paused")
+        resume(container)
+
+
+def resume(container):
+    if container.state["status"] == "running":
+        change_domain("unpause", container.state["domid"])
+    container.save(paused=False)
+
+
+def command_ps(call):
+    """The container's process as dom0 sees it: the monitor.  What runs in the VM, only the VM knows."""
+    import subprocess
+
+    container = call.container().load()
+    if container.status() in ("creating", "stopped"):
+        raise Error("container not running")
+    pid = str(container.state["pid"])
+    if call.options.get("format", "table") == "json":
+        print_json([int(pid)], None)
+        return
+    command = ["ps", *(call.arguments[1:] or ["-ef"])]
+    result = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PATH": PATH}, text=True, check=False)
+    head, *rows = result.stdout.splitlines() or [""]
+    if result.returncode != 0 or "PID" not in head.split():
+        raise Error(f"cannot tell a PID column in the output of {' '.join(command)}: try --format json")
+    print(head, *(row for row in rows if row.split()[head.split().index("PID")] == pid), sep="\n")
+
+
+def command_events(call):
+    """As `runc events`: one line of JSON every --interval, and "oom" when that happens; once with --stats."""
+    import select
+
+    container = call.container()
+    interval = parse_duration(call.options.get("interval", "5s"))
+    container.load()
+    pidfd = None if container.status() == "creating" else open_pidfd(container)
+    if pidfd is None:
+        raise Error(f"container with id {container.id} is not running")
+    if "stats" in call.options:
+        print_stats(container)
+        return
+    xenstore, oom, told = Xenstore(), f"/local/domain/{container.state['domid']}/data/oom", False
+    xenstore.watch(oom, "oom")
+    deadline = time.monotonic()
+    while True:
+        if time.monotonic() >= deadline:
+            print_stats(container)
+            deadline += interval
+        wait = 0 if xenstore.events else max(0, deadline - time.monotonic())
+        ready = select.select([xenstore.fd, pidfd], [], [], wait)[0]
+        if xenstore.fd in ready or xenstore.events:
+            xenstore.take_events()
+            if not told and xenstore.read(oom):
+                told = True
+                print_json({"type": "oom", "id": container.id}, None)
+        elif pidfd in ready:
+            return
+
+
+def parse_duration(text):
+    """Seconds of a Go duration such as 5s, 500ms, 1m30s; Error if it is none or not positive."""
+    import re
+
+    units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
+    seconds = sum(float(number) * units[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+        raise Error(f"option --interval of events needs a duration such as 5s, not {text!r}")
+    return seconds
+
+
+def print_stats(container):
+    """What Xen has counted, in runc's shape (types/events.go): nanoseconds and bytes.  Nothing if it is gone."""
+    domain = list_domain(container.state["domid"])
+    if domain is None:
+        return
+    memory = {"limit": container.state["maxmem"] << 20, "usage": domain.memory << 20, "failcnt": 0}
+    print_json({
+        "type": "stats",
+        "id": container.id,
+        "data": {
+            "cpu": {"usage": {"total": round(domain.time * 10) * 10**8, "kernel": 0, "user": 0}, "throttling": {}},
+            "memory": {"usage": memory, "swap": {"failcnt": 0}, "kernel": {"failcnt": 0}, "kernelTCP": {"failcnt": 0}},
+            "pids": {},
+            "blkio": {},
+            "hugetlb": {},
+            "intel_rdt": {},
+        },
+    }, None)  # fmt: skip
+
+
+# `update`: the option for each field of linux.resources, runc's names
+UPDATE_OPTIONS = {
+    "memory": ("memory", "limit"), "memory-reservation": ("memory", "reservation"), "memory-swap": ("memory", "swap"),
+    "kernel-memory": ("memory", "kernel"), "kernel-memory-tcp": ("memory", "kernelTCP"),
+    "cpu-quota": ("cpu", "quota"), "cpu-period": ("cpu", "period"), "cpu-share": ("cpu", "shares"),
+    "cpu-burst": ("cpu", "burst"), "cpu-idle": ("cpu", "idle"), "cpu-rt-period": ("cpu", "realtimePeriod"),
+    "cpu-rt-runtime": ("cpu", "realtimeRuntime"), "cpuset-cpus": ("cpu", "cpus"), "cpuset-mems": ("cpu", "mems"),
+    "blkio-weight": ("blockIO", "weight"), "pids-limit": ("pids", "limit"),
+    "l3-cache-schema": ("intelRdt", "l3CacheSchema"), "mem-bw-schema": ("intelRdt", "memBwSchema"),
+}  # fmt: skip
+UPDATABLE = {("memory", "limit"), ("cpu", "quota"), ("cpu", "period"), ("cpu", "shares"), ("cpu", "cpus")}
+# A VM has no swap, so any limit of it is kept; a reservation is a wish.
+IMMATERIAL = {("memory", "swap"), ("memory", "reservation")}
+
+
+def command_update(call):
+    """Changes what Xen can change in a VM that runs; refuses all if anything else is to be different."""
+    container = call.container()
+    changes = read_update(call.options)
+    with container:
+        if container.status() in ("creating", "stopped"):
+            raise Error("container not running")
+        update(container, changes)
+
+
+def read_update(options):
+    """The linux.resources that --resources and the other options ask for."""
+    import json
+
+    source, changes = options.get("resources"), {}
+    if source:
+        try:
+            with open(0 if source == "-" else source, encoding="utf-8") as file:
+                changes = json.load(file)
+        except (OSError, ValueError) as error:
+            raise Error(f"cannot read the resources from {source}: {error}") from None
+        if not isinstance(changes, dict):
+            raise Error(f"the resources in {source} must be a JSON object")
+    for name, (section, key) in UPDATE_OPTIONS.items():
+        if name in options:
+            values = field(changes, section, dict, {}, "resources")
+            changes[section] = {**values, key: parse_quantity(name, options[name])}
+    return changes
+
+
+def parse_quantity(name, text):
+    """An integer, with k, m or g behind a number of bytes; what is no number for runc either is text."""
+    if name in ("cpuset-cpus", "cpuset-mems", "l3-cache-schema", "mem-bw-schema"):
+        return text
+    digits, scale = text.lower().removesuffix("b"), 1
+    if "memory" in name and digits and digits[-1] in "kmg":
+        digits, scale = digits[:-1], 1 << {"k": 10, "m": 20, "g": 30}[digits[-1]]
+    try:
+        return int(digits) * scale
+    except ValueError:
+        raise Error(f"option --{name} of update needs a number, not {text!r}") from None
+
+
+def update(container, changes):
+    state = container.state
+    new = {key: dict(value) if isinstance(value, dict) else value for key, value in state["resources"].items()}
+    refused = []
+    for section, values in changes.items():
+        old = state["resources"].get(section)
+        if not isinstance(values, dict) or not isinstance(old or {}, dict):
+            if values and values != old:
+                refused.append(section)
+            continue
+        for key, value in values.items():
+            if (section, key) in UPDATABLE | IMMATERIAL and value:
+                new.setdefault(section, {})[key] = value
+            elif value and value != (old or {}).get(key):
+                refused.append(f"{section}.{key}")
+    if refused:
+        raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
+    resources, old = parse_resources(new, "resources"), parse_resources(state["resources"], "resources")
+    memory, vcpus = resources.mebibytes(state["maxmem"]), resources.vcpus(state["maxvcpus"])
+    for wanted, most, what in ((memory, state["maxmem"], "MiB of memory"), (vcpus, state["maxvcpus"], "vcpus")):
+        if wanted > most:
+            raise Error(
+                f"cannot update container {container.id} to {wanted} {what}: its VM was made for {most} at most, "
+                f"see the annotations org.runx.maxmem and org.runx.maxvcpus"
+            )
+    try:
+        apply_resources(container, resources, old)
+    except Error:
+        apply_resources(container, old, resources)  # all or nothing; what was not reached it leaves as it is
+        raise
+    container.save(resources=new)
+
+
+def apply_resources(container, new, old):
+    domid, maxmem, maxvcpus = (container.state[key] for key in ("domid", "maxmem", "maxvcpus"))
+    if new.mebibytes(maxmem) != old.mebibytes(maxmem):
+        change_domain("mem-set", domid, f"{new.mebibytes(maxmem)}m")
+    if new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
+        change_domain("vcpu-set", domid, new.vcpus(maxvcpus))
+        if new.vcpus(maxvcpus) > old.vcpus(maxvcpus):  # the kernel finds it; that it is used is userspace's to say
+            send_request(Xenstore(), domid, container.state["uuid"], "cpus", "cpus")
+    if (new.shares, new.cap()) != (old.shares, old.cap()):
+        scheduler = "sched-credit" if xl_info("xen_scheduler") == "credit" else "sched-credit2"
+        change_domain(scheduler, "-d", domid, "-w", new.weight() if new.shares else 256, "-c", new.cap())
+    if new.cpus != old.cpus:
+        change_domain("vcpu-pin", domid, "all", new.cpus or "all")
 
 
 def command_list(call):
@@ -1796,7 +2478,7 @@ def command_features(call):
     print_json({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.3.0",
-        "hooks": [],
+        "hooks": list(HOOK_KINDS),
         "mountOptions": sorted(MOUNT_OPTIONS),
         "linux": {
             "namespaces": [],
@@ -1825,7 +2507,7 @@ def command_pack_initrd(call):
 
 CREATE_FLAGS = {"no-pivot", "no-new-keyring", "detach", "no-subreaper", "keep"}
 CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
-SHORT = {"b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet"}
+SHORT = {"b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet", "r": "resources"}
 
 # command: (function, flags, options with a value)
 COMMANDS = {
@@ -1835,12 +2517,17 @@ COMMANDS = {
     "state": (command_state, set(), set()),
     "kill": (command_kill, {"all"}, {"signal"}),
     "delete": (command_delete, {"force"}, set()),
+    "pause": (command_pause, set(), set()),
+    "resume": (command_resume, set(), set()),
+    "ps": (command_ps, set(), {"format"}),
+    "events": (command_events, {"stats"}, {"interval"}),
+    "update": (command_update, set(), {"resources", *UPDATE_OPTIONS}),
     "list": (command_list, {"quiet"}, {"format"}),
     "features": (command_features, set(), set()),
     "pack-initrd": (command_pack_initrd, set(), set()),
 }
 # what other runtimes have, so that the refusal can say that it is known
-UNSUPPORTED = {"checkpoint", "events", "exec", "pause", "ps", "restore", "resume", "update"}
+UNSUPPORTED = {"checkpoint", "exec", "restore"}
 GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
 GLOBAL_VALUES = {"root", "log", "log-format", "rootless", "criu", "cgroup-manager"}
 
@@ -1853,6 +2540,10 @@ commands:
   state ID                                         print its state as JSON
   kill [--all] ID [SIGNAL]                         send a signal to its process
   delete [--force] ID                              remove what is left of it
+  pause ID, resume ID                              stop and continue its VM
+  ps [--format table|json] ID [PS OPTIONS]         its process on this host
+  events [--stats] [--interval 5s] ID              what Xen counts for it, as JSON
+  update [--resources FILE|-] [--memory N] ID      change memory, processors and their share: see docs/lifecycle.md
   list [--format table|json] [--quiet]             all containers below the root
   features                                         what this runtime can do, as JSON
   pack-initrd FOLDER FILE                          make a ramdisk
@@ -1893,9 +2584,11 @@ def parse_options(command, words):
             break
         if len(word) < 2 or not word.startswith("-"):
             arguments.append(word)
+            if command == "ps":
+                return options, arguments + words  # the options of ps(1)
             continue
         name, value = split_option(word)
-        if command == "list" and name == "force":
+        if command in ("list", "ps") and name == "force":
             name = "format"
         if name in flags:
             if value != "false":

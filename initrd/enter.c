@@ -15,17 +15,20 @@
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <termios.h>
+#include <time.h>
 #include <unistd.h>
 
 #define CONFIG "/container/config"
@@ -33,11 +36,55 @@
 
 /* The container's own exit status when its process cannot be started: that of a shell. */
 enum { CANNOT_EXECUTE = 126, NOT_FOUND = 127 };
+enum { MESSAGE_MAX = 1024 };	/* bytes; a node of xenstore holds 2048 */
+
+/* Joins the strings up to NULL in buffer, as far as it reaches; returns their length.  No stdio: it is half of libc. */
+static size_t join(char *buffer, size_t size, ...)
+{
+	size_t len = 0;
+	va_list strings;
+
+	va_start(strings, size);
+	for (const char *string; (string = va_arg(strings, const char *));)
+		while (*string && len < size - 1)
+			buffer[len++] = *string++;
+	va_end(strings);
+	buffer[len] = 0;
+	return len;
+}
+
+static char *decimal(unsigned long number)
+{
+	static char digits[4][24];
+	static int turn;
+	char *end = digits[turn = (turn + 1) % 4] + 23;
+
+	do
+		*--end = '0' + number % 10;
+	while (number /= 10);
+	return end;
+}
+
+/*
+ * A socket to the parent, in the child that becomes the container's process.  It carries what went
+ * wrong, or a terminal; that it ends with neither says that the process has been executed.
+ */
+static int parent = -1;
+
+static void die_with(int status, const char *message, size_t len)
+{
+	write(2, message, len);
+	if (parent >= 0)
+		write(parent, message, len);
+	_exit(status);
+}
 
 static void die(int status, const char *operation, const char *object)
 {
-	dprintf(2, "%s %s: %s\n", operation, object, strerror(errno));
-	_exit(status);
+	char message[MESSAGE_MAX];
+	size_t len = join(message, sizeof message, operation, " ", object, ": ", strerror(errno), "\n", NULL);
+
+	die_with(status, message, len);
 }
 
 /* ---- xenstore: the kernel's /dev/xen/xenbus, wire format of xen/include/public/io/xs_wire.h ---- */
@@ -83,7 +130,7 @@ failed:
 	return -1;
 }
 
-/* xs read PATH | write PATH VALUE | rm PATH | ls PATH.  Exit status 1 where xenstore refuses. */
+/* xs read PATH | write PATH VALUE | rm PATH | ls PATH.  Exit status 1 where xenstore refuses, 2 for another usage. */
 static int xs_main(int argc, char **argv)
 {
 	char reply[XS_PAYLOAD_MAX + 1];
@@ -92,18 +139,17 @@ static int xs_main(int argc, char **argv)
 			!strcmp(verb, "rm") ? XS_RM : !strcmp(verb, "write") ? XS_WRITE : 0;
 	int len;
 
-	if (!type || argc != (type == XS_WRITE ? 4 : 3)) {
-		dprintf(2, "usage: xs read|ls|rm PATH, xs write PATH VALUE\n");
+	if (!type || argc != (type == XS_WRITE ? 4 : 3))
 		return 2;
-	}
 	len = xs_request(type, argv[2], type == XS_WRITE ? argv[3] : NULL, reply);
 	if (len < 0)
 		return 1;
+	for (int i = 0; type == XS_DIRECTORY && i < len; i++)
+		reply[i] = reply[i] ? reply[i] : '\n';
 	if (type == XS_READ)
-		puts(reply);
-	if (type == XS_DIRECTORY)
-		for (char *name = reply; name < reply + len; name += strlen(name) + 1)
-			puts(name);
+		reply[len++] = '\n';
+	if (type == XS_READ || type == XS_DIRECTORY)
+		write(1, reply, len);
 	return 0;
 }
 
@@ -183,6 +229,137 @@ static void enter_rootfs(void)
 		die(CANNOT_EXECUTE, "enter", "the rootfs");
 }
 
+/*
+ * A pty of the container's own devpts becomes the controlling terminal and the standard streams.
+ * The parent gets the master, sets the window size, and answers when that is done.
+ */
+static void open_terminal(void)
+{
+	union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control = { 0 };
+	struct iovec iov = { "", 1 };
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control,
+	};
+	int unlocked = 0, number, slave, master = open("/dev/pts/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC);
+	char path[64], answer;
+
+	if (master < 0 || ioctl(master, TIOCSPTLCK, &unlocked) < 0 || ioctl(master, TIOCGPTN, &number) < 0 ||
+	    (slave = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0)
+		die(CANNOT_EXECUTE, "open", "/dev/pts/ptmx");
+	control.header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS };
+	memcpy(CMSG_DATA(&control.header), &master, sizeof master);
+	if (sendmsg(parent, &message, 0) < 0 || read(parent, &answer, 1) != 1 || ioctl(slave, TIOCSCTTY, 0) < 0)
+		die(CANNOT_EXECUTE, "set up", "the terminal");
+	for (int fd = 0; fd <= 2; fd++)
+		dup2(slave, fd);
+	join(path, sizeof path, "/dev/pts/", decimal(number), NULL);
+	close(open("/dev/console", O_CREAT | O_CLOEXEC, 0620));
+	if (mount(path, "/dev/console", NULL, MS_BIND, NULL) < 0)
+		die(CANNOT_EXECUTE, "mount", "/dev/console");
+}
+
+/* ---- startContainer hooks: in the container, as its user, before its process ---- */
+
+struct hook {
+	unsigned long timeout;	/* seconds, 0: none */
+	char *path, **args, **env;	/* no env: the process's */
+};
+
+static struct hook *hooks;
+static size_t n_hooks;
+static char *hook_state;	/* what they get on standard input */
+
+static char **next_strings(void)
+{
+	size_t count = next_number();
+	char **strings = calloc(count + 1, sizeof *strings);
+
+	for (size_t i = 0; i < count; i++)
+		strings[i] = next();
+	return strings;
+}
+
+static void add_hook(void)
+{
+	struct hook *hook;
+
+	hooks = realloc(hooks, (n_hooks + 1) * sizeof *hooks);
+	hook = &hooks[n_hooks++];
+	hook->path = next();
+	hook->timeout = next_number();
+	hook->args = next_strings();
+	hook->env = next_strings();
+}
+
+/* Waits for the hook until it has ended, and returns its status, or until its time is over: -1, it is killed then. */
+static int wait_for_hook(pid_t pid, unsigned long timeout)
+{
+	struct timespec now, end, left = { 0 };
+	sigset_t chld;
+	int status;
+
+	sigemptyset(&chld);
+	sigaddset(&chld, SIGCHLD);
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	end.tv_sec += timeout;
+	while (waitpid(pid, &status, WNOHANG) == 0) {
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		left.tv_sec = end.tv_sec - now.tv_sec - (end.tv_nsec < now.tv_nsec);
+		left.tv_nsec = end.tv_nsec - now.tv_nsec + (end.tv_nsec < now.tv_nsec) * 1000000000L;
+		if (timeout && left.tv_sec < 0) {
+			kill(-pid, SIGKILL);
+			waitpid(pid, &status, 0);
+			return -1;
+		}
+		sigtimedwait(&chld, NULL, timeout ? &left : NULL);
+	}
+	return status;
+}
+
+static void run_hook(const struct hook *hook, size_t number, const sigset_t *before, int output)
+{
+	char message[MESSAGE_MAX];
+	int stdin_pipe[2], status;
+	const char *reason, *value;
+	pid_t pid, writer;
+
+	if (pipe2(stdin_pipe, O_CLOEXEC) < 0)
+		die(CANNOT_EXECUTE, "make", "a pipe for a hook");
+	writer = fork();
+	if (writer == 0) {	/* a hook need not read, and the state may be longer than a pipe */
+		close(stdin_pipe[0]);
+		write(stdin_pipe[1], hook_state, strlen(hook_state));
+		_exit(0);
+	}
+	pid = fork();
+	if (writer < 0 || pid < 0)
+		die(CANNOT_EXECUTE, "fork", "a hook");
+	if (pid == 0) {
+		setpgid(0, 0);
+		sigprocmask(SIG_SETMASK, before, NULL);
+		dup2(stdin_pipe[0], 0);
+		dup2(output, 1);
+		dup2(output, 2);
+		if (*hook->env)
+			environ = hook->env;
+		execv(hook->path, hook->args);
+		parent = -1;
+		die(NOT_FOUND, "exec", hook->path);
+	}
+	setpgid(pid, pid);
+	close(stdin_pipe[0]);
+	close(stdin_pipe[1]);
+	status = wait_for_hook(pid, hook->timeout);
+	kill(writer, SIGKILL);
+	waitpid(writer, NULL, 0);
+	if (status == 0)
+		return;
+	reason = status < 0 ? "it ran past its timeout of " : WIFSIGNALED(status) ? "signal " : "exit status ";
+	value = decimal(status < 0 ? hook->timeout : WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+	die_with(1, message, join(message, sizeof message, "error running startContainer hook #", decimal(number), " ",
+				  hook->path, ": ", reason, value, status < 0 ? " s\n" : "\n", NULL));
+}
+
 /* Executes the records in order; the operands of each are named beside its keyword. */
 static void apply_config(char **args, char **envs)
 {
@@ -213,6 +390,12 @@ static void apply_config(char **args, char **envs)
 			char *content = next(), *path = next();
 			if (symlink(content, path) < 0 && errno != EEXIST)
 				die(CANNOT_EXECUTE, "symlink", path);
+		} else if (!strcmp(keyword, "terminal")) {
+			open_terminal();
+		} else if (!strcmp(keyword, "hook")) {	/* path timeout n args... n envs... */
+			add_hook();
+		} else if (!strcmp(keyword, "state")) {	/* json */
+			hook_state = next();
 		} else if (!strcmp(keyword, "hostname")) {	/* name */
 			char *name = next();
 			if (sethostname(name, strlen(name)) < 0)
@@ -246,15 +429,24 @@ static void apply_config(char **args, char **envs)
 		die(CANNOT_EXECUTE, "chdir", cwd);
 }
 
-static void run_process(void)
+/* before: the signal mask that the process starts with; output: of hooks, the guest's own console. */
+static void run_process(const sigset_t *before, int output)
 {
 	size_t most = config_end - config_next;
 	char **args = calloc(most + 1, sizeof *args), **envs = calloc(most + 1, sizeof *envs);
+	int fd;
 
+	/* init and this program are spared when memory runs out, the container is not */
+	fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+	if (fd < 0 || write(fd, "0", 1) < 0)
+		die(CANNOT_EXECUTE, "write", "/proc/self/oom_score_adj");
+	close(fd);
 	enter_rootfs();
 	apply_config(args, envs);
-	clearenv();
 	environ = envs;
+	for (size_t i = 0; i < n_hooks; i++)
+		run_hook(&hooks[i], i, before, output);
+	sigprocmask(SIG_SETMASK, before, NULL);
 	execvp(args[0], args);
 	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXECUTE, "exec", args[0]);
 }
@@ -267,6 +459,7 @@ static void run_process(void)
  * with DLE: DLE DLE is that byte, DLE EOT the end.  What is behind back-pressures to what is before.
  */
 enum { DLE = 0x10, EOT = 0x04 };
+enum { EOF_DELAY = 50 };	/* milliseconds */
 
 struct stream {
 	int from, to;		/* -1: closed */
@@ -274,26 +467,34 @@ struct stream {
 	char buffer[4096];
 };
 
+static void close_source(struct stream *s)
+{
+	if (s->from >= 0)
+		close(s->from);
+	s->from = -1;
+}
+
 static void fill(struct stream *s)
 {
 	ssize_t n = read(s->from, s->buffer, sizeof s->buffer);
 
 	s->start = 0;
 	s->end = n > 0 ? n : 0;
-	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
-		close(s->from);
-		s->from = -1;
-	}
+	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+		close_source(s);
 }
 
 static void flush(struct stream *s)
 {
 	ssize_t n = write(s->to, s->buffer + s->start, s->end - s->start);
 
-	if (n > 0)
+	if (n > 0) {
 		s->start += n;
-	else if (n < 0 && errno != EAGAIN && errno != EINTR)
+	} else if (n < 0 && errno != EAGAIN && errno != EINTR) {
 		s->start = s->end;	/* nobody reads it any more */
+		close(s->to);
+		s->to = -1;
+	}
 }
 
 /* Decodes in place what fill() has read; returns 1 at the end of the input. */
@@ -332,6 +533,19 @@ static int open_console(const char *path)
 	return fd;
 }
 
+/* The window size that the host has put into xenstore, as "rows columns". */
+static void set_window_size(int master)
+{
+	char reply[XS_PAYLOAD_MAX + 1], *columns;
+	struct winsize size = { 0 };
+
+	if (master < 0 || xs_request(XS_READ, "data/winsize", NULL, reply) < 0)
+		return;
+	size.ws_row = strtoul(reply, &columns, 10);
+	size.ws_col = strtoul(columns, NULL, 10);
+	ioctl(master, TIOCSWINSZ, &size);
+}
+
 /* The container ends with its process, so all others are killed then.  Returns 1 when none is left. */
 static int reap(pid_t process, int *status)
 {
@@ -346,9 +560,44 @@ static int reap(pid_t process, int *status)
 	return pid < 0 && errno == ECHILD;
 }
 
-static int carry(pid_t process, int signals, struct stream *in, struct stream *out, struct stream *err)
+/* Tells the host which streams have ended while the process lives; what was written before is in the rings then. */
+static void tell_ended(int ended, int hvc1, int hvc2)
 {
-	int status = 0, running = 1, at_end = 0;
+	char reply[XS_PAYLOAD_MAX + 1], text[4];
+
+	tcdrain(hvc1);
+	tcdrain(hvc2);
+	join(text, sizeof text, ended & 1 ? "0" : "", ended & 2 ? "1" : "", ended & 4 ? "2" : "", NULL);
+	xs_request(XS_WRITE, "data/ended", text, reply);
+}
+
+/* Closes the output streams that nobody reads on the host any more: the process gets SIGPIPE.  Returns 1 if there are. */
+static int close_unread(struct stream *out, struct stream *err)
+{
+	char reply[XS_PAYLOAD_MAX + 1];
+
+	if (xs_request(XS_READ, "data/unread", NULL, reply) < 0)
+		return 0;
+	if (strchr(reply, '1'))
+		close_source(out);
+	if (strchr(reply, '2'))
+		close_source(err);
+	return 1;
+}
+
+static long milliseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* master: the terminal's, or -1.  Its end is a hang-up, so with the input it is closed for output too. */
+static int carry(pid_t process, int signals, int master, struct stream *in, struct stream *out, struct stream *err)
+{
+	int status = 0, running = 1, at_end = 0, hung_up = 0, told = 0;
+	long since = 0;		/* when a stream ended of which the host has not been told; 0: none */
 
 	while (running || out->from >= 0 || err->from >= 0 || out->start < out->end || err->start < err->end) {
 		int in_pending = in->start < in->end, out_pending = out->start < out->end, err_pending = err->start < err->end;
@@ -360,11 +609,22 @@ static int carry(pid_t process, int signals, struct stream *in, struct stream *o
 			{ err_pending ? err->to : err->from, err_pending ? POLLOUT : POLLIN, 0 },
 		};
 
-		if (poll(fds, sizeof fds / sizeof *fds, -1) < 0)
+		/* a stream that has ended may be the process's end; the host hears of it if it is not */
+		int ended = (in->to < 0 && !at_end) | (out->from < 0 && !out_pending) << 1 | (err->from < 0 && !err_pending) << 2;
+		if (running && ended != told && master < 0)
+			since = since ? since : milliseconds();
+		if (since && milliseconds() - since >= EOF_DELAY) {
+			tell_ended(told = ended, out->to, err->to);
+			since = 0;
+		}
+		if (poll(fds, sizeof fds / sizeof *fds, since && running ? EOF_DELAY : -1) <= 0)
 			continue;
 		if (fds[0].revents) {
-			struct signalfd_siginfo ignored;
-			if (read(signals, &ignored, sizeof ignored) > 0 && reap(process, &status))
+			struct signalfd_siginfo info;
+			if (read(signals, &info, sizeof info) > 0 && info.ssi_signo == SIGWINCH) {
+				set_window_size(master);
+				hung_up = close_unread(out, err) && master >= 0;
+			} else if (reap(process, &status))
 				running = 0;
 		}
 		if (fds[1].revents) {
@@ -373,9 +633,11 @@ static int carry(pid_t process, int signals, struct stream *in, struct stream *o
 		}
 		if (fds[2].revents)
 			flush(in);
-		if (at_end && in->start >= in->end && in->to >= 0) {
+		if ((hung_up || (at_end && in->start >= in->end)) && in->to >= 0) {
 			close(in->to);
 			in->to = -1;
+			if (master >= 0)
+				close_source(out);
 		}
 		if (fds[3].revents)
 			out_pending ? flush(out) : fill(out);
@@ -385,13 +647,49 @@ static int carry(pid_t process, int signals, struct stream *in, struct stream *o
 	return status;
 }
 
+/*
+ * Takes what the child sends until its program runs or it has failed; returns 1 or 0.  master: of
+ * the container's terminal, stays -1 if it has none.
+ */
+static int await_process(int child, int *master)
+{
+	union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
+	char text[MESSAGE_MAX], reply[XS_PAYLOAD_MAX + 1];
+	size_t len = 0;
+
+	for (;;) {
+		struct iovec iov = { text + len, sizeof text - 1 - len };
+		struct msghdr message = {
+			.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control,
+		};
+		ssize_t n = recvmsg(child, &message, MSG_CMSG_CLOEXEC);
+		if (n <= 0)
+			break;
+		if (message.msg_controllen) {
+			memcpy(master, CMSG_DATA(&control.header), sizeof *master);
+			set_window_size(*master);
+			write(child, "", 1);
+		} else {
+			len += n;
+		}
+	}
+	close(child);
+	text[len] = 0;
+	if (len)
+		xs_request(XS_WRITE, "data/error", text, reply);
+	return !len;
+}
+
+/* The process runs: signals can be sent to it, and the host may send its input. */
 static void announce(pid_t process)
 {
-	char reply[XS_PAYLOAD_MAX + 1];
-	FILE *file = fopen("/run/pid", "w");
+	char reply[XS_PAYLOAD_MAX + 1], text[64];
+	size_t len = join(text, sizeof text, decimal(process), " ", decimal(getpid()), "\n", NULL);
+	int fd = open("/run/pid", O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
 
-	if (!file || fprintf(file, "%d\n", process) < 0 || fclose(file) < 0)
+	if (fd < 0 || write(fd, text, len) < 0)
 		die(CANNOT_EXECUTE, "write", "/run/pid");
+	close(fd);
 	xs_request(XS_WRITE, "data/ready", "1", reply);
 	/* what the host asked for before it could ring */
 	if (xs_request(XS_DIRECTORY, "data/request", NULL, reply) > 0 && fork() == 0) {
@@ -403,42 +701,52 @@ static void announce(pid_t process)
 static int enter_main(void)
 {
 	static struct stream in, out, err;
-	int stdin_pipe[2], stdout_pipe[2], stderr_pipe[2], hvc1, hvc2, signals, status;
-	sigset_t chld, before;
+	int stdin_pipe[2], stdout_pipe[2], stderr_pipe[2], sockets[2], hvc1, hvc2, signals, status, master = -1;
+	sigset_t handled, before;
 	pid_t process;
 
 	hvc1 = open_console("/dev/hvc1");
 	hvc2 = open_console("/dev/hvc2");
 	load_config();
-	sigemptyset(&chld);
-	sigaddset(&chld, SIGCHLD);
-	sigprocmask(SIG_BLOCK, &chld, &before);
+	sigemptyset(&handled);
+	sigaddset(&handled, SIGCHLD);
+	sigaddset(&handled, SIGWINCH);
+	sigprocmask(SIG_BLOCK, &handled, &before);
 	prctl(PR_SET_CHILD_SUBREAPER, 1);	/* whoever loses its parent becomes ours to wait for */
-	signals = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK);
+	signals = signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK);
 	if (signals < 0 || pipe2(stdin_pipe, O_CLOEXEC) < 0 || pipe2(stdout_pipe, O_CLOEXEC) < 0 ||
-	    pipe2(stderr_pipe, O_CLOEXEC) < 0)
+	    pipe2(stderr_pipe, O_CLOEXEC) < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) < 0)
 		die(CANNOT_EXECUTE, "make", "the standard streams");
 	process = fork();
 	if (process < 0)
 		die(CANNOT_EXECUTE, "fork", "the container's process");
 	if (process == 0) {
+		int console = fcntl(2, F_DUPFD_CLOEXEC, 3);
 		setsid();
-		sigprocmask(SIG_SETMASK, &before, NULL);
+		parent = sockets[1];
 		dup2(stdin_pipe[0], 0);
 		dup2(stdout_pipe[1], 1);
 		dup2(stderr_pipe[1], 2);
-		run_process();
+		run_process(&before, console);
 	}
 	close(stdin_pipe[0]);
 	close(stdout_pipe[1]);
 	close(stderr_pipe[1]);
+	close(sockets[1]);
 	signal(SIGPIPE, SIG_IGN);
-	fcntl(stdin_pipe[1], F_SETFL, O_NONBLOCK);
 	in = (struct stream){ .from = hvc1, .to = stdin_pipe[1] };
 	out = (struct stream){ .from = stdout_pipe[0], .to = hvc1 };
 	err = (struct stream){ .from = stderr_pipe[0], .to = hvc2 };
-	announce(process);
-	status = carry(process, signals, &in, &out, &err);
+	if (await_process(sockets[0], &master))
+		announce(process);
+	if (master >= 0) {
+		dup3(master, in.to, O_CLOEXEC);
+		dup3(master, out.from, O_CLOEXEC);
+		close(master);
+		master = out.from;
+	}
+	fcntl(in.to, F_SETFL, O_NONBLOCK);
+	status = carry(process, signals, master, &in, &out, &err);
 	tcdrain(hvc1);
 	tcdrain(hvc2);
 	return status;

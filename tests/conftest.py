@@ -1,11 +1,16 @@
 """What the tests share: the module under test, bundles, and a dom0 that must be left as it was found."""
 
+import fcntl
 import json
 import os
 import pathlib
+import select
 import shutil
+import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 import uuid
 
@@ -42,6 +47,10 @@ def wait_until(condition, what, seconds=30):
         time.sleep(0.05)
 
 
+def wait_for(pidfd, seconds=60):
+    assert select.select([pidfd], [], [], seconds)[0], f"the process has not ended in {seconds} s"
+
+
 def call(*args, **options):
     """Runs a command to its end; bytes in and out, never our own standard input."""
     if "input" not in options:
@@ -65,6 +74,12 @@ def config(*args, **process):
     }
 
 
+APPLETS = (
+    "sh echo cat chmod dd env id kill ln ls mkdir mknod mount nproc poweroff pwd reboot sed sleep stty sync tail true "
+    "tty vi"
+)
+
+
 class Bundle:
     """A bundle with a busybox rootfs, and the runX commands on the container made of it."""
 
@@ -74,7 +89,7 @@ class Bundle:
         bin_folder = self.rootfs / "bin"
         bin_folder.mkdir(parents=True)
         shutil.copy(shutil.which("busybox"), bin_folder / "busybox")
-        for applet in "sh echo cat chmod dd env id kill ln ls mkdir mknod mount pwd sed sleep sync true".split():
+        for applet in APPLETS.split():
             (bin_folder / applet).symlink_to("busybox")
         (self.rootfs / "tmp").mkdir()
 
@@ -86,11 +101,11 @@ class Bundle:
             "runX", "--root", str(self.root), "--log", str(self.log), "--log-format", "json", command, *args, **options
         )  # fmt: skip
 
-    def create(self):
+    def create(self, *options):
         """Its output goes to files: the monitor keeps them open as the container's."""
         with open(self.folder / "stdout", "wb") as stdout, open(self.folder / "stderr", "wb") as stderr:
             result = self.runx(
-                "create", "--bundle", str(self.folder), "--pid-file", str(self.pid_file), self.id,
+                "create", "--bundle", str(self.folder), "--pid-file", str(self.pid_file), *options, self.id,
                 capture_output=False, stdout=stdout, stderr=stderr,
             )  # fmt: skip
         result.stderr = (self.folder / "stderr").read_bytes()
@@ -117,11 +132,64 @@ class Bundle:
         return None
 
 
+class Terminal:
+    """The engine's end of a container's terminal: a pty's master."""
+
+    def __init__(self, fd):
+        self.fd, self.seen = fd, b""
+
+    def expect(self, text, seconds=60):
+        """Reads until text is there, and forgets all up to it; returns what it was behind."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0], (text, self.seen)
+            try:
+                data = os.read(self.fd, 4096)
+            except OSError:  # EIO: the container's end is closed
+                data = b""
+            assert data, (text, self.seen)
+            self.seen += data
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def type(self, text):
+        os.write(self.fd, text)
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def rest(self):
+        """What is left until the container's end is closed."""
+        try:
+            while data := os.read(self.fd, 4096):
+                self.seen += data
+        except OSError:
+            pass
+        return self.seen
+
+
+class ConsoleSocket:
+    """What an engine waits at for the terminal of a container that it creates."""
+
+    def __init__(self, path):
+        self.path, self.socket = str(path), socket.socket(socket.AF_UNIX)
+        self.socket.bind(self.path)
+        self.socket.listen(1)
+
+    def receive(self):
+        """The Terminal, from one message with one descriptor and nothing after it; runX does not wait for this."""
+        connection, _ = self.socket.accept()
+        with connection:
+            name, fds, _, _ = socket.recv_fds(connection, 4096, 10)
+            assert (name[:9], len(fds), connection.recv(1)) == (b"/dev/pts/", 1, b"")
+        return Terminal(fds[0])
+
+
 @pytest.fixture
 def bundle(tmp_path):
     bundle = Bundle(tmp_path)
     yield bundle
-    if shutil.which("runX"):
+    if bundle.root.joinpath(bundle.id).exists():
         bundle.runx("delete", "--force", bundle.id)
 
 
@@ -136,31 +204,38 @@ def listing(*folders):
     return {os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)}
 
 
-def processes():
-    """Those that runX, xl or an engine may leave."""
-    found = set()
+def running():
+    """(pid, command) of every process."""
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                comm = pathlib.Path("/proc", name, "comm").read_text().strip()
+                with open(f"/proc/{name}/comm", encoding="utf-8") as file:
+                    yield int(name), file.read().strip()
             except OSError:
-                continue
-            if comm in ("runX", "xl", "conmon", "ctr") or comm.startswith(("xen-qemu", "qemu", "containerd-shim")):
-                found.add((int(name), comm))
-    return found
+                pass  # it has just ended
+
+
+def processes():
+    """Those that runX, xl or an engine may leave."""
+    names, prefixes = ("runX", "xl", "conmon", "ctr"), ("xen-qemu", "qemu", "containerd-shim")
+    return {(pid, comm) for pid, comm in running() if comm in names or comm.startswith(prefixes)}
+
+
+def shim_pid(name):
+    """The pid of a container's containerd-shim."""
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"containerd-shim-runc-v2") and name.encode() in words:
+            return int(folder.name)
+    return None
 
 
 def descriptors(*names):
     """How many files each of these daemons has open: a dom0 runs out of them slowly and for good."""
-    counts = {}
-    for name in os.listdir("/proc"):
-        try:
-            comm = pathlib.Path("/proc", name, "comm").read_text().strip() if name.isdigit() else ""
-            if comm in names:
-                counts[comm] = len(os.listdir(f"/proc/{name}/fd"))
-        except OSError:
-            pass
-    return counts
+    return {comm: len(os.listdir(f"/proc/{pid}/fd")) for pid, comm in running() if comm in names}
 
 
 def nodes(xenstore, path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import spec as runtime_spec
 from conftest import call, config
 
 import runx
@@ -26,8 +27,59 @@ def test_a_config_is_parsed_once(bundle, tmp_path):
     spec.update(hostname="box", linux={"resources": {"memory": {"limit": 64 << 20}}}, unknownProperty=1)
     parsed = runx.load_config(bundle(spec))
     assert parsed.rootfs == str(tmp_path / "rootfs")
-    assert (parsed.hostname, parsed.memory, parsed.process.args) == ("box", 64 << 20, ["a", "b c"])
+    assert (parsed.hostname, parsed.resources.memory, parsed.process.args) == ("box", 64 << 20, ["a", "b c"])
     assert (parsed.process.uid, parsed.process.gid, parsed.process.groups, parsed.process.umask) == (1, 2, [3], 0o022)
+
+
+def test_hooks_are_parsed():
+    hooks = {"prestart": [{"path": "/a"}, {"path": "/b", "args": ["x", "y"], "env": ["E=1"], "timeout": 3}]}
+    parsed = [(hook.path, hook.args, hook.env, hook.timeout) for hook in runx.parse_hooks(hooks, "prestart")]
+    assert parsed == [("/a", ["/a"], [], 0), ("/b", ["x", "y"], ["E=1"], 3)]
+    assert runx.parse_hooks(hooks, "poststop") == []
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [{"prestart": {}}, {"prestart": ["/a"]}, {"prestart": [{}]}, {"prestart": [{"path": "a"}]},
+     {"prestart": [{"path": "/a", "timeout": 0}]}, {"prestart": [{"path": "/a", "args": "x"}]}],
+)  # fmt: skip
+def test_wrong_hooks_are_refused(hooks):
+    with pytest.raises(runx.Error, match="config.json: hooks"):
+        runx.parse_hooks(hooks, "prestart")
+
+
+def test_a_terminal_is_parsed_and_needs_a_devpts(bundle):
+    spec = config("sh", terminal=True, consoleSize={"height": 24, "width": 80})
+    with pytest.raises(runx.Error, match="devpts"):
+        runx.load_config(bundle(spec))
+    spec["mounts"].append({"destination": "/dev/pts", "type": "devpts", "source": "devpts"})
+    assert runx.load_config(bundle(spec)).process.console_size == (24, 80)
+    spec["process"]["consoleSize"]["width"] = 1 << 16
+    with pytest.raises(runx.Error, match="consoleSize"):
+        runx.load_config(bundle(spec))
+
+
+@pytest.mark.parametrize(
+    "cpu, vcpus, cap, weight",
+    [
+        ({}, 1, 0, 1),
+        ({"quota": -1, "period": 100000, "shares": 1024}, 8, 0, 256),
+        ({"quota": 50000}, 1, 50, 1),
+        ({"quota": 150000, "shares": 2}, 2, 150, 1),
+        ({"quota": 40000, "period": 10000, "shares": 1 << 20}, 4, 400, 65535),
+        ({"quota": 1000, "period": 1000000}, 1, 1, 1),
+    ],
+)
+def test_what_a_share_of_the_processors_is_in_xen(cpu, vcpus, cap, weight):
+    resources = runx.parse_resources({"cpu": cpu}, "resources")
+    assert (resources.vcpus(8), resources.cap(), resources.weight()) == (vcpus, cap, weight)
+
+
+def test_a_list_of_processors_is_nothing_else(bundle):
+    spec = config("true")
+    spec["linux"] = {"resources": {"cpu": {"cpus": '0-3,7"'}}}
+    with pytest.raises(runx.Error, match="0-3,7"):
+        runx.load_config(bundle(spec))
 
 
 def test_mount_options_become_flags_and_data(bundle):
@@ -63,7 +115,7 @@ def test_the_guests_config_keeps_the_order_of_mounts(bundle, tmp_path):
         {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
         {"destination": "/run/x", "type": "bind", "source": "source", "options": ["ro"]},
     ]
-    words = runx.guest_config(runx.load_config(bundle(spec)), ["mounts/0"]).split(b"\0")
+    words = runx.guest_config(runx.load_config(bundle(spec)), ["mounts/0"], "{}").split(b"\0")
     assert words[:6] == [b"mount", b"tmpfs", b"/run", b"tmpfs", b"0", b""]
     assert words[6:12] == [b"mount", b"mounts/0", b"/run/x", b"", b"%d" % runx.MS_BIND, b""]
     assert words[16] == b"%d" % (runx.MS_BIND | runx.MS_REMOUNT | runx.MS_RDONLY)
@@ -152,7 +204,7 @@ def test_signals_by_name_and_number(text, number):
     assert runx.parse_signal(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x"])
+@pytest.mark.parametrize("text", ["", "\u00b2", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x"])
 def test_unknown_signals_are_refused(text):
     with pytest.raises(runx.Error, match="unknown signal"):
         runx.parse_signal(text)
@@ -186,3 +238,112 @@ def test_ids(container_id):
 
 def test_an_empty_list(tmp_path):
     assert json.loads(call(*RUNX, "--root", str(tmp_path / "none"), "list", "--format", "json").stdout) == []
+
+
+def test_features_are_what_the_specification_allows():
+    features = json.loads(call(*RUNX, "features").stdout)
+    runtime_spec.check_features(features)
+    assert set(features["hooks"]) == runtime_spec.HOOKS
+
+
+@pytest.mark.parametrize("text, seconds", [("5s", 5), ("300ms", 0.3), ("1m30s", 90), ("1.5h", 5400)])
+def test_durations(text, seconds):
+    assert runx.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "0s", "-1s", "s", "1s x"])
+def test_wrong_durations(text):
+    with pytest.raises(runx.Error, match="--interval"):
+        runx.parse_duration(text)
+
+
+# ---- update
+
+
+class Stored:
+    """A container with a state and nothing else."""
+
+    id = "x"
+
+    def __init__(self, resources):
+        self.state = {"resources": resources, "maxmem": 256, "maxvcpus": 2}
+
+    def save(self, **changes):
+        self.state.update(changes)
+
+
+@pytest.fixture
+def applied(monkeypatch):
+    """What update applies to the VM: a list of (new, old) Resources."""
+    applied = []
+    monkeypatch.setattr(runx, "apply_resources", lambda container, new, old: applied.append((new, old)))
+    return applied
+
+
+def test_an_update_keeps_what_it_does_not_name(applied):
+    container = Stored({"cpu": {"shares": 512}, "pids": {"limit": 7}, "devices": [{"allow": False}]})
+    changes = {"memory": {"limit": 64 << 20, "swap": 1 << 30}, "pids": {"limit": 7}, "devices": [{"allow": False}]}
+    runx.update(container, changes)
+    new, old = applied[0]
+    assert (new.memory, old.memory, new.shares) == (64 << 20, 0, 512)
+    assert container.state["resources"]["pids"] == {"limit": 7}
+    runx.update(container, {"cpu": {"quota": 200000, "period": 0, "cpus": ""}, "blockIO": None, "memory": {}})
+    assert (applied[1][0].memory, applied[1][0].vcpus(2)) == (64 << 20, 2)
+    runx.update(container, {"cpu": {"quota": -1}, "memory": {"limit": -1}})
+    new = applied[2][0]
+    assert (new.mebibytes(256), new.vcpus(2), new.cap()) == (256, 2, 0)
+
+
+def test_an_update_that_xen_refuses_is_undone(monkeypatch):
+    applied = []
+
+    def refuse(container, new, old):
+        applied.append((new.memory, old.memory))
+        if len(applied) == 1:
+            raise runx.Error("no such processor")
+
+    monkeypatch.setattr(runx, "apply_resources", refuse)
+    container = Stored({"memory": {"limit": 96 << 20}})
+    with pytest.raises(runx.Error, match="no such processor"):
+        runx.update(container, {"memory": {"limit": 64 << 20}})
+    assert applied == [(64 << 20, 96 << 20), (96 << 20, 64 << 20)]
+    assert container.state["resources"] == {"memory": {"limit": 96 << 20}}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"pids": {"limit": 8}}, "pids.limit cannot change"),
+        ({"cpu": {"mems": "0", "realtimeRuntime": 5}, "memory": {"limit": 1 << 20}}, "cpu.mems, cpu.realtimeRuntime"),
+        ({"hugepageLimits": [{"pageSize": "2MB", "limit": 1}]}, "hugepageLimits cannot change"),
+        ({"unified": {"memory.high": "1"}}, "unified.memory.high cannot change"),
+        ({"memory": {"limit": 257 << 20}}, "257 MiB of memory: its VM was made for 256 at most"),
+        ({"cpu": {"quota": 200001}}, "3 vcpus: its VM was made for 2 at most"),
+        ({"memory": {"limit": "much"}}, "limit must be a JSON integer"),
+    ],
+)
+def test_an_update_that_is_not_possible_changes_nothing(applied, changes, words):
+    container = Stored({"pids": {"limit": 7}})
+    with pytest.raises(runx.Error, match=words):
+        runx.update(container, changes)
+    assert not applied and container.state["resources"] == {"pids": {"limit": 7}}
+
+
+def test_the_options_of_update_are_fields_of_resources(tmp_path):
+    (tmp_path / "resources").write_text('{"memory": {"limit": 1}, "cpu": {"shares": 2}}')
+    words = ["--memory=64m", "--cpu-quota", "-1", "--cpuset-cpus=0-1", "-r", str(tmp_path / "resources"), "id"]
+    options, arguments = runx.parse_options("update", words)
+    assert arguments == ["id"]
+    assert runx.read_update(options) == {
+        "memory": {"limit": 64 << 20}, "cpu": {"shares": 2, "quota": -1, "cpus": "0-1"},
+    }  # fmt: skip
+    with pytest.raises(runx.Error, match="--memory of update needs a number"):
+        runx.read_update({"memory": "much"})
+    (tmp_path / "resources").write_text("{")
+    with pytest.raises(runx.Error, match="cannot read the resources"):
+        runx.read_update({"resources": str(tmp_path / "resources")})
+
+
+def test_what_follows_the_id_of_ps_is_for_ps():
+    assert runx.parse_options("ps", ["--format", "json", "id"]) == ({"format": "json"}, ["id"])
+    assert runx.parse_options("ps", ["id", "-o", "pid"]) == ({}, ["id", "-o", "pid"])

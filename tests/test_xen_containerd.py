@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
+import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import uuid
 
 import pytest
-from conftest import IMAGE, call, wait_until
+from conftest import IMAGE, call, config, shim_pid, wait_until
 
 pytestmark = [
     pytest.mark.usefixtures("clean_dom0"),
@@ -58,60 +60,92 @@ def task_status(name):
     return None
 
 
-def test_output_is_the_processs_own():
-    result = ctr_run("echo", "hello")
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"hello\n", b"")
-
-
 def test_streams_are_separate_and_the_exit_status_is_the_processs():
     result = ctr_run("sh", "-c", "echo out; echo err >&2; exit 37")
     assert (result.returncode, result.stdout, result.stderr) == (37, b"out\n", b"err\n")
 
 
-def test_a_mebibyte_through_stdin_and_back_is_identical():
+def test_megabytes_through_stdin_and_stdout_have_the_same_checksums():
     data = os.urandom(1 << 20)
-    result = ctr_run("cat", input=data)
-    assert hashlib.sha256(result.stdout).digest() == hashlib.sha256(data).digest()
-    assert (len(result.stdout), result.returncode, result.stderr) == (len(data), 0, b"")
+    script = (
+        "sha256sum >&2; dd if=/dev/urandom of=/tmp/f bs=65536 count=64 2>/dev/null; sha256sum </tmp/f >&2; cat /tmp/f"
+    )
+    result = ctr_run("sh", "-c", script, input=data)
+    assert (len(result.stdout), result.returncode) == (4 << 20, 0)
+    sums = [line.split()[0] for line in result.stderr.decode().splitlines()]
+    assert sums == [hashlib.sha256(data).hexdigest(), hashlib.sha256(result.stdout).hexdigest()]
 
 
 def test_arguments_and_environment_arrive_exactly():
     awkward = ["two words", "'", '"', "$HOME `id` \\", "line\nbreak\n", "héłló 世界", "", "*", "-n", "a=b"]
-    script = 'for a; do printf "%s" "$a" | od -An -tx1 -v | tr -d " \\n"; echo; done; printf "%s" "$AWKWARD"'
-    options = ["--env", "AWKWARD=a b\t'\"$x\\ \u00e9"]
+    script = 'for a; do printf "%s" "$a" | od -An -tx1 -v | tr -d " \\n"; echo; done; pwd; printf "%s" "$AWKWARD"'
+    options = ["--env", "AWKWARD=a b\t'\"$x\\ \u00e9", "--cwd", "/usr/new/folder"]
     result = ctr_run("sh", "-c", script, "sh", *awkward, options=options)
     lines = result.stdout.split(b"\n")
     assert [bytes.fromhex(line.decode()).decode() for line in lines[: len(awkward)]] == awkward
+    assert lines[-2] == b"/usr/new/folder"
     assert lines[-1].decode() == options[1].partition("=")[2]
 
 
-def test_the_working_directory_is_made_and_used():
-    assert ctr_run("pwd", options=["--cwd", "/usr/new/folder"]).stdout == b"/usr/new/folder\n"
+def test_tasks_at_once_end_each_with_its_status(detached):
+    natural = detached("sh", "-c", "exit 3")
+    terminated, killed = detached("sleep", "1000"), detached("sh", "-c", "trap '' TERM INT; while :; do sleep 1; done")
+    assert ctr("task", "kill", "--signal", "TERM", terminated).returncode == 0
+    assert ctr("task", "kill", "--signal", "KILL", killed).returncode == 0
+    assert [wait_for_exit(name) for name in (natural, terminated, killed)] == [3, 143, 137]
 
 
-def test_a_detached_task_runs_until_its_trap_ends_it(detached):
-    name = detached("sh", "-c", "trap 'exit 7' TERM; echo ready; while :; do sleep 1; done")
+def test_a_task_is_listed_paused_and_resumed(detached):
+    name = detached("sh", "-c", "trap 'exit 8' TERM; while :; do sleep 0.1; done")
     assert task_status(name) == "RUNNING"
-    ctr("task", "exec", "--exec-id", "x", name, "true")  # refused, and harmless
+    refused = ctr("task", "exec", "--exec-id", "x", name, "true")
+    assert b"runX does not support exec" in refused.stderr
+    listed = ctr("task", "ls").stdout.decode().split()
+    pid = listed[listed.index(name) + 1]
+    assert ctr("task", "ps", name).stdout.split()[:3] == [b"PID", b"INFO", pid.encode()]
+    assert ctr("task", "pause", name).returncode == 0
+    assert task_status(name) == "PAUSED"
+    assert ctr("task", "kill", name).returncode == 0
+    assert ctr("task", "resume", name).returncode == 0
     # the trap may not be set yet, and TERM is then what ends it: both are the container's own doing
-    assert ctr("task", "kill", "--signal", "TERM", name).returncode == 0
-    assert wait_for_exit(name) in (7, 143)
+    assert wait_for_exit(name) in (8, 143)
 
 
-def test_an_uncaught_signal_ends_the_task_with_143(detached):
-    name = detached("sleep", "1000")
-    assert ctr("task", "kill", "--signal", "TERM", name).returncode == 0
-    assert wait_for_exit(name) == 143
+def test_hooks_of_the_engine_run(bundle):
+    spec = config("echo", "hello")
+    spec["root"]["path"] = str(bundle.rootfs)
+    shell = {"path": "/bin/sh", "args": ["sh", "-c", "cat >>/tmp/hook.json"]}
+    host = {"path": "/bin/sh", "args": ["sh", "-c", f"cat >>{bundle.folder}/hooks.json"], "timeout": 10}
+    spec["hooks"] = {"startContainer": [shell], "createRuntime": [host], "poststop": [host]}
+    bundle.write_config(spec)
+    options = ["--rm", "--runc-binary=/usr/sbin/runX", "--config", str(bundle.folder / "config.json")]
+    result = ctr("run", *options, bundle.id)
+    assert (result.returncode, result.stdout) == (0, b"hello\n"), result
+    states = "[" + (bundle.folder / "hooks.json").read_text().replace("}{", "},{") + "]"
+    assert [state["status"] for state in json.loads(states)] == ["creating", "stopped"]
+    assert json.loads((bundle.rootfs / "tmp/hook.json").read_text())["id"] == bundle.id
 
 
-def test_sigkill_ends_the_task_with_137(detached):
-    name = detached("sh", "-c", "trap '' TERM INT; while :; do sleep 1; done")
-    assert ctr("task", "kill", "--signal", "KILL", name).returncode == 0
-    assert wait_for_exit(name) == 137
+@pytest.mark.parametrize("stage", ["creating", "created", "running"])
+def test_a_shim_that_is_killed_leaves_nothing(stage):
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    run = subprocess.Popen(
+        ["ctr", "run", "-d", "--runc-binary=/usr/sbin/runX", IMAGE, name, "sleep", "1000"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    state = pathlib.Path(f"/run/containerd/runc/default/{name}/state.json")
 
+    stages = ["creating", "created", "running"]
 
-def test_a_task_that_ends_by_itself_is_stopped_with_its_status(detached):
-    assert wait_for_exit(detached("sh", "-c", "exit 3")) == 3
+    def at_stage():  # or past it: created is short
+        return state.exists() and stages.index(json.loads(state.read_text())["status"]) >= stages.index(stage)
+
+    wait_until(at_stage, stage)
+    os.kill(shim_pid(name), signal.SIGKILL)
+    run.wait()
+    wait_until(lambda: not state.parent.exists(), "the state folder to go")
+    ctr("task", "rm", "--force", name)
+    ctr("container", "rm", name)
 
 
 def test_an_unknown_command_is_named_in_containerds_error():
@@ -120,22 +154,15 @@ def test_an_unknown_command_is_named_in_containerds_error():
     assert b'exec: "no-such-command": executable file not found in $PATH' in result.stderr
 
 
-def test_containers_may_run_at_once(detached):
-    names = [detached("sh", "-c", f"exit {number}") for number in (11, 12, 13)]
-    assert [wait_for_exit(name) for name in names] == [11, 12, 13]
-
-
-def test_it_runs_a_kernel_of_its_own():
-    result = ctr_run("uname", "-r")
-    assert result.stdout.strip().endswith(b"-runx")
-    assert result.stdout.decode().strip() != os.uname().release
-
-
 def test_the_default_spec_is_served():
-    script = "hostname; cat /proc/1/comm; ls -d /dev/null /dev/shm /dev/pts/ptmx /sys/kernel /proc/self/fd; mount"
+    script = (
+        "uname -r; hostname; cat /proc/1/comm;ls -d /dev/null /dev/shm /dev/pts/ptmx /sys/kernel /proc/self/fd; mount"
+    )
     result = ctr_run("sh", "-c", script)
     assert result.returncode == 0 and result.stderr == b"", result
-    lines = [line.split() for line in result.stdout.decode().splitlines() if " type " in line]
+    kernel, *lines = result.stdout.decode().splitlines()
+    assert kernel.endswith("-runx") and kernel != os.uname().release
+    lines = [line.split() for line in lines if " type " in line]
     mounts = {line[2]: line[4] for line in lines}
     expected = {"/": "9p", "/dev": "tmpfs", "/proc": "proc", "/sys": "sysfs", "/dev/pts": "devpts", "/run": "tmpfs"}
     assert expected.items() <= mounts.items()

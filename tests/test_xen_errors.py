@@ -48,8 +48,9 @@ def test_config_json_broken(bundle, text):
         ({"process": {"args": ["true"], "cwd": "/", "user": {"uid": -1}}}, "user"),
         ({"mounts": [{"destination": "/x", "type": "ext9", "source": "x"}]}, '"ext9"'),
         ({"mounts": [{"destination": "/x", "type": "bind", "source": "/no/such/source"}]}, "/no/such/source"),
-        ({"hooks": {"prestart": [{"path": "/bin/true"}]}}, "hooks"),
-        ({"process": {"args": ["true"], "cwd": "/", "terminal": True}}, "terminal"),
+        ({"hooks": {"prestart": [{"path": "true"}]}}, "hooks.prestart: path must be absolute"),
+        ({"hooks": {"poststop": [{"path": "/bin/true", "timeout": 0}]}}, "hooks.poststop: timeout"),
+        ({"process": {"args": ["true"], "cwd": "/", "terminal": True}}, "devpts"),
         ({"annotations": {"org.runx.type": "hvm"}}, "org.runx.type"),
     ],
 )

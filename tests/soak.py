@@ -1,0 +1,170 @@
+#!/usr/bin/python3
+"""A dom0 after many containers: is anything left, does anything grow, is any byte lost?
+
+    soak.py [--rounds N] [--mebibytes N]
+
+Runs on a Xen dom0 with runX and pytest, so also by `tests/lab/lab.py run -- python3 /repo/tests/soak.py`.
+Creates, starts, ends and deletes one container after the other (100), then compares what dom0 has
+with what it had after the first ones; then carries 64 MiB through a container's standard output,
+and prints the rate beside xenconsoled's in the same boot.  Exit status 1 if anything is wrong.
+"""
+
+import argparse
+import hashlib
+import os
+import pathlib
+import select
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+import conftest  # noqa: E402
+
+import runx  # noqa: E402
+
+INSTALLED = pathlib.Path("/usr/lib/runX")
+DAEMONS = ("xenstored", "xenconsoled", "containerd")
+# what may differ by chance: pages in per-CPU lists, slabs that are freed later
+MEMORY_NOISE = 4 << 10  # KiB
+DAEMON_NOISE = 256  # KiB
+
+
+def memory():
+    """KiB of dom0 that are in use and could not be freed, and of each daemon."""
+    os.sync()
+    pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
+    info = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    used = int(info["MemTotal"].split()[0]) - int(info["MemAvailable"].split()[0])
+    return {"dom0": used, **resident()}
+
+
+def resident():
+    sizes = {}
+    for status in pathlib.Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:
+            continue
+        if fields["Name"] in DAEMONS:
+            sizes[fields["Name"]] = int(fields["VmRSS"].split()[0])
+    return sizes
+
+
+def live_once(bundle):
+    """create, start, exit, delete."""
+    bundle.write_config(conftest.config("sh", "-c", "echo out; echo err >&2; exit 5"))
+    created = bundle.create()
+    assert created.returncode == 0, created
+    pidfd = os.pidfd_open(bundle.pid())
+    for command in ("start", "delete"):
+        result = bundle.runx(command, bundle.id)
+        assert result.returncode == 0, result
+        if command == "start":
+            conftest.wait_for(pidfd)
+    os.close(pidfd)
+    assert ((bundle.folder / "stdout").read_bytes(), (bundle.folder / "stderr").read_bytes()) == (b"out\n", b"err\n")
+
+
+def descriptors():
+    return conftest.descriptors(*DAEMONS)
+
+
+def check_rounds(bundle, rounds):
+    """Returns what is wrong after that many lives, a sentence each."""
+    for _ in range(2):  # what is made once: folders, caches, a daemon's buffers
+        live_once(bundle)
+    before, files, used = conftest.dom0_state(), descriptors(), memory()
+    for number in range(rounds):
+        live_once(bundle)
+        if sys.stdout.isatty() or number % 10 == 9:
+            print(f"{number + 1} rounds", flush=True)
+    try:
+        conftest.wait_until(lambda: conftest.dom0_state() == before, "dom0 as it was before")
+    except AssertionError:
+        now = conftest.dom0_state()
+        yield f"left behind or taken away: { {key: now[key] ^ before[key] for key in now if now[key] != before[key]} }"
+    after, growth = descriptors(), {name: size - used[name] for name, size in memory().items()}
+    print("memory of dom0 and its daemons, KiB more than before:", growth)
+    if after != files:
+        yield f"daemons have {after} files open, and had {files}"
+    for name, kibibytes in growth.items():
+        if kibibytes > (MEMORY_NOISE if name == "dom0" else DAEMON_NOISE):
+            yield f"{name} has grown by {kibibytes} KiB in {rounds} rounds"
+
+
+def read_stream(fd, size):
+    """Reads until the end or size bytes; returns the data's checksum, its length, and bytes/s after the first one."""
+    digest, total, started = hashlib.sha256(), 0, None
+    while total < size and select.select([fd], [], [], 60)[0]:
+        try:
+            data = os.read(fd, 65536)
+        except OSError:  # EIO: the end of a pty
+            break
+        if not data:
+            break
+        if started is None:
+            started, first = time.monotonic(), len(data)
+        digest.update(data)
+        total += len(data)
+    return digest.hexdigest(), total, (total - first) / (time.monotonic() - started) if total else 0.0
+
+
+def check_stream(bundle, mebibytes):
+    """A file of that size through a container's standard output."""
+    digest = hashlib.sha256()
+    with open(bundle.rootfs / "data", "wb") as file:
+        for _ in range(mebibytes):
+            block = os.urandom(1 << 20)
+            digest.update(block)
+            file.write(block)
+    bundle.write_config(conftest.config("cat", "/data"))
+    command = ["runX", "--root", str(bundle.root), "run", "--bundle", str(bundle.folder), bundle.id]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
+        received, total, rate = read_stream(running.stdout.fileno(), 1 << 40)
+    if (received, total) != (digest.hexdigest(), mebibytes << 20):
+        yield f"of {mebibytes} MiB through standard output {total} bytes arrived, or others"
+    print(f"standard output: {rate / 1000:.0f} kB/s; xenconsoled's hvc0: {xenconsoled_rate(bundle) / 1000:.0f} kB/s")
+
+
+def xenconsoled_rate(bundle, mebibytes=1):
+    """Bytes/s of the same kernel writing to hvc0, which xenconsoled carries, as a bare domain."""
+    init = f"#!/bin/sh\nmount -t devtmpfs dev /dev; stty -F /dev/hvc0 raw -echo -opost\n" \
+        f"dd if=/dev/zero of=/dev/hvc0 bs=4096 count={mebibytes * 256} 2>/dev/null\npoweroff -f\n"  # fmt: skip
+    ramdisk = (INSTALLED / "initrd").read_bytes()
+    ramdisk += b"\0" * (-len(ramdisk) % 4) + runx.cpio_archive([("init", 0o100755, init.encode())])
+    (bundle.folder / "ramdisk").write_bytes(ramdisk)
+    name = f"soak-{os.getpid()}"
+    settings = {
+        "name": name, "type": runx.load_host_config().get("type", runx.host_guest_type()), "memory": 128,
+        "kernel": str(INSTALLED / "kernel"), "ramdisk": str(bundle.folder / "ramdisk"),
+        "cmdline": runx.KERNEL_PARAMETERS, "on_poweroff": "preserve",
+    }  # fmt: skip
+    (bundle.folder / "xl.cfg").write_text(runx.xl_config(settings))
+    conftest.xl("create", "-e", "-p", "-q", str(bundle.folder / "xl.cfg"))
+    try:
+        domid = conftest.xl("domid", name).strip()
+        fd = os.open(runx.Xenstore().read(f"/local/domain/{domid}/console/tty"), os.O_RDONLY | os.O_NOCTTY)
+        conftest.xl("unpause", domid)
+        return read_stream(fd, mebibytes << 20)[2]
+    finally:
+        conftest.xl("destroy", name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--mebibytes", type=int, default=64)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = conftest.Bundle(pathlib.Path(folder))
+        wrong = [*check_rounds(bundle, options.rounds), *check_stream(bundle, options.mebibytes)]
+    for sentence in wrong:
+        print(f"soak: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
