@@ -123,6 +123,22 @@ class Process(Record):
     gid: int
     groups: list
     umask: int
+    capabilities: dict  # set's name: a bit for each capability
+    no_new_privileges: bool
+    rlimits: list  # (number, soft, hard)
+    oom_score_adj: int
+    io_priority: int  # as ioprio_set(2) takes it, or None
+    scheduler: tuple  # policy, flags, nice, priority, runtime, deadline, period, or None
+
+
+class Linux(Record):
+    """What of config-linux.md the guest applies to itself."""
+
+    devices: list  # (path, mode, major, minor, uid, gid)
+    sysctl: dict
+    masked_paths: list
+    readonly_paths: list
+    propagation: int  # flags of mount(2), 0: private as it is
 
 
 class Hook(Record):
@@ -169,6 +185,9 @@ class Config(Record):
     readonly: bool
     process: Process  # or None: such a container can be created but not started
     hostname: str
+    domainname: str
+    linux: Linux
+    warnings: list  # what is asked for and cannot be had in a VM, a sentence each
     mounts: list
     annotations: dict
     hooks: dict  # as in config.json: parse_hooks() has accepted it
@@ -182,7 +201,8 @@ class Config(Record):
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
 MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
-MS_BIND, MS_REC, MS_SLAVE = 4096, 16384, 1 << 19
+MS_BIND, MS_REC, MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 4096, 16384, 1 << 17, 1 << 18, 1 << 19, 1 << 20
+RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
 
 # option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
@@ -196,9 +216,16 @@ MOUNT_OPTIONS = {
     "relatime": (MS_RELATIME, 0), "norelatime": (0, MS_RELATIME),
     "strictatime": (MS_STRICTATIME, 0), "nostrictatime": (0, MS_STRICTATIME),
     "lazytime": (MS_LAZYTIME, 0), "nolazytime": (0, MS_LAZYTIME),
+    # what is mounted below a bind mount is part of it in the VM, so there these are the same as those without r
+    "rro": (MS_RDONLY | RECURSIVE_RO, 0), "rrw": (0, MS_RDONLY), "rsuid": (0, MS_NOSUID), "rnosuid": (MS_NOSUID, 0),
+    "rdev": (0, MS_NODEV), "rnodev": (MS_NODEV, 0), "rexec": (0, MS_NOEXEC), "rnoexec": (MS_NOEXEC, 0),
+    "ratime": (0, MS_NOATIME), "rnoatime": (MS_NOATIME, 0), "rdiratime": (0, MS_NODIRATIME),
+    "rnodiratime": (MS_NODIRATIME, 0), "rrelatime": (MS_RELATIME, 0), "rnorelatime": (0, MS_RELATIME),
+    "rstrictatime": (MS_STRICTATIME, 0), "rnostrictatime": (0, MS_STRICTATIME),
     # propagation ends at the VM's border: in there every mount is private
     "private": (0, 0), "rprivate": (0, 0), "slave": (0, 0), "rslave": (0, 0), "shared": (0, 0), "rshared": (0, 0),
 }  # fmt: skip
+DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}  # <sys/stat.h>
 GUEST_FILESYSTEMS = {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}
 
 REQUIRED = object()
@@ -243,13 +270,14 @@ def load_config(bundle):
     linux = field(spec, "linux", dict, {})
     resources = field(linux, "resources", dict, {}, "config.json: linux")
     annotations = field(spec, "annotations", dict, {})
-    hostname = field(spec, "hostname", str, "")
-    if "\0" in hostname:
-        raise Error("config.json: hostname must not hold a NUL")
+    hostname, domainname = field(spec, "hostname", str, ""), field(spec, "domainname", str, "")
+    if "\0" in hostname + domainname:
+        raise Error("config.json: hostname and domainname must not hold a NUL")
+    warnings = not_applied(spec, linux, resources)
     hooks = field(spec, "hooks", dict, {})
     for kind in HOOK_KINDS:
         parse_hooks(hooks, kind)
-    process = parse_process(field(spec, "process", dict, None))
+    process = parse_process(field(spec, "process", dict, None), warnings)
     mounts = [parse_mount(bundle, mount) for mount in field(spec, "mounts", list, [])]
     if process and process.terminal and not any(mount.type == "devpts" for mount in mounts):
         raise Error("config.json: process.terminal needs a mount of the type devpts at /dev/pts")
@@ -262,6 +290,9 @@ def load_config(bundle):
         readonly=field(spec["root"], "readonly", bool, False, "config.json: root"),
         process=process,
         hostname=hostname,
+        domainname=domainname,
+        linux=parse_linux(linux),
+        warnings=warnings,
         mounts=mounts,
         annotations=annotations,
         hooks=hooks,
@@ -271,6 +302,31 @@ def load_config(bundle):
         maxvcpus=number_of(annotations, "org.runx.maxvcpus"),
         guest_type=guest_type,
     )
+
+
+# what a VM cannot have or does not need, and an engine may ask for: docs/config.md gives the reasons
+NOT_APPLIED = {
+    "process": ("apparmorProfile", "selinuxLabel", "execCPUAffinity"),
+    "linux": ("seccomp", "mountLabel", "intelRdt", "personality", "timeOffsets", "memoryPolicy", "netDevices"),
+    "linux.resources": ("pids", "blockIO", "hugepageLimits", "network", "rdma", "unified"),
+}
+
+
+def not_applied(spec, linux, resources):
+    """A sentence for each property that is asked for and has no effect.  Raises Error for what must not be ignored."""
+    for key in ("uidMappings", "gidMappings"):
+        if field(linux, key, list, [], "config.json: linux"):
+            raise Error(f"config.json: linux.{key} cannot be applied: the container's root is root of its own VM")
+    sections = {"process": spec.get("process") or {}, "linux": linux, "linux.resources": resources}
+    asked = (f"{name}.{key}" for name, keys in NOT_APPLIED.items() for key in keys if asks(sections[name].get(key)))
+    return [f"{path} has no effect on a container in a VM of its own" for path in asked]
+
+
+def asks(value):
+    """Whether a property asks for anything: engines write many that are empty, or say that there is no limit."""
+    if isinstance(value, dict):
+        return any(asks(inner) for inner in value.values())
+    return bool(value) and value != -1
 
 
 def load_host_config():
@@ -304,7 +360,26 @@ def find_rootfs(bundle, root):
     return os.path.realpath(path)
 
 
-def parse_process(spec):
+# <linux/capability.h>: the number of each is its place
+CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
+    "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
+    "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
+    "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
+).split()
+CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
+# <asm-generic/resource.h>
+RLIMITS = "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
+# <linux/ioprio.h>, <linux/sched.h>
+IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
+POLICIES = {"OTHER": 0, "FIFO": 1, "RR": 2, "BATCH": 3, "ISO": 4, "IDLE": 5, "DEADLINE": 6}
+SCHEDULER_FLAGS = {
+    "RESET_ON_FORK": 1, "RECLAIM": 2, "DL_OVERRUN": 4, "KEEP_POLICY": 8, "KEEP_PARAMS": 16,
+    "UTIL_CLAMP_MIN": 32, "UTIL_CLAMP_MAX": 64,
+}  # fmt: skip
+
+
+def parse_process(spec, warnings):
     if spec is None:
         return None
     where = "config.json: process"
@@ -323,7 +398,15 @@ def parse_process(spec):
         gid=field(user, "gid", int, 0, where + ".user"),
         groups=groups,
         umask=field(user, "umask", int, 0o022, where + ".user"),
+        capabilities=parse_capabilities(field(spec, "capabilities", dict, {}, where), warnings),
+        no_new_privileges=field(spec, "noNewPrivileges", bool, False, where),
+        rlimits=parse_rlimits(field(spec, "rlimits", list, [], where)),
+        oom_score_adj=field(spec, "oomScoreAdj", int, 0, where),
+        io_priority=parse_io_priority(field(spec, "ioPriority", dict, None, where)),
+        scheduler=parse_scheduler(field(spec, "scheduler", dict, None, where)),
     )
+    if not -1000 <= process.oom_score_adj <= 1000:
+        raise Error("config.json: process.oomScoreAdj must be from -1000 to 1000")
     if not process.args:
         raise Error("config.json: process.args must not be empty")
     if not process.cwd.startswith("/") or "\0" in process.cwd:
@@ -333,6 +416,117 @@ def parse_process(spec):
     if not all(isinstance(gid, int) and 0 <= gid < 2**32 for gid in [process.uid, process.gid, *groups]):
         raise Error("config.json: the ids in process.user must be integers from 0 to 4294967295")
     return process
+
+
+def parse_capabilities(spec, warnings):
+    """A bit set for each of CAPABILITY_SETS; without any the process has no capability, as under runc."""
+    sets, unknown = {}, []
+    for name in CAPABILITY_SETS:
+        sets[name] = 0
+        for capability in strings(spec, name, "config.json: process.capabilities"):
+            if capability.removeprefix("CAP_") in CAPABILITIES:
+                sets[name] |= 1 << CAPABILITIES.index(capability.removeprefix("CAP_"))
+            elif capability not in unknown:
+                unknown.append(capability)
+    if unknown:
+        warnings.append(f"unknown capabilities are left out: {', '.join(unknown)}")
+    return sets
+
+
+def parse_rlimits(entries):
+    where, limits = "config.json: process.rlimits", {}
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise Error(f"{where} must hold objects")
+        name = field(entry, "type", str, where=where)
+        soft, hard = (field(entry, key, int, where=where) for key in ("soft", "hard"))
+        if name.removeprefix("RLIMIT_") not in RLIMITS or not name.startswith("RLIMIT_"):
+            raise Error(f"{where}: there is no type {printable(name)}")
+        number = RLIMITS.index(name.removeprefix("RLIMIT_"))
+        if number in limits:
+            raise Error(f"{where}: {name} is there twice")
+        if not 0 <= soft <= hard < 2**64:
+            raise Error(f"{where}: {name} needs a soft limit from 0 to the hard one")
+        limits[number] = (number, soft, hard)
+    return list(limits.values())
+
+
+def parse_io_priority(spec):
+    if spec is None:
+        return None
+    where = "config.json: process.ioPriority"
+    name, priority = field(spec, "class", str, where=where), field(spec, "priority", int, 0, where)
+    if name not in IO_CLASSES or not 0 <= priority <= 7:
+        raise Error(f"{where} needs one of {', '.join(IO_CLASSES)} and a priority from 0 to 7")
+    return IO_CLASSES[name] << 13 | priority
+
+
+def parse_scheduler(spec):
+    """The fields of struct sched_attr, sched_setattr(2)."""
+    if spec is None:
+        return None
+    where = "config.json: process.scheduler"
+    name, flags = field(spec, "policy", str, where=where), 0
+    if not name.startswith("SCHED_") or name.removeprefix("SCHED_") not in POLICIES:
+        raise Error(f"{where}: there is no policy {printable(name)}")
+    policy = POLICIES[name.removeprefix("SCHED_")]
+    for name in strings(spec, "flags", where):
+        if name.removeprefix("SCHED_FLAG_") not in SCHEDULER_FLAGS:
+            raise Error(f"{where}: there is no flag {printable(name)}")
+        flags |= SCHEDULER_FLAGS[name.removeprefix("SCHED_FLAG_")]
+    numbers = [field(spec, key, int, 0, where) for key in ("nice", "priority", "runtime", "deadline", "period")]
+    if not -20 <= numbers[0] <= 19 or not all(0 <= number < 2**63 for number in numbers[1:]):
+        raise Error(f"{where}: nice must be from -20 to 19, the other numbers not below 0")
+    return (policy, flags, *numbers)
+
+
+PROPAGATIONS = {
+    "": 0, "private": MS_PRIVATE | MS_REC, "rprivate": MS_PRIVATE | MS_REC, "slave": MS_SLAVE | MS_REC,
+    "rslave": MS_SLAVE | MS_REC, "shared": MS_SHARED | MS_REC, "rshared": MS_SHARED | MS_REC,
+    "unbindable": MS_UNBINDABLE | MS_REC, "runbindable": MS_UNBINDABLE | MS_REC,
+}  # fmt: skip
+
+
+def parse_linux(spec):
+    where = "config.json: linux"
+    sysctl = field(spec, "sysctl", dict, {}, where)
+    for name, value in sysctl.items():
+        if not isinstance(value, str) or "\0" in name + value or ".." in name or name.startswith("/"):
+            raise Error(f"{where}: sysctl must be names, such as net.ipv4.ip_forward, with strings")
+    propagation = field(spec, "rootfsPropagation", str, "", where)
+    if propagation not in PROPAGATIONS:
+        raise Error(f"{where}: there is no rootfsPropagation {printable(propagation)}")
+    return Linux(
+        devices=[parse_device(device) for device in field(spec, "devices", list, [], where)],
+        sysctl=sysctl,
+        masked_paths=absolute_paths(spec, "maskedPaths", where),
+        readonly_paths=absolute_paths(spec, "readonlyPaths", where),
+        propagation=PROPAGATIONS[propagation],
+    )
+
+
+def absolute_paths(spec, key, where):
+    paths = strings(spec, key, where)
+    if not all(path.startswith("/") for path in paths):
+        raise Error(f"{where}: {key} must hold absolute paths")
+    return paths
+
+
+def parse_device(spec):
+    """config-linux.md "Devices": a node for the guest's kernel, which knows only the devices of its VM."""
+    where = "config.json: linux.devices"
+    if not isinstance(spec, dict):
+        raise Error(f"{where} must hold objects")
+    path, kind = field(spec, "path", str, where=where), field(spec, "type", str, where=where)
+    if kind not in DEVICE_TYPES or not path.startswith("/") or "\0" in path:
+        raise Error(f"{where} needs an absolute path and a type of c, b, u or p")
+    default = REQUIRED if kind != "p" else 0
+    major, minor = (field(spec, key, int, default, where) for key in ("major", "minor"))
+    mode = field(spec, "fileMode", int, 0o666, where) & 0o7777
+    uid, gid = (field(spec, key, int, 0, where) for key in ("uid", "gid"))
+    if not all(0 <= number < 2**32 for number in (major, minor, uid, gid)):
+        raise Error(f"{where}: the numbers of {path} must be from 0 to 4294967295")
+    return (path, DEVICE_TYPES[kind] | mode, major, minor, uid, gid)
 
 
 def number_of(annotations, key):
@@ -388,6 +582,8 @@ def parse_mount(bundle, spec):
     source = field(spec, "source", str, "", where)
     flags, data = 0, []
     for option in strings(spec, "options", where):
+        if option in ("tmpcopyup", "notmpcopyup") and kind == "tmpfs":
+            continue  # not the kernel's: see docs/config.md
         if option in MOUNT_OPTIONS:
             add, remove = MOUNT_OPTIONS[option]
             flags = (flags | add) & ~remove
@@ -964,24 +1160,50 @@ def guest_config(config, bind_sources, state):
         words += guest_mount(mount, bind_sources)
         if mount.destination == "/dev" and mount.type == "tmpfs":
             for name, major, minor in DEVICES:
-                words += ["node", f"/dev/{name}", S_IFCHR | 0o666, major, minor]
+                words += ["node", f"/dev/{name}", S_IFCHR | 0o666, major, minor, 0, 0]
             for content, name in DEVICE_LINKS:
                 words += ["link", content, f"/dev/{name}"]
+    for device in config.linux.devices:
+        words += ["node", *device]
     if config.process and config.process.terminal:
         words += ["terminal"]
+    for name, value in config.linux.sysctl.items():
+        words += ["sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value]
+    for keyword, paths in (("readonly", config.linux.readonly_paths), ("mask", config.linux.masked_paths)):
+        for path in paths:
+            words += [keyword, path]
+    if config.linux.propagation:
+        words += ["propagation", config.linux.propagation]
     if config.readonly:  # after the mounts, which may need folders to be made
         words += ["mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""]
     if config.hostname:
         words += ["hostname", config.hostname]
-    process = config.process
-    if process:
-        words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd, "state", state]
-        for hook in parse_hooks(config.hooks, "startContainer"):
-            words += ["hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env]
-        for keyword, values in (("group", process.groups), ("arg", process.args), ("env", process.env)):
-            for value in values:
-                words += [keyword, value]
+    if config.domainname:
+        words += ["domainname", config.domainname]
+    if config.process:
+        words += guest_process(config, state)
     return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
+
+
+def guest_process(config, state):
+    process, words = config.process, []
+    for limit in process.rlimits:
+        words += ["rlimit", *limit]
+    words += ["oom", process.oom_score_adj]
+    if process.io_priority is not None:
+        words += ["ioprio", process.io_priority]
+    if process.scheduler:
+        words += ["scheduler", *process.scheduler]
+    words += ["capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)]
+    if process.no_new_privileges:
+        words += ["no_new_privileges"]
+    words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd, "state", state]
+    for hook in parse_hooks(config.hooks, "startContainer"):
+        words += ["hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env]
+    for keyword, values in (("group", process.groups), ("arg", process.args), ("env", process.env)):
+        for value in values:
+            words += [keyword, value]
+    return words
 
 
 def guest_mount(mount, bind_sources):
@@ -990,7 +1212,7 @@ def guest_mount(mount, bind_sources):
         return ["mount", mount.source or kind, mount.destination, kind, mount.flags, mount.data]
     source, recursive = next(bind_sources), mount.flags & MS_REC
     words = ["mount", source, mount.destination, "", MS_BIND | recursive, ""]
-    options = mount.flags & ~(MS_BIND | MS_REC)
+    options = mount.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
     if options:  # a bind mount takes its options only from a second call
         words += ["mount", source, mount.destination, "", MS_BIND | MS_REMOUNT | options, ""]
     return words
@@ -1031,7 +1253,9 @@ def send_request(xenstore, domid, uuid, request, key=None, data=None):
 # undoes every mount, whoever was killed before, and the host's mount table never shows one.
 
 CLONE_NEWNS = 0x00020000  # <linux/sched.h>
-SYS_OPENAT2 = 437  # the same on every architecture
+SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # the same on every architecture
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4  # <linux/mount.h>
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000  # <linux/fcntl.h>
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
 
 
@@ -1076,13 +1300,38 @@ def bind(entry, target):
     else:
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
     mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
-    restrict(target, entry.flags & MS_RDONLY)  # enforced on this side: the guest is not asked
+    restrict(target, entry.flags)
 
 
-def restrict(target, readonly=0):
-    """Makes no device of dom0's reachable by a node in target; the guest opens its own devices itself."""
-    kept = os.statvfs(target).f_flag & (MS_RDONLY | MS_NOEXEC)  # <sys/statvfs.h> has the same numbers
-    mount(None, target, MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOSUID | kept | readonly)
+def restrict(target, flags=0):
+    """Makes no device of dom0's reachable by a node below target; the guest opens its own devices itself.
+
+    flags: with MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too.  Enforced on
+    this side: the guest is not asked.
+    """
+    import errno
+
+    below = MOUNT_ATTR_RDONLY if flags & RECURSIVE_RO else 0
+    try:
+        set_mount_attributes(target, MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | below, AT_RECURSIVE)
+        if flags & MS_RDONLY:
+            set_mount_attributes(target, MOUNT_ATTR_RDONLY, 0)
+    except OSError as error:
+        if error.errno != errno.ENOSYS or below:
+            raise Error(f"cannot restrict the mount {target}: {error.strerror}") from None
+        # Linux before 5.12: what is mounted below stays as it is
+        kept = os.statvfs(target).f_flag & (MS_RDONLY | MS_NOEXEC)  # <sys/statvfs.h> has the same numbers
+        mount(None, target, MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOSUID | kept | flags & MS_RDONLY)
+
+
+def set_mount_attributes(target, attributes, flags):
+    """mount_setattr(2).  Raises OSError."""
+    import ctypes
+    import struct
+
+    values = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    number, folder, size = ctypes.c_long(SYS_MOUNT_SETATTR), ctypes.c_int(AT_FDCWD), ctypes.c_size_t(len(values))
+    system_call("syscall", number, folder, target, ctypes.c_uint(flags), values, size)
 
 
 def open_in_root(root, path):
@@ -1096,6 +1345,27 @@ def open_in_root(root, path):
         return system_call("syscall", ctypes.c_long(SYS_OPENAT2), root_fd, path, how, ctypes.c_size_t(len(how)))
     finally:
         os.close(root_fd)
+
+
+def home_of(root, uid):
+    """The home folder of a user by root's /etc/passwd, "/" if it has none, as runc gives it: passwd(5)."""
+    import stat
+
+    try:
+        fd = open_in_root(root, "/etc/passwd")
+    except OSError:
+        return "/"
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return "/"
+        with open(f"/proc/self/fd/{fd}", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file.read(1 << 20).split("\n"):
+                fields = line.split(":")
+                if len(fields) == 7 and fields[2] == str(uid) and "\0" not in fields[5]:
+                    return fields[5] or "/"
+        return "/"
+    finally:
+        os.close(fd)
 
 
 def check_executable(root, config):
@@ -1493,6 +1763,8 @@ class Monitor:
         sources = build_share(share, config)
         if config.process:
             check_executable(os.path.join(share, "rootfs"), config)
+            if not any(variable.startswith("HOME=") for variable in config.process.env):
+                config.process.env.append(f"HOME={home_of(os.path.join(share, 'rootfs'), config.process.uid)}")
         self.write_ramdisk(initrd, guest_config(config, sources, container.state_for_hooks("created")))
         self.create_domain(kernel, share)
         self.channels = EventChannels()
@@ -1526,8 +1798,9 @@ class Monitor:
         with open(initrd, "rb") as file:
             base = file.read()
         archive = cpio_archive([("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)])
+        # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
         with open(self.container.path("ramdisk"), "wb") as file:
-            file.write(base + b"\0" * (-len(base) % 4) + archive)
+            file.write(archive + b"\0" * (-len(archive) % 4) + base)
 
     def create_domain(self, kernel, share):
         config, state, resources = self.config, self.container.state, self.config.resources
@@ -1937,6 +2210,8 @@ def create(call, container, config, bundle, console_socket):
     container.reserve()
     with container:
         try:
+            for warning in config.warnings:
+                call.log.write("warning", f"container {container.id}: {warning}")
             monitor = Monitor(container, config, bundle, call.log, console_socket)
             return start_monitor(monitor, call.options.get("pid-file"))
         except BaseException:
@@ -2482,7 +2757,7 @@ def command_features(call):
         "mountOptions": sorted(MOUNT_OPTIONS),
         "linux": {
             "namespaces": [],
-            "capabilities": [],
+            "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
             "cgroup": {"v1": False, "v2": False, "systemd": False, "systemdUser": False, "rdma": False},
             "seccomp": {"enabled": False},
             "apparmor": {"enabled": False},

@@ -4,7 +4,7 @@
  *
  * Both are part of init and do what busybox cannot: exact argv and environment, mounts that cannot
  * leave the rootfs, credentials, binary-safe streams.  All policy is in runx.py, which writes
- * /container/config: NUL-terminated strings, each keyword followed by its operands (see apply()).
+ * /container/config: NUL-terminated strings, each keyword followed by its operands (see keywords[]).
  * Nothing here decides anything about the host: the other end of the consoles checks what it reads.
  */
 #define _GNU_SOURCE
@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <limits.h>
+#include <linux/capability.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -22,9 +23,12 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <termios.h>
@@ -174,6 +178,11 @@ static unsigned long next_number(void)
 	return strtoul(next(), NULL, 10);
 }
 
+static uint64_t next_u64(void)
+{
+	return strtoull(next(), NULL, 10);
+}
+
 static void load_config(void)
 {
 	struct stat st;
@@ -197,19 +206,26 @@ static void make_folders(char *path)
 	mkdir(path, 0755);
 }
 
+static void make_parent(char *path)
+{
+	char *slash = strrchr(path, '/');
+
+	*slash = 0;
+	if (*path)
+		make_folders(path);
+	*slash = '/';
+}
+
 /* Where a mount goes: a folder, or an empty file if it is a file that is bound there. */
 static void make_target(char *path, const char *source, unsigned long flags)
 {
 	struct stat st;
-	char *slash = strrchr(path, '/');
 
 	if (!(flags & MS_BIND) || stat(source, &st) < 0 || S_ISDIR(st.st_mode)) {
 		make_folders(path);
 		return;
 	}
-	*slash = 0;
-	make_folders(path);
-	*slash = '/';
+	make_parent(path);
 	close(open(path, O_CREAT | O_CLOEXEC, 0644));
 }
 
@@ -360,95 +376,318 @@ static void run_hook(const struct hook *hook, size_t number, const sigset_t *bef
 				  hook->path, ": ", reason, value, status < 0 ? " s\n" : "\n", NULL));
 }
 
-/* Executes the records in order; the operands of each are named beside its keyword. */
-static void apply_config(char **args, char **envs)
-{
-	gid_t *groups = NULL, gid = 0;
-	size_t n_args = 0, n_envs = 0, n_groups = 0;
-	uid_t uid = 0;
-	mode_t mask = 022;
-	char *cwd = "/";
+/* ---- the records of the config: a function each, whose operands are named in keywords[] ---- */
 
+static struct {
+	char **args, **env, *cwd;
+	size_t n_args, n_env, n_groups;
+	gid_t *groups, gid;
+	uid_t uid;
+	mode_t umask;
+	uint64_t bounding, effective, inheritable, permitted, ambient;	/* capabilities, a bit each */
+	int no_new_privileges;
+} settings = { .cwd = "/", .umask = 022 };
+
+static int proc_fd;	/* init's own /proc: the container may have none */
+
+static void append(char ***list, size_t *count, char *string)
+{
+	*list = realloc(*list, (*count + 2) * sizeof **list);
+	(*list)[(*count)++] = string;
+	(*list)[*count] = NULL;
+}
+
+static void write_proc(const char *path, const char *value)
+{
+	int fd = openat(proc_fd, path, O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0 || write(fd, value, strlen(value)) < 0)
+		die(CANNOT_EXECUTE, "write", path);
+	close(fd);
+}
+
+static void apply_mount(void)
+{
+	char *source = next(), *target = next(), *type = next();
+	unsigned long flags = next_number();
+	char *data = next();
+
+	make_target(target, source, flags);
+	if (mount(source, target, type, flags, data) < 0)
+		die(CANNOT_EXECUTE, "mount", target);
+}
+
+static void apply_node(void)
+{
+	char *path = next();
+	mode_t mode = next_number();
+	unsigned long major = next_number(), minor = next_number();
+	uid_t uid = next_number();
+	gid_t gid = next_number();
+	struct stat st;
+	dev_t device = S_ISFIFO(mode) ? 0 : makedev(major, minor);
+
+	make_parent(path);
+	if (mknod(path, mode, device) < 0 &&
+	    (errno != EEXIST || stat(path, &st) < 0 || (st.st_mode & S_IFMT) != (mode & S_IFMT) || st.st_rdev != device))
+		die(CANNOT_EXECUTE, "mknod", path);
+	if (chmod(path, mode & 07777) < 0 || chown(path, uid, gid) < 0)
+		die(CANNOT_EXECUTE, "chown", path);
+}
+
+static void apply_link(void)
+{
+	char *content = next(), *path = next();
+
+	if (symlink(content, path) < 0 && errno != EEXIST)
+		die(CANNOT_EXECUTE, "symlink", path);
+}
+
+/* A file is covered by /dev/null, a folder by an empty one that stays so. */
+static void apply_mask(void)
+{
+	char *path = next();
+	struct stat st;
+
+	if (stat(path, &st) < 0 && errno == ENOENT)
+		return;
+	if (S_ISDIR(st.st_mode) ? mount("tmpfs", path, "tmpfs", MS_RDONLY, NULL) : mount("/dev/null", path, NULL, MS_BIND, NULL))
+		die(CANNOT_EXECUTE, "mask", path);
+}
+
+static void apply_readonly(void)
+{
+	char *path = next();
+	struct statvfs st;
+	unsigned long kept;
+
+	if (mount(path, path, NULL, MS_BIND | MS_REC, NULL) < 0) {
+		if (errno == ENOENT)
+			return;
+		die(CANNOT_EXECUTE, "mount", path);
+	}
+	/* what the mount forbids already, statvfs(3) says in the flags of mount(2) */
+	kept = statvfs(path, &st) < 0 ? 0 : st.f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME | MS_RELATIME);
+	if (mount(NULL, path, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | kept, NULL) < 0)
+		die(CANNOT_EXECUTE, "remount", path);
+}
+
+static void apply_propagation(void)
+{
+	if (mount(NULL, "/", NULL, next_number(), NULL) < 0)
+		die(CANNOT_EXECUTE, "set the propagation of", "/");
+}
+
+static void apply_sysctl(void)
+{
+	char *path = next();
+
+	write_proc(path, next());
+}
+
+static void apply_hostname(void)
+{
+	char *name = next();
+
+	if (sethostname(name, strlen(name)) < 0)
+		die(CANNOT_EXECUTE, "sethostname", name);
+}
+
+static void apply_domainname(void)
+{
+	char *name = next();
+
+	if (setdomainname(name, strlen(name)) < 0)
+		die(CANNOT_EXECUTE, "setdomainname", name);
+}
+
+static void apply_rlimit(void)
+{
+	unsigned long resource = next_number();
+	struct rlimit limit = { .rlim_cur = next_u64() };
+
+	limit.rlim_max = next_u64();
+	if (setrlimit(resource, &limit) < 0)
+		die(CANNOT_EXECUTE, "set rlimit", decimal(resource));
+}
+
+static void apply_oom(void)
+{
+	write_proc("self/oom_score_adj", next());
+}
+
+static void apply_ioprio(void)
+{
+	if (syscall(SYS_ioprio_set, 1, 0, next_number()) < 0)	/* IOPRIO_WHO_PROCESS */
+		die(CANNOT_EXECUTE, "set", "the I/O priority");
+}
+
+/* struct sched_attr of <linux/sched/types.h>, which no C library has */
+static void apply_scheduler(void)
+{
+	struct {
+		uint32_t size, policy;
+		uint64_t flags;
+		int32_t nice;
+		uint32_t priority;
+		uint64_t runtime, deadline, period;
+	} attr = { .size = sizeof attr };
+
+	attr.policy = next_number();
+	attr.flags = next_u64();
+	attr.nice = strtol(next(), NULL, 10);
+	attr.priority = next_number();
+	attr.runtime = next_u64();
+	attr.deadline = next_u64();
+	attr.period = next_u64();
+	if (syscall(SYS_sched_setattr, 0, &attr, 0) < 0)
+		die(CANNOT_EXECUTE, "set", "the scheduler");
+}
+
+static void apply_user(void)
+{
+	settings.uid = next_number();
+	settings.gid = next_number();
+	settings.umask = next_number();
+}
+
+static void apply_group(void)
+{
+	settings.groups = realloc(settings.groups, (settings.n_groups + 1) * sizeof *settings.groups);
+	settings.groups[settings.n_groups++] = next_number();
+}
+
+static void apply_capabilities(void)
+{
+	settings.bounding = next_u64();
+	settings.effective = next_u64();
+	settings.inheritable = next_u64();
+	settings.permitted = next_u64();
+	settings.ambient = next_u64();
+}
+
+static void apply_no_new_privileges(void)
+{
+	settings.no_new_privileges = 1;
+}
+
+static void apply_cwd(void)
+{
+	settings.cwd = next();
+}
+
+static void apply_arg(void)
+{
+	append(&settings.args, &settings.n_args, next());
+}
+
+static void apply_env(void)
+{
+	append(&settings.env, &settings.n_env, next());
+}
+
+static void apply_state(void)
+{
+	hook_state = next();
+}
+
+static const struct {
+	const char *keyword;
+	void (*apply)(void);
+} keywords[] = {
+	{ "mount", apply_mount },		/* source target type flags data */
+	{ "node", apply_node },			/* path mode major minor uid gid */
+	{ "link", apply_link },			/* content path */
+	{ "terminal", open_terminal },
+	{ "mask", apply_mask },			/* path */
+	{ "readonly", apply_readonly },		/* path */
+	{ "propagation", apply_propagation },	/* flags */
+	{ "sysctl", apply_sysctl },		/* path below /proc, value */
+	{ "hostname", apply_hostname },		/* name */
+	{ "domainname", apply_domainname },	/* name */
+	{ "rlimit", apply_rlimit },		/* resource soft hard */
+	{ "oom", apply_oom },			/* adjustment */
+	{ "ioprio", apply_ioprio },		/* class << 13 | priority */
+	{ "scheduler", apply_scheduler },	/* policy flags nice priority runtime deadline period */
+	{ "user", apply_user },			/* uid gid umask */
+	{ "group", apply_group },		/* gid */
+	{ "capabilities", apply_capabilities },	/* bounding effective inheritable permitted ambient */
+	{ "no_new_privileges", apply_no_new_privileges },
+	{ "cwd", apply_cwd },			/* path */
+	{ "arg", apply_arg },			/* string */
+	{ "env", apply_env },			/* NAME=value */
+	{ "hook", add_hook },			/* path timeout n args... n env... */
+	{ "state", apply_state },		/* json, for hooks */
+};
+
+static void apply_config(void)
+{
 	while (config_next < config_end) {
 		char *keyword = next();
+		size_t i = 0;
 
-		if (!strcmp(keyword, "mount")) {	/* source target type flags data */
-			char *source = next(), *target = next(), *type = next();
-			unsigned long flags = next_number();
-			char *data = next();
-			make_target(target, source, flags);
-			if (mount(source, target, type, flags, data) < 0)
-				die(CANNOT_EXECUTE, "mount", target);
-		} else if (!strcmp(keyword, "node")) {	/* path mode major minor */
-			char *path = next();
-			mode_t mode = next_number();
-			unsigned long major = next_number(), minor = next_number();
-			if (mknod(path, mode, makedev(major, minor)) < 0 && errno != EEXIST)
-				die(CANNOT_EXECUTE, "mknod", path);
-			chmod(path, mode & 07777);
-		} else if (!strcmp(keyword, "link")) {	/* content path */
-			char *content = next(), *path = next();
-			if (symlink(content, path) < 0 && errno != EEXIST)
-				die(CANNOT_EXECUTE, "symlink", path);
-		} else if (!strcmp(keyword, "terminal")) {
-			open_terminal();
-		} else if (!strcmp(keyword, "hook")) {	/* path timeout n args... n envs... */
-			add_hook();
-		} else if (!strcmp(keyword, "state")) {	/* json */
-			hook_state = next();
-		} else if (!strcmp(keyword, "hostname")) {	/* name */
-			char *name = next();
-			if (sethostname(name, strlen(name)) < 0)
-				die(CANNOT_EXECUTE, "sethostname", name);
-		} else if (!strcmp(keyword, "user")) {	/* uid gid umask */
-			uid = next_number();
-			gid = next_number();
-			mask = next_number();
-		} else if (!strcmp(keyword, "group")) {	/* gid */
-			groups = realloc(groups, (n_groups + 1) * sizeof *groups);
-			groups[n_groups++] = next_number();
-		} else if (!strcmp(keyword, "cwd")) {	/* path */
-			cwd = next();
-		} else if (!strcmp(keyword, "arg")) {	/* string */
-			args[n_args++] = next();
-		} else if (!strcmp(keyword, "env")) {	/* NAME=value */
-			envs[n_envs++] = next();
-		} else {
+		while (i < sizeof keywords / sizeof *keywords && strcmp(keyword, keywords[i].keyword))
+			i++;
+		if (i == sizeof keywords / sizeof *keywords) {
 			errno = EPROTO;
 			die(CANNOT_EXECUTE, "apply", keyword);
 		}
+		keywords[i].apply();
 	}
-	make_folders(strdup(cwd));
-	umask(mask);
+}
+
+static void set_capabilities(void)
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2];
+
+	for (int half = 0; half < 2; half++)
+		data[half] = (struct __user_cap_data_struct){
+			settings.effective >> 32 * half, settings.permitted >> 32 * half, settings.inheritable >> 32 * half,
+		};
+	if (syscall(SYS_capset, &header, data) < 0)
+		die(CANNOT_EXECUTE, "set", "the capabilities");
+	for (int cap = 0; cap < 64; cap++)
+		if (settings.ambient >> cap & 1 && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0) < 0)
+			die(CANNOT_EXECUTE, "raise ambient capability", decimal(cap));
+}
+
+/* The order is capabilities(7)'s: the bounding set while we may, the rest once the user is what it will be. */
+static void become_user(void)
+{
+	make_folders(strdup(settings.cwd));
+	umask(settings.umask);
 	for (int fd = 0; fd <= 2; fd++)	/* so that the user may open /dev/stdout again, as under runc */
-		if (fchown(fd, uid, -1) < 0)
+		if (fchown(fd, settings.uid, -1) < 0)
 			die(CANNOT_EXECUTE, "chown", "a standard stream");
-	if (setgroups(n_groups, groups) < 0 || setgid(gid) < 0 || setuid(uid) < 0)
+	for (int cap = 0; prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
+		if (!(settings.bounding >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0)
+			die(CANNOT_EXECUTE, "drop capability", decimal(cap));
+	prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
+	if (setgroups(settings.n_groups, settings.groups) < 0 || setgid(settings.gid) < 0 || setuid(settings.uid) < 0)
 		die(CANNOT_EXECUTE, "set", "the user and group ids");
-	if (chdir(cwd) < 0)
-		die(CANNOT_EXECUTE, "chdir", cwd);
+	if (chdir(settings.cwd) < 0)
+		die(CANNOT_EXECUTE, "chdir", settings.cwd);
+	prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0);
+	set_capabilities();
+	if (settings.no_new_privileges && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		die(CANNOT_EXECUTE, "set", "no new privileges");
 }
 
 /* before: the signal mask that the process starts with; output: of hooks, the guest's own console. */
 static void run_process(const sigset_t *before, int output)
 {
-	size_t most = config_end - config_next;
-	char **args = calloc(most + 1, sizeof *args), **envs = calloc(most + 1, sizeof *envs);
-	int fd;
-
-	/* init and this program are spared when memory runs out, the container is not */
-	fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
-	if (fd < 0 || write(fd, "0", 1) < 0)
-		die(CANNOT_EXECUTE, "write", "/proc/self/oom_score_adj");
-	close(fd);
+	proc_fd = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	write_proc("self/oom_score_adj", "0");	/* init and this program are spared when memory runs out */
 	enter_rootfs();
-	apply_config(args, envs);
-	environ = envs;
+	apply_config();
+	become_user();
+	environ = settings.env;
 	for (size_t i = 0; i < n_hooks; i++)
 		run_hook(&hooks[i], i, before, output);
 	sigprocmask(SIG_SETMASK, before, NULL);
-	execvp(args[0], args);
-	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXECUTE, "exec", args[0]);
+	execvp(settings.args[0], settings.args);
+	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXECUTE, "exec", settings.args[0]);
 }
 
 /* ---- streams: pipes for the process, consoles towards the host ---- */

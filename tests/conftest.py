@@ -61,11 +61,21 @@ def call(*args, **options):
 # ---- bundles
 
 
+ALL_CAPABILITIES = [f"CAP_{name}" for name in runx.CAPABILITIES]
+
+
 def config(*args, **process):
-    """A config.json as an engine writes it, as small as it may be."""
+    """A config.json as an engine writes it for a privileged container, as small as it may be."""
     return {
         "ociVersion": "1.0.2",
-        "process": {"args": list(args), "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}, **process},
+        "process": {
+            "args": list(args),
+            "cwd": "/",
+            "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0},
+            "capabilities": {name: ALL_CAPABILITIES for name in ("bounding", "effective", "permitted")},
+            **process,
+        },
         "root": {"path": "rootfs"},
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},

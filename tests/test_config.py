@@ -1,6 +1,7 @@
 """config.json and the command line: what is accepted, what is refused, in which words."""
 
 import json
+import pathlib
 
 import pytest
 import spec as runtime_spec
@@ -89,6 +90,18 @@ def test_mount_options_become_flags_and_data(bundle):
     ]
     mount = runx.load_config(bundle(spec)).mounts[0]
     assert (mount.flags, mount.data) == (runx.MS_NOSUID, "size=1m,mode=755")
+
+
+def test_a_bind_mount_has_no_other_options(bundle, tmp_path):
+    spec = config("true")
+    spec["mounts"] = [{"destination": "/t", "source": str(tmp_path), "options": ["rbind", "rro", "rnodev"]}]
+    mount = runx.load_config(bundle(spec)).mounts[0]
+    flags = runx.MS_BIND | runx.MS_REC | runx.MS_RDONLY | runx.RECURSIVE_RO | runx.MS_NODEV
+    assert mount.flags == flags
+    assert runx.guest_mount(mount, iter(["mounts/0"]))[10] == (runx.MS_BIND | 32 | runx.MS_RDONLY | runx.MS_NODEV)
+    spec["mounts"][0]["options"].append("idmap")
+    with pytest.raises(runx.Error, match="a bind mount has no option idmap here"):
+        runx.load_config(bundle(spec))
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.0.2-dev", "1.3.0", "1.9.9+x"])
@@ -347,3 +360,104 @@ def test_the_options_of_update_are_fields_of_resources(tmp_path):
 def test_what_follows_the_id_of_ps_is_for_ps():
     assert runx.parse_options("ps", ["--format", "json", "id"]) == ({"format": "json"}, ["id"])
     assert runx.parse_options("ps", ["id", "-o", "pid"]) == ({}, ["id", "-o", "pid"])
+
+
+# ---- process and linux
+
+
+def test_capabilities_are_a_bit_each():
+    warnings = []
+    spec = {"bounding": ["CAP_CHOWN", "CAP_CHECKPOINT_RESTORE", "CAP_NEW"], "ambient": ["CAP_KILL", "CAP_NEW"]}
+    sets = runx.parse_capabilities(spec, warnings)
+    assert sets == {"bounding": 1 | 1 << 40, "effective": 0, "inheritable": 0, "permitted": 0, "ambient": 1 << 5}
+    assert warnings == ["unknown capabilities are left out: CAP_NEW"]
+
+
+def test_rlimits_io_priority_and_scheduler_are_numbers():
+    limits = [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}, {"type": "RLIMIT_CPU", "soft": 0, "hard": 2**64 - 1}]
+    assert runx.parse_rlimits(limits) == [(7, 1, 2), (0, 0, 2**64 - 1)]
+    assert runx.parse_io_priority({"class": "IOPRIO_CLASS_BE", "priority": 5}) == 2 << 13 | 5
+    spec = {"policy": "SCHED_DEADLINE", "flags": ["SCHED_FLAG_RECLAIM"], "runtime": 1, "deadline": 2, "period": 3}
+    assert runx.parse_scheduler(spec) == (6, 2, 0, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "section, change, words",
+    [
+        ("process", {"rlimits": [{"type": "RLIMIT_NEW", "soft": 1, "hard": 1}]}, "there is no type RLIMIT_NEW"),
+        ("process", {"rlimits": [{"type": "NOFILE", "soft": 1, "hard": 1}]}, "there is no type NOFILE"),
+        ("process", {"rlimits": [{"type": "RLIMIT_CPU", "soft": 1, "hard": 1}] * 2}, "RLIMIT_CPU is there twice"),
+        ("process", {"rlimits": [{"type": "RLIMIT_CPU", "soft": 2, "hard": 1}]}, "RLIMIT_CPU needs a soft limit"),
+        ("process", {"oomScoreAdj": 1001}, "oomScoreAdj must be"),
+        ("process", {"ioPriority": {"class": "IOPRIO_CLASS_NEW"}}, "ioPriority needs one of"),
+        ("process", {"scheduler": {"policy": "SCHED_NEW"}}, "there is no policy SCHED_NEW"),
+        ("process", {"scheduler": {"policy": "SCHED_OTHER", "nice": 20}}, "nice must be from -20 to 19"),
+        ("process", {"scheduler": {"policy": "SCHED_OTHER", "flags": ["NEW"]}}, "there is no flag NEW"),
+        ("linux", {"sysctl": {"../x": "1"}}, "sysctl must be names"),
+        ("linux", {"sysctl": {"kernel.x": 1}}, "sysctl must be names"),
+        ("linux", {"maskedPaths": ["proc"]}, "maskedPaths must hold absolute paths"),
+        ("linux", {"rootfsPropagation": "open"}, "there is no rootfsPropagation open"),
+        ("linux", {"devices": [{"path": "/dev/x", "type": "x"}]}, "a type of c, b, u or p"),
+        ("linux", {"devices": [{"path": "/dev/x", "type": "c"}]}, "major is missing"),
+        ("linux", {"devices": [{"path": "/dev/x", "type": "c", "major": -1, "minor": 0}]}, "numbers of /dev/x"),
+        ("linux", {"uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}, "linux.uidMappings cannot be applied"),
+    ],
+)
+def test_what_cannot_be_applied_is_refused(bundle, section, change, words):
+    spec = config("true")
+    spec.setdefault(section, {}).update(change)
+    with pytest.raises(runx.Error, match=words):
+        runx.load_config(bundle(spec))
+
+
+def test_what_has_no_effect_is_a_warning(bundle):
+    spec = config("true", apparmorProfile="docker-default", selinuxLabel="")
+    spec["linux"] = {
+        "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}, "intelRdt": None, "mountLabel": "",
+        "resources": {"pids": {"limit": -1}, "blockIO": {"weight": 0}, "hugepageLimits": [], "unified": {"a": "1"}},
+    }  # fmt: skip
+    named = [warning.split()[0] for warning in runx.load_config(bundle(spec)).warnings]
+    assert named == ["process.apparmorProfile", "linux.seccomp", "linux.resources.unified"]
+
+
+def test_the_home_of_a_user(tmp_path):
+    (tmp_path / "etc").mkdir()
+    assert runx.home_of(str(tmp_path), 0) == "/"
+    passwd = tmp_path / "etc/passwd"
+    passwd.write_text("root:x:0:0:::\nbroken\nuser:x:10:0::/home/user:/bin/sh\nagain:x:10:0::/other:/bin/sh\n")
+    assert [runx.home_of(str(tmp_path), uid) for uid in (0, 10, 11)] == ["/", "/home/user", "/"]
+    passwd.unlink()
+    passwd.symlink_to("/../../../../etc/passwd")  # a link to itself, in this root
+    assert runx.home_of(str(tmp_path), 0) == "/"
+
+
+def test_the_guest_gets_records_for_all_of_it(bundle):
+    spec = config("true", noNewPrivileges=True, oomScoreAdj=5)
+    spec["linux"] = {
+        "sysctl": {"net.ipv4.ip_forward": "1", "net/ipv4/conf/eth0.1/x": "2"}, "maskedPaths": ["/m"],
+        "readonlyPaths": ["/r"], "rootfsPropagation": "shared",
+        "devices": [{"path": "/dev/f", "type": "c", "major": 10, "minor": 229, "uid": 1, "gid": 2}],
+    }  # fmt: skip
+    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}").replace(b"\0", b" ").decode()
+    for record in (
+        f"node /dev/f {0o20666} 10 229 1 2 ", "sysctl sys/net/ipv4/ip_forward 1 sysctl sys/net/ipv4/conf/eth0.1/x 2 ",
+        "readonly /r mask /m ", f"propagation {1 << 20 | 16384} ", "oom 5 ", "no_new_privileges ",
+    ):  # fmt: skip
+        assert record in text, record
+
+
+DATA = pathlib.Path(__file__).with_name("data")
+
+
+@pytest.mark.parametrize(
+    "name, warnings", [("ctr-1.6.20", []), ("podman-4.3.1", ["linux.seccomp", "linux.resources.pids"])]
+)
+def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name, warnings):
+    """tests/data: what each engine has written for a plain `run`, with its version."""
+    spec = json.loads((DATA / f"{name}.json").read_text())
+    spec["root"]["path"] = "rootfs"
+    monkeypatch.setattr(runx.os.path, "exists", lambda path: True)  # sources of bind mounts
+    parsed = runx.load_config(bundle(spec))
+    assert [warning.split()[0] for warning in parsed.warnings] == warnings
+    bind_sources = [f"mounts/{number}" for number in range(len(parsed.mounts))]
+    assert runx.guest_config(parsed, bind_sources, "{}").endswith(b"\0")

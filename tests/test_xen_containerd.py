@@ -172,3 +172,12 @@ def test_features_are_what_containerd_asks_for():
     result = subprocess.run(["/usr/sbin/runX", "features"], capture_output=True, env={})
     features = json.loads(result.stdout)
     assert features["ociVersionMin"] == "1.0.0" and result.stderr == b""
+
+
+@pytest.mark.skipif(not shutil.which("podman"), reason="needs podman")
+def test_podman_runs_a_container(bundle):
+    options = ["--cgroup-manager", "cgroupfs", "run", "--rm", "--network", "none", "--rootfs", str(bundle.rootfs)]
+    script = "echo out; echo err >&2; exit 3"
+    result = call("podman", "--runtime", "/usr/sbin/runX", *options, "sh", "-c", script)
+    call("umount", "/var/lib/containers/storage/overlay")  # podman's own, which it leaves mounted
+    assert (result.returncode, result.stdout, result.stderr) == (3, b"out\n", b"err\n")

@@ -11,6 +11,8 @@ import pytest
 from conftest import call, config, wait_for, wait_until, xl
 from spec import check_state
 
+import runx
+
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
 STATE_FIELDS = {"ociVersion", "id", "pid", "status", "bundle", "rootfs", "created", "annotations", "owner"}
@@ -95,13 +97,17 @@ def test_a_domain_destroyed_behind_our_back_stops_the_container(bundle, created)
     assert bundle.runx("delete", bundle.id).returncode == 0
 
 
-def test_a_killed_monitor_means_stopped_and_delete_removes_the_domain(bundle, created):
-    pidfd = created("sleep", "1000")
+@pytest.mark.parametrize("stage", ["running", "ending"])
+def test_a_killed_monitor_means_stopped_and_delete_removes_the_domain(bundle, created, stage):
+    pidfd = created("sleep", "1000" if stage == "running" else "0")
+    xenstore, node = runx.Xenstore(), f"/local/domain/{bundle.domain()}/data"
     bundle.runx("start", bundle.id)
+    node += "/ready" if stage == "running" else "/exit"
+    wait_until(lambda: xenstore.read(node), f"{node} in xenstore")
     os.kill(bundle.pid(), signal.SIGKILL)
     wait_for(pidfd)
     assert bundle.state()["status"] == "stopped"
-    assert bundle.domain() is not None
+    assert stage == "ending" or bundle.domain() is not None
     assert bundle.runx("delete", bundle.id).returncode == 0
     assert bundle.domain() is None
 
@@ -190,7 +196,10 @@ def test_a_slow_reader_loses_nothing_and_holds_the_guest_back(bundle):
     os.close(writer)
     first = os.read(reader, 1)
     # nobody reads stdout now; stderr must not come before all of stdout fits somewhere, and it does not
-    assert not select.select([running.stderr], [], [], 3)[0]
+    monitor = pathlib.Path(f"/proc/{bundle.state()['pid']}/statm")
+    before = int(monitor.read_text().split()[1])
+    assert not select.select([running.stderr], [], [], 10)[0]
+    assert (int(monitor.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 128 << 10
     total = len(first)
     while chunk := os.read(reader, 65536):
         total += len(chunk)
@@ -321,15 +330,25 @@ def test_bind_mounts_are_served(bundle, tmp_path):
     host = tmp_path / "host"
     host.mkdir()
     (host / "file").write_text("from the host")
-    spec = config("sh", "-c", "cat /data/file /one/file; echo back >/data/new; echo no >/one/file")
+    below = host / "below"
+    below.mkdir()
+    call("mount", "-t", "tmpfs", "none", str(below))
+    script = "cat /data/file /one/file; echo back >/data/new; echo x >/data/below/x; echo no >/one/file"
+    # dom0 enforces it: root in the VM may undo its own mounts
+    hostile = "mount -o remount,rw /all; echo no >/all/new; echo no >/all/below/new"
+    spec = config("sh", "-c", f"{hostile}; {script}")
     spec["mounts"] += [
+        {"destination": "/all", "type": "bind", "source": str(host), "options": ["rbind", "rro"]},
         {"destination": "/data", "type": "bind", "source": str(host), "options": ["rbind", "rw"]},
         {"destination": "/one/file", "type": "bind", "source": str(host / "file"), "options": ["bind", "ro"]},
     ]
     bundle.write_config(spec)
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
     assert result.stdout == b"from the host" * 2
-    assert b"Read-only file system" in result.stderr and result.returncode == 1
+    written = (below / "x").read_text() if (below / "x").exists() else ""
+    call("umount", str(below))
+    assert result.stderr.count(b"Read-only file system") == 3 and result.returncode == 1
+    assert written == "x\n"
     assert (host / "new").read_text() == "back\n"
     assert (host / "file").read_text() == "from the host"
 
