@@ -2552,7 +2552,8 @@ def command_ps(call):
     head, *rows = result.stdout.splitlines() or [""]
     if result.returncode != 0 or "PID" not in head.split():
         raise Error(f"cannot tell a PID column in the output of {' '.join(command)}: try --format json")
-    print(head, *(row for row in rows if row.split()[head.split().index("PID")] == pid), sep="\n")
+    column = head.split().index("PID")
+    print(head, *(row for row in rows if row.split()[column : column + 1] == [pid]), sep="\n")
 
 
 def command_events(call):

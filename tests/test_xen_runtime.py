@@ -174,7 +174,7 @@ def test_the_process_has_its_user_umask_folder_and_a_large_environment(bundle):
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
     lines = result.stdout.decode().splitlines()
     assert lines[:4] == ["1000", "2000 3000 4000", "0027", "/new/folder"]
-    assert sorted(lines[4:]) == sorted(["PATH=/bin", *variables])
+    assert sorted(lines[4:]) == sorted(["PATH=/bin", "HOME=/", *variables])
 
 
 def test_a_read_only_root_keeps_its_mounts_writable(bundle):
