@@ -33,7 +33,6 @@ import tempfile
 import termios
 import time
 import tty
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.dont_write_bytecode = True  # no __pycache__ in the working tree
@@ -602,25 +601,18 @@ def command_test(args) -> int:
     built = build()
     statuses = []
     common = ["-m", "pytest", "-p", "no:cacheprovider", "-rs"]
-    argv_here = ["/usr/bin/python3", *common, "--ignore-glob=*/test_xen_*", *here]
-    argv_there = ["python3", *common, "--durations=15", "-o", "python_files=test_xen_*.py", *there]
-    with contextlib.ExitStack() as stack:
-        if here and there:  # side by side: dom0's one processor leaves another idle
-            output = stack.enter_context(tempfile.TemporaryFile())
-            process = stack.enter_context(started(argv_here, stdout=output, stderr=subprocess.STDOUT))
-        if there:
-            say("the tests that need Xen, in the dom0")
-            with booted_lab(kernel=built.kernel, ramdisk=built.ramdisk) as lab:
-                statuses.append(lab.run(argv_there, time_limit=TEST_TIME_LIMIT))
-        if here:
-            say("the tests that need no Xen")
-            if not there:
-                process = stack.enter_context(started(argv_here))
-            statuses.append(128 - process.returncode if process.wait() < 0 else process.returncode)
-            if there:
-                output.seek(0)
-                sys.stdout.write(output.read().decode(errors="replace"))
-                sys.stdout.flush()
+    if here:
+        say("the tests that need no Xen")
+        statuses.append(call(["/usr/bin/python3", *common, "--ignore-glob=*/test_xen_*", *here]))
+    if there:
+        say("the tests that need Xen, in the dom0")
+        with booted_lab(kernel=built.kernel, ramdisk=built.ramdisk) as lab:
+            statuses.append(
+                lab.run(
+                    ["python3", *common, "--durations=15", "-o", "python_files=test_xen_*.py", *there],
+                    time_limit=TEST_TIME_LIMIT,
+                )
+            )
     # 5 means that no test was selected, which may well be so in one of the two places.
     failed = [status for status in statuses if status not in (0, 5)]
     return failed[0] if failed else min(statuses)
@@ -650,17 +642,16 @@ def divide_tests(words: list[str]) -> tuple[list[str], list[str]]:
     return (here + paths_here if paths_here else [], there + paths_there if paths_there else [])
 
 
-@contextlib.contextmanager
-def started(argv: list[str], **streams) -> Iterator[subprocess.Popen]:
-    """A program of this machine that runs, and that cleans up after SIGINT; let it do so when we must end."""
+def call(argv: list[str]) -> int:
+    """Run a program of this machine that cleans up after SIGINT; let it do so when we must end."""
     process = subprocess.Popen(
         argv,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         start_new_session=True,  # so that a terminal's Ctrl-C reaches only us
-        **streams,
     )
     try:
-        yield process
+        status = process.wait()
+        return status if status >= 0 else 128 - status
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
