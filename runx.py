@@ -1197,8 +1197,11 @@ def guest_process(config, state):
     words += ["capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)]
     if process.no_new_privileges:
         words += ["no_new_privileges"]
-    words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd, "state", state]
-    for hook in parse_hooks(config.hooks, "startContainer"):
+    words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd]
+    hooks = parse_hooks(config.hooks, "startContainer")
+    if hooks:
+        words += ["state", state]
+    for hook in hooks:
         words += ["hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env]
     for keyword, values in (("group", process.groups), ("arg", process.args), ("env", process.env)):
         for value in values:
@@ -1788,11 +1791,10 @@ class Monitor:
 
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
         slave = open_terminal(self.console_socket, self.config.process.console_size)
-        null = os.open("/dev/null", os.O_RDWR)
-        for source, target in ((slave, 0), (slave, 1), (null, 2)):
-            os.dup2(source, target)
+        os.dup2(slave, 0)
+        os.dup2(slave, 1)
         os.close(slave)
-        os.close(null)
+        close_standard(2)
 
     def write_ramdisk(self, initrd, guest):
         with open(initrd, "rb") as file:
@@ -1800,7 +1802,7 @@ class Monitor:
         archive = cpio_archive([("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)])
         # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
         with open(self.container.path("ramdisk"), "wb") as file:
-            file.write(archive + b"\0" * (-len(archive) % 4) + base)
+            file.write(archive + base)
 
     def create_domain(self, kernel, share):
         config, state, resources = self.config, self.container.state, self.config.resources
@@ -1893,18 +1895,17 @@ class Monitor:
             self.end(128 + 9, abandon=True)
 
     def handle_xenstore(self):
-        data = f"/local/domain/{self.domid}/data"
         for token in self.xenstore.take_events():
             if token.startswith("console "):
                 self.consoles[int(token.split()[1]) - 1].follow()
             elif token == "ready" and not self.ready:
-                self.ready = self.xenstore.read(f"{data}/ready") is not None
+                self.ready = self.read_data("ready") is not None
                 if self.ready and self.config.hooks:  # for a start that comes too late to see it in xenstore
                     open(self.container.path("ready"), "w", encoding="ascii").close()
             elif token == "ended":
-                self.close_ended(self.xenstore.read(f"{data}/ended", ""))
+                self.close_ended(self.read_data("ended") or "")
             elif token == "exit":
-                self.take_exit_status(self.xenstore.read(f"{data}/exit"))
+                self.take_exit_status()
             elif token == "release" and self.exit_status is None:
                 self.check_domain()
 
@@ -1925,7 +1926,12 @@ class Monitor:
             self.told_unread = unread
             self.ask("look", "look", {"unread": unread})
 
-    def take_exit_status(self, text):
+    def read_data(self, node):
+        """What the guest has written below data/, or None."""
+        return self.xenstore.read(f"/local/domain/{self.domid}/data/{node}")
+
+    def take_exit_status(self):
+        text = self.read_data("exit")
         if text is None or self.exit_status is not None:
             return
         if text.isascii() and text.isdecimal() and int(text) <= 255:
@@ -1933,9 +1939,8 @@ class Monitor:
         else:
             self.warn("the VM told no valid exit status")
             self.end(255)
-        data = f"/local/domain/{self.domid}/data"
         for node, what in (("error", "the VM's init"), ("oom", "the VM has run out of memory")):
-            reason = self.xenstore.read(f"{data}/{node}")
+            reason = self.read_data(node)
             if reason:
                 self.warn(f"{what}: {printable(reason)}")
                 self.report_tail()
@@ -1945,7 +1950,7 @@ class Monitor:
         if not end:
             return
         # the guest may have told its status just before
-        self.take_exit_status(self.xenstore.read(f"/local/domain/{self.domid}/data/exit"))
+        self.take_exit_status()
         if self.exit_status is None:
             status, reason = ENDS.get(end, ENDS["c"])
             self.warn(f"{reason}; exit status {status}")
@@ -2041,9 +2046,8 @@ class Monitor:
 
     def take_down(self):
         """Undoes build(), as far as it came.  Streams first: who reads them sees the end at once."""
-        null = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1, 2):
-            os.dup2(null, fd)
+            close_standard(fd)
         clean_up(self.xenstore, self.container.state)
         self.debug("the domain is gone")
 

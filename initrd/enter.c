@@ -307,27 +307,32 @@ static void add_hook(void)
 	hook->env = next_strings();
 }
 
+static int64_t milliseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+}
+
 /* Waits for the hook until it has ended, and returns its status, or until its time is over: -1, it is killed then. */
 static int wait_for_hook(pid_t pid, unsigned long timeout)
 {
-	struct timespec now, end, left = { 0 };
+	int64_t end = milliseconds() + (int64_t)timeout * 1000;
 	sigset_t chld;
 	int status;
 
 	sigemptyset(&chld);
 	sigaddset(&chld, SIGCHLD);
-	clock_gettime(CLOCK_MONOTONIC, &end);
-	end.tv_sec += timeout;
 	while (waitpid(pid, &status, WNOHANG) == 0) {
-		clock_gettime(CLOCK_MONOTONIC, &now);
-		left.tv_sec = end.tv_sec - now.tv_sec - (end.tv_nsec < now.tv_nsec);
-		left.tv_nsec = end.tv_nsec - now.tv_nsec + (end.tv_nsec < now.tv_nsec) * 1000000000L;
-		if (timeout && left.tv_sec < 0) {
+		int64_t left = end - milliseconds();
+		struct timespec wait = { left / 1000, left % 1000 * 1000000 };
+		if (timeout && left <= 0) {
 			kill(-pid, SIGKILL);
 			waitpid(pid, &status, 0);
 			return -1;
 		}
-		sigtimedwait(&chld, NULL, timeout ? &left : NULL);
+		sigtimedwait(&chld, NULL, timeout ? &wait : NULL);
 	}
 	return status;
 }
@@ -824,19 +829,11 @@ static int close_unread(struct stream *out, struct stream *err)
 	return 1;
 }
 
-static long milliseconds(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
 /* master: the terminal's, or -1.  Its end is a hang-up, so with the input it is closed for output too. */
 static int carry(pid_t process, int signals, int master, struct stream *in, struct stream *out, struct stream *err)
 {
 	int status = 0, running = 1, at_end = 0, hung_up = 0, told = 0;
-	long since = 0;		/* when a stream ended of which the host has not been told; 0: none */
+	int64_t since = 0;		/* when a stream ended of which the host has not been told; 0: none */
 
 	while (running || out->from >= 0 || err->from >= 0 || out->start < out->end || err->start < err->end) {
 		int in_pending = in->start < in->end, out_pending = out->start < out->end, err_pending = err->start < err->end;

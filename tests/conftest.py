@@ -96,6 +96,7 @@ class Bundle:
     def __init__(self, folder):
         self.folder, self.rootfs, self.id = folder, folder / "rootfs", f"test-{uuid.uuid4().hex[:8]}"
         self.root, self.log, self.pid_file = folder / "root", folder / "log.json", folder / "pid"
+        self.pidfds = []
         bin_folder = self.rootfs / "bin"
         bin_folder.mkdir(parents=True)
         shutil.copy(shutil.which("busybox"), bin_folder / "busybox")
@@ -106,10 +107,12 @@ class Bundle:
     def write_config(self, config):
         (self.folder / "config.json").write_text(json.dumps(config))
 
+    def command(self, command, *args):
+        """The argv of a runX command on the bundle's root."""
+        return ["runX", "--root", str(self.root), "--log", str(self.log), "--log-format", "json", command, *args]
+
     def runx(self, command, *args, **options):
-        return call(
-            "runX", "--root", str(self.root), "--log", str(self.log), "--log-format", "json", command, *args, **options
-        )  # fmt: skip
+        return call(*self.command(command, *args), **options)
 
     def create(self, *options):
         """Its output goes to files: the monitor keeps them open as the container's."""
@@ -120,6 +123,13 @@ class Bundle:
             )  # fmt: skip
         result.stderr = (self.folder / "stderr").read_bytes()
         return result
+
+    def created(self, *options):
+        """Creates it, which must succeed; returns a pidfd of the monitor, which is closed with the bundle."""
+        result = self.create(*options)
+        assert (result.returncode, result.stderr) == (0, b""), result
+        self.pidfds.append(os.pidfd_open(self.pid()))
+        return self.pidfds[-1]
 
     def run(self, *args, **options):
         self.write_config(config(*args))
@@ -140,6 +150,12 @@ class Bundle:
             if line.startswith(f"runx-{self.id}-"):
                 return int(line.split()[1])
         return None
+
+
+DEVPTS = {
+    "destination": "/dev/pts", "type": "devpts", "source": "devpts",
+    "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+}  # fmt: skip
 
 
 class Terminal:
@@ -199,6 +215,8 @@ class ConsoleSocket:
 def bundle(tmp_path):
     bundle = Bundle(tmp_path)
     yield bundle
+    for pidfd in bundle.pidfds:
+        os.close(pidfd)
     if bundle.root.joinpath(bundle.id).exists():
         bundle.runx("delete", "--force", bundle.id)
 
@@ -233,13 +251,14 @@ def processes():
 
 def shim_pid(name):
     """The pid of a container's containerd-shim."""
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[0].endswith(b"containerd-shim-runc-v2") and name.encode() in words:
-            return int(folder.name)
+    for pid, comm in running():
+        if comm.startswith("containerd-shim"):
+            try:
+                words = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if name.encode() in words:
+                return pid
     return None
 
 
@@ -269,6 +288,12 @@ def dom0_state():
     }
 
 
+def difference(before):
+    """What of dom0_state() is not as before: {} where all is."""
+    now = dom0_state()
+    return {key: now[key] ^ before[key] for key in now if now[key] != before[key]}
+
+
 dom0_before = {}
 
 
@@ -280,9 +305,8 @@ def clean_dom0():
     left = {}
 
     def nothing_left():
-        now = dom0_state()
         left.clear()
-        left.update({key: now[key] ^ dom0_before[key] for key in now if now[key] != dom0_before[key]})
+        left.update(difference(dom0_before))
         return not left
 
     try:

@@ -40,15 +40,12 @@ def memory():
 
 
 def resident():
-    sizes = {}
-    for status in pathlib.Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-        except OSError:
-            continue
-        if fields["Name"] in DAEMONS:
-            sizes[fields["Name"]] = int(fields["VmRSS"].split()[0])
-    return sizes
+    pages = {
+        name: int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
+        for pid, name in conftest.running()
+        if name in DAEMONS
+    }
+    return {name: count * os.sysconf("SC_PAGE_SIZE") >> 10 for name, count in pages.items()}
 
 
 def live_once(bundle):
@@ -66,25 +63,21 @@ def live_once(bundle):
     assert ((bundle.folder / "stdout").read_bytes(), (bundle.folder / "stderr").read_bytes()) == (b"out\n", b"err\n")
 
 
-def descriptors():
-    return conftest.descriptors(*DAEMONS)
-
-
 def check_rounds(bundle, rounds):
     """Returns what is wrong after that many lives, a sentence each."""
     for _ in range(min(rounds, 3)):  # what is made once: folders, caches, a daemon's buffers
         live_once(bundle)
-    before, files, used = conftest.dom0_state(), descriptors(), memory()
+    before, files, used = conftest.dom0_state(), conftest.descriptors(*DAEMONS), memory()
     for number in range(rounds):
         live_once(bundle)
         if sys.stdout.isatty() or number % 10 == 9:
             print(f"{number + 1} rounds", flush=True)
     try:
-        conftest.wait_until(lambda: conftest.dom0_state() == before, "dom0 as it was before")
+        conftest.wait_until(lambda: not conftest.difference(before), "dom0 as it was before")
     except AssertionError:
-        now = conftest.dom0_state()
-        yield f"left behind or taken away: { {key: now[key] ^ before[key] for key in now if now[key] != before[key]} }"
-    after, growth = descriptors(), {name: size - used[name] for name, size in memory().items()}
+        yield f"left behind or taken away: {conftest.difference(before)}"
+    after = conftest.descriptors(*DAEMONS)
+    growth = {name: size - used[name] for name, size in memory().items()}
     print("memory of dom0 and its daemons, KiB more than before:", growth)
     if after != files:
         yield f"daemons have {after} files open, and had {files}"
@@ -119,7 +112,7 @@ def check_stream(bundle, mebibytes):
             digest.update(block)
             file.write(block)
     bundle.write_config(conftest.config("cat", "/data"))
-    command = ["runX", "--root", str(bundle.root), "run", "--bundle", str(bundle.folder), bundle.id]
+    command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
         received, total, rate = read_stream(running.stdout.fileno(), 1 << 40)
     if (received, total) != (digest.hexdigest(), mebibytes << 20):

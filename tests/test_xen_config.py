@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import config
+from conftest import DEVPTS, config
 
 pytestmark = [
     pytest.mark.usefixtures("clean_dom0"),
@@ -39,8 +39,7 @@ DEFAULT_CAPABILITIES = ["CAP_CHOWN", "CAP_SETUID", "CAP_NET_BIND_SERVICE", "CAP_
 def report_config(**process):
     spec = config("sh", "-c", REPORT, **process)
     spec["mounts"] += [
-        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+        DEVPTS,
         {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
          "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},

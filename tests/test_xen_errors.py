@@ -128,7 +128,7 @@ def test_delete_force_of_an_unknown_id_succeeds(bundle):
 @pytest.mark.parametrize("command", ["create", "start", "state", "kill", "delete"])
 def test_missing_id(bundle, command):
     bundle.write_config(config("true"))
-    result = call("runX", "--root", str(bundle.root), command, cwd=bundle.folder)
+    result = call(*bundle.command(command), cwd=bundle.folder)
     assert result.returncode != 0 and b"container ID" in result.stderr
 
 
@@ -182,7 +182,7 @@ def test_the_pid_file_cannot_be_written(bundle):
 def test_create_killed_half_way_leaves_nothing(bundle):
     bundle.write_config(config("true"))
     creating = subprocess.Popen(
-        ["runX", "--root", str(bundle.root), "create", "--bundle", str(bundle.folder), bundle.id],
+        bundle.command("create", "--bundle", str(bundle.folder), bundle.id),
         stdin=subprocess.DEVNULL,
     )
     wait_until(lambda: bundle.root.joinpath(bundle.id, "xl.cfg").exists(), "create to call xl")

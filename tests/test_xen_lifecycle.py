@@ -27,9 +27,7 @@ def create(bundle, spec=None):
     """Creates the container; returns a pidfd of its monitor."""
     if spec:
         bundle.write_config(spec)
-    result = bundle.create()
-    assert (result.returncode, result.stderr) == (0, b""), result
-    return os.pidfd_open(bundle.pid())
+    return bundle.created()
 
 
 def succeed(bundle, command, *args, **options):
@@ -250,9 +248,7 @@ def test_pause_resume_ps_events_and_update(bundle):
     succeed(bundle, "resume")
     wait_until((bundle.rootfs / "tmp/caught").exists, "the signal sent while it was paused")
     # update
-    stream = subprocess.Popen(
-        ["runX", "--root", str(bundle.root), "events", "--interval", "300ms", bundle.id], stdout=subprocess.PIPE
-    )
+    stream = subprocess.Popen(bundle.command("events", "--interval", "300ms", bundle.id), stdout=subprocess.PIPE)
     succeed(bundle, "update", "--memory", "64m")
     seen("kib", lambda kib: 0 < kib < 64 << 10, "less memory")
     succeed(bundle, "update", "-r", "-", input=b'{"memory": {"limit": 167772160}, "cpu": {"quota": 150000}}')
@@ -334,7 +330,7 @@ def test_delete_force_during_create_waits_and_removes_all(bundle):
 
 def test_of_two_creates_of_one_id_one_succeeds(bundle):
     bundle.write_config(config("true"))
-    command = ["runX", "--root", str(bundle.root), "create", "--bundle", str(bundle.folder), bundle.id]
+    command = bundle.command("create", "--bundle", str(bundle.folder), bundle.id)
     with open(bundle.folder / "stderr", "wb") as stderr:
         both = [subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr) for _ in range(2)]
         assert sorted(process.wait() for process in both) == [0, 1]

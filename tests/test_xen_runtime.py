@@ -21,20 +21,14 @@ STATE_FIELDS = {"ociVersion", "id", "pid", "status", "bundle", "rootfs", "create
 @pytest.fixture
 def created(bundle):
     """A function that creates a container and returns a pidfd of its monitor."""
-    opened = []
 
     def create(*args, **process):
         spec = config(*args, **process)
         spec["annotations"] = {"org.example.note": "kept"}
         bundle.write_config(spec)
-        result = bundle.create()
-        assert (result.returncode, result.stderr) == (0, b""), result
-        opened.append(os.pidfd_open(bundle.pid()))
-        return opened[-1]
+        return bundle.created()
 
-    yield create
-    for fd in opened:
-        os.close(fd)
+    return create
 
 
 def test_run_waits_and_returns_the_exit_status_and_all_output(bundle):
@@ -79,7 +73,7 @@ def test_state_through_a_life(bundle, created):
 def test_state_while_create_still_runs(bundle):
     bundle.write_config(config("true"))
     creating = subprocess.Popen(
-        ["runX", "--root", str(bundle.root), "create", "--bundle", str(bundle.folder), bundle.id],
+        bundle.command("create", "--bundle", str(bundle.folder), bundle.id),
         stdin=subprocess.DEVNULL,
     )
     wait_until(lambda: bundle.root.joinpath(bundle.id).exists(), "the state folder")
@@ -190,7 +184,7 @@ def test_a_slow_reader_loses_nothing_and_holds_the_guest_back(bundle):
     bundle.write_config(config("sh", "-c", "dd if=/dev/zero bs=1024 count=512 2>/dev/null; echo end >&2"))
     reader, writer = os.pipe()
     running = subprocess.Popen(
-        ["runX", "--root", str(bundle.root), "run", "--bundle", str(bundle.folder), bundle.id],
+        bundle.command("run", "--bundle", str(bundle.folder), bundle.id),
         stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(writer)
@@ -211,7 +205,7 @@ def test_the_process_gets_sigpipe_when_the_reader_of_its_output_has_gone(bundle)
     bundle.write_config(config("sh", "-c", script))
     reader, writer = os.pipe()
     running = subprocess.Popen(
-        ["runX", "--root", str(bundle.root), "run", "--bundle", str(bundle.folder), bundle.id],
+        bundle.command("run", "--bundle", str(bundle.folder), bundle.id),
         stdin=subprocess.DEVNULL, stdout=writer,
     )  # fmt: skip
     os.close(writer)
@@ -228,7 +222,7 @@ def test_streams_that_the_process_closes_end_while_it_lives(bundle):
     bundle.write_config(config("sh", "-c", script))
     options = ["--bundle", str(bundle.folder), "--pid-file", str(bundle.pid_file)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(["runX", "--root", str(bundle.root), "create", *options, bundle.id], **pipes) as creating:
+    with subprocess.Popen(bundle.command("create", *options, bundle.id), **pipes) as creating:
         assert creating.wait() == 0
         pidfd = os.pidfd_open(bundle.pid())
         bundle.runx("start", bundle.id)
@@ -268,18 +262,8 @@ def test_sigkill_ends_a_container_whose_output_nobody_reads(bundle):
     bundle.write_config(config("sh", "-c", "dd if=/dev/zero bs=1024 count=66 2>/dev/null; echo >/tmp/full; sleep 1000"))
     reader, writer = os.pipe()
     options = ["--bundle", str(bundle.folder), "--pid-file", str(bundle.pid_file)]
-    null = subprocess.DEVNULL
-    call(
-        "runX",
-        "--root",
-        str(bundle.root),
-        "create",
-        *options,
-        bundle.id,
-        capture_output=False,
-        stdout=writer,
-        stderr=null,
-    )
+    streams = {"capture_output": False, "stdout": writer, "stderr": subprocess.DEVNULL}
+    bundle.runx("create", *options, bundle.id, **streams)
     os.close(writer)
     pidfd = os.pidfd_open(bundle.pid())
     bundle.runx("start", bundle.id)

@@ -8,14 +8,10 @@ import signal
 import uuid
 
 import pytest
-from conftest import IMAGE, ConsoleSocket, Terminal, call, config, shim_pid, wait_for, wait_until
+from conftest import DEVPTS, IMAGE, ConsoleSocket, Terminal, call, config, shim_pid, wait_for, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
-DEVPTS = {
-    "destination": "/dev/pts", "type": "devpts", "source": "devpts",
-    "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
-}  # fmt: skip
 PROMPT = b"ready> "
 
 
@@ -34,11 +30,9 @@ def terminal(bundle, tmp_path):
     def start(*args):
         bundle.write_config(terminal_config(*args))
         console_socket = ConsoleSocket(tmp_path / "console.sock")
-        result = bundle.create("--console-socket", console_socket.path)
-        assert (result.returncode, result.stderr) == (0, b""), result
+        pidfd = bundle.created("--console-socket", console_socket.path)
         terminal = console_socket.receive()
-        pidfd = os.pidfd_open(bundle.pid())
-        opened.extend((terminal.fd, pidfd))
+        opened.append(terminal.fd)
         assert bundle.runx("start", bundle.id).returncode == 0
         return terminal, pidfd
 
@@ -67,7 +61,8 @@ def test_a_shell_has_all_that_a_terminal_has(bundle, terminal):
     # job control
     shell.type(b"sleep 1000\n")
     shell.expect(b"sleep 1000\r\n")
-    wait_until(lambda: suspended(shell), "Ctrl-Z to stop it")
+    wait_until(lambda: follows(shell, b"\x1a", b"Stopped"), "Ctrl-Z to stop it")
+    shell.expect(PROMPT)
     shell.type(b"fg\n")
     shell.expect(b"fg\r\nsleep 1000\r\n")
     shell.type(b"\x03")
@@ -89,14 +84,13 @@ def test_a_shell_has_all_that_a_terminal_has(bundle, terminal):
     assert bundle.state()["status"] == "stopped"
 
 
-def suspended(shell):
-    """Whether what runs in the foreground has been stopped: a shell may take Ctrl-Z before it has started that."""
-    shell.type(b"\x1a")
+def follows(shell, key, text):
+    """Whether text follows key: a shell may take a key before it has started what that is meant for."""
+    shell.type(key)
     try:
-        shell.expect(b"Stopped", 2)
+        shell.expect(text, 2)
     except AssertionError:
         return False
-    shell.expect(PROMPT)
     return True
 
 
@@ -141,7 +135,7 @@ def check_at_a_terminal(*argv):
         wait_until(lambda rows=rows: has_rows(shell, rows), "the new window size")
     shell.type(b"sleep 1000\n")
     shell.expect(b"sleep 1000\r")
-    wait_until(lambda: interrupted(shell), "Ctrl-C to end it")
+    wait_until(lambda: follows(shell, b"\x03", b"# "), "Ctrl-C to end it")
     shell.type(b"exit 7\n")
     shell.rest()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -153,22 +147,11 @@ def has_rows(shell, rows):
     return shell.expect(b"# ").split() == [str(rows).encode(), b"81"]
 
 
-def interrupted(shell):
-    shell.type(b"\x03")
-    try:
-        shell.expect(b"# ", 2)
-    except AssertionError:
-        return False
-    return True
-
-
 def test_run_joins_its_own_terminal_to_the_containers(bundle):
     spec = terminal_config("sh", "-i")
     spec["process"]["env"] = ["PATH=/bin", "PS1=# "]
     bundle.write_config(spec)
-    assert (
-        check_at_a_terminal("runX", "--root", str(bundle.root), "run", "--bundle", str(bundle.folder), bundle.id) == 7
-    )
+    assert check_at_a_terminal(*bundle.command("run", "--bundle", str(bundle.folder), bundle.id)) == 7
 
 
 @pytest.mark.skipif(not shutil.which("ctr"), reason="needs containerd's ctr")
