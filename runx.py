@@ -11,8 +11,8 @@ no agent; host and guest meet only in what Xen gives every domain (ramdisk, xens
 One module, standard library only.  It is started for every operation of every container, so what
 only one operation needs is imported there: json, signal or ctypes cost more than most operations.
 
-The parts, each knowing only those above it: errors and log, OCI config, cpio, xenstore, xl,
-PV console, guest, rootfs, state, monitor, commands, command line.
+The parts, each knowing only those above it: errors and log, OCI config, seccomp, cpio, xenstore, xl,
+PV console, guest, rootfs, state, hooks, monitor, commands, command line.
 """
 
 import os
@@ -111,6 +111,12 @@ class Mount(Record):
     source: str
     flags: int
     data: str
+    propagation: int  # flags of mount(2), 0: private
+    copy_up: bool  # a tmpfs that begins with what is below it
+
+    def on_host(self):
+        """Whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
+        return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
 
 
 class Process(Record):
@@ -134,11 +140,15 @@ class Process(Record):
 class Linux(Record):
     """What of config-linux.md the guest applies to itself."""
 
+    pid_namespace: bool
     devices: list  # (path, mode, major, minor, uid, gid)
     sysctl: dict
     masked_paths: list
     readonly_paths: list
     propagation: int  # flags of mount(2), 0: private as it is
+    personality: int  # as personality(2) takes it, or None
+    cgroup: dict  # file of the container's cgroup: what is written to it
+    seccomp: dict  # as in config.json, or None
 
 
 class Hook(Record):
@@ -159,16 +169,22 @@ class Resources(Record):
     period: int  # microseconds
     shares: int  # cgroup v1's weight: 1024 is the usual one
     cpus: str  # physical processors, such as 0-3,7
+    default_memory: int  # MiB
+    minimum_memory: int  # MiB
+    default_vcpus: int
+    fixed_vcpus: int  # whatever the quota is
 
     def mebibytes(self, unlimited):
         """Memory of the VM; unlimited: what it gets where there is no limit."""
         if self.memory < 0:
             return unlimited
-        return max(self.memory >> 20, MINIMUM_MEMORY) if self.memory else DEFAULT_MEMORY
+        return max(self.memory >> 20, self.minimum_memory) if self.memory else self.default_memory
 
     def vcpus(self, unlimited):
         """As many as the quota can keep busy."""
-        return unlimited if self.quota < 0 else max(1, -(-self.quota // self.period))
+        if self.fixed_vcpus or not self.quota:
+            return self.fixed_vcpus or self.default_vcpus
+        return unlimited if self.quota < 0 else -(-self.quota // self.period)
 
     def cap(self):
         """The most that all vcpus may use together, in percent of one processor; 0: no limit."""
@@ -177,6 +193,21 @@ class Resources(Record):
     def weight(self):
         """For Xen's scheduler, where 256 is the usual one."""
         return min(65535, max(1, self.shares * 256 // 1024))
+
+
+class Machine(Record):
+    """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
+
+    type: str  # "pv" or "pvh"; "": what the host offers
+    maxmem: int  # MiB, 0: no more than memory
+    maxvcpus: int  # 0: no more than vcpus
+    rootfs: str  # "9p" or "none"
+    kernel: tuple  # path, whether that is in the rootfs; or None: ours
+    ramdisk: tuple  # the same
+    own_init: bool  # the VM boots a system of its own, and nothing of ours is in it
+    cmdline: list  # words for its kernel
+    options: dict  # of xl.cfg
+    lines: list  # of xl.cfg, as they are
 
 
 class Config(Record):
@@ -193,9 +224,8 @@ class Config(Record):
     hooks: dict  # as in config.json: parse_hooks() has accepted it
     resources: Resources
     raw_resources: dict  # as in config.json: what `update` must not change
-    maxmem: int  # MiB, 0: no more than memory
-    maxvcpus: int  # 0: no more than vcpus
-    guest_type: str  # "pv", "pvh", or "" for what the host offers
+    base: dict  # what parse_resources() needs beside them
+    machine: Machine
 
 
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
@@ -222,11 +252,18 @@ MOUNT_OPTIONS = {
     "ratime": (0, MS_NOATIME), "rnoatime": (MS_NOATIME, 0), "rdiratime": (0, MS_NODIRATIME),
     "rnodiratime": (MS_NODIRATIME, 0), "rrelatime": (MS_RELATIME, 0), "rnorelatime": (0, MS_RELATIME),
     "rstrictatime": (MS_STRICTATIME, 0), "rnostrictatime": (0, MS_STRICTATIME),
-    # propagation ends at the VM's border: in there every mount is private
-    "private": (0, 0), "rprivate": (0, 0), "slave": (0, 0), "rslave": (0, 0), "shared": (0, 0), "rshared": (0, 0),
+}  # fmt: skip
+PROPAGATIONS = {
+    "": 0, "private": MS_PRIVATE, "rprivate": MS_PRIVATE | MS_REC, "slave": MS_SLAVE, "rslave": MS_SLAVE | MS_REC,
+    "shared": MS_SHARED, "rshared": MS_SHARED | MS_REC,
+    "unbindable": MS_UNBINDABLE, "runbindable": MS_UNBINDABLE | MS_REC,
 }  # fmt: skip
 DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}  # <sys/stat.h>
-GUEST_FILESYSTEMS = {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}
+# what the guest's kernel makes by itself; any other type is for dom0's kernel to mount
+GUEST_FILESYSTEMS = {
+    "proc", "sysfs", "tmpfs", "ramfs", "devpts", "mqueue", "cgroup", "cgroup2", "securityfs", "hugetlbfs",
+    "binfmt_misc",
+}  # fmt: skip
 
 REQUIRED = object()
 
@@ -269,7 +306,7 @@ def load_config(bundle):
         raise Error(f"config.json of bundle {bundle} must be a JSON object")
     linux = field(spec, "linux", dict, {})
     resources = field(linux, "resources", dict, {}, "config.json: linux")
-    annotations = field(spec, "annotations", dict, {})
+    annotations = parse_annotations(spec)
     hostname, domainname = field(spec, "hostname", str, ""), field(spec, "domainname", str, "")
     if "\0" in hostname + domainname:
         raise Error("config.json: hostname and domainname must not hold a NUL")
@@ -281,9 +318,19 @@ def load_config(bundle):
     mounts = [parse_mount(bundle, mount) for mount in field(spec, "mounts", list, [])]
     if process and process.terminal and not any(mount.type == "devpts" for mount in mounts):
         raise Error("config.json: process.terminal needs a mount of the type devpts at /dev/pts")
-    guest_type = annotations.get("org.runx.type") or load_host_config().get("type", "")
-    if guest_type not in ("", "pv", "pvh"):
-        raise Error(f'config.json: the annotation org.runx.type is "pv" or "pvh", not {json.dumps(guest_type)}')
+    host = load_host_config()
+    hardware = parse_hardware(spec)
+    machine = parse_machine(spec, annotations, hardware, process.env if process else [], host)
+    if machine.own_init and hooks.get("startContainer"):
+        raise Error("config.json: hooks.startContainer need runX's own init, and the VM boots another one")
+    memory = hardware["memory"] or annotations["memory"] << 20
+    if memory:
+        resources = {**resources, "memory": {**field(resources, "memory", dict, {}), "limit": memory}}
+    base = {
+        "default_memory": host["memory"] or DEFAULT_MEMORY, "default_vcpus": host["vcpus"] or 1,
+        "minimum_memory": 1 if machine.own_init else MINIMUM_MEMORY,
+        "fixed_vcpus": hardware["vcpus"] or annotations["vcpus"],
+    }  # fmt: skip
     return Config(
         oci_version=check_version(field(spec, "ociVersion", str)),
         rootfs=find_rootfs(bundle, field(spec, "root", dict)),
@@ -294,21 +341,20 @@ def load_config(bundle):
         linux=parse_linux(linux),
         warnings=warnings,
         mounts=mounts,
-        annotations=annotations,
+        annotations=field(spec, "annotations", dict, {}),
         hooks=hooks,
-        resources=parse_resources(resources, "config.json: linux.resources"),
+        resources=parse_resources(resources, "config.json: linux.resources", base),
         raw_resources=resources,
-        maxmem=number_of(annotations, "org.runx.maxmem"),
-        maxvcpus=number_of(annotations, "org.runx.maxvcpus"),
-        guest_type=guest_type,
+        base=base,
+        machine=machine,
     )
 
 
 # what a VM cannot have or does not need, and an engine may ask for: docs/config.md gives the reasons
 NOT_APPLIED = {
     "process": ("apparmorProfile", "selinuxLabel", "execCPUAffinity"),
-    "linux": ("seccomp", "mountLabel", "intelRdt", "personality", "timeOffsets", "memoryPolicy", "netDevices"),
-    "linux.resources": ("pids", "blockIO", "hugepageLimits", "network", "rdma", "unified"),
+    "linux": ("mountLabel", "intelRdt", "timeOffsets", "memoryPolicy", "netDevices"),
+    "linux.resources": ("blockIO", "network", "rdma"),
 }
 
 
@@ -329,20 +375,174 @@ def asks(value):
     return bool(value) and value != -1
 
 
+HOST_SETTINGS = {"type": "", "memory": 0, "vcpus": 0, "cmdline": "", "xlconf": ["/etc/runX/xl"]}
+
+
 def load_host_config():
-    """The host's own settings, {} where there is no file.  "type": "pv" or "pvh", for containers that do not say."""
+    """The host's own settings (docs/config.md), each with its default where HOST_CONFIG is silent or absent."""
     import json
 
     try:
         with open(HOST_CONFIG, encoding="utf-8") as file:
             settings = json.load(file)
     except FileNotFoundError:
-        return {}
+        return HOST_SETTINGS
     except (OSError, ValueError) as error:
         raise Error(f"cannot read {HOST_CONFIG}: {error}") from None
-    if not isinstance(settings, dict) or settings.keys() - {"type"} or settings.get("type", "pv") not in ("pv", "pvh"):
-        raise Error(f'{HOST_CONFIG} must be a JSON object with "type", which is "pv" or "pvh", and nothing else')
-    return settings
+    if not isinstance(settings, dict) or settings.keys() - HOST_SETTINGS.keys():
+        raise Error(f"{HOST_CONFIG} must be a JSON object with no other members than {', '.join(HOST_SETTINGS)}")
+    found = {key: field(settings, key, type(value), value, HOST_CONFIG) for key, value in HOST_SETTINGS.items()}
+    check_type(found["type"], f"{HOST_CONFIG}: type")
+    if found["memory"] < 0 or found["vcpus"] < 0:
+        raise Error(f"{HOST_CONFIG}: memory, in MiB, and vcpus must not be below 0")
+    strings(found, "xlconf", HOST_CONFIG)
+    return found
+
+
+def check_type(text, where):
+    if text not in ("", "pv", "pvh"):
+        raise Error(f'{where} is "pv" or "pvh", not {printable(text)}')
+
+
+def parse_annotations(spec):
+    """The annotations org.runx.*, without that prefix: those that are numbers as int, and 0 or "" if not there."""
+    annotations, found = field(spec, "annotations", dict, {}), {}
+    for key in ("memory", "vcpus", "maxmem", "maxvcpus"):
+        text = annotations.get(f"org.runx.{key}") or "0"
+        if not (isinstance(text, str) and text.isdecimal() and len(text) < 8):
+            raise Error(f"config.json: the annotation org.runx.{key} must be a number")
+        found[key] = int(text)
+    for key in ("type", "rootfs", "kernel", "ramdisk", "cmdline", "xlconf"):
+        found[key] = text_of(annotations, f"org.runx.{key}", "config.json: annotations")
+    check_type(found["type"], "config.json: the annotation org.runx.type")
+    return found
+
+
+def text_of(section, key, where):
+    """A string, "" if it is missing: engines write both."""
+    text = field(section, key, str, "", where)
+    if "\0" in text:
+        raise Error(f"{where}: {key} must not hold a NUL")
+    return text
+
+
+def parse_hardware(spec):
+    """vm.hwConfig (config-vm.md) with "memory" in bytes, "vcpus", and "options" of xl.cfg for the rest."""
+    vm, where = field(spec, "vm", dict, {}), "config.json: vm.hwConfig"
+    key = "hwConfig" if vm.get("hwConfig") is not None else "hwconfig"  # the document's spelling and Go's
+    hardware, options = field(vm, key, dict, {}, "config.json: vm"), {}
+    numbers = {key: field(hardware, key, int, 0, where) for key in ("memory", "vcpus")}
+    irqs, iomems = (field(hardware, key, list, [], where) for key in ("irqs", "iomems"))
+    if not all(isinstance(number, int) and number >= 0 for number in [*numbers.values(), *irqs]):
+        raise Error(f"{where}: memory, vcpus and irqs must be integers not below 0")
+    device_tree, dtdevs = text_of(hardware, "deviceTree", where), strings(hardware, "dtdevs", where)
+    if device_tree:
+        options["device_tree"] = device_tree
+    if dtdevs:
+        options["dtdev"] = dtdevs
+    if iomems:
+        options["iomem"] = [parse_iomem(iomem, where + ".iomems") for iomem in iomems]
+    if irqs:
+        options["irqs"] = [str(number) for number in irqs]
+    return {**numbers, "options": options}
+
+
+def parse_iomem(spec, where):
+    """A range of page frames as xl.cfg.5 wants it, in hexadecimal: MFN,NUMBER[@GFN]."""
+    if not isinstance(spec, dict):
+        raise Error(f"{where} must hold objects")
+    first, count = (field(spec, key, int, where=where) for key in ("firstMFN", "nrMFNs"))
+    guest = field(spec, "firstGFN", int, None, where)
+    if first < 0 or count <= 0 or (guest or 0) < 0:
+        raise Error(f"{where}: the numbers must not be below 0")
+    return f"{first:x},{count:x}" + ("" if guest is None else f"@{guest:x}")
+
+
+IMAGE_FORMATS = ("raw", "qcow2", "vhd")  # of those that config-vm.md names, what xl-disk-configuration.5 can
+
+
+def parse_machine(spec, annotations, hardware, env, host):
+    """The Machine.  vm goes before annotations, these before what the image says in its environment."""
+    vm, where = field(spec, "vm", dict, {}), "config.json: vm"
+    sections = {key: field(vm, key, dict, {}, where) for key in ("hypervisor", "kernel", "image")}
+    variables = dict(variable.partition("=")[::2] for variable in env)
+    kernel, ramdisk = (
+        find_boot_file(text_of(sections["kernel"], key, where + ".kernel"), annotations[name], variables.get(variable))
+        for key, name, variable in (("path", "kernel", "RUNX_KERNEL"), ("initrd", "ramdisk", "RUNX_RAMDISK"))
+    )
+    options, image = dict(hardware["options"]), text_of(sections["image"], "path", where + ".image")
+    if image:
+        kind = text_of(sections["image"], "format", where + ".image") or "raw"
+        if kind not in IMAGE_FORMATS:
+            raise Error(f"{where}.image: Xen cannot read the format {printable(kind)}: use {', '.join(IMAGE_FORMATS)}")
+        options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
+    if (ramdisk or image) and not kernel:
+        raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
+    rootfs, own_init = annotations["rootfs"], bool(ramdisk or image)
+    if rootfs not in ("", "9p", "none") or (rootfs == "none" and not own_init):
+        raise Error('config.json: the annotation org.runx.rootfs is "9p", or "none" for a VM with its own ramdisk')
+    check_hypervisor(text_of(sections["hypervisor"], "path", where + ".hypervisor"))
+    xlconf = annotations["xlconf"] or variables.get("XLCONF")
+    lines = [check_line(line) for line in strings(sections["hypervisor"], "parameters", where + ".hypervisor")]
+    words = [*host["cmdline"].split(), *annotations["cmdline"].split()]
+    return Machine(
+        type=annotations["type"] or host["type"], maxmem=annotations["maxmem"], maxvcpus=annotations["maxvcpus"],
+        rootfs=rootfs or ("none" if own_init else "9p"), kernel=kernel, ramdisk=ramdisk, own_init=own_init,
+        cmdline=words + [quote_word(word) for word in strings(sections["kernel"], "parameters", where + ".kernel")],
+        options=options, lines=lines + ([read_xlconf(xlconf, host["xlconf"])] if xlconf else []),
+    )  # fmt: skip
+
+
+def find_boot_file(host_path, annotation, variable):
+    """Which file to boot: (path, whether it is in the rootfs), or None for ours.
+
+    Only the vm object, which is the engine's, names files of dom0's; annotations and the image's own
+    environment name files in the rootfs.
+    """
+    if host_path:
+        if not os.path.isfile(host_path):
+            raise Error(f"cannot boot {host_path}: there is no such file on this host")
+        return os.path.realpath(host_path), False
+    return (annotation or variable, True) if annotation or variable else None
+
+
+def check_hypervisor(path):
+    if path and os.path.basename(path) != "xl":
+        raise Error(f"config.json: vm.hypervisor.path cannot be {path}: runX drives Xen with xl")
+
+
+def check_line(line):
+    """A setting for xl.cfg, as `xl create` takes it behind the file's name."""
+    key, equals, _ = line.partition("=")
+    if not equals or not key.strip().rstrip("+").strip().replace("_", "").isalnum() or "\n" in line:
+        raise Error(f"config.json: vm.hypervisor.parameters must hold settings of xl.cfg, not {printable(line)}")
+    return line
+
+
+def quote_word(word):
+    """A word for the kernel's command line, which knows quotes and no escapes (lib/cmdline.c)."""
+    if '"' in word or "\n" in word:
+        raise Error(f"config.json: vm.kernel.parameters cannot hold quotes or line ends: {printable(word)}")
+    return f'"{word}"' if " " in word or not word else word
+
+
+def read_xlconf(path, folders):
+    """The text of a file of xl.cfg settings.  The image may have named it, so it must be where only root puts files."""
+    path = os.path.realpath(path)
+    folder = next((folder for folder in map(os.path.realpath, folders) if path.startswith(folder + "/")), None)
+    if folder is None:
+        raise Error(f"XLCONF {path} is in none of the folders that {HOST_CONFIG} allows: {', '.join(folders)}")
+    try:
+        part = path
+        while len(part) >= len(folder):
+            status = os.stat(part)
+            if status.st_uid != 0 or status.st_mode & 0o022:
+                raise Error(f"XLCONF {path} is not to be trusted: others than root may write to {part}")
+            part = os.path.dirname(part)
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read XLCONF {path}: {error}") from None
 
 
 def check_version(version):
@@ -480,13 +680,6 @@ def parse_scheduler(spec):
     return (policy, flags, *numbers)
 
 
-PROPAGATIONS = {
-    "": 0, "private": MS_PRIVATE | MS_REC, "rprivate": MS_PRIVATE | MS_REC, "slave": MS_SLAVE | MS_REC,
-    "rslave": MS_SLAVE | MS_REC, "shared": MS_SHARED | MS_REC, "rshared": MS_SHARED | MS_REC,
-    "unbindable": MS_UNBINDABLE | MS_REC, "runbindable": MS_UNBINDABLE | MS_REC,
-}  # fmt: skip
-
-
 def parse_linux(spec):
     where = "config.json: linux"
     sysctl = field(spec, "sysctl", dict, {}, where)
@@ -496,13 +689,46 @@ def parse_linux(spec):
     propagation = field(spec, "rootfsPropagation", str, "", where)
     if propagation not in PROPAGATIONS:
         raise Error(f"{where}: there is no rootfsPropagation {printable(propagation)}")
+    namespaces = field(spec, "namespaces", list, [], where)
+    if not all(isinstance(namespace, dict) for namespace in namespaces):
+        raise Error(f"{where}: namespaces must hold objects")
+    personality = field(field(spec, "personality", dict, {}, where), "domain", str, "", where + ".personality")
+    if personality not in PERSONALITIES:
+        raise Error(f"{where}.personality: there is no domain {printable(personality)}")
     return Linux(
+        pid_namespace=any(namespace.get("type") == "pid" for namespace in namespaces),
         devices=[parse_device(device) for device in field(spec, "devices", list, [], where)],
         sysctl=sysctl,
         masked_paths=absolute_paths(spec, "maskedPaths", where),
         readonly_paths=absolute_paths(spec, "readonlyPaths", where),
-        propagation=PROPAGATIONS[propagation],
+        propagation=PROPAGATIONS[propagation] and PROPAGATIONS[propagation] | MS_REC,
+        personality=PERSONALITIES[personality],
+        cgroup=parse_cgroup(field(spec, "resources", dict, {}, where), where + ".resources"),
+        seccomp=field(spec, "seccomp", dict, None, where),
     )
+
+
+PERSONALITIES = {"": None, "LINUX": 0, "LINUX32": 8}  # <sys/personality.h>
+
+
+def parse_cgroup(resources, where):
+    """What of linux.resources becomes a limit of the guest's kernel: file of cgroup v2 and its content."""
+    files = {}
+    pids = field(field(resources, "pids", dict, {}, where), "limit", int, 0, where + ".pids")
+    if pids > 0:
+        files["pids.max"] = str(pids)
+    for entry in field(resources, "hugepageLimits", list, [], where):
+        if not isinstance(entry, dict):
+            raise Error(f"{where}.hugepageLimits must hold objects")
+        size = field(entry, "pageSize", str, where=where + ".hugepageLimits")
+        if not (size[:-2].isdecimal() and size[-2:] in ("KB", "MB", "GB")):
+            raise Error(f"{where}.hugepageLimits: pageSize must be a size such as 2MB, not {printable(size)}")
+        files[f"hugetlb.{size}.max"] = str(field(entry, "limit", int, where=where + ".hugepageLimits"))
+    for name, value in field(resources, "unified", dict, {}, where).items():
+        if "/" in name or "\0" in name or not isinstance(value, str) or "\0" in value:
+            raise Error(f"{where}.unified must be names of files, such as memory.high, with strings")
+        files[name] = value
+    return files
 
 
 def absolute_paths(spec, key, where):
@@ -529,15 +755,8 @@ def parse_device(spec):
     return (path, DEVICE_TYPES[kind] | mode, major, minor, uid, gid)
 
 
-def number_of(annotations, key):
-    text = annotations.get(key) or "0"
-    if not (isinstance(text, str) and text.isdecimal() and len(text) < 8):
-        raise Error(f"config.json: the annotation {key} must be a number")
-    return int(text)
-
-
-def parse_resources(spec, where):
-    """Resources of runtime-spec config-linux.md."""
+def parse_resources(spec, where, base):
+    """Resources of runtime-spec config-linux.md; base: those fields of ours that are not in spec."""
     memory, cpu = field(spec, "memory", dict, {}, where), field(spec, "cpu", dict, {}, where)
 
     def number(section, name, key):
@@ -549,7 +768,7 @@ def parse_resources(spec, where):
     return Resources(
         memory=number(memory, "memory", "limit"), quota=number(cpu, "cpu", "quota"),
         period=max(0, number(cpu, "cpu", "period")) or 100000,
-        shares=max(0, number(cpu, "cpu", "shares")), cpus=cpus,
+        shares=max(0, number(cpu, "cpu", "shares")), cpus=cpus, **base,
     )  # fmt: skip
 
 
@@ -580,28 +799,218 @@ def parse_mount(bundle, spec):
     destination = field(spec, "destination", str, where=where)
     kind = field(spec, "type", str, "", where)
     source = field(spec, "source", str, "", where)
-    flags, data = 0, []
+    flags, data, propagation, copy_up = 0, [], 0, False
     for option in strings(spec, "options", where):
         if option in ("tmpcopyup", "notmpcopyup") and kind == "tmpfs":
-            continue  # not the kernel's: see docs/config.md
-        if option in MOUNT_OPTIONS:
+            copy_up = option == "tmpcopyup"  # not the kernel's, but container engines'
+        elif option in MOUNT_OPTIONS:
             add, remove = MOUNT_OPTIONS[option]
             flags = (flags | add) & ~remove
+        elif option in PROPAGATIONS:
+            propagation = PROPAGATIONS[option]
         else:
             data.append(option)
     if "\0" in destination + source:
         raise Error(f"{where}: a path must not hold a NUL")
+    if spec.get("uidMappings") or spec.get("gidMappings"):
+        raise Error(f"cannot mount {source} at {destination}: ID-mapped mounts are not supported")
     if kind == "bind":
         flags |= MS_BIND
     if flags & MS_BIND:
         source = os.path.join(bundle, source)
         if not os.path.exists(source):
             raise Error(f"cannot mount {source} at {destination}: the source does not exist")
+        if destination == "/dev/shm" and is_empty_memory(source):
+            # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
+            kind, flags, data = "tmpfs", flags & ~(MS_BIND | MS_REC), ["mode=1777", f"size={size_of(source) >> 10}k"]
+            source = "shm"
+    if flags & MS_BIND:
         if data:
             raise Error(f"cannot mount {source} at {destination}: a bind mount has no option {data[0]} here")
-    elif kind not in GUEST_FILESYSTEMS:
-        raise Error(f'cannot mount at {destination}: the type "{kind}" is not one a VM can mount')
-    return Mount(destination="/" + destination.lstrip("/"), type=kind, source=source, flags=flags, data=",".join(data))
+    elif not kind:
+        raise Error(f"cannot mount at {destination}: the mount has no type")
+    if kind == "cgroup":
+        data = []  # controllers of version 1
+    return Mount(
+        destination="/" + destination.lstrip("/"), type=kind, source=source, flags=flags, data=",".join(data),
+        propagation=0 if propagation & MS_PRIVATE else propagation, copy_up=copy_up,
+    )  # fmt: skip
+
+
+def is_empty_memory(path):
+    """Whether an engine has mounted a tmpfs there for one container."""
+    return os.path.ismount(path) and os.major(os.stat(path).st_dev) == 0 and not os.listdir(path)
+
+
+def size_of(path):
+    """Bytes of the file system at path."""
+    status = os.statvfs(path)
+    return status.f_blocks * status.f_frsize
+
+
+# ==== seccomp ============================================================================================
+# linux.seccomp (runtime-spec config-linux.md) as a program of seccomp(2), with the meaning that runc and
+# libseccomp give it.  System calls are named in it: the guest knows the numbers of its architecture.
+
+# <linux/audit.h>: of the machine, and of its 32-bit programs
+SECCOMP_ARCHITECTURES = {
+    "x86_64": (("SCMP_ARCH_X86_64", 0xC000003E), ("SCMP_ARCH_X86", 0x40000003)),
+    "aarch64": (("SCMP_ARCH_AARCH64", 0xC00000B7),),
+    "armv7l": (("SCMP_ARCH_ARM", 0x40000028),),
+}  # fmt: skip
+# <linux/seccomp.h>; those with data carry it in the lower half
+SECCOMP_ACTIONS = {
+    "SCMP_ACT_KILL": 0, "SCMP_ACT_KILL_THREAD": 0, "SCMP_ACT_KILL_PROCESS": 0x80000000,
+    "SCMP_ACT_TRAP": 0x00030000, "SCMP_ACT_ERRNO": 0x00050000, "SCMP_ACT_TRACE": 0x7FF00000,
+    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000,
+}  # fmt: skip
+SECCOMP_WITH_DATA = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
+# of <linux/seccomp.h>; 0: what has no object here, with one thread and no listener
+SECCOMP_FLAGS = {
+    "SECCOMP_FILTER_FLAG_TSYNC": 0, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 0,
+}  # fmt: skip
+EPERM, ENOSYS = 1, 38
+# <linux/bpf_common.h>: BPF_LD|W|ABS, BPF_ALU|AND|K, BPF_RET|K, BPF_JMP|..|K
+LOAD, AND, RETURN, JUMP, IF_EQUAL, IF_GREATER, IF_NOT_LESS = 0x20, 0x54, 0x06, 0x05, 0x15, 0x25, 0x35
+NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # struct seccomp_data, little-endian
+FILTER_MAX = 4096  # instructions, BPF_MAXINSNS
+
+
+def compile_seccomp(spec, machine):
+    """The flags of seccomp(2) and the program: instructions (code, jt, jf, k), k a number or a system call's name.
+
+    None if there is nothing to filter.  machine: as uname(2) names it.  Raises Error.
+    """
+    where = "config.json: linux.seccomp"
+    flags, default = 0, seccomp_action(spec, "defaultAction", "defaultErrnoRet", where)
+    for flag in strings(spec, "flags", where):
+        if flag not in SECCOMP_FLAGS:
+            raise Error(f"{where}: there is no flag {printable(flag)}")
+        flags |= SECCOMP_FLAGS[flag]
+    if field(spec, "listenerPath", str, "", where):
+        raise Error(f"{where}: listenerPath cannot be served, for no process on this host sees into the VM")
+    if machine not in SECCOMP_ARCHITECTURES:
+        raise Error(f"{where} cannot be applied on {machine}: leave it out")
+    rules = seccomp_rules(field(spec, "syscalls", list, [], where), default, where)
+    if not rules and default == SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
+        return None
+    wanted, program = strings(spec, "architectures", where), [(LOAD, 0, 0, ARCHITECTURE_OFFSET)]
+    for place, (name, number) in enumerate(SECCOMP_ARCHITECTURES[machine]):
+        if place == 0 or name in wanted:
+            block = seccomp_block(rules, default, "-" if place else "")
+            program += [(IF_EQUAL, 1, 0, number), (JUMP, 0, 0, len(block)), *block]
+    program.append((RETURN, 0, 0, SECCOMP_ACTIONS["SCMP_ACT_KILL"]))  # programs of an architecture that is not named
+    if len(program) > FILTER_MAX:
+        raise Error(f"{where} has too many rules: they make {len(program)} instructions, and {FILTER_MAX} are possible")
+    return flags, program
+
+
+def seccomp_action(spec, key, errno_key, where):
+    """The value that the filter returns."""
+    name = field(spec, key, str, where=where)
+    if name not in SECCOMP_ACTIONS:
+        raise Error(f"{where}: the {key} {printable(name)} is not possible in a VM")
+    data = field(spec, errno_key, int, EPERM, where)
+    if not 0 <= data < 1 << 16:
+        raise Error(f"{where}: {errno_key} must be from 0 to 65535")
+    return SECCOMP_ACTIONS[name] | (data if name in SECCOMP_WITH_DATA else 0)
+
+
+def seccomp_rules(entries, default, where):
+    """System call's name: [(conditions, action)].  One without conditions stands alone."""
+    rules = {}
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise Error(f"{where}.syscalls must hold objects")
+        action = seccomp_action(entry, "action", "errnoRet", where + ".syscalls")
+        args = [seccomp_condition(arg, where) for arg in field(entry, "args", list, [], where + ".syscalls")]
+        # of several conditions on one argument one is enough, as runc has it
+        repeated = len({index for index, *_ in args}) < len(args)
+        alternatives = [[arg] for arg in args] if repeated else [args]
+        for name in strings(entry, "names", where + ".syscalls"):
+            if not name.isidentifier():
+                raise Error(f"{where}.syscalls: {printable(name)} is not the name of a system call")
+            if action == default:
+                continue
+            if not args:
+                rules[name] = [([], action)]
+            elif rules.get(name, [([None], 0)])[0][0]:
+                rules.setdefault(name, []).extend((conditions, action) for conditions in alternatives)
+    return rules
+
+
+SECCOMP_OPERATORS = ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ")
+
+
+def seccomp_condition(spec, where):
+    """(index, operator, value, mask) of an entry of args."""
+    where += ".syscalls.args"
+    if not isinstance(spec, dict):
+        raise Error(f"{where} must hold objects")
+    operator = field(spec, "op", str, where=where).removeprefix("SCMP_CMP_")
+    index, value, second = (field(spec, key, int, 0, where) for key in ("index", "value", "valueTwo"))
+    if operator not in SECCOMP_OPERATORS or not 0 <= index < 6 or not all(0 <= n < 1 << 64 for n in (value, second)):
+        raise Error(f"{where}: need an op such as SCMP_CMP_EQ, an index from 0 to 5 and values of 64 bits")
+    if operator == "MASKED_EQ":
+        return index, "EQ", second & value, value
+    return index, operator, value, (1 << 64) - 1
+
+
+def seccomp_block(rules, default, prefix):
+    """The instructions for the programs of one architecture."""
+    block = [(LOAD, 0, 0, NUMBER_OFFSET)]
+    if default not in (SECCOMP_ACTIONS["SCMP_ACT_ALLOW"], SECCOMP_ACTIONS["SCMP_ACT_LOG"]):
+        # as runc: what is newer than all that the filter names is not there, and the C library does without
+        block += [(IF_GREATER, 0, 1, prefix + "max"), (RETURN, 0, 0, SECCOMP_ACTIONS["SCMP_ACT_ERRNO"] | ENOSYS)]
+    for name in sorted(rules):
+        code = []
+        for conditions, action in rules[name]:
+            tests = [instruction for condition in conditions for instruction in seccomp_test(condition)]
+            # a test jumps to its end to pass, and past the action to fail
+            code += [
+                (operation, *(len(tests) - at if jump == FAIL else jump for jump in jumps), operand)
+                for at, (operation, *jumps, operand) in enumerate(tests)
+            ]
+            code.append((RETURN, 0, 0, action))
+        if rules[name][0][0]:
+            code.append((RETURN, 0, 0, default))
+        far = len(code) > 255
+        jump = (
+            [(IF_EQUAL, 1, 0, prefix + name), (JUMP, 0, 0, len(code))]
+            if far
+            else [(IF_EQUAL, 0, len(code), prefix + name)]
+        )
+        block += [*jump, *code]
+    return [*block, (RETURN, 0, 0, default)]
+
+
+FAIL = -1
+
+
+def seccomp_test(condition):
+    """Instructions that go on behind the last one if the condition holds; FAIL: where to jump if not."""
+    index, operator, value, mask = condition
+    low = ARGUMENTS_OFFSET + 8 * index
+    (high_value, low_value), (high_mask, low_mask) = divmod(value, 1 << 32), divmod(mask, 1 << 32)
+
+    def load(offset, mask):
+        return [(LOAD, 0, 0, offset)] + ([(AND, 0, 0, mask)] if mask != 0xFFFFFFFF else [])
+
+    low_test = {
+        "EQ": (IF_EQUAL, 0, FAIL), "NE": (IF_EQUAL, FAIL, 0), "GT": (IF_GREATER, 0, FAIL), "LE": (IF_GREATER, FAIL, 0),
+        "GE": (IF_NOT_LESS, 0, FAIL), "LT": (IF_NOT_LESS, FAIL, 0),
+    }[operator]  # fmt: skip
+    end = [*load(low, low_mask), (*low_test, low_value)]
+    skip = len(end)  # past the lower half, where the upper one decides
+    high_test = {
+        "EQ": [(IF_EQUAL, 0, FAIL, high_value)],
+        "NE": [(IF_EQUAL, 0, skip, high_value)],
+        "GT": [(IF_GREATER, skip + 1, 0, high_value), (IF_EQUAL, 0, FAIL, high_value)],
+        "LT": [(IF_NOT_LESS, 0, skip + 1, high_value), (IF_EQUAL, 0, FAIL, high_value)],
+    }
+    high_test["GE"], high_test["LE"] = high_test["GT"], high_test["LT"]
+    return [*load(low + 4, high_mask), *high_test[operator], *end]
 
 
 # ==== cpio ===============================================================================================
@@ -1119,6 +1528,29 @@ class Console:
         return len(data)
 
 
+class FirstConsole:
+    """The VM's first console, of which xenconsoled makes a pty: for a VM that boots a system of its own."""
+
+    def __init__(self, fd):
+        self.fd = fd
+
+    def take(self):
+        """What the guest has written, b"" if nothing."""
+        try:
+            return os.read(self.fd, CONSOLE_OUT)
+        except OSError:
+            return b""  # nothing now, or no more
+
+    def put(self, data):
+        """Writes what fits; returns how many bytes that were."""
+        try:
+            return os.write(self.fd, data) if data else 0
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(data)  # nobody is there
+
+
 def remove_backends(xenstore, kind, domid, numbers):
     """Takes backend nodes of a domain out of xenstore, and the folders above once nothing else is in them."""
     folder = f"/local/domain/0/backend/{kind}"
@@ -1145,6 +1577,7 @@ DEVICE_LINKS = (
 )  # fmt: skip
 S_IFREG, S_IFDIR, S_IFCHR = 0o100000, 0o040000, 0o020000
 
+CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000  # <linux/sched.h>
 MOST_REQUESTS = 150
 ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c.  The end of a terminal is a hang-up.
 
@@ -1152,9 +1585,13 @@ ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c.  The end o
 def guest_config(config, bind_sources, state):
     """enter's /container/config: NUL-terminated keywords and operands, executed in order.
 
-    bind_sources: for each bind mount of config, its path below the exported share.  state: JSON, for hooks.
+    bind_sources: for each mount of config that dom0 makes, its path below the exported share.  state: JSON, for hooks.
     """
-    words = []
+    words = [CLONE_NEWPID if config.linux.pid_namespace else 0]
+    if config.linux.cgroup or any(mount.type in ("cgroup", "cgroup2") for mount in config.mounts):
+        words += ["cgroup", len(config.linux.cgroup)]
+        for item in config.linux.cgroup.items():
+            words += item
     bind_sources = iter(bind_sources)
     for mount in config.mounts:
         words += guest_mount(mount, bind_sources)
@@ -1173,11 +1610,10 @@ def guest_config(config, bind_sources, state):
         for path in paths:
             words += [keyword, path]
     if config.linux.propagation:
-        words += ["propagation", config.linux.propagation]
+        words += ["propagation", "/", config.linux.propagation]
     if config.readonly:  # after the mounts, which may need folders to be made
         words += ["mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""]
-    if config.hostname:
-        words += ["hostname", config.hostname]
+    words += ["hostname", config.hostname or os.uname().nodename]  # a new UTS namespace begins with the host's too
     if config.domainname:
         words += ["domainname", config.domainname]
     if config.process:
@@ -1194,9 +1630,15 @@ def guest_process(config, state):
         words += ["ioprio", process.io_priority]
     if process.scheduler:
         words += ["scheduler", *process.scheduler]
+    if config.linux.personality is not None:
+        words += ["personality", config.linux.personality]
     words += ["capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)]
     if process.no_new_privileges:
         words += ["no_new_privileges"]
+    seccomp = config.linux.seccomp and compile_seccomp(config.linux.seccomp, os.uname().machine)
+    if seccomp:
+        flags, program = seccomp
+        words += ["seccomp", flags, len(program), *(operand for instruction in program for operand in instruction)]
     words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd]
     hooks = parse_hooks(config.hooks, "startContainer")
     if hooks:
@@ -1210,19 +1652,41 @@ def guest_process(config, state):
 
 
 def guest_mount(mount, bind_sources):
-    if not mount.flags & MS_BIND:
+    target, flags = mount.destination, mount.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
+    if mount.on_host():
+        source = next(bind_sources)
+        words = ["mount", source, target, "", MS_BIND | (mount.flags & MS_REC), ""]
+        if flags:  # a bind mount takes its options only from a second call
+            words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
+    else:
         kind = "cgroup2" if mount.type == "cgroup" else mount.type
-        return ["mount", mount.source or kind, mount.destination, kind, mount.flags, mount.data]
-    source, recursive = next(bind_sources), mount.flags & MS_REC
-    words = ["mount", source, mount.destination, "", MS_BIND | recursive, ""]
-    options = mount.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
-    if options:  # a bind mount takes its options only from a second call
-        words += ["mount", source, mount.destination, "", MS_BIND | MS_REMOUNT | options, ""]
+        keyword, now = ("copy_up", flags & ~MS_RDONLY) if mount.copy_up else ("mount", flags)
+        words = [keyword, mount.source or kind, target, kind, now, mount.data]
+        if now != flags:
+            words += ["mount", "", target, "", MS_REMOUNT | MS_BIND | flags, ""]
+    if mount.propagation:
+        words += ["propagation", target, mount.propagation]
     return words
 
 
 def encode_input(data):
     return data.replace(ESCAPE, ESCAPE + ESCAPE)
+
+
+def check_alive(xenstore, domid, uuid, transaction):
+    """A write below a domain that is gone would make its folder anew, for ever."""
+    if xenstore.read(f"/local/domain/{domid}/vm", transaction=transaction) != f"/vm/{uuid}":
+        raise Error("container not running")
+
+
+def shut_down(xenstore, domid, uuid):
+    """Asks a VM that boots a system of its own to power off, as `xl shutdown` does."""
+
+    def write(transaction):
+        check_alive(xenstore, domid, uuid, transaction)
+        xenstore.write(f"/local/domain/{domid}/control/shutdown", "poweroff", transaction=transaction)
+
+    xenstore.transaction(write)
 
 
 def send_request(xenstore, domid, uuid, request, key=None, data=None):
@@ -1234,9 +1698,7 @@ def send_request(xenstore, domid, uuid, request, key=None, data=None):
     domain = f"/local/domain/{domid}"
 
     def write(transaction):
-        # a write below a domain that is gone would make its folder anew, for ever
-        if xenstore.read(f"{domain}/vm", transaction=transaction) != f"/vm/{uuid}":
-            raise Error("container not running")
+        check_alive(xenstore, domid, uuid, transaction)
         for name, value in (data or {}).items():
             xenstore.write(f"{domain}/data/{name}", value, transaction=transaction)
         # one reply must hold all their names, or the guest cannot list them any more (xs_wire.h, XENSTORE_PAYLOAD_MAX)
@@ -1255,20 +1717,22 @@ def send_request(xenstore, domid, uuid, request, key=None, data=None):
 # monitor's own mount namespace.  The QEMU that exports it lives there too; when both are gone the kernel
 # undoes every mount, whoever was killed before, and the host's mount table never shows one.
 
-CLONE_NEWNS = 0x00020000  # <linux/sched.h>
 SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # the same on every architecture
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4  # <linux/mount.h>
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000  # <linux/fcntl.h>
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
 
 
-def mount(source, target, flags):
+def mount(source, target, flags, kind=None, data=None):
+    """mount(2); kind: the file system's type, data: its options."""
     import ctypes
+    import errno
 
     try:
-        system_call("mount", source, target, None, ctypes.c_ulong(flags), None)
+        system_call("mount", source, target, kind, ctypes.c_ulong(flags), data)
     except OSError as error:
-        raise Error(f"cannot mount {source} at {target}: {error.strerror}") from None
+        reason = f"neither VM nor dom0 has a type {kind}" if error.errno == errno.ENODEV else error.strerror
+        raise Error(f"cannot mount {source} at {target}: {reason}") from None
 
 
 def build_share(folder, config):
@@ -1288,21 +1752,27 @@ def build_share(folder, config):
     restrict(rootfs)
     paths = []
     for entry in config.mounts:
-        if entry.flags & MS_BIND:
+        if entry.on_host():
             path = f"mounts/{len(paths)}"
-            bind(entry, os.path.join(folder, path))
+            mount_on_host(entry, os.path.join(folder, path))
             paths.append(path)
     # what is left of the folder itself is memory of the host's, which the guest must not fill
     mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
     return paths
 
 
-def bind(entry, target):
-    if os.path.isdir(entry.source):
+def mount_on_host(entry, target):
+    """Makes a mount of config.json's at target, which is to be exported."""
+    if os.path.isdir(entry.source) or not entry.flags & MS_BIND:
         os.mkdir(target)
     else:
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
-    mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
+    if entry.flags & MS_BIND:
+        mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
+    else:
+        mount(entry.source or entry.type, target, entry.flags & ~RECURSIVE_RO, entry.type, entry.data)
+    if not entry.propagation:  # what the host mounts below it later is not the container's
+        mount(None, target, MS_REC | MS_PRIVATE)
     restrict(target, entry.flags)
 
 
@@ -1350,25 +1820,95 @@ def open_in_root(root, path):
         os.close(root_fd)
 
 
-def home_of(root, uid):
-    """The home folder of a user by root's /etc/passwd, "/" if it has none, as runc gives it: passwd(5)."""
+def open_file_in_root(root, path, purpose):
+    """A descriptor, O_PATH, of a regular file in root.  Raises Error, that begins with purpose."""
     import stat
 
     try:
-        fd = open_in_root(root, "/etc/passwd")
-    except OSError:
-        return "/"
+        fd = open_in_root(root, path)
+    except OSError as error:
+        raise Error(f"{purpose}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Error(f"{purpose}: it is not a regular file")
+    return fd
+
+
+def read_in_root(root, path, limit):
+    """The content of a regular file in root, up to limit bytes.  Raises Error."""
+    fd = open_file_in_root(root, path, f"cannot read {path} of the container")
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return "/"
-        with open(f"/proc/self/fd/{fd}", encoding="utf-8", errors="surrogateescape") as file:
-            for line in file.read(1 << 20).split("\n"):
-                fields = line.split(":")
-                if len(fields) == 7 and fields[2] == str(uid) and "\0" not in fields[5]:
-                    return fields[5] or "/"
-        return "/"
+        with open(f"/proc/self/fd/{fd}", "rb") as file:
+            return file.read(limit)
     finally:
         os.close(fd)
+
+
+MODULES = ("9pnet_xen", "9p")  # what a kernel needs to reach its rootfs
+MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
+
+
+def kernel_modules(root, kernel):
+    """What of MODULES a kernel from root has there as modules: (file name, content), in the order to load.
+
+    They are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
+    vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in.
+    """
+    folder = list_in_root(root, "/lib/modules")
+    names = [name for name in folder if os.path.basename(kernel).endswith(f"-{name}")] or folder
+    if len(names) != 1:
+        return []
+    base = f"/lib/modules/{names[0]}"
+    dependencies = {}
+    for line in read_in_root(root, f"{base}/modules.dep", MODULE_MAX).decode("utf-8", "replace").splitlines():
+        path, _, needed = line.partition(":")
+        dependencies[os.path.basename(path).split(".ko")[0].replace("-", "_")] = [*reversed(needed.split()), path]
+    paths = list(dict.fromkeys(path for name in MODULES for path in dependencies.get(name, ())))
+    if len(paths) > MODULES_MAX:
+        raise Error(f"the container's {base}/modules.dep names {len(paths)} modules for {' and '.join(MODULES)}")
+    return [load_module(root, f"{base}/{path}") for path in paths]
+
+
+def load_module(root, path):
+    data, name = read_in_root(root, path, MODULE_MAX), os.path.basename(path)
+    if name.endswith(".xz"):
+        import lzma
+
+        data = lzma.LZMADecompressor().decompress(data, MODULE_MAX)
+    elif name.endswith(".gz"):
+        import zlib
+
+        data = zlib.decompressobj(31).decompress(data, MODULE_MAX)
+    elif not name.endswith(".ko"):
+        raise Error(f"cannot unpack the kernel module {path} of the container: use .ko, .ko.xz or .ko.gz")
+    return name.split(".ko")[0] + ".ko", data
+
+
+def list_in_root(root, path):
+    """The names in a folder in root, [] if it is not there."""
+    try:
+        fd = open_in_root(root, path)
+    except OSError:
+        return []
+    try:
+        return os.listdir(f"/proc/self/fd/{fd}")
+    except NotADirectoryError:
+        return []
+    finally:
+        os.close(fd)
+
+
+def home_of(root, uid):
+    """The home folder of a user by root's /etc/passwd, "/" if it has none, as runc gives it: passwd(5)."""
+    try:
+        text = read_in_root(root, "/etc/passwd", 1 << 20).decode("utf-8", "surrogateescape")
+    except Error:
+        return "/"
+    for line in text.split("\n"):
+        fields = line.split(":")
+        if len(fields) == 7 and fields[2] == str(uid) and "\0" not in fields[5]:
+            return fields[5] or "/"
+    return "/"
 
 
 def check_executable(root, config):
@@ -1528,7 +2068,7 @@ class Container:
             remove_empty(os.path.join(mounts, name))
         for name in ("share/mounts", "share/rootfs", "share"):
             remove_empty(self.path(name))
-        for name in ("control", "ready", "ramdisk", "xl.cfg", "state.json.new", "state.json"):
+        for name in ("control", "ready", "kernel", "initrd", "ramdisk", "xl.cfg", "state.json.new", "state.json"):
             if os.path.lexists(self.path(name)):
                 os.unlink(self.path(name))
         remove_empty(self.folder)
@@ -1617,8 +2157,11 @@ def execute_hook(hook, files, bundle, namespaces_of):
 
 # quiet: hvc0 is for what went wrong.  panic=-1: end at once, and be seen ending.
 KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
+OWN_INIT_PARAMETERS = "console=hvc0 panic=-1"
+KERNEL_PARAMETERS_MAX = 1023  # bytes: MAX_GUEST_CMDLINE of xen/include/public/xen.h without its NUL
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
 CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
+CONSOLE_DELAY = 0.1  # seconds that xenconsoled has for what a VM has written last
 
 # how a domain ended that has not told an exit status: exit status, reason.  A pid namespace under runc ends
 # by SIGINT on power-off and by SIGHUP on reboot (reboot(2)), so these are 130 and 129 here too.
@@ -1639,11 +2182,31 @@ def lib_folder():
     return here if os.path.basename(here) == "runX" else os.path.normpath(os.path.join(here, "../lib/runX"))
 
 
-def boot_file(name, script):
+def installed_file(name):
     path = os.path.join(lib_folder(), name)
     if not os.path.isfile(path):
-        raise Error(f"there is no {name} at {path}: build one with {script} and install it with install.sh --{name}")
+        remedy = f"build one with {name}/build.sh and install it with install.sh --{name}"
+        raise Error(f"there is no {name} at {path}: {remedy}")
     return path
+
+
+def command_line(machine):
+    """The words for the VM's kernel.  Raises Error where they do not fit: Xen would cut them off without a word."""
+    line = " ".join([OWN_INIT_PARAMETERS if machine.own_init else KERNEL_PARAMETERS, *machine.cmdline])
+    length = len(line.encode())
+    if length > KERNEL_PARAMETERS_MAX:
+        raise Error(f"the kernel's command line is {length} bytes long: make it {KERNEL_PARAMETERS_MAX} at most")
+    return line
+
+
+def discard(path):
+    """Unmounts and removes a file, if it is there."""
+    if os.path.lexists(path):
+        try:
+            system_call("umount2", path, 0)
+        except OSError:
+            pass  # not a mount
+        os.unlink(path)
 
 
 def close_standard(fd):
@@ -1682,10 +2245,13 @@ class Output:
 
 
 class Input:
-    """The container's standard input, or what is typed at its terminal: from descriptor 0 to console 1."""
+    """The container's standard input, or what is typed at its terminal: from descriptor 0 to a console.
 
-    def __init__(self, console, fd):
-        self.console, self.fd, self.pending, self.open = console, fd, b"", True
+    raw: the console's other end is not init/enter.c, which knows escapes and an end.
+    """
+
+    def __init__(self, console, fd, raw=False):
+        self.console, self.fd, self.pending, self.open, self.raw = console, fd, b"", True, raw
 
     def advance(self, readable):
         if readable and not self.pending:
@@ -1694,7 +2260,7 @@ class Input:
             except OSError:
                 data = b""  # such as the terminal of another session
             self.open = bool(data)
-            self.pending = encode_input(data) if data else END
+            self.pending = data if self.raw else encode_input(data) if data else END
         self.pending = self.pending[self.console.put(self.pending) :]
 
 
@@ -1737,7 +2303,7 @@ class Monitor:
 
     def __init__(self, container, config, bundle, log, console_socket=None):
         self.container, self.config, self.bundle, self.log = container, config, bundle, log
-        self.console_socket = console_socket
+        self.console_socket, self.own_init = console_socket, config.machine.own_init
         self.xenstore = self.domid = self.exit_status = self.deadline = None
         self.consoles = []
         self.abandoned = False  # the end cannot wait for a reader of the output
@@ -1750,7 +2316,6 @@ class Monitor:
 
     def build(self):
         container, config = self.container, self.config
-        kernel, initrd = boot_file("kernel", "kernel/build.sh"), boot_file("initrd", "initrd/build.sh")
         uuid = new_uuid()
         container.save(
             ociVersion=config.oci_version, status="creating", bundle=self.bundle, rootfs=config.rootfs,
@@ -1758,21 +2323,19 @@ class Monitor:
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
             pid=os.getpid(), pid_start_time=process_start_time(os.getpid()), startable=bool(config.process),
+            own_init=config.machine.own_init,
         )  # fmt: skip
         os.mkfifo(container.path("control"), 0o600)
         self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
         self.xenstore = Xenstore()
         share = container.path("share")
         sources = build_share(share, config)
-        if config.process:
-            check_executable(os.path.join(share, "rootfs"), config)
-            if not any(variable.startswith("HOME=") for variable in config.process.env):
-                config.process.env.append(f"HOME={home_of(os.path.join(share, 'rootfs'), config.process.uid)}")
-        self.write_ramdisk(initrd, guest_config(config, sources, container.state_for_hooks("created")))
-        self.create_domain(kernel, share)
+        kernel, ramdisk = self.boot_files(os.path.join(share, "rootfs"), sources)
+        self.create_domain(kernel, ramdisk, share)
         self.channels = EventChannels()
-        for number in (1, 2):
-            self.consoles.append(Console(self.xenstore, self.channels, self.domid, number))
+        if not self.own_init:
+            for number in (1, 2):
+                self.consoles.append(Console(self.xenstore, self.channels, self.domid, number))
         for node in ("ready", "ended", "exit"):
             self.xenstore.watch(f"/local/domain/{self.domid}/data/{node}", node)
         self.xenstore.watch("@releaseDomain", "release")
@@ -1781,6 +2344,38 @@ class Monitor:
             self.take_terminal()
         container.save(domid=self.domid)
         self.debug(f"domain {self.domid} ({container.state['name']}) is built")
+
+    def boot_files(self, rootfs, sources):
+        """The paths of kernel and ramdisk; the latter may be None where the VM boots a system of its own."""
+        config, machine = self.config, self.config.machine
+        kernel = self.boot_file("kernel", machine.kernel, rootfs)
+        if machine.own_init:
+            return kernel, machine.ramdisk and self.boot_file("initrd", machine.ramdisk, rootfs)
+        base = self.boot_file("initrd", None, rootfs)
+        if config.process:
+            check_executable(rootfs, config)
+            if not any(variable.startswith("HOME=") for variable in config.process.env):
+                config.process.env.append(f"HOME={home_of(rootfs, config.process.uid)}")
+        modules = kernel_modules(rootfs, machine.kernel[0]) if machine.kernel else []
+        guest = guest_config(config, sources, self.container.state_for_hooks("created"))
+        return kernel, self.write_ramdisk(base, guest, modules)
+
+    def boot_file(self, name, source, rootfs):
+        """The path that xl gets: ours, dom0's, or a mount of one in the rootfs, below a name without surprises."""
+        if source is None:
+            return installed_file(name)
+        path, in_rootfs = source
+        if not in_rootfs:
+            return path
+        fd = open_file_in_root(rootfs, path, f"cannot boot {path} of the container")
+        size, memory = os.fstat(fd).st_size >> 20, self.config.resources.mebibytes(DEFAULT_MEMORY)
+        if size >= memory:  # xl would read all of it into dom0's memory before it finds out
+            raise Error(f"cannot boot {path} of the container: {size} MiB do not fit into a VM of {memory} MiB")
+        target = self.container.path(name)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+        mount(f"/proc/self/fd/{fd}", target, MS_BIND)
+        os.close(fd)
+        return target
 
     def has_terminal(self):
         return bool(self.config.process and self.config.process.terminal)
@@ -1796,37 +2391,50 @@ class Monitor:
         os.close(slave)
         close_standard(2)
 
-    def write_ramdisk(self, initrd, guest):
+    def write_ramdisk(self, initrd, guest, modules):
+        """Writes the container's ramdisk, and returns its path.  modules: (file name, content), in order."""
         with open(initrd, "rb") as file:
             base = file.read()
-        archive = cpio_archive([("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)])
+        entries = [("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)]
+        if modules:
+            entries += [("modules", S_IFDIR | 0o700, b"")]
+            entries += [(f"modules/{n:02}-{name}", S_IFREG | 0o600, data) for n, (name, data) in enumerate(modules)]
         # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
-        with open(self.container.path("ramdisk"), "wb") as file:
-            file.write(archive + base)
+        path = self.container.path("ramdisk")
+        with open(path, "wb") as file:
+            file.write(cpio_archive(entries) + base)
+        return path
 
-    def create_domain(self, kernel, share):
-        config, state, resources = self.config, self.container.state, self.config.resources
-        memory, vcpus = resources.mebibytes(DEFAULT_MEMORY), resources.vcpus(1)
-        maxmem = max(memory, config.maxmem)
-        maxvcpus = max(vcpus, config.maxvcpus)
-        self.container.save(maxmem=maxmem, maxvcpus=maxvcpus, resources=config.raw_resources)
-        ramdisk, xl_cfg = self.container.path("ramdisk"), self.container.path("xl.cfg")
-        if "," in share:
-            raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
+    def create_domain(self, kernel, ramdisk, share):
+        state, machine, resources = self.container.state, self.config.machine, self.config.resources
+        memory, vcpus = resources.mebibytes(resources.default_memory), resources.vcpus(resources.default_vcpus)
+        maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
+        self.container.save(
+            maxmem=maxmem, maxvcpus=maxvcpus, resources=self.config.raw_resources, base=self.config.base
+        )
         settings = {
-            "name": state["name"], "uuid": state["uuid"], "type": config.guest_type or host_guest_type(),
-            "kernel": kernel, "ramdisk": ramdisk, "cmdline": KERNEL_PARAMETERS,
+            "name": state["name"], "uuid": state["uuid"], "type": machine.type or host_guest_type(),
+            "kernel": kernel, "cmdline": command_line(machine),
             "memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus, "cap": resources.cap(),
-            "p9": [f"tag=share,security_model=none,path={share}"],
+            **machine.options,
         }  # fmt: skip
+        if ramdisk:
+            settings["ramdisk"] = ramdisk
+        if machine.rootfs == "9p":
+            if "," in share:
+                raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
+            settings["p9"] = [f"tag=share,security_model=none,path={share}"]
         if resources.shares:
             settings["cpu_weight"] = resources.weight()
         if resources.cpus:
             settings["cpus"] = resources.cpus
+        xl_cfg = self.container.path("xl.cfg")
         with open(xl_cfg, "w", encoding="utf-8") as file:
-            file.write(xl_config(settings))
+            file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
         create_domain(xl_cfg, memory)
-        os.unlink(ramdisk)  # Xen has it in memory now; /run is memory too
+        # Xen has them in memory now; /run is memory too, and the rootfs must not stay busy
+        for name in ("ramdisk", "kernel", "initrd"):
+            discard(self.container.path(name))
         self.domid = find_domain(self.xenstore, settings["uuid"])
         if self.domid is None:
             raise Error(f"xl create made no domain with the uuid {settings['uuid']}")
@@ -1837,10 +2445,14 @@ class Monitor:
         """Returns the container's exit status once its domain has ended and all output is delivered."""
         import select
 
-        self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 2)]
-        self.input = Input(self.consoles[0], 0)
         self.signals = relay_signals(self.has_terminal())
         self.open_tail()
+        if self.own_init:
+            self.ready, console = True, FirstConsole(self.tail_fd)
+            self.outputs, self.input = [Output(console, 1)], Input(console, 0, raw=True)
+        else:
+            self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 2)]
+            self.input = Input(self.consoles[0], 0)
         if self.has_terminal():
             self.resize()
         while not self.finished():
@@ -1853,16 +2465,27 @@ class Monitor:
 
     def finished(self):
         """Moves what can be moved without waiting; true when there is nothing left to wait for."""
+        import select
+
         if self.exit_status is None:
             return False
-        return self.abandoned or not any([output.advance() for output in self.outputs])
+        if self.abandoned:
+            return True
+        if any([output.advance() for output in self.outputs]):
+            return False
+        # what the VM has written last may still be on its way through xenconsoled
+        return not (self.own_init and select.select([self.tail_fd], [], [], CONSOLE_DELAY)[0])
 
     def interests(self):
         import select
 
-        for fd in (self.xenstore.fd, self.channels.fd, self.control, self.signals, self.tail_fd):
-            if fd >= 0:
-                yield fd, select.POLLIN
+        for fd in (self.xenstore.fd, self.channels.fd, self.control, self.signals):
+            yield fd, select.POLLIN
+        if self.own_init:
+            reading = 0 if self.outputs[0].pending else select.POLLIN
+            yield self.tail_fd, reading | (select.POLLOUT if self.input.pending else 0)
+        elif self.tail_fd >= 0:
+            yield self.tail_fd, select.POLLIN
         for output in self.outputs:
             if output.pending:
                 yield output.fd, select.POLLOUT
@@ -1889,7 +2512,7 @@ class Monitor:
         if self.signals in ready:
             self.handle_signals(os.read(self.signals, 64))
         self.tell_unread()
-        if self.tail_fd in ready:
+        if self.tail_fd in ready and not self.own_init:
             self.read_tail()
         if self.deadline is not None and time.monotonic() >= self.deadline:
             self.end(128 + 9, abandon=True)
@@ -1951,7 +2574,9 @@ class Monitor:
             return
         # the guest may have told its status just before
         self.take_exit_status()
-        if self.exit_status is None:
+        if self.exit_status is None and self.own_init and end == "-":
+            self.end(0)
+        elif self.exit_status is None:
             status, reason = ENDS.get(end, ENDS["c"])
             self.warn(f"{reason}; exit status {status}")
             self.report_tail()
@@ -1989,8 +2614,12 @@ class Monitor:
         self.ask("look", "look", {"winsize": f"{size.lines} {size.columns}"})
 
     def ask(self, request, key=None, data=None):
+        domain = (self.xenstore, self.domid, self.container.state["uuid"])
         try:
-            send_request(self.xenstore, self.domid, self.container.state["uuid"], request, key, data)
+            if not self.own_init:
+                send_request(*domain, request, key, data)
+            elif request.startswith("kill"):
+                shut_down(*domain)
         except Error as error:
             self.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
 
@@ -2009,9 +2638,11 @@ class Monitor:
         path = self.xenstore.read(f"/local/domain/{self.domid}/console/tty", "")
         if path.startswith("/dev/pts/"):
             try:
-                self.tail_fd = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+                self.tail_fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
                 self.debug(f"cannot open {path}: {error.strerror}")
+        if self.own_init and self.tail_fd < 0:
+            raise Error("cannot reach the VM's console: is xenconsoled running?")
 
     def read_tail(self):
         try:
@@ -2293,7 +2924,8 @@ def start(container):
         container.save(status="running")
     # without the lock: a hook may call runX
     if container.state["hooks"].get("startContainer") or container.state["hooks"].get("poststart"):
-        await_process(container)
+        if not container.state["own_init"]:
+            await_process(container)
         try:
             run_hooks(container, "poststart", "running")
         except Error:
@@ -2450,6 +3082,11 @@ def kill(container, number, to_all=False):
         if container.state["status"] == "created":  # its process is yet to be: only the end can be had
             if number in ENDING_SIGNALS:
                 tell_monitor(container, f"destroy {number}")
+        elif container.state["own_init"]:
+            if number == SIGKILL:
+                tell_monitor(container, f"destroy {number}")
+            elif number in ENDING_SIGNALS:
+                shut_down(Xenstore(), container.state["domid"], container.state["uuid"])
         elif number == SIGKILL:
             if status == "paused":  # so that its last writes reach the host
                 resume(container)
@@ -2698,7 +3335,7 @@ def update(container, changes):
                 refused.append(f"{section}.{key}")
     if refused:
         raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
-    resources, old = parse_resources(new, "resources"), parse_resources(state["resources"], "resources")
+    resources, old = (parse_resources(spec, "resources", state["base"]) for spec in (new, state["resources"]))
     memory, vcpus = resources.mebibytes(state["maxmem"]), resources.vcpus(state["maxvcpus"])
     for wanted, most, what in ((memory, state["maxmem"], "MiB of memory"), (vcpus, state["maxvcpus"], "vcpus")):
         if wanted > most:
@@ -2761,10 +3398,17 @@ def command_features(call):
         "hooks": list(HOOK_KINDS),
         "mountOptions": sorted(MOUNT_OPTIONS),
         "linux": {
-            "namespaces": [],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
             "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
-            "cgroup": {"v1": False, "v2": False, "systemd": False, "systemdUser": False, "rdma": False},
-            "seccomp": {"enabled": False},
+            "cgroup": {"v1": False, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
+            "seccomp": {
+                "enabled": os.uname().machine in SECCOMP_ARCHITECTURES,
+                "actions": list(SECCOMP_ACTIONS),
+                "operators": [f"SCMP_CMP_{name}" for name in SECCOMP_OPERATORS],
+                "archs": [name for pairs in SECCOMP_ARCHITECTURES.values() for name, _ in pairs],
+                "knownFlags": list(SECCOMP_FLAGS),
+                "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],
+            },
             "apparmor": {"enabled": False},
             "selinux": {"enabled": False},
             "intelRdt": {"enabled": False},

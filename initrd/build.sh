@@ -229,6 +229,21 @@ rm "$root/bin/poweroff"
 $compiler -Os -Wall -Wextra -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
     -static -s -Wl,--gc-sections -o "$root/sbin/enter" "$here/enter.c" >&2 || fail "cannot compile $here/enter.c."
 ln -s enter "$root/sbin/xs"
+
+# Names and numbers of system calls, for seccomp filters: enter looks them up.  "-": those of 32-bit programs.
+syscalls() { # HEADER PREFIX
+    echo "#include <asm/$1>" >"$work/names.h"
+    $compiler -E -dM "$work/names.h" | sed -n 's/^#define __NR_\([a-z_][a-z0-9_]*\) .*/= \1 __NR_\1/p' >"$work/numbers"
+    cat "$work/names.h" "$work/numbers" >"$work/syscalls.h"
+    $compiler -E -P "$work/syscalls.h" | sed -n 's/^= //p' | while read -r name number; do
+        echo "$2$name $((number))"
+    done
+}
+{
+    syscalls unistd.h ''
+    [ "$arch" != x86_64 ] || syscalls unistd_32.h -
+} | LC_ALL=C sort >"$root/etc/syscalls"
+grep -q '^execve [0-9]' "$root/etc/syscalls" || fail "cannot list the system calls: install $headers_package."
 cp "$here/init" "$root/init"
 cp "$here/poweroff" "$root/sbin/poweroff"
 if [ -f "$here/udhcpc" ]; then

@@ -4,7 +4,8 @@
  *
  * Both are part of init and do what busybox cannot: exact argv and environment, mounts that cannot
  * leave the rootfs, credentials, binary-safe streams.  All policy is in runx.py, which writes
- * /container/config: NUL-terminated strings, each keyword followed by its operands (see keywords[]).
+ * /container/config: NUL-terminated strings, flags of clone(2) for the process's own namespaces, and then
+ * each keyword followed by its operands (see keywords[]).
  * Nothing here decides anything about the host: the other end of the consoles checks what it reads.
  */
 #define _GNU_SOURCE
@@ -13,6 +14,8 @@
 #include <grp.h>
 #include <limits.h>
 #include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -22,6 +25,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/personality.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -34,6 +38,9 @@
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
+
+/* <linux/mount.h>, which does not go with <sys/mount.h> */
+enum { FSOPEN_CLOEXEC = 1, FSMOUNT_CLOEXEC = 1, FSCONFIG_CMD_CREATE = 6 };
 
 #define CONFIG "/container/config"
 #define SHARE "/mnt"	/* what dom0 exports: rootfs, and mounts/N for the bind mounts */
@@ -183,17 +190,29 @@ static uint64_t next_u64(void)
 	return strtoull(next(), NULL, 10);
 }
 
-static void load_config(void)
+/* The content of a file, with a NUL behind it; *size if that is wanted. */
+static char *load(int folder, const char *path, size_t *size)
 {
 	struct stat st;
-	int fd = open(CONFIG, O_RDONLY | O_CLOEXEC);
+	int fd = openat(folder, path, O_RDONLY | O_CLOEXEC);
+	char *content = NULL;
 
-	if (fd < 0 || fstat(fd, &st) < 0 || !(config_next = malloc(st.st_size + 1)) ||
-	    read(fd, config_next, st.st_size) != st.st_size)
-		die(CANNOT_EXECUTE, "read", CONFIG);
+	if (fd < 0 || fstat(fd, &st) < 0 || !(content = malloc(st.st_size + 1)) ||
+	    read(fd, content, st.st_size) != st.st_size)
+		die(CANNOT_EXECUTE, "read", path);
 	close(fd);
-	config_end = config_next + st.st_size;
-	*config_end = 0;
+	content[st.st_size] = 0;
+	if (size)
+		*size = st.st_size;
+	return content;
+}
+
+static void load_config(void)
+{
+	size_t size;
+
+	config_next = load(AT_FDCWD, CONFIG, &size);
+	config_end = config_next + size;
 }
 
 /* mkdir -p, for the folders that mounts and cwd name and the image lacks. */
@@ -391,9 +410,11 @@ static struct {
 	mode_t umask;
 	uint64_t bounding, effective, inheritable, permitted, ambient;	/* capabilities, a bit each */
 	int no_new_privileges;
+	struct sock_fprog filter;	/* seccomp(2); len 0: none */
+	unsigned long filter_flags;
 } settings = { .cwd = "/", .umask = 022 };
 
-static int proc_fd;	/* init's own /proc: the container may have none */
+static int init_root;	/* init's own "/", with busybox and a /proc that the container may not have */
 
 static void append(char ***list, size_t *count, char *string)
 {
@@ -402,13 +423,23 @@ static void append(char ***list, size_t *count, char *string)
 	(*list)[*count] = NULL;
 }
 
+static int write_at(int folder, const char *path, const char *value)
+{
+	int fd = openat(folder, path, O_WRONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : write(fd, value, strlen(value));
+
+	if (fd >= 0)
+		close(fd);
+	return n < 0 ? -1 : 0;
+}
+
 static void write_proc(const char *path, const char *value)
 {
-	int fd = openat(proc_fd, path, O_WRONLY | O_CLOEXEC);
+	int proc = openat(init_root, "proc", O_PATH | O_CLOEXEC);
 
-	if (fd < 0 || write(fd, value, strlen(value)) < 0)
+	if (write_at(proc, path, value) < 0)
 		die(CANNOT_EXECUTE, "write", path);
-	close(fd);
+	close(proc);
 }
 
 static void apply_mount(void)
@@ -420,6 +451,31 @@ static void apply_mount(void)
 	make_target(target, source, flags);
 	if (mount(source, target, type, flags, data) < 0)
 		die(CANNOT_EXECUTE, "mount", target);
+}
+
+/* A tmpfs that begins with what is below it: busybox's cp has all of that in its working directory copied. */
+static void apply_copy_up(void)
+{
+	char *target = config_next + strlen(config_next) + 1;	/* the second operand of mount */
+	int below, status = 0;
+	pid_t pid;
+
+	make_folders(target);
+	below = open(target, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	apply_mount();
+	pid = below < 0 ? -1 : fork();
+	if (pid == 0) {
+		char *args[] = { "cp", "-a", ".", target, NULL };
+		sigset_t none;
+		sigemptyset(&none);
+		sigprocmask(SIG_SETMASK, &none, NULL);
+		if (fchdir(below) == 0)
+			syscall(SYS_execveat, init_root, "bin/busybox", args, NULL, 0);
+		_exit(CANNOT_EXECUTE);
+	}
+	if (pid < 0 || waitpid(pid, &status, 0) != pid || status)
+		die(CANNOT_EXECUTE, "copy what is below the tmpfs at", target);
+	close(below);
 }
 
 static void apply_node(void)
@@ -479,8 +535,41 @@ static void apply_readonly(void)
 
 static void apply_propagation(void)
 {
-	if (mount(NULL, "/", NULL, next_number(), NULL) < 0)
-		die(CANNOT_EXECUTE, "set the propagation of", "/");
+	char *path = next();
+
+	if (mount(NULL, path, NULL, next_number(), NULL) < 0)
+		die(CANNOT_EXECUTE, "set the propagation of", path);
+}
+
+/*
+ * A control group for the container, which is the root of its cgroup namespace: the kernel's own root has no limits.
+ * The file system is at no path: a mount that only we have open.
+ */
+static void apply_cgroup(void)
+{
+	static const char *const controllers[] = { "+cpu", "+cpuset", "+hugetlb", "+io", "+memory", "+pids" };
+	int fs = syscall(SYS_fsopen, "cgroup2", FSOPEN_CLOEXEC), root, group;
+
+	if (fs < 0 || syscall(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0 ||
+	    (root = syscall(SYS_fsmount, fs, FSMOUNT_CLOEXEC, 0)) < 0)
+		die(CANNOT_EXECUTE, "mount", "cgroup2");
+	for (size_t i = 0; i < sizeof controllers / sizeof *controllers; i++)
+		write_at(root, "cgroup.subtree_control", controllers[i]);	/* what the kernel lacks, nobody finds */
+	if (mkdirat(root, "container", 0755) < 0 || (group = openat(root, "container", O_PATH | O_CLOEXEC)) < 0)
+		die(CANNOT_EXECUTE, "make", "the cgroup");
+	for (unsigned long count = next_number(); count; count--) {
+		char *file = next(), *value = next();
+		if (write_at(group, file, value) < 0 && (errno != ENOENT || strncmp(file, "hugetlb.", 8)))
+			die(CANNOT_EXECUTE, "set the cgroup's", file);	/* a kernel without huge pages limits them to none */
+	}
+	if (write_at(group, "cgroup.procs", "0") < 0 || unshare(CLONE_NEWCGROUP) < 0)
+		die(CANNOT_EXECUTE, "enter", "the cgroup");
+}
+
+static void apply_personality(void)
+{
+	if (personality(next_number()) < 0)
+		die(CANNOT_EXECUTE, "set", "the personality");
 }
 
 static void apply_sysctl(void)
@@ -576,6 +665,55 @@ static void apply_no_new_privileges(void)
 	settings.no_new_privileges = 1;
 }
 
+/*
+ * A system call's number by its name, "-name" for 32-bit programs; one that does not exist if it is not known.  The
+ * file is sorted, and so, nearly, is what is looked up: the search goes on where the last one has ended.
+ */
+static uint32_t find_syscall(const char *name)
+{
+	static char *table, *place;
+	size_t len = strlen(name);
+
+	if (!table)
+		place = table = load(init_root, "etc/syscalls", NULL);
+	for (int turn = 0; turn < 2; turn++, place = table)
+		for (; *place; place = strchr(place, '\n') + 1)
+			if (!strncmp(place, name, len) && place[len] == ' ')
+				return strtoul(place + len, NULL, 10);
+	return UINT32_MAX;
+}
+
+/* The filter's operands may be names of system calls; "max" and "-max": the highest of those, for what is newer. */
+static void apply_seccomp(void)
+{
+	struct sock_filter *insn, *newer[2] = { NULL, NULL };
+	uint32_t highest[2] = { 0, 0 };
+	unsigned short count;
+
+	settings.filter_flags = next_number();
+	settings.filter.len = count = next_number();
+	settings.filter.filter = insn = calloc(count, sizeof *insn);
+	for (; count; count--, insn++) {
+		insn->code = next_number();
+		insn->jt = next_number();
+		insn->jf = next_number();
+		char *operand = next();
+		int compat = *operand == '-';
+		if (*operand >= '0' && *operand <= '9') {
+			insn->k = strtoul(operand, NULL, 10);
+		} else if (!strcmp(operand + compat, "max")) {
+			newer[compat] = insn;
+		} else {
+			insn->k = find_syscall(operand);
+			if (insn->k != UINT32_MAX && insn->k > highest[compat])
+				highest[compat] = insn->k;
+		}
+	}
+	for (int compat = 0; compat < 2; compat++)
+		if (newer[compat])
+			newer[compat]->k = highest[compat];
+}
+
 static void apply_cwd(void)
 {
 	settings.cwd = next();
@@ -600,13 +738,15 @@ static const struct {
 	const char *keyword;
 	void (*apply)(void);
 } keywords[] = {
+	{ "cgroup", apply_cgroup },		/* n (file value)... */
 	{ "mount", apply_mount },		/* source target type flags data */
+	{ "copy_up", apply_copy_up },		/* as mount */
 	{ "node", apply_node },			/* path mode major minor uid gid */
 	{ "link", apply_link },			/* content path */
 	{ "terminal", open_terminal },
 	{ "mask", apply_mask },			/* path */
 	{ "readonly", apply_readonly },		/* path */
-	{ "propagation", apply_propagation },	/* flags */
+	{ "propagation", apply_propagation },	/* path flags */
 	{ "sysctl", apply_sysctl },		/* path below /proc, value */
 	{ "hostname", apply_hostname },		/* name */
 	{ "domainname", apply_domainname },	/* name */
@@ -618,6 +758,8 @@ static const struct {
 	{ "group", apply_group },		/* gid */
 	{ "capabilities", apply_capabilities },	/* bounding effective inheritable permitted ambient */
 	{ "no_new_privileges", apply_no_new_privileges },
+	{ "personality", apply_personality },	/* persona of personality(2) */
+	{ "seccomp", apply_seccomp },		/* flags n (code jt jf k)... */
 	{ "cwd", apply_cwd },			/* path */
 	{ "arg", apply_arg },			/* string */
 	{ "env", apply_env },			/* NAME=value */
@@ -657,6 +799,14 @@ static void set_capabilities(void)
 			die(CANNOT_EXECUTE, "raise ambient capability", decimal(cap));
 }
 
+/* The filter holds for what is left to do here too. */
+static void install_filter(void)
+{
+	if (settings.filter.len &&
+	    syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, settings.filter_flags, &settings.filter) < 0)
+		die(CANNOT_EXECUTE, "install", "the seccomp filter");
+}
+
 /* The order is capabilities(7)'s: the bounding set while we may, the rest once the user is what it will be. */
 static void become_user(void)
 {
@@ -668,6 +818,8 @@ static void become_user(void)
 	for (int cap = 0; prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
 		if (!(settings.bounding >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0)
 			die(CANNOT_EXECUTE, "drop capability", decimal(cap));
+	if (!settings.no_new_privileges)	/* while we have CAP_SYS_ADMIN */
+		install_filter();
 	prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
 	if (setgroups(settings.n_groups, settings.groups) < 0 || setgid(settings.gid) < 0 || setuid(settings.uid) < 0)
 		die(CANNOT_EXECUTE, "set", "the user and group ids");
@@ -675,14 +827,17 @@ static void become_user(void)
 		die(CANNOT_EXECUTE, "chdir", settings.cwd);
 	prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0);
 	set_capabilities();
-	if (settings.no_new_privileges && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+	if (!settings.no_new_privileges)
+		return;
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		die(CANNOT_EXECUTE, "set", "no new privileges");
+	install_filter();
 }
 
 /* before: the signal mask that the process starts with; output: of hooks, the guest's own console. */
 static void run_process(const sigset_t *before, int output)
 {
-	proc_fd = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	init_root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	write_proc("self/oom_score_adj", "0");	/* init and this program are spared when memory runs out */
 	enter_rootfs();
 	apply_config();
@@ -953,7 +1108,7 @@ static int enter_main(void)
 	if (signals < 0 || pipe2(stdin_pipe, O_CLOEXEC) < 0 || pipe2(stdout_pipe, O_CLOEXEC) < 0 ||
 	    pipe2(stderr_pipe, O_CLOEXEC) < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) < 0)
 		die(CANNOT_EXECUTE, "make", "the standard streams");
-	process = fork();
+	process = syscall(SYS_clone, next_number() | SIGCHLD, NULL, NULL, NULL, NULL);	/* a fork(2) with namespaces */
 	if (process < 0)
 		die(CANNOT_EXECUTE, "fork", "the container's process");
 	if (process == 0) {

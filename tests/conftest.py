@@ -274,6 +274,9 @@ def nodes(xenstore, path):
         yield from nodes(xenstore, f"{path}/{name}")
 
 
+XENS_OWN = {"/run/xen/domid-history", "/var/log/xen/xen-hotplug.log"}  # not a domain's
+
+
 def dom0_state():
     """Everything that a container adds to a dom0 and must take away again."""
     xenstore = runx.Xenstore()
@@ -283,7 +286,7 @@ def dom0_state():
         "processes": processes(),
         "state folders": listing("/run/runX", "/run/containerd/runc/default"),
         "xenstore": set(nodes(xenstore, "/local/domain/0/backend")) | set(xenstore.list("/libxl")),
-        "xen files": listing("/var/log/xen", "/var/lib/xen", "/run/xen") - {"/run/xen/domid-history"},
+        "xen files": listing("/var/log/xen", "/var/lib/xen", "/run/xen") - XENS_OWN,
         "descriptors": set(descriptors("xenconsoled").items()),
     }
 

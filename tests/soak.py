@@ -131,7 +131,7 @@ def xenconsoled_rate(bundle, mebibytes):
     (bundle.folder / "ramdisk").write_bytes(ramdisk)
     name = f"soak-{os.getpid()}"
     settings = {
-        "name": name, "type": runx.load_host_config().get("type", runx.host_guest_type()), "memory": 128,
+        "name": name, "type": runx.load_host_config()["type"] or runx.host_guest_type(), "memory": 128,
         "kernel": str(INSTALLED / "kernel"), "ramdisk": str(bundle.folder / "ramdisk"),
         "cmdline": runx.KERNEL_PARAMETERS, "on_poweroff": "preserve",
     }  # fmt: skip

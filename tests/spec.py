@@ -66,7 +66,10 @@ FEATURES = {
         "namespaces": lambda value: is_strings(value) and set(value) <= NAMESPACES,
         "capabilities": lambda value: is_strings(value) and all(name.startswith("CAP_") for name in value),
         "cgroup": dict.fromkeys(("v1", "v2", "systemd", "systemdUser", "rdma"), is_bool),
-        "seccomp": {**ENABLED, **dict.fromkeys(("actions", "operators", "archs", "knownFlags"), is_strings)},
+        "seccomp": {
+            **ENABLED,
+            **dict.fromkeys(("actions", "operators", "archs", "knownFlags", "supportedFlags"), is_strings),
+        },
         "apparmor": ENABLED,
         "selinux": ENABLED,
         "intelRdt": ENABLED,

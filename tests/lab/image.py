@@ -10,7 +10,7 @@ The folder is ${XDG_CACHE_HOME:-~/.cache}/runx/dom0-<key>:
     initrd.img  busybox and the modules that lead to the disk
     disk.img    an ext4 file system with Debian and the dom0 tools (sparse)
 
-<key> is a hash over all that decides the content: this file, lab-init and the packages named
+<key> is a hash over all that decides the content: this file, lab-init, report.c and the packages named
 below.  What changes often (dom0-init, the agent, runX) is not in the image: the lab mounts the
 working tree in the dom0.
 
@@ -39,6 +39,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+REPORT = HERE.parent / "report.c"
 
 SUITE = "bookworm"
 
@@ -47,7 +48,7 @@ PACKAGES = [
     # Xen's tools; the QEMU that serves 9p and disks to the guests
     "xen-utils-4.17", "xenstore-utils", "qemu-system-xen",
     # container engines, and what they call
-    "containerd", "runc", "containernetworking-plugins", "podman", "conmon", "dnsmasq-base",
+    "containerd", "runc", "containernetworking-plugins", "podman", "conmon", "docker.io", "dnsmasq-base",
     # runX's interpreter; the tests
     "python3", "python3-pytest", "strace", "iperf3", "jq", "socat",
     # root file systems of containers
@@ -71,8 +72,8 @@ NET_DRIVERS_KEPT = {"xen-netback"}  # besides those directly in drivers/net
 # The image must have what its initramfs loads, and what dom0-init does.
 BOOT_MODULES = ["virtio_pci", "virtio_blk", "ext4"]
 LATER_MODULES = (
-    "virtio_console virtio_net 9p 9pnet_virtio xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xen-netback xen-blkback "
-    "bridge veth tun loop overlay"
+    "virtio_console virtio_net 9p 9pnet_virtio 9pnet_xen xen-evtchn xen-gntdev xen-gntalloc xen-privcmd "
+    "xen-netback xen-blkback bridge veth tun loop overlay"
 ).split()
 
 DISK_SIZE = "6G"  # sparse; free space is for containers
@@ -125,7 +126,7 @@ def cache_root() -> Path:
 def image_folder() -> Path:
     """Where the image for the present inputs is, or would be."""
     digest = hashlib.sha256()
-    for source in (Path(__file__), HERE / "lab-init"):
+    for source in (Path(__file__), HERE / "lab-init", REPORT):
         digest.update(source.read_bytes() + b"\0")
     return cache_root() / f"dom0-{digest.hexdigest()[:16]}"
 
@@ -333,6 +334,7 @@ def configure(root: Path) -> None:
     for folder in ("repo", "share", "usr/share/lab"):
         (root / folder).mkdir()
     (root / "usr/share/lab/busybox.tar").write_bytes(make_busybox_image(root / "bin/busybox"))
+    run("gcc", "-static", "-Os", "-s", "-Wall", "-o", root / "usr/share/lab/report", REPORT)
     (root / "etc/hostname").write_text("dom0\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost dom0\n::1 localhost\n")
     (root / "etc/machine-id").write_text("72756e786c61623072756e786c616230\n")
@@ -361,6 +363,7 @@ def make_image(target: Path) -> None:
         unpack_packages(unpacked)
         bzimage = next((unpacked / "boot").glob("vmlinuz-*"))
         (result / "vmlinux").write_bytes(unpacked_kernel(bzimage.read_bytes()))
+        shutil.copy(bzimage, root / "boot")  # for a container with a kernel of its own
         hypervisor = next((unpacked / "boot").glob("xen-*.gz"))
         (result / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
         version = install_modules(unpacked, root)
