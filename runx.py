@@ -158,7 +158,7 @@ class Hook(Record):
     timeout: int  # seconds, 0: none
 
 
-DEFAULT_MEMORY, MINIMUM_MEMORY = 128, 48  # MiB; a limit below the minimum could not hold the kernel
+DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 40  # MiB; a limit below the minimum could not hold the kernel
 
 
 class Resources(Record):
@@ -3396,7 +3396,7 @@ def command_features(call):
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.3.0",
         "hooks": list(HOOK_KINDS),
-        "mountOptions": sorted(MOUNT_OPTIONS),
+        "mountOptions": sorted({*MOUNT_OPTIONS, *filter(None, PROPAGATIONS), "tmpcopyup", "notmpcopyup"}),
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
             "capabilities": [f"CAP_{name}" for name in CAPABILITIES],

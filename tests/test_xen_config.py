@@ -426,3 +426,29 @@ def test_what_has_no_effect_is_logged_once(bundle):
     assert {record["level"] for record in records} == {"warning"}
     named = [record["msg"].split(": ")[1].split()[0] for record in records]
     assert named == ["process.apparmorProfile", "linux.mountLabel", "linux.resources.blockIO"]
+
+
+def test_a_container_runtime_runs_in_the_container(busybox):
+    """runc of Debian in the VM: control groups, namespaces, mounts and seccomp, all of the guest's kernel."""
+    inner = busybox.rootfs / "inner"
+    shutil.copytree(busybox.rootfs / "bin", inner / "rootfs/bin", symlinks=True)
+    spec = report_config("/dev/null")
+    spec["linux"]["resources"] = {"pids": {"limit": 12}, "memory": {"limit": 20 << 20}}
+    spec["linux"]["seccomp"] = json.loads((DATA / "docker-20.10.24.json").read_text())["linux"]["seccomp"]
+    (inner / "config.json").write_text(json.dumps(spec))
+    # a cgroup that has groups below it must not have processes itself: cgroups(7)
+    prepare = "mkdir /sys/fs/cgroup/init; echo 1 >/sys/fs/cgroup/init/cgroup.procs"
+    outer = config("sh", "-c", f"{prepare}; exec runc --root /tmp/state run --bundle /inner nested")
+    outer["process"]["env"] = ["PATH=/bin:/usr/sbin:/usr/bin"]
+    for folder in ("usr", "lib", "lib64"):
+        outer["mounts"].append(mount(f"/{folder}", "bind", "rbind", "ro", source=os.path.realpath(f"/{folder}")))
+    outer["mounts"] += [
+        DEVPTS, mount("/sys", "sysfs"), mount("/sys/fs/cgroup", "cgroup", "rw"), mount("/tmp", "tmpfs"),
+        mount("/sys/kernel/security", "securityfs"),
+    ]  # fmt: skip
+    outer["linux"] = {"namespaces": NAMESPACES, "resources": {"memory": {"limit": 160 << 20}}}
+    busybox.write_config(outer)
+    result = busybox.runx("run", "--bundle", str(busybox.folder), busybox.id)
+    assert result.returncode == 0, result
+    fields = json.loads(result.stdout)
+    assert (fields["pid"], fields["pids.max"], fields["seccomp"], fields["cgroup"]) == (1, ["12"], 2, ["0::/"])

@@ -46,7 +46,7 @@ def test_config_json_broken(bundle, text):
         ({"process": {"args": [1], "cwd": "/"}}, "args"),
         ({"process": {"args": ["a\0b"], "cwd": "/"}}, "NUL"),
         ({"process": {"args": ["true"], "cwd": "/", "user": {"uid": -1}}}, "user"),
-        ({"mounts": [{"destination": "/x", "type": "ext9", "source": "x"}]}, '"ext9"'),
+        ({"mounts": [{"destination": "/x", "type": "ext9", "source": "x"}]}, "type ext9"),
         ({"mounts": [{"destination": "/x", "type": "bind", "source": "/no/such/source"}]}, "/no/such/source"),
         ({"hooks": {"prestart": [{"path": "true"}]}}, "hooks.prestart: path must be absolute"),
         ({"hooks": {"poststop": [{"path": "/bin/true", "timeout": 0}]}}, "hooks.poststop: timeout"),

@@ -203,7 +203,7 @@ def test_pause_resume_ps_events_and_update(bundle):
     count = 'n=0; while read -r word _; do [ "$word" != processor ] || n=$((n+1)); done </proc/cpuinfo; echo $n'
     beat = f"echo >>/tmp/beats; {count} >/tmp/cpus; read -r _ kib _ </proc/meminfo; echo $kib >/tmp/kib; sleep 0.3"
     spec = config("sh", "-c", f"trap 'echo >/tmp/caught' TERM; while :; do {beat}; done")
-    spec["annotations"] = {"org.runx.maxmem": "160", "org.runx.maxvcpus": "2"}
+    spec["annotations"] = {"org.runx.memory": "128", "org.runx.maxmem": "160", "org.runx.maxvcpus": "2"}
     spec["linux"] = {"resources": {"pids": {"limit": 1000}}}
     pidfd = create(bundle, spec)
     beats = bundle.rootfs / "tmp/beats"

@@ -348,7 +348,7 @@ def test_the_guest_cannot_fill_the_hosts_memory(bundle):
 
 
 def test_a_memory_limit_is_the_size_of_the_vm(bundle):
-    for mebibytes, most in ((96, 96), (6, 48)):
+    for mebibytes, most in ((96, 96), (6, 40)):
         spec = config("sh", "-c", "read -r _ kibibytes _ </proc/meminfo; echo $kibibytes")
         spec["linux"] = {"resources": {"memory": {"limit": mebibytes << 20}}}
         bundle.write_config(spec)
