@@ -523,7 +523,7 @@ def quote_word(word):
     """A word for the kernel's command line, which knows quotes and no escapes (lib/cmdline.c)."""
     if '"' in word or "\n" in word:
         raise Error(f"config.json: vm.kernel.parameters cannot hold quotes or line ends: {printable(word)}")
-    return f'"{word}"' if " " in word or not word else word
+    return word if word.split() == [word] else f'"{word}"'
 
 
 def read_xlconf(path, folders):
@@ -820,7 +820,7 @@ def parse_mount(bundle, spec):
         source = os.path.join(bundle, source)
         if not os.path.exists(source):
             raise Error(f"cannot mount {source} at {destination}: the source does not exist")
-        if destination == "/dev/shm" and is_empty_memory(source):
+        if destination.rstrip("/") == "/dev/shm" and is_empty_memory(source):
             # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
             kind, flags, data = "tmpfs", flags & ~(MS_BIND | MS_REC), ["mode=1777", f"size={size_of(source) >> 10}k"]
             source = "shm"
@@ -1397,6 +1397,7 @@ def host_guest_type():
 # The page stays mapped, and so readable, when the domain has ended: the last output is never lost.
 
 CONSOLE_IN, CONSOLE_OUT = 1024, 2048  # bytes
+CONSOLE_DELAY = 0.1  # seconds that xenconsoled has for what a VM has written last
 XENBUS_INITIALISED, XENBUS_CONNECTED, XENBUS_CLOSING, XENBUS_CLOSED = "3", "4", "5", "6"
 # <xen/gntdev.h>, <xen/evtchn.h>: _IOC(_IOC_NONE, letter, number, size)
 IOCTL_GNTDEV_MAP_GRANT_REF = (24 << 16) | (ord("G") << 8) | 0
@@ -1532,14 +1533,24 @@ class FirstConsole:
     """The VM's first console, of which xenconsoled makes a pty: for a VM that boots a system of its own."""
 
     def __init__(self, fd):
-        self.fd = fd
+        self.fd, self.ended = fd, False
 
     def take(self):
         """What the guest has written, b"" if nothing."""
         try:
-            return os.read(self.fd, CONSOLE_OUT)
+            data = os.read(self.fd, CONSOLE_OUT)
+        except BlockingIOError:
+            return b""
         except OSError:
-            return b""  # nothing now, or no more
+            data = b""  # xenconsoled has gone
+        self.ended = not data
+        return data
+
+    def waits(self):
+        """Whether something more comes in time: what the VM has written last may be on its way through xenconsoled."""
+        import select
+
+        return not self.ended and bool(select.select([self.fd], [], [], CONSOLE_DELAY)[0])
 
     def put(self, data):
         """Writes what fits; returns how many bytes that were."""
@@ -2161,7 +2172,6 @@ OWN_INIT_PARAMETERS = "console=hvc0 panic=-1"
 KERNEL_PARAMETERS_MAX = 1023  # bytes: MAX_GUEST_CMDLINE of xen/include/public/xen.h without its NUL
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
 CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
-CONSOLE_DELAY = 0.1  # seconds that xenconsoled has for what a VM has written last
 
 # how a domain ended that has not told an exit status: exit status, reason.  A pid namespace under runc ends
 # by SIGINT on power-off and by SIGHUP on reboot (reboot(2)), so these are 130 and 129 here too.
@@ -2448,8 +2458,8 @@ class Monitor:
         self.signals = relay_signals(self.has_terminal())
         self.open_tail()
         if self.own_init:
-            self.ready, console = True, FirstConsole(self.tail_fd)
-            self.outputs, self.input = [Output(console, 1)], Input(console, 0, raw=True)
+            self.ready, self.console = True, FirstConsole(self.tail_fd)
+            self.outputs, self.input = [Output(self.console, 1)], Input(self.console, 0, raw=True)
         else:
             self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 2)]
             self.input = Input(self.consoles[0], 0)
@@ -2465,26 +2475,21 @@ class Monitor:
 
     def finished(self):
         """Moves what can be moved without waiting; true when there is nothing left to wait for."""
-        import select
-
         if self.exit_status is None:
             return False
         if self.abandoned:
             return True
-        if any([output.advance() for output in self.outputs]):
-            return False
-        # what the VM has written last may still be on its way through xenconsoled
-        return not (self.own_init and select.select([self.tail_fd], [], [], CONSOLE_DELAY)[0])
+        return not any([output.advance() for output in self.outputs]) and not (self.own_init and self.console.waits())
 
     def interests(self):
         import select
 
         for fd in (self.xenstore.fd, self.channels.fd, self.control, self.signals):
             yield fd, select.POLLIN
-        if self.own_init:
+        if self.own_init and not self.console.ended:
             reading = 0 if self.outputs[0].pending else select.POLLIN
             yield self.tail_fd, reading | (select.POLLOUT if self.input.pending else 0)
-        elif self.tail_fd >= 0:
+        elif self.tail_fd >= 0 and not self.own_init:
             yield self.tail_fd, select.POLLIN
         for output in self.outputs:
             if output.pending:
@@ -2924,7 +2929,7 @@ def start(container):
         container.save(status="running")
     # without the lock: a hook may call runX
     if container.state["hooks"].get("startContainer") or container.state["hooks"].get("poststart"):
-        if not container.state["own_init"]:
+        if not container.state.get("own_init"):
             await_process(container)
         try:
             run_hooks(container, "poststart", "running")
@@ -3082,7 +3087,7 @@ def kill(container, number, to_all=False):
         if container.state["status"] == "created":  # its process is yet to be: only the end can be had
             if number in ENDING_SIGNALS:
                 tell_monitor(container, f"destroy {number}")
-        elif container.state["own_init"]:
+        elif container.state.get("own_init"):
             if number == SIGKILL:
                 tell_monitor(container, f"destroy {number}")
             elif number in ENDING_SIGNALS:
