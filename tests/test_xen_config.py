@@ -316,7 +316,8 @@ def test_mounts_are_what_they_are_under_runc(outputs, busybox):
     assert len(runx["mounts"]) >= 17
     spec["process"]["args"] = [
         "sh", "-c", "cat /a/file /c/d/e/inner/file /f /g/inner/file /target/file /overlay/file /filled/link; "
-        "stat -c '%A %u %s %N' /filled/*; echo new >/a/new; echo new >/overlay/new; echo x >/b/x; echo x >/f; ls /target /overlay",
+        "stat -c '%A %u %s %N' /filled/*; echo new >/a/new; echo new >/overlay/new; echo x >/b/x; echo x >/f; "
+        "ls /target /overlay",
     ]  # fmt: skip
     runc, runx = outputs(spec)
     assert runx == runc and "filled\n" in runx and runx.count("\nnew\n") == 2
