@@ -6,13 +6,13 @@ An engine (containerd, Podman, Docker) calls it as it would call runc.  `create`
 whose pid is the container's pid, and the monitor builds a paused domain with `xl create`.  `start`
 unpauses it.  The monitor then carries the standard streams over PV consoles, waits for the domain
 to end, destroys it, and exits with the container's exit status.  In the VM there is an init and
-no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p).
+no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p, vif).
 
 One module, standard library only.  It is started for every operation of every container, so what
 only one operation needs is imported there: json, signal or ctypes cost more than most operations.
 
-The parts, each knowing only those above it: errors and log, OCI config, seccomp, cpio, xenstore, xl,
-PV console, guest, rootfs, state, hooks, monitor, commands, command line.
+The parts, each knowing only those above it: errors and log, OCI config, seccomp, cpio, programs, xenstore, xl,
+PV console, guest, rootfs, rtnetlink, CNI, vif, state, hooks, monitor, commands, command line.
 """
 
 import os
@@ -224,6 +224,10 @@ class Config(Record):
     hooks: dict  # as in config.json: parse_hooks() has accepted it
     resources: Resources
     raw_resources: dict  # as in config.json: what `update` must not change
+    namespace: str  # path of the network namespace to join; "": a new one; None: none
+    netconf: list  # (variable, file, name, address) of each network that process.env asks for
+    netconf_folders: list  # where these files may be
+    rate: str  # of the network interfaces, as netback wants it, or ""
     base: dict  # what parse_resources() needs beside them
     machine: Machine
 
@@ -320,7 +324,9 @@ def load_config(bundle):
         raise Error("config.json: process.terminal needs a mount of the type devpts at /dev/pts")
     host = load_host_config()
     hardware = parse_hardware(spec)
-    machine = parse_machine(spec, annotations, hardware, process.env if process else [], host)
+    env = process.env if process else []
+    machine = parse_machine(spec, annotations, hardware, env, host)
+    netconf = parse_netconf(env)
     if machine.own_init and hooks.get("startContainer"):
         raise Error("config.json: hooks.startContainer need runX's own init, and the VM boots another one")
     memory = hardware["memory"] or annotations["memory"] << 20
@@ -346,6 +352,10 @@ def load_config(bundle):
         resources=parse_resources(resources, "config.json: linux.resources", base),
         raw_resources=resources,
         base=base,
+        namespace=network_namespace(linux, netconf),
+        netconf=netconf,
+        netconf_folders=host["netconf"],
+        rate=annotations["rate"] and parse_rate(annotations["rate"]),
         machine=machine,
     )
 
@@ -375,7 +385,9 @@ def asks(value):
     return bool(value) and value != -1
 
 
-HOST_SETTINGS = {"type": "", "memory": 0, "vcpus": 0, "cmdline": "", "xlconf": ["/etc/runX/xl"]}
+HOST_SETTINGS = {
+    "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "xlconf": ["/etc/runX/xl"], "netconf": ["/etc/cni/net.d"],
+}  # fmt: skip
 
 
 def load_host_config():
@@ -395,7 +407,8 @@ def load_host_config():
     check_type(found["type"], f"{HOST_CONFIG}: type")
     if found["memory"] < 0 or found["vcpus"] < 0:
         raise Error(f"{HOST_CONFIG}: memory, in MiB, and vcpus must not be below 0")
-    strings(found, "xlconf", HOST_CONFIG)
+    for key in ("xlconf", "netconf"):
+        strings(found, key, HOST_CONFIG)
     return found
 
 
@@ -412,7 +425,7 @@ def parse_annotations(spec):
         if not (isinstance(text, str) and text.isdecimal() and len(text) < 8):
             raise Error(f"config.json: the annotation org.runx.{key} must be a number")
         found[key] = int(text)
-    for key in ("type", "rootfs", "kernel", "ramdisk", "cmdline", "xlconf"):
+    for key in ("type", "rootfs", "kernel", "ramdisk", "cmdline", "xlconf", "rate"):
         found[key] = text_of(annotations, f"org.runx.{key}", "config.json: annotations")
     check_type(found["type"], "config.json: the annotation org.runx.type")
     return found
@@ -489,7 +502,7 @@ def parse_machine(spec, annotations, hardware, env, host):
         type=annotations["type"] or host["type"], maxmem=annotations["maxmem"], maxvcpus=annotations["maxvcpus"],
         rootfs=rootfs or ("none" if own_init else "9p"), kernel=kernel, ramdisk=ramdisk, own_init=own_init,
         cmdline=words + [quote_word(word) for word in strings(sections["kernel"], "parameters", where + ".kernel")],
-        options=options, lines=lines + ([read_xlconf(xlconf, host["xlconf"])] if xlconf else []),
+        options=options, lines=lines + ([read_trusted("XLCONF", xlconf, host["xlconf"])] if xlconf else []),
     )  # fmt: skip
 
 
@@ -526,23 +539,58 @@ def quote_word(word):
     return word if word.split() == [word] else f'"{word}"'
 
 
-def read_xlconf(path, folders):
-    """The text of a file of xl.cfg settings.  The image may have named it, so it must be where only root puts files."""
+def read_trusted(what, path, folders):
+    """The text of a file that the variable `what` names.  The image may have set it, so it must be where only root
+    puts files."""
     path = os.path.realpath(path)
     folder = next((folder for folder in map(os.path.realpath, folders) if path.startswith(folder + "/")), None)
     if folder is None:
-        raise Error(f"XLCONF {path} is in none of the folders that {HOST_CONFIG} allows: {', '.join(folders)}")
+        raise Error(f"{what} {path} is in none of the folders that {HOST_CONFIG} allows: {', '.join(folders)}")
     try:
         part = path
         while len(part) >= len(folder):
             status = os.stat(part)
             if status.st_uid != 0 or status.st_mode & 0o022:
-                raise Error(f"XLCONF {path} is not to be trusted: others than root may write to {part}")
+                raise Error(f"{what} {path} is not to be trusted: others than root may write to {part}")
             part = os.path.dirname(part)
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, ValueError) as error:
-        raise Error(f"cannot read XLCONF {path}: {error}") from None
+        raise Error(f"cannot read {what} {path}: {error}") from None
+
+
+def parse_netconf(env):
+    """(variable, file, name, address or "") of NETCONF, NETCONF1, NETCONF2, …, in that order."""
+    found = {}
+    for variable in env:
+        key, _, value = variable.partition("=")
+        digits = key.removeprefix("NETCONF")
+        if not key.startswith("NETCONF") or not (digits.isdecimal() or not digits) or not value:
+            continue
+        path, name, address = (*value.split(",", 2), "", "")[:3]
+        if not path.startswith("/") or not name:
+            raise Error(f'{key} must be "/path/to/cni/file,name" with ",IP" or without, not {printable(value)}')
+        found[int(digits or 0)] = (key, path, name, address)
+    return [found[number] for number in sorted(found)]
+
+
+def network_namespace(linux, netconf):
+    """The path of the network namespace that the container joins, "" for one of its own, or None.  Raises Error."""
+    namespaces = field(linux, "namespaces", list, [], "config.json: linux")
+    for namespace in namespaces:
+        if isinstance(namespace, dict) and namespace.get("type") == "network":
+            path = text_of(namespace, "path", "config.json: linux.namespaces")
+            if path and not os.path.exists(path):
+                raise Error(f"cannot join the network namespace {path}: it does not exist")
+            if path and os.path.samefile(path, "/proc/self/ns/net"):
+                break
+            return path
+    if namespaces and not netconf:
+        raise Error(
+            "config.json: linux.namespaces asks for the host's own network, which a VM cannot have: give it a network "
+            "namespace of its own, or a network by NETCONF"
+        )
+    return None
 
 
 def check_version(version):
@@ -1064,6 +1112,79 @@ def pack_initrd(folder, output):
     os.rename(temporary, output)
 
 
+# ==== programs ===========================================================================================
+# System calls that Python has no function for, and programs of the host's that get JSON and have a time limit.
+
+SIGHUP, SIGKILL, SIGWINCH = 1, 9, 28  # import signal costs a tenth of what `state` takes
+CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000  # <linux/sched.h>
+
+
+def system_call(name, *args):
+    """A function of the C library; raises OSError."""
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    result = function(*(os.fsencode(arg) if isinstance(arg, str) else arg for arg in args))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def default_signals():
+    """Python ignores SIGPIPE, and so would a program that it executes."""
+    import signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces_of=None):
+    """Runs a program to its end or its timeout, in seconds; returns what went wrong, or "", its stdout and its stderr.
+
+    env: a dict, all that it gets.  folder: its working directory, if that is there.  namespaces_of: a process
+    whose network and mount namespaces it joins.
+    """
+    import select
+
+    files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
+    os.write(files[0], stdin)
+    os.lseek(files[0], 0, os.SEEK_SET)
+    pid = os.fork()
+    if pid == 0:
+        execute_program(argv, path, env, files, folder, namespaces_of)
+    pidfd = os.pidfd_open(pid)
+    ended = bool(select.select([pidfd], [], [], timeout)[0])
+    if not ended:
+        os.killpg(pid, SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    outputs = [os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:]]
+    for fd in (pidfd, *files):
+        os.close(fd)
+    reason = f"signal {-status}" if status < 0 else f"exit status {status}" if status else ""
+    return (reason if ended else f"ran past its time of {timeout} s", *outputs)
+
+
+OUTPUT_MAX = 1 << 20  # bytes
+
+
+def execute_program(argv, path, env, files, folder, namespaces_of):
+    """The program's side of the fork; never returns."""
+    try:
+        os.setsid()  # a group of its own, to be killed with its children
+        for target, source in enumerate(files):
+            os.dup2(source, target)
+        if namespaces_of:
+            for kind, flag in (("net", CLONE_NEWNET), ("mnt", CLONE_NEWNS)):
+                system_call("setns", os.open(f"/proc/{namespaces_of}/ns/{kind}", os.O_RDONLY), flag)
+        if folder and os.path.isdir(folder):
+            os.chdir(folder)
+        default_signals()
+        os.execve(path, argv, env)
+    except BaseException as error:  # nothing may return into the caller's side
+        os.write(2, f"cannot execute {path}: {error}".encode())
+    os._exit(127)
+
+
 # ==== xenstore ===========================================================================================
 # A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
 
@@ -1206,32 +1327,18 @@ def find_domain(xenstore, uuid):
 # ==== xl =================================================================================================
 # The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
-SIGHUP, SIGKILL, SIGWINCH = 1, 9, 28  # import signal costs a tenth of what `state` takes
-
-
-def system_call(name, *args):
-    """A function of the C library; raises OSError."""
-    import ctypes
-
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    result = function(*(os.fsencode(arg) if isinstance(arg, str) else arg for arg in args))
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
-
-
-def xl(*args, dies_with_us=False):
+def xl(*args, dies_with_us=False, home=None):
     """Runs xl; returns (exit status, its stdout and stderr as text).
 
-    dies_with_us: xl does not outlive a caller that is killed.
+    dies_with_us: xl does not outlive a caller that is killed.  home: a descriptor of the network namespace that its
+    scripts run in, if that is not ours.
     """
     null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
     environment = {**os.environ, "PATH": PATH}
     try:
-        if dies_with_us:
-            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions)
+        if dies_with_us or home is not None:
+            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions, home)
         else:
             # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
             pid = os.posix_spawn(find_xl(), ["xl", *args], environment, file_actions=actions, setsigdef=[13])
@@ -1243,7 +1350,7 @@ def xl(*args, dies_with_us=False):
         os.close(output)
 
 
-def spawn_tied(path, argv, environment, actions):
+def spawn_tied(path, argv, environment, actions, home):
     """posix_spawn(3) of a process that gets SIGKILL when we die (prctl(2), PR_SET_PDEATHSIG)."""
     parent, pid = os.getpid(), os.fork()
     if pid:
@@ -1253,18 +1360,13 @@ def spawn_tied(path, argv, environment, actions):
         if os.getppid() == parent:
             for _, source, target in actions:
                 os.dup2(source, target)
+            if home is not None:
+                system_call("setns", home, CLONE_NEWNET)
             default_signals()
             os.execve(path, argv, environment)
     except BaseException:
         pass  # nothing may return into the caller's side
     os._exit(127)
-
-
-def default_signals():
-    """Python ignores SIGPIPE, and so would a program that it executes."""
-    import signal
-
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def find_xl():
@@ -1361,9 +1463,9 @@ def domain_end(domid):
     return listing.end() if listing else "gone"
 
 
-def destroy_domain(domid):
-    """Destroys a domain and what xl started for it; no error if it is gone already."""
-    status, output = xl("destroy", str(domid))
+def destroy_domain(domid, home=None):
+    """Destroys a domain and what xl started for it; no error if it is gone already.  home: see xl()."""
+    status, output = xl("destroy", str(domid), home=home)
     if status != 0 and domain_end(domid) != "gone":
         raise Error(f"xl destroy failed: {xl_errors(output)}")
 
@@ -1433,6 +1535,24 @@ class EventChannels:
             pass
 
 
+def announce_device(xenstore, kind, domid, number, backend, frontend, transaction):
+    """Writes both ends of a new device into xenstore, with more keys for each; returns all of the backend's.
+
+    In one transaction: the guest must see them whole, with their permissions, or not at all.
+    """
+    ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
+    front, back = f"/local/domain/{domid}/device/{kind}/{number}", f"/local/domain/0/backend/{kind}/{domid}/{number}"
+    backend = {"frontend": front, "frontend-id": str(domid), "online": "1", "state": "1", **backend}
+    xenstore.write(back, "", ours, transaction)
+    for key, value in backend.items():
+        xenstore.write(f"{back}/{key}", value, ours, transaction)
+    xenstore.write(front, "", theirs, transaction)
+    for key, value in {"backend": back, "backend-id": "0", **frontend}.items():
+        xenstore.write(f"{front}/{key}", value, ours, transaction)
+    xenstore.write(f"{front}/state", "1", theirs, transaction)
+    return {**backend, "backend": back}
+
+
 class Console:
     """Console `number` of a domain: /dev/hvc<number> in the guest."""
 
@@ -1445,22 +1565,9 @@ class Console:
         xenstore.watch(self.frontend + "/state", f"console {number}")
 
     def _announce(self, transaction):
-        """Both ends in one transaction: the guest must see them whole, with their permissions, or not at all."""
-        ours, theirs = ("n0", f"r{self.domid}"), (f"n{self.domid}", "r0")
-
-        def put(path, value, permissions=ours):
-            self.xenstore.write(path, value, permissions, transaction)
-
-        put(self.backend, "")
-        for key, value in (
-            ("frontend", self.frontend), ("frontend-id", str(self.domid)), ("online", "1"), ("state", "1"),
-        ):  # fmt: skip
-            put(f"{self.backend}/{key}", value)
-        put(self.frontend, "", theirs)
         # a type of our own, so that neither QEMU ("ioemu") nor xenconsoled takes it
-        for key, value in (("backend", self.backend), ("backend-id", "0"), ("type", "runx"), ("limit", "0")):
-            put(f"{self.frontend}/{key}", value)
-        put(self.frontend + "/state", "1", theirs)
+        frontend = {"type": "runx", "limit": "0"}
+        announce_device(self.xenstore, "console", self.domid, self.number, {}, frontend, transaction)
 
     def follow(self):
         """Answers a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
@@ -1588,7 +1695,6 @@ DEVICE_LINKS = (
 )  # fmt: skip
 S_IFREG, S_IFDIR, S_IFCHR = 0o100000, 0o040000, 0o020000
 
-CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000  # <linux/sched.h>
 MOST_REQUESTS = 150
 ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c.  The end of a terminal is a hang-up.
 
@@ -1620,6 +1726,8 @@ def guest_config(config, bind_sources, state):
     for keyword, paths in (("readonly", config.linux.readonly_paths), ("mask", config.linux.masked_paths)):
         for path in paths:
             words += [keyword, path]
+    if config.netconf and not any(mount.destination.rstrip("/") == "/etc/resolv.conf" for mount in config.mounts):
+        words += ["resolv_conf"]
     if config.linux.propagation:
         words += ["propagation", "/", config.linux.propagation]
     if config.readonly:  # after the mounts, which may need folders to be made
@@ -1954,6 +2062,929 @@ def check_executable(root, config):
     raise Error(f'unable to start container process: exec: "{name}": {reason}')
 
 
+# ==== rtnetlink ==========================================================================================
+# Links, addresses, routes and neighbours, as the kernel knows them: rtnetlink(7).  runX talks to dom0's kernel,
+# and makes messages that the guest sends to its own.
+
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22  # <linux/rtnetlink.h>
+RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH, RTM_GETNEIGH = 24, 26, 28, 30
+RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTFILTER = 36, 37, 44
+RTMGRP_LINK = 1
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300  # <linux/netlink.h>
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18  # <linux/if_link.h>
+IFLA_AF_SPEC, IFLA_NET_NS_FD, IFLA_INFO_KIND, IFLA_INET6_ADDR_GEN_MODE = 26, 28, 1, 8
+IFF_UP, ARPHRD_ETHER = 1, 1  # <linux/if.h>, <linux/if_arp.h>
+IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_F_NODAD, IFA_F_PERMANENT = 1, 2, 4, 0x02, 0x80  # <linux/if_addr.h>
+RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 2, 4, 5, 6, 7, 8, 18
+RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
+RTPROT_KERNEL, RTPROT_STATIC, RTPROT_RA, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 2, 4, 9, 0, 253
+NDA_DST, NDA_LLADDR, NUD_PERMANENT = 1, 2, 0x80  # <linux/neighbour.h>
+AF_INET, AF_INET6 = 2, 10
+# <linux/pkt_sched.h>, <linux/pkt_cls.h>, <linux/tc_act/tc_mirred.h>
+TC_H_INGRESS, INGRESS_HANDLE, TCA_KIND, TCA_OPTIONS = 0xFFFFFFF1, 0xFFFF0000, 1, 2
+TCA_MATCHALL_ACT, TCA_ACT_KIND, TCA_ACT_OPTIONS, TCA_MIRRED_PARMS, TC_ACT_STOLEN, TCA_EGRESS_REDIR = 2, 1, 2, 2, 4, 1
+ETH_P_ALL_BIG_ENDIAN = 0x0300
+
+
+def attribute(kind, value):
+    """A struct rtattr.  value: bytes, a string or a number of 32 bits."""
+    import struct
+
+    if not isinstance(value, bytes):
+        value = value.encode() + b"\0" if isinstance(value, str) else struct.pack("=I", value)
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def attributes(data):
+    """{kind: value} of a series of struct rtattr."""
+    import struct
+
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        found[kind & 0x3FFF] = data[4:length]
+        data = data[max(4, (length + 3) & ~3) :]
+    return found
+
+
+def link_message(index, *parts, up=None):
+    """The parts of the body of an RTM_NEWLINK; up: True or False to change that.  index None: see guest_message()."""
+    import struct
+
+    flags = struct.pack("=II", IFF_UP if up else 0, 0 if up is None else IFF_UP)
+    index = (b"\0\0\0\0", None) if index is None else (struct.pack("=xxxxi", index),)
+    return (*index, flags + b"".join(parts))
+
+
+class Link(Record):
+    index: int
+    name: str
+    mac: bytes
+    mtu: int
+    type: int  # ARPHRD_*
+    up: bool
+
+
+class Rtnetlink:
+    """A connection to the rtnetlink of one network namespace: of ours, or of the one at a path."""
+
+    def __init__(self, namespace=None, groups=0):
+        import socket
+
+        def connect():
+            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+
+        self.socket = in_namespace(namespace, connect) if namespace else connect()
+        self.socket.bind((0, groups))
+
+    def receive(self):
+        """(message type, body) of each message in the next datagram."""
+        import struct
+
+        data = self.socket.recv(1 << 17)
+        while len(data) >= 16:
+            length, kind = struct.unpack_from("=IH", data)
+            yield kind, data[16:length]
+            data = data[(length + 3) & ~3 :]
+
+    def request(self, kind, flags, body):
+        """Sends one message; returns the bodies of what the kernel answers.  Raises OSError."""
+        import struct
+
+        head = struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 0, 0)
+        self.socket.send(head + body)
+        answers = []
+        while True:
+            for answer, data in self.receive():
+                if answer in (NLMSG_ERROR, NLMSG_DONE):
+                    number = -struct.unpack_from("=i", data)[0]
+                    if number > 0:
+                        raise OSError(number, os.strerror(number))
+                    return answers
+                answers.append(data)
+
+    def set_link(self, index, *parts, up=None):
+        self.request(RTM_NEWLINK, 0, b"".join(link_message(index, *parts, up=up)))
+
+    def links(self):
+        return [parse_link(body) for body in self.request(RTM_GETLINK, NLM_F_DUMP, bytes(16))]
+
+    def find_link(self, name):
+        return next((link for link in self.links() if link.name == name), None)
+
+    def await_link(self, name, seconds):
+        """The link of that name, from the moment that it is there; None if it is not in time.  Needs RTMGRP_LINK."""
+        import select
+
+        deadline = time.monotonic() + seconds
+        while select.select([self.socket], [], [], max(0, deadline - time.monotonic()))[0]:
+            for kind, body in self.receive():
+                if kind == RTM_NEWLINK and parse_link(body).name == name:
+                    return parse_link(body)
+        return None
+
+
+def parse_link(body):
+    import struct
+
+    type_, index, flags = struct.unpack_from("=xxHiI", body)
+    found = attributes(body[16:])
+    return Link(
+        index=index, name=found[IFLA_IFNAME].rstrip(b"\0").decode(), mac=found.get(IFLA_ADDRESS, b""),
+        mtu=struct.unpack("=I", found[IFLA_MTU])[0], type=type_, up=bool(flags & IFF_UP),
+    )  # fmt: skip
+
+
+def in_namespace(path, work):
+    """Calls work() in the network namespace at path, and returns what it returns.  Raises OSError."""
+    home, target = (os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in ("/proc/self/ns/net", path))
+    try:
+        system_call("setns", target, CLONE_NEWNET)
+        try:
+            return work()
+        finally:
+            system_call("setns", home, CLONE_NEWNET)
+    finally:
+        os.close(home)
+        os.close(target)
+
+
+def make_namespace(path):
+    """Makes a network namespace that lasts as long as path, a file onto which it is mounted.  Raises Error."""
+
+    def keep():
+        system_call("unshare", CLONE_NEWNET)
+        mount("/proc/thread-self/ns/net", path, MS_BIND)
+
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    in_namespace("/proc/self/ns/net", keep)
+
+
+def redirect(netlink, source, target):
+    """All that arrives at the link source leaves through target (numbers), and the other way round.  Raises OSError,
+    EEXIST if somebody's classifier sits at one of them already."""
+    import struct
+
+    for link, other in ((source, target), (target, source)):
+        head = struct.pack("=xxxxiII", link, INGRESS_HANDLE, TC_H_INGRESS)
+        body = head + struct.pack("=I", 0) + attribute(TCA_KIND, "ingress")
+        netlink.request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, body)
+        mirred = struct.pack("=IIiiiiI", 0, 0, TC_ACT_STOLEN, 0, 0, TCA_EGRESS_REDIR, other)
+        options = attribute(TCA_ACT_OPTIONS, attribute(TCA_MIRRED_PARMS, mirred))
+        action = attribute(1, attribute(TCA_ACT_KIND, "mirred") + options)
+        head = struct.pack("=xxxxiIII", link, 0, INGRESS_HANDLE, 1 << 16 | ETH_P_ALL_BIG_ENDIAN)
+        matchall = attribute(TCA_KIND, "matchall") + attribute(TCA_OPTIONS, attribute(TCA_MATCHALL_ACT, action))
+        netlink.request(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, head + matchall)
+
+
+def end_redirect(netlink, index):
+    """Undoes one side of redirect().  Raises OSError."""
+    import struct
+
+    netlink.request(RTM_DELQDISC, 0, struct.pack("=xxxxiIII", index, INGRESS_HANDLE, TC_H_INGRESS, 0))
+
+
+# ==== CNI ================================================================================================
+# Networks that NETCONF names: configuration files and plugins of the CNI specification, SPEC.md 0.2.0 to 1.1.0.
+
+CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
+CNI_TIME_LIMIT = 30  # seconds that a plugin has
+DNS_MAX = 3500  # bytes; see GUEST_NODE_MAX
+
+
+class Network(Record):
+    """A network as NETCONF names it, and what the container wants of it."""
+
+    file: str
+    name: str
+    version: str
+    plugins: list  # as in the file; the first one makes the interface
+    mode: str  # where the address is from: "dhcp", "static", or "auto": the network's IPAM plugin
+    addresses: list  # of ipaddress's IPv4Interface and IPv6Interface, for "static"
+
+    def ipam(self):
+        return self.plugins[0].get("ipam") or {}
+
+
+class Attachment(Record):
+    """An interface of a container's in a network.  Kept in its state, so that whoever deletes it can give all back."""
+
+    network: str
+    calls: list  # [plugin, configuration] of each that is executed, in order
+    identity: str  # CNI_CONTAINERID
+    interface: str  # CNI_IFNAME
+    namespace: str  # CNI_NETNS
+    result: dict  # of the last ADD, or None
+    bridge: str  # of which the vif becomes a port; "": it gets what arrives at interface in namespace
+    mac: str
+    mtu: int  # 0: the bridge's
+    rate: str  # as netback wants it, or ""
+    dhcp: bool
+    addresses: list  # such as "192.168.0.7/24"; these and routes where there is a bridge
+    routes: list  # [destination, gateway or ""]
+    gateways: list  # that are default routes, whatever the routes are
+    dns: dict  # as in SPEC.md
+
+
+def load_network(request, folders):
+    """The Network of a NETCONF variable: request: (variable, file, name, address).  Raises Error."""
+    variable, path, name, address = request
+    documents = parse_documents(path, read_trusted(variable, path, folders))
+    found = [document for document in documents if document.get("name") == name]
+    if len(found) != 1:
+        names = ", ".join(printable(str(document.get("name"))) for document in documents)
+        raise Error(f"{variable}: {path} has {len(found)} networks {printable(name)}, not one; it has {names}")
+    where = f"{path}: network {name}"
+    version = field(found[0], "cniVersion", str, "0.2.0", where)
+    if version not in CNI_VERSIONS:
+        raise Error(f"{where}: cniVersion {printable(version)} is not one of {', '.join(CNI_VERSIONS)}")
+    plugins = field(found[0], "plugins", list, [found[0]], where)
+    if not plugins or not all(isinstance(plugin, dict) for plugin in plugins):
+        raise Error(f"{where}: plugins must hold objects")
+    for plugin in plugins:
+        if "/" in field(plugin, "type", str, where=where):
+            raise Error(f"{where}: the type {printable(plugin['type'])} is not the name of a plugin")
+    network = Network(file=path, name=name, version=version, plugins=plugins, mode="", addresses=[])
+    ipam = field(plugins[0], "ipam", dict, {}, where)
+    kind = field(ipam, "type", str, "", where + ".ipam")
+    if not address:  # a bridge as RunX has always taken it; what makes a link of its own, as CNI has it
+        network.mode = "dhcp" if plugins[0]["type"] == "bridge" or kind in ("", "dhcp") else "auto"
+    elif address == "auto":
+        if kind in ("", "dhcp"):
+            raise Error(f'{where} has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
+        network.mode = "auto"
+    else:
+        network.mode, network.addresses = "static", parse_addresses(address, network)
+    return network
+
+
+def parse_documents(path, text):
+    """The JSON objects in a file, one behind the other or in an array."""
+    import json
+
+    decoder, documents, place = json.JSONDecoder(), [], 0
+    try:
+        while text[place:].strip():
+            place += len(text[place:]) - len(text[place:].lstrip())
+            document, place = decoder.raw_decode(text, place)
+            documents += document if isinstance(document, list) else [document]
+    except ValueError as error:
+        raise Error(f"cannot read the networks in {path}: {error}") from None
+    if not documents or not all(isinstance(document, dict) for document in documents):
+        raise Error(f"cannot read the networks in {path}: it must hold JSON objects")
+    return documents
+
+
+def ipam_ranges(network):
+    """(subnet, gateway or None) of each range that the network's ipam names; ipaddress's types.  Raises Error."""
+    import ipaddress
+
+    ipam, ranges = network.ipam(), []
+    try:
+        entries = [ipam, *(entry for entries in ipam.get("ranges") or [] for entry in entries)]
+        for entry in [*entries, *(ipam.get("addresses") or [])]:
+            subnet, gateway = entry.get("subnet") or entry.get("address"), entry.get("gateway")
+            if subnet:
+                subnet = ipaddress.ip_network(subnet, strict=False)
+                ranges.append((subnet, ipaddress.ip_address(gateway) if gateway else None))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Error(f"{network.file}: network {network.name}: cannot understand its ipam: {error}") from None
+    return ranges
+
+
+def parse_addresses(text, network):
+    """The static addresses of NETCONF: with the prefix of the network's subnet where none is given.  Raises Error."""
+    import ipaddress
+
+    addresses = []
+    for part in text.split(";"):
+        try:
+            address = ipaddress.ip_interface(part.strip())
+        except ValueError:
+            raise Error(f"network {network.name}: {printable(part)} is not an IP address") from None
+        subnets = [subnet for subnet, _ in ipam_ranges(network) if subnet.version == address.version]
+        subnet = next((subnet for subnet in subnets if address.ip in subnet), None)
+        if subnets and not subnet:
+            raise Error(f"network {network.name}: the address {address.ip} is not in {', '.join(map(str, subnets))}")
+        if "/" not in part:
+            if not subnet:
+                raise Error(f"network {network.name} has no subnet: give {address.ip} with its prefix, such as /24")
+            address = ipaddress.ip_interface(f"{address.ip}/{subnet.prefixlen}")
+        addresses.append(address)
+    return addresses
+
+
+def find_plugin(name):
+    """The path of a CNI plugin, or None."""
+    for folder in os.environ.get("CNI_PATH", CNI_PATH).split(":"):
+        path = os.path.join(folder, name)
+        if os.access(path, os.X_OK):
+            return path
+    return None
+
+
+# what only the bridge plugin does; the first three concern addresses that it has given itself
+BRIDGE_LAYER_3 = ("isGateway", "isDefaultGateway", "ipMasq")
+BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofchk")
+
+
+def plan_attachment(network, number, container, rate, log):
+    """The Attachment number of the container, not made yet.  Raises Error."""
+    first, name = network.plugins[0], container.state["name"]
+    attachment = Attachment(
+        network=network.name, calls=[], identity=name.replace("+", "_"), interface=f"eth{number}",
+        namespace=container.path("netns"), result=None, bridge="", mac=stable_mac(container.folder, number),
+        mtu=field(first, "mtu", int, 0, network.file), rate=rate or bandwidth_rate(network),
+        dhcp=network.mode == "dhcp", addresses=list(map(str, network.addresses)), routes=[],
+        gateways=[str(gateway) for _, gateway in ipam_ranges(network) if gateway], dns=first.get("dns") or {},
+    )  # fmt: skip
+    if first["type"] == "bridge":
+        attachment.bridge = field(first, "bridge", str, "cni0", network.file)
+    if needs_plugins(network, log):
+        attachment.calls = [[plugin["type"], plugin_configuration(network, plugin)] for plugin in network.plugins]
+        if attachment.bridge:
+            prepare_bridge(network, attachment.bridge)
+            attachment.bridge = ""
+    else:
+        prepare_bridge(network, attachment.bridge)
+        plan_addresses(network, attachment, log)
+    return attachment
+
+
+def needs_plugins(network, log):
+    """Whether the network's plugins make the interface, and not runX by itself."""
+    first = network.plugins[0]
+    chained = [plugin for plugin in network.plugins[1:] if plugin["type"] != "bandwidth" or find_plugin("bandwidth")]
+    if first["type"] != "bridge" or chained:
+        return True
+    keys = BRIDGE_LAYER_2 if network.mode == "dhcp" else BRIDGE_LAYER_2 + BRIDGE_LAYER_3
+    wanted = [key for key in keys if first.get(key)]
+    if wanted and not find_plugin("bridge"):
+        lost = [key for key in wanted if key not in ("isGateway", "isDefaultGateway")]
+        if lost:
+            lost = ", ".join(lost)
+            log.write("warning", f"network {network.name}: {lost} have no effect without the CNI plugin bridge")
+        return False
+    return bool(wanted)
+
+
+def plan_addresses(network, attachment, log):
+    """Who reserves the address of a port of a bridge: the IPAM plugin if there is one."""
+    kind = network.ipam().get("type") or ""
+    if network.mode == "dhcp":
+        return
+    if kind not in ("", "dhcp") and find_plugin(kind):
+        attachment.calls = [[kind, plugin_configuration(network, network.plugins[0])]]
+    elif network.mode == "auto":
+        raise Error(f"network {network.name}: no address without the CNI plugin {kind}: install it in {CNI_PATH}")
+    else:
+        log.write("warning", f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
+        use_result(attachment, {"routes": network.ipam().get("routes") or []}, network)
+
+
+def plugin_configuration(network, plugin):
+    """What a plugin gets on standard input: SPEC.md "Deriving execution configuration from plugin configuration"."""
+    configuration = {**plugin, "name": network.name, "cniVersion": network.version}
+    if network.mode == "dhcp" and plugin is network.plugins[0]:
+        configuration["ipam"] = {}  # the VM asks for its address by itself
+    if network.addresses:
+        args = configuration.get("args") or {}
+        ips = [str(address if plugin_wants_prefix(network) else address.ip) for address in network.addresses]
+        configuration["args"] = {**args, "cni": {**(args.get("cni") or {}), "ips": ips}}
+    return configuration
+
+
+def plugin_wants_prefix(network):
+    return network.ipam().get("type") != "host-local"  # which took none before 0.9
+
+
+def prepare_bridge(network, name):
+    """Makes the bridge if it is missing and the network begins on this host, which is its gateway.  Raises Error."""
+    first, netlink = network.plugins[0], Rtnetlink()
+    bridge, ours = netlink.find_link(name), first.get("isGateway") or first.get("isDefaultGateway")
+    if not bridge and not ours:
+        raise Error(
+            f"network {network.name}: there is no bridge {printable(name)} on this host: make it, or set isGateway "
+            f"in {network.file} for a network that begins there"
+        )
+    try:
+        if not bridge:
+            kind = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, "bridge"))
+            body = b"".join(link_message(0, attribute(IFLA_IFNAME, name), kind))
+            netlink.request(RTM_NEWLINK, NLM_F_CREATE, body)
+            bridge = netlink.find_link(name)
+        if ours:
+            netlink.set_link(bridge.index, up=True)
+            add_gateways(netlink, bridge.index, ipam_ranges(network))
+    except OSError as error:
+        raise Error(f"network {network.name}: cannot make the bridge {name}: {error.strerror}") from None
+
+
+def add_gateways(netlink, index, ranges):
+    """Gives a bridge the addresses of the gateways that are to be on it."""
+    import ipaddress
+
+    for subnet, gateway in ranges:
+        address = ipaddress.ip_interface(f"{gateway or subnet.network_address + 1}/{subnet.prefixlen}")
+        head, tail = address_message(address)
+        netlink.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, head + index.to_bytes(4, sys.byteorder) + tail)
+
+
+def stable_mac(*identity):
+    """A locally administered unicast address (IEEE 802) that is the same for the same container and interface."""
+    import hashlib
+
+    digest = hashlib.blake2s(repr(identity).encode()).digest()
+    return bytes([digest[0] & 0xFC | 2, *digest[1:6]]).hex(":")
+
+
+def parse_rate(text):
+    """netback's "bytes,microseconds" for a rate as in xl-network-configuration.5, such as 10Mb/s or 1MB/s@20ms."""
+    import re
+
+    match = re.fullmatch(r"(\d+)([KMG]?)([bB])/s(?:@(\d+)([mu]?)s)?", text)
+    if not match:
+        raise Error(f"the rate {printable(text)} must be such as 10Mb/s (bits) or 1MB/s@20ms (bytes)")
+    number, scale, unit, interval, prefix = match.groups()
+    rate = int(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[scale] // (8 if unit == "b" else 1)
+    microseconds = int(interval) * {"": 10**6, "m": 1000, "u": 1}[prefix] if interval else 50000
+    if not 0 < rate * microseconds // 10**6 < 1 << 32 or microseconds >= 1 << 32:
+        raise Error(f"the rate {printable(text)} is out of range")
+    return f"{rate * microseconds // 10**6},{microseconds}"
+
+
+def bandwidth_rate(network):
+    """What the bandwidth plugin of the network allows the VM to send, as netback wants it, or ""."""
+    for plugin in network.plugins[1:]:
+        if plugin["type"] == "bandwidth":
+            limits = {**plugin, **((plugin.get("runtimeConfig") or {}).get("bandwidth") or {})}
+            bits = field(limits, "egressRate", int, 0, f"{network.file}: bandwidth")
+            return parse_rate(f"{bits}b/s") if bits else ""
+    return ""
+
+
+def attach_network(attachment, network):
+    """Executes the plugins of an Attachment, and puts what they say into it.  Raises Error."""
+    import json
+
+    version = negotiate_version(attachment) if network.version == CNI_VERSIONS[-1] else network.version
+    for plugin, configuration in attachment.calls:
+        configuration["cniVersion"] = version
+        previous = {"prevResult": attachment.result} if attachment.result is not None else {}
+        output = call_plugin("ADD", attachment, plugin, {**configuration, **previous})
+        try:
+            attachment.result = {**json.loads(output)}
+        except (ValueError, TypeError):
+            raise Error(f"network {attachment.network}: the CNI plugin {plugin} has not printed a result") from None
+    if attachment.result and attachment.bridge:
+        use_result(attachment, attachment.result, network)
+    elif attachment.result:
+        attachment.dns = attachment.result.get("dns") or attachment.dns
+
+
+def negotiate_version(attachment):
+    """The newest version of CNI that all plugins of an Attachment know: many know less than the newest."""
+    import json
+
+    known = set(CNI_VERSIONS)
+    for plugin, _ in attachment.calls:
+        output = call_plugin("VERSION", attachment, plugin, {"cniVersion": CNI_VERSIONS[-1]})
+        try:
+            known &= set(json.loads(output)["supportedVersions"])
+        except (ValueError, TypeError, KeyError):
+            raise Error(f"network {attachment.network}: the CNI plugin {plugin} does not tell its versions") from None
+    return max(known, key=CNI_VERSIONS.index, default=CNI_VERSIONS[-1])
+
+
+def detach_network(attachment, log):
+    """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay."""
+    for plugin, configuration in reversed(attachment.calls):
+        previous = {"prevResult": attachment.result} if attachment.result is not None else {}
+        try:
+            call_plugin("DEL", attachment, plugin, {**configuration, **previous})
+        except Error as error:
+            log.write("warning", str(error))
+
+
+def call_plugin(command, attachment, plugin, configuration):
+    """What a plugin prints: SPEC.md "Execution Protocol".  Raises Error with the plugin's own reason."""
+    import json
+
+    what, path = f"network {attachment.network}: CNI plugin {plugin}", find_plugin(plugin)
+    if not path:
+        raise Error(f"{what} is not installed in {os.environ.get('CNI_PATH', CNI_PATH)}")
+    env = {
+        **os.environ, "PATH": PATH, "CNI_PATH": os.environ.get("CNI_PATH", CNI_PATH), "CNI_COMMAND": command,
+        "CNI_CONTAINERID": attachment.identity, "CNI_NETNS": attachment.namespace,
+        "CNI_IFNAME": attachment.interface, "CNI_ARGS": f"IgnoreUnknown=1;MAC={attachment.mac}",
+    }  # fmt: skip
+    reason, output, errors = run_program([path], path, env, json.dumps(configuration).encode(), CNI_TIME_LIMIT)
+    if not reason:
+        return output
+    try:
+        error = json.loads(output)
+        words = [str(error[key]) for key in ("msg", "details") if error.get(key)]
+        reason = f"{': '.join(words)} (code {error['code']})"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        reason = f"{reason} {errors.decode('utf-8', 'replace')}"
+    raise Error(f"{what}, {command}: {printable(reason)}")
+
+
+def use_result(attachment, result, network):
+    """Puts what the IPAM plugin has said, or the file, into the Attachment of a bridge's port.  Raises Error."""
+    import ipaddress
+
+    ips = result.get("ips") or [
+        {"address": result[key]["ip"], **result[key]} for key in ("ip4", "ip6") if result.get(key)  # 0.2.0
+    ]
+    routes = result.get("routes") or [route for entry in ips for route in entry.get("routes") or ()]
+    try:
+        addresses = attachment.addresses or [entry["address"] for entry in ips]
+        attachment.addresses = [str(ipaddress.ip_interface(address)) for address in addresses]
+        versions = {ipaddress.ip_interface(address).version for address in attachment.addresses}
+        gateways = [ipaddress.ip_address(entry["gateway"]) for entry in ips if entry.get("gateway")]
+        if not ips:
+            gateways = [gateway or subnet.network_address + 1 for subnet, gateway in ipam_ranges(network)]
+        first = {gateway.version: str(gateway) for gateway in reversed(gateways)}
+        for route in routes:
+            destination = ipaddress.ip_network(route["dst"], strict=False)
+            if destination.version in versions:
+                attachment.routes.append([str(destination), route.get("gw") or first.get(destination.version, "")])
+    except (ValueError, TypeError, KeyError) as error:
+        raise Error(f"network {network.name}: cannot understand its addresses and routes: {error}") from None
+    attachment.dns = attachment.dns or result.get("dns") or {}
+    if network.plugins[0].get("isDefaultGateway"):
+        attachment.gateways += first.values()
+
+
+def resolv_conf(dns):
+    """The text of resolv.conf(5) for a dns object of CNI's, "" where it says nothing."""
+    lines = [f"nameserver {server}" for server in dns.get("nameservers") or ()]
+    lines += [f"domain {dns['domain']}"] if dns.get("domain") else []
+    lines += [f"{key} {' '.join(dns[key])}" for key in ("search", "options") if dns.get(key)]
+    return "".join(line + "\n" for line in lines)[:DNS_MAX]
+
+
+# ==== vif ================================================================================================
+# The VM's network interfaces: what each is like, its backend in dom0 (netback: xen/include/public/io/netif.h), where
+# that is joined to, and what the guest is told.  `start` does it all: engines fill a namespace until then.
+
+VIF_TIME_LIMIT = 10  # seconds that netback has to make a vif
+GUEST_NODE_MAX = 3500  # bytes in a node for the guest, which reads 4096 at once (XENSTORE_PAYLOAD_MAX)
+INDEX = None  # in a message for the guest: the number of the interface, which only the guest knows
+HOTPLUG_SCRIPT = "/bin/true"  # for an `xl destroy` by hand; nothing else runs it
+# taken over from a namespace; and who had an address there has made sure already that nobody else has it
+IPV6_SETTINGS = ("disable_ipv6", "accept_ra")
+
+
+class Interface(Record):
+    name: str
+    mac: bytes
+    mtu: int
+    addresses: list  # (struct ifaddrmsg up to the index, attributes)
+    routes: list  # (struct rtmsg, {RTA_*: value})
+    neighbours: list  # (family, attributes), permanent ones
+    ipv6: dict  # of net.ipv6.conf.<name>
+    dhcp: bool
+    rate: str
+    bridge: str  # of which the vif becomes a port, or
+    namespace: str  # path of a network namespace, whose
+    device: str  # link it is joined to
+
+
+def address_message(address):
+    """What Interface.addresses holds, for one of ipaddress's interfaces."""
+    import struct
+
+    family, local = family_of(address), address.packed
+    found = attribute(IFA_LOCAL, local) + attribute(IFA_ADDRESS, local)
+    if address.version == 4 and address.network.prefixlen < 31:
+        found += attribute(IFA_BROADCAST, address.network.broadcast_address.packed)
+    flags = IFA_F_NODAD if address.version == 6 else 0
+    return struct.pack("=BBBB", family, address.network.prefixlen, flags, RT_SCOPE_UNIVERSE), found
+
+
+def family_of(address):
+    return AF_INET if address.version == 4 else AF_INET6
+
+
+def route_message(destination, gateway, addresses):
+    """What Interface.routes holds.  gateway: or None; one that is in no network of addresses is on the link still."""
+    import struct
+
+    onlink = gateway and not any(gateway in address.network for address in addresses)
+    scope = RT_SCOPE_UNIVERSE if gateway else RT_SCOPE_LINK
+    head = (family_of(destination), destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST)
+    found = {RTA_DST: destination.network_address.packed} if destination.prefixlen else {}
+    if gateway:
+        found[RTA_GATEWAY] = gateway.packed
+    return struct.pack("=8BI", *head, RTNH_F_ONLINK if onlink else 0), found
+
+
+def namespace_interfaces(path, log):
+    """The Interfaces of a network namespace, as they are now.  Raises Error."""
+    try:
+        netlink = Rtnetlink(path)
+        links = [link for link in netlink.links() if link.name != "lo"]
+        if not links:
+            return []
+        addresses, routes, neighbours = (dump(netlink) for dump in (dump_addresses, dump_routes, dump_neighbours))
+        found = []
+        for link in links:
+            if not (link.up or addresses.get(link.index)):
+                continue
+            if link.type != ARPHRD_ETHER:
+                log.write("warning", f"the interface {link.name} is none of Ethernet and stays outside the VM")
+                continue
+            found.append(Interface(
+                name=link.name, mac=link.mac, mtu=link.mtu, addresses=addresses.get(link.index, []),
+                routes=routes.get(link.index, []), neighbours=neighbours.get(link.index, []),
+                ipv6=in_namespace(path, lambda device=link.name: read_ipv6_settings(device)),
+                dhcp=False, rate="", bridge="", namespace=path, device=link.name,
+            ))  # fmt: skip
+        return found
+    except OSError as error:
+        raise Error(f"cannot read the network namespace {path}: {error.strerror}") from None
+
+
+def dump_addresses(netlink):
+    """{link's number: what Interface.addresses holds}.  What a router has advertised, the guest hears by itself."""
+    import struct
+
+    found = {}
+    for body in netlink.request(RTM_GETADDR, NLM_F_DUMP, bytes(8)):
+        family, length, flags, scope, index = struct.unpack_from("=BBBBI", body)
+        if family == AF_INET or (family == AF_INET6 and flags & IFA_F_PERMANENT):
+            head = struct.pack("=BBBB", family, length, IFA_F_NODAD if family == AF_INET6 else 0, scope)
+            kept = {kind: value for kind, value in attributes(body[8:]).items() if kind in ADDRESS_ATTRIBUTES}
+            tail = b"".join(attribute(*item) for item in kept.items())
+            found.setdefault(index, []).append((head, tail))
+    return found
+
+
+ADDRESS_ATTRIBUTES = (IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST)
+ROUTE_ATTRIBUTES = (RTA_DST, RTA_SRC, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA)
+
+
+def dump_routes(netlink):
+    """{link's number: what Interface.routes holds}, without those that the kernel makes for each address."""
+    import struct
+
+    found = {}
+    for body in netlink.request(RTM_GETROUTE, NLM_F_DUMP, bytes(12)):
+        family, *_, table, protocol, _, kind, _ = struct.unpack_from("=8BI", body)
+        values = attributes(body[12:])
+        if family not in (AF_INET, AF_INET6) or RTA_OIF not in values or protocol in (RTPROT_KERNEL, RTPROT_RA):
+            continue
+        if (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST):
+            index = struct.unpack("=I", values[RTA_OIF])[0]
+            kept = {name: value for name, value in values.items() if name in ROUTE_ATTRIBUTES}
+            found.setdefault(index, []).append((body[:12], kept))
+    return found
+
+
+def dump_neighbours(netlink):
+    import struct
+
+    found = {}
+    for body in netlink.request(RTM_GETNEIGH, NLM_F_DUMP, bytes(12)):
+        family, index, state = struct.unpack_from("=BxxxiH", body)
+        values = attributes(body[12:])
+        if state & NUD_PERMANENT and family in (AF_INET, AF_INET6) and NDA_LLADDR in values:
+            tail = attribute(NDA_DST, values[NDA_DST]) + attribute(NDA_LLADDR, values[NDA_LLADDR])
+            found.setdefault(index, []).append((family, tail))
+    return found
+
+
+def read_ipv6_settings(device):
+    """IPV6_SETTINGS of a link in our network namespace, {} where dom0 has no IPv6."""
+    settings = {}
+    for key in IPV6_SETTINGS:
+        try:
+            with open(f"/proc/sys/net/ipv6/conf/{device}/{key}", encoding="ascii") as file:
+                settings[key] = file.read().strip()
+        except FileNotFoundError:
+            pass
+    return settings
+
+
+def attachment_interface(attachment, log):
+    """The Interface of a network that NETCONF names.  Raises Error."""
+    import ipaddress
+
+    addresses = [ipaddress.ip_interface(address) for address in attachment.addresses]
+    if attachment.bridge:
+        interface = Interface(
+            name="", mac=bytes.fromhex(attachment.mac.replace(":", "")), mtu=attachment.mtu, addresses=[], routes=[],
+            neighbours=[], ipv6={} if attachment.dhcp else {"accept_ra": "0"}, dhcp=attachment.dhcp, rate="",
+            bridge=attachment.bridge, namespace="", device="",
+        )  # fmt: skip
+        for destination, gateway in attachment.routes:
+            gateway = ipaddress.ip_address(gateway) if gateway else None
+            interface.routes.append(route_message(ipaddress.ip_network(destination), gateway, addresses))
+    else:
+        found = namespace_interfaces(attachment.namespace, log)
+        interface = next((each for each in found if each.device == attachment.interface), None)
+        if not interface:
+            raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
+        interface.dhcp = attachment.dhcp
+    if addresses:
+        interface.addresses = [address_message(address) for address in addresses]
+    for gateway in map(ipaddress.ip_address, attachment.gateways):
+        families = {head[0] for head, _ in interface.addresses}
+        routed = {head[0] for head, _ in interface.routes if head[1] == 0}
+        if family_of(gateway) in families - routed:
+            everything = ipaddress.ip_network("0.0.0.0/0" if gateway.version == 4 else "::/0")
+            interface.routes.append(route_message(everything, gateway, addresses))
+    interface.rate = attachment.rate
+    return interface
+
+
+def find_interfaces(container, log):
+    """All Interfaces of a container's VM, in the order of their names.  Raises Error."""
+    state, found = container.state, []
+    if state["namespace"] is not None:
+        found = namespace_interfaces(f"/proc/{state['pid']}/ns/net", log)
+        for interface in found:
+            interface.rate = state["rate"]
+    names = {interface.name for interface in found}
+    for fields in state["networks"]:
+        interface = attachment_interface(Attachment(**fields), log)
+        interface.name = next(name for name in map("eth{}".format, range(len(names) + 1)) if name not in names)
+        names.add(interface.name)
+        found.append(interface)
+    return sorted(found, key=lambda interface: (len(interface.name), interface.name))
+
+
+def plug(container, log):
+    """Gives a VM that does not run yet its network interfaces, and tells it about them.  Raises Error."""
+    interfaces, state = find_interfaces(container, log), container.state
+    if not interfaces:
+        return
+    xenstore, domid = Xenstore(), state["domid"]
+    taken = xenstore.list(f"/libxl/{domid}/device/vif")  # what a file of xl's settings asks for
+    numbers = [number for number in range(len(interfaces) + len(taken)) if str(number) not in taken]
+    container.save(vifs=numbers[: len(interfaces)], joined=[each.device for each in interfaces if each.namespace])
+    try:
+        for number, interface in zip(numbers, interfaces):
+            join(interface, announce_vif(xenstore, domid, number, interface))
+            xenstore.write(f"/local/domain/0/backend/vif/{domid}/{number}/hotplug-status", "connected")
+        tell_guest(xenstore, container, interfaces)
+    except BaseException:
+        unplug(xenstore, state)
+        for number in state["vifs"]:
+            xenstore.remove(f"/local/domain/{domid}/device/vif/{number}")
+        raise
+
+
+def announce_vif(xenstore, domid, number, interface):
+    """Has netback make a vif, and returns its Link in dom0.  Raises Error."""
+    events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{domid}.{number}"
+    common = {"handle": str(number), "mac": interface.mac.hex(":")}
+    backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "", "type": "vif"}
+    if interface.bridge:
+        backend["bridge"] = interface.bridge
+    if interface.rate:
+        backend["rate"] = interface.rate
+
+    def write(transaction):
+        listed = announce_device(xenstore, "vif", domid, number, backend, common, transaction)
+        for key, value in listed.items():  # for xl network-list and network-attach
+            xenstore.write(f"/libxl/{domid}/device/vif/{number}/{key}", value, transaction=transaction)
+
+    xenstore.transaction(write)
+    link = events.await_link(name, VIF_TIME_LIMIT)
+    if not link:
+        raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
+    return link
+
+
+def join(interface, link):
+    """Connects a vif in dom0 with the network that it is for.  Raises Error."""
+    netlink = Rtnetlink()
+    try:
+        if interface.bridge:
+            bridge = netlink.find_link(interface.bridge)
+            if not bridge:
+                raise Error(f"cannot connect the VM to the bridge {interface.bridge}: it is gone")
+            interface.mtu = interface.mtu or bridge.mtu
+            make_silent(netlink, link.index)
+            port = attribute(IFLA_MTU, interface.mtu) + attribute(IFLA_MASTER, bridge.index)
+            netlink.set_link(link.index, port, up=True)
+            return
+        namespace = os.open(interface.namespace, os.O_RDONLY)
+        netlink.set_link(link.index, attribute(IFLA_NET_NS_FD, namespace))
+        os.close(namespace)
+        netlink = Rtnetlink(interface.namespace)
+        moved, device = netlink.find_link(link.name), netlink.find_link(interface.device)
+        make_silent(netlink, moved.index)
+        netlink.set_link(moved.index, attribute(IFLA_MTU, interface.mtu), up=True)
+        redirect(netlink, device.index, moved.index)
+    except OSError as error:
+        import errno
+
+        reason = error.strerror
+        if error.errno == errno.EEXIST:
+            reason = f"{interface.device} is another VM's, or something else classifies its traffic"
+        elif error.errno == errno.ENOENT:
+            reason += ": is dom0's kernel without sch_ingress, cls_matchall and act_mirred?"
+        raise Error(f"cannot connect the VM to {interface.bridge or interface.device}: {reason}") from None
+
+
+def make_silent(netlink, index):
+    """A vif has nothing to say by itself: no address by IPv6, and none of what comes with one."""
+    mode = attribute(AF_INET6, attribute(IFLA_INET6_ADDR_GEN_MODE, b"\1"))
+    try:
+        netlink.set_link(index, attribute(IFLA_AF_SPEC, mode))
+    except OSError:
+        pass  # dom0 has no IPv6
+
+
+def unplug(xenstore, state):
+    """Takes away what plug() has made in dom0, as far as it came."""
+    domid, vifs = state.get("domid"), state.get("vifs")
+    if not vifs:
+        return
+    for number in vifs:
+        xenstore.remove(f"/libxl/{domid}/device/vif/{number}")
+    remove_backends(xenstore, "vif", domid, vifs)
+    if state["namespace"] and os.path.exists(state["namespace"]):  # else it ends with the monitor
+        netlink = Rtnetlink(state["namespace"])
+        for device in state["joined"]:
+            link = netlink.find_link(device)
+            try:
+                end_redirect(netlink, link.index if link else 0)
+            except OSError:
+                pass  # it came no further
+
+
+def tell_guest(xenstore, container, interfaces):
+    """Writes what init/enter.c reads: data/network/0, 1, …, and data/dhcp and data/dns for init."""
+    state = container.state
+    data, texts = f"/local/domain/{state['domid']}/data", []
+    # backwards: the guest's kernel calls them eth0, eth1, …, so an eth2 that is the second must be that before eth1 is
+    for interface in reversed(interfaces):
+        texts += split_words(guest_words(interface))
+    for number, text in enumerate(texts):
+        xenstore.write(f"{data}/network/{number}", text)
+    dhcp = [interface.name for interface in interfaces if interface.dhcp]
+    if dhcp:
+        xenstore.write(f"{data}/hostname", state["hostname"])
+        xenstore.write(f"{data}/dhcp", " ".join(dhcp))
+    dns = "".join(resolv_conf(fields["dns"]) for fields in state["networks"])
+    if dns:
+        xenstore.write(f"{data}/dns", dns)
+
+
+def split_words(words):
+    """Texts of no more than GUEST_NODE_MAX bytes, each with the first word before some of the others."""
+    head, *rest = words
+    texts = [head]
+    for word in rest:
+        if len(texts[-1]) + len(word) >= GUEST_NODE_MAX:
+            texts.append(head)
+        texts[-1] += f" {word}"
+    return texts
+
+
+def guest_words(interface):
+    """The MAC address that tells the interface, then what the guest does with it: messages and settings."""
+    import struct
+
+    name = attribute(IFLA_IFNAME, interface.name)
+    words = [interface.mac.hex()]
+    words.append(guest_message(RTM_NEWLINK, 0, *link_message(INDEX, name, attribute(IFLA_MTU, interface.mtu))))
+    for key, value in {**interface.ipv6, "accept_dad": "0"}.items():
+        words.append(f"sys/net/ipv6/conf/{interface.name}/{key}={value}")
+    words.append(guest_message(RTM_NEWLINK, 0, *link_message(INDEX, up=True)))
+    add = NLM_F_CREATE | NLM_F_REPLACE
+    for head, tail in interface.addresses:
+        if interface.ipv6.get("disable_ipv6") != "1" or head[0] != AF_INET6:
+            words.append(guest_message(RTM_NEWADDR, add, head, INDEX, tail))
+    # first those of the link, through which gateways are reached
+    for head, values in sorted(interface.routes, key=lambda route: RTA_GATEWAY in route[1] or RTA_VIA in route[1]):
+        body = head + b"".join(attribute(*item) for item in values.items()) + struct.pack("=HH", 8, RTA_OIF)
+        # behind the one that came with an address, if a gateway is told for the same subnet; IPv6 cannot have both
+        behind = NLM_F_APPEND if head[0] == AF_INET else 0
+        words.append(guest_message(RTM_NEWROUTE, NLM_F_CREATE | behind, body, INDEX))
+    for family, tail in interface.neighbours:
+        head, state = struct.pack("=Bxxx", family), struct.pack("=HBB", NUD_PERMANENT, 0, 0)
+        words.append(guest_message(RTM_NEWNEIGH, add, head, INDEX, state + tail))
+    return words
+
+
+def guest_message(kind, flags, *parts):
+    """A message of rtnetlink in hexadecimal; "@" for the four bytes of INDEX."""
+    import struct
+
+    length = 16 + sum(4 if part is INDEX else len(part) for part in parts)
+    head = struct.pack("=IHHII", length, kind, NLM_F_REQUEST | NLM_F_ACK | flags, 0, 0)
+    return head.hex() + "".join("@" if part is INDEX else part.hex() for part in parts)
+
+
 # ==== state ==============================================================================================
 # A container is the folder <root>/<id>; the folder is made by create and removed by delete.  state.json is
 # written here only, and flock(2) on the folder keeps operations on one container apart.
@@ -2112,7 +3143,7 @@ def run_hooks(container, kind, status, namespaces_of=None):
 def hook_errors(container, kind, status, namespaces_of=None):
     """Runs hooks one by one, and yields a sentence, in runc's words, for each that fails.
 
-    status: what the state that they read says.  namespaces_of: a process whose mount namespace they join.
+    status: what the state that they read says.  namespaces_of: a process whose network and mount namespaces they join.
     """
     for number, hook in enumerate(parse_hooks(container.state.get("hooks", {}), kind)):
         state = container.state_for_hooks(status).encode()
@@ -2123,43 +3154,12 @@ def hook_errors(container, kind, status, namespaces_of=None):
 
 def run_hook(hook, state, bundle, namespaces_of):
     """Runs one hook to its end or its timeout; returns what went wrong, or "", and what it has written."""
-    import select
-
-    files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
-    os.write(files[0], state)
-    os.lseek(files[0], 0, os.SEEK_SET)
-    pid = os.fork()
-    if pid == 0:
-        execute_hook(hook, files, bundle, namespaces_of)
-    pidfd = os.pidfd_open(pid)
-    ended = bool(select.select([pidfd], [], [], hook.timeout or None)[0])
-    if not ended:
-        os.killpg(pid, SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = [printable(os.pread(fd, 4096, 0).decode("utf-8", "replace")) for fd in files[1:]]
-    for fd in (pidfd, *files):
-        os.close(fd)
-    reason = f"signal {-status}" if status < 0 else f"exit status {status}" if status else ""
-    if not ended:
+    env = dict(variable.partition("=")[::2] for variable in hook.env)
+    reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces_of)
+    texts = [printable(output[:4096].decode("utf-8", "replace")) for output in outputs]
+    if reason.startswith("ran past"):
         reason = f"hook ran past specified timeout of {hook.timeout}s"
     return reason, f", stdout: {texts[0]}, stderr: {texts[1]}"
-
-
-def execute_hook(hook, files, bundle, namespaces_of):
-    """The hook's side of the fork; never returns."""
-    try:
-        os.setsid()  # a group of its own, to be killed with its children
-        for target, source in enumerate(files):
-            os.dup2(source, target)
-        if namespaces_of:
-            system_call("setns", os.open(f"/proc/{namespaces_of}/ns/mnt", os.O_RDONLY), CLONE_NEWNS)
-        if os.path.isdir(bundle):
-            os.chdir(bundle)
-        default_signals()
-        os.execve(hook.path, hook.args, dict(variable.partition("=")[::2] for variable in hook.env))
-    except BaseException as error:  # nothing may return into the caller's side
-        os.write(2, f"cannot execute {hook.path}: {error}".encode())
-    os._exit(127)
 
 
 # ==== monitor ============================================================================================
@@ -2311,8 +3311,9 @@ def open_terminal(console_socket, size):
 class Monitor:
     """Builds one domain, serves it until it ends, and leaves nothing of it."""
 
-    def __init__(self, container, config, bundle, log, console_socket=None):
+    def __init__(self, container, config, networks, bundle, log, console_socket=None):
         self.container, self.config, self.bundle, self.log = container, config, bundle, log
+        self.networks, self.home = networks, os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self.console_socket, self.own_init = console_socket, config.machine.own_init
         self.xenstore = self.domid = self.exit_status = self.deadline = None
         self.consoles = []
@@ -2333,11 +3334,13 @@ class Monitor:
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
             pid=os.getpid(), pid_start_time=process_start_time(os.getpid()), startable=bool(config.process),
-            own_init=config.machine.own_init,
+            own_init=config.machine.own_init, namespace=config.namespace, networks=[], vifs=[], rate=config.rate,
+            hostname=config.hostname or container.id[:63],
         )  # fmt: skip
         os.mkfifo(container.path("control"), 0o600)
         self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
         self.xenstore = Xenstore()
+        self.attach_networks()
         share = container.path("share")
         sources = build_share(share, config)
         kernel, ramdisk = self.boot_files(os.path.join(share, "rootfs"), sources)
@@ -2352,8 +3355,35 @@ class Monitor:
         self.xenstore.take_events()  # each watch fires once when it is made
         if self.has_terminal():
             self.take_terminal()
+        self.enter_namespace()
         container.save(domid=self.domid)
         self.debug(f"domain {self.domid} ({container.state['name']}) is built")
+
+    def attach_networks(self):
+        """Has each network of NETCONF made or reserved, by its plugins; kept in the state before it is done."""
+        container, attachments = self.container, []
+        for number, network in enumerate(self.networks):
+            attachment = plan_attachment(network, number, container, self.config.rate, self.log)
+            attachments.append(attachment)
+            container.save(networks=[each.__dict__ for each in attachments])
+            if attachment.calls and not attachment.bridge and not os.path.exists(attachment.namespace):
+                make_namespace(attachment.namespace)
+            attach_network(attachment, network)
+            container.save(networks=[each.__dict__ for each in attachments])
+
+    def enter_namespace(self):
+        """Our network namespace becomes the container's, which engines know by our pid.  No xl is started in it: its
+        scripts belong to dom0's own."""
+        path = self.config.namespace
+        if path is None:
+            return
+        try:
+            if path:
+                system_call("setns", os.open(path, os.O_RDONLY | os.O_CLOEXEC), CLONE_NEWNET)
+            else:
+                system_call("unshare", CLONE_NEWNET)
+        except OSError as error:
+            raise Error(f"cannot enter the network namespace {path}: {error.strerror}") from None
 
     def boot_files(self, rootfs, sources):
         """The paths of kernel and ramdisk; the latter may be None where the VM boots a system of its own."""
@@ -2684,12 +3714,19 @@ class Monitor:
         """Undoes build(), as far as it came.  Streams first: who reads them sees the end at once."""
         for fd in (0, 1, 2):
             close_standard(fd)
-        clean_up(self.xenstore, self.container.state)
+        try:
+            state = self.container.load().state  # `start` has added to it
+        except Error:
+            state = self.container.state
+        clean_up(self.xenstore, state, self.home)
         self.debug("the domain is gone")
 
 
-def clean_up(xenstore, state):
-    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, log files."""
+def clean_up(xenstore, state, home=None):
+    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, vifs, log files.
+
+    home: dom0's network namespace, where we are not in it.
+    """
     uuid, name = state.get("uuid"), state.get("name")
     if uuid is None or xenstore is None:
         return  # it came no further
@@ -2698,9 +3735,12 @@ def clean_up(xenstore, state):
         # xl destroy signals QEMU and then waits two seconds for each of its devices (LIBXL_QEMU_BODGE_TIMEOUT in
         # libxl_internal.h), answer or not; a device that is not on libxl's list it does not wait for
         xenstore.remove(f"/libxl/{domid}/device/9pfs")
-        destroy_domain(domid)
+        for number in state.get("vifs", ()):
+            xenstore.remove(f"/libxl/{domid}/device/vif/{number}")
+        destroy_domain(domid, home)
     domid = domid or state.get("domid")
     if domid is not None:
+        unplug(xenstore, state)
         remove_backends(xenstore, "9pfs", domid, (0,))
         remove_backends(xenstore, "console", domid, (1, 2))
     folder = "/var/log/xen"
@@ -2710,9 +3750,13 @@ def clean_up(xenstore, state):
 
 
 def destroy(container, log):
-    """Removes what is left of a container that has no monitor any more, and runs its poststop hooks."""
+    """Removes what is left of a container that has no monitor any more, gives back its addresses, and runs its poststop
+    hooks."""
     if os.path.exists(container.path("control")):  # a monitor that has taken all down removes it
         clean_up(Xenstore(), container.state)
+    for fields in reversed(container.state.get("networks", ())):
+        detach_network(Attachment(**fields), log)
+    discard(container.path("netns"))
     container.remove()
     for error in hook_errors(container, "poststop", "stopped"):
         log.write("warning", error)
@@ -2748,7 +3792,7 @@ def run_monitor(monitor, report, commit):
     try:
         os.setsid()
         os.chdir("/")
-        close_other_descriptors({0, 1, 2, report, commit, monitor.console_socket})
+        close_other_descriptors({0, 1, 2, report, commit, monitor.console_socket, monitor.home})
         home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         monitor.build()
         os.write(report, b"+")
@@ -2765,6 +3809,7 @@ def run_monitor(monitor, report, commit):
         if not committed:
             if home is not None:  # poststop hooks run where the others have run
                 system_call("setns", home, CLONE_NEWNS)
+                system_call("setns", monitor.home, CLONE_NEWNET)
             destroy(monitor.container, monitor.log)
     except BaseException as error:
         monitor.log.write("error", f"cannot clean up after container {monitor.container.id}: {error}")
@@ -2847,12 +3892,13 @@ def find_console_socket(call, config, attached):
 
 def create(call, container, config, bundle, console_socket):
     """Makes the container; returns the monitor's pid."""
+    networks = [load_network(request, config.netconf_folders) for request in config.netconf]
     container.reserve()
     with container:
         try:
             for warning in config.warnings:
                 call.log.write("warning", f"container {container.id}: {warning}")
-            monitor = Monitor(container, config, bundle, call.log, console_socket)
+            monitor = Monitor(container, config, networks, bundle, call.log, console_socket)
             return start_monitor(monitor, call.options.get("pid-file"))
         except BaseException:
             if container.is_ours():  # still there: the monitor was killed
@@ -2911,10 +3957,10 @@ def write_pid_file(path, pid):
 
 
 def command_start(call):
-    start(call.container())
+    start(call.container(), call.log)
 
 
-def start(container):
+def start(container, log):
     with container:
         status = container.status()
         if status == "stopped":
@@ -2925,6 +3971,7 @@ def start(container):
             raise Error(f"cannot start a container in the {status} state")
         if not container.state["startable"]:
             raise Error(f"cannot start container {container.id}: its config.json has no process")
+        plug(container, log)
         change_domain("unpause", container.state["domid"])
         container.save(status="running")
     # without the lock: a hook may call runX
@@ -2971,7 +4018,7 @@ def command_run(call):
         engine, console_socket = (end.detach() for end in socket.socketpair())
     pid = create(call, container, config, bundle, console_socket)
     try:
-        start(container)
+        start(container, call.log)
     except BaseException:
         delete(container, True, call.log)
         raise

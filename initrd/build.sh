@@ -229,6 +229,7 @@ rm "$root/bin/poweroff"
 $compiler -Os -Wall -Wextra -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
     -static -s -Wl,--gc-sections -o "$root/sbin/enter" "$here/enter.c" >&2 || fail "cannot compile $here/enter.c."
 ln -s enter "$root/sbin/xs"
+ln -s enter "$root/sbin/net"
 
 # Names and numbers of system calls, for seccomp filters: enter looks them up.  "-": those of 32-bit programs.
 syscalls() { # HEADER PREFIX
@@ -246,11 +247,8 @@ syscalls() { # HEADER PREFIX
 grep -q '^execve [0-9]' "$root/etc/syscalls" || fail "cannot list the system calls: install $headers_package."
 cp "$here/init" "$root/init"
 cp "$here/poweroff" "$root/sbin/poweroff"
-if [ -f "$here/udhcpc" ]; then
-    cp "$here/udhcpc" "$root/sbin/udhcpc.script"
-    chmod 755 "$root/sbin/udhcpc.script"
-fi
-chmod 755 "$root" "$root"/* "$root/bin/busybox" "$root/sbin/enter" "$root/sbin/poweroff"
+cp "$here/udhcpc" "$root/sbin/udhcpc.script"
+chmod 755 "$root" "$root"/* "$root/bin/busybox" "$root"/sbin/*
 chmod 1777 "$root/tmp"
 
 mkdir -p "${result%/*}"

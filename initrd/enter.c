@@ -1,8 +1,9 @@
 /*
  * enter: starts the container's process in the VM and carries its standard streams.
  * xs:    the same program under a second name, one xenstore request from the shell.
+ * net:   under a third one, sets up the VM's network interfaces as xenstore says.
  *
- * Both are part of init and do what busybox cannot: exact argv and environment, mounts that cannot
+ * All are part of init and do what busybox cannot: exact argv and environment, mounts that cannot
  * leave the rootfs, credentials, binary-safe streams.  All policy is in runx.py, which writes
  * /container/config: NUL-terminated strings, flags of clone(2) for the process's own namespaces, and then
  * each keyword followed by its operands (see keywords[]).
@@ -15,7 +16,9 @@
 #include <limits.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/netlink.h>
 #include <linux/seccomp.h>
+#include <net/if.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -48,6 +51,7 @@ enum { FSOPEN_CLOEXEC = 1, FSMOUNT_CLOEXEC = 1, FSCONFIG_CMD_CREATE = 6 };
 /* The container's own exit status when its process cannot be started: that of a shell. */
 enum { CANNOT_EXECUTE = 126, NOT_FOUND = 127 };
 enum { MESSAGE_MAX = 1024 };	/* bytes; a node of xenstore holds 2048 */
+enum { RELEASE_TIME = 1000 };	/* milliseconds that a DHCP client has to give its lease back */
 
 /* Joins the strings up to NULL in buffer, as far as it reaches; returns their length.  No stdio: it is half of libc. */
 static size_t join(char *buffer, size_t size, ...)
@@ -164,8 +168,128 @@ static int xs_main(int argc, char **argv)
 	return 0;
 }
 
+/* ---- net: interfaces, addresses and routes, as messages of rtnetlink(7) that runx.py has made ---- */
+
+static int write_at(int folder, const char *path, const char *value)
+{
+	int fd = openat(folder, path, O_WRONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : write(fd, value, strlen(value));
+
+	if (fd >= 0)
+		close(fd);
+	return n < 0 ? -1 : 0;
+}
+
+static int digit(char c)
+{
+	return c >= 'a' ? c - 'a' + 10 : c - '0';
+}
+
+/* The number of the interface with a MAC address, which is 12 hexadecimal digits. */
+static uint32_t find_interface(const char *mac)
+{
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq request;
+
+	for (int index = 1; index < 1024; index++) {
+		int i = 0;
+		request.ifr_ifindex = index;
+		if (ioctl(fd, SIOCGIFNAME, &request) < 0 || ioctl(fd, SIOCGIFHWADDR, &request) < 0)
+			continue;
+		while (i < 6 && (unsigned char)request.ifr_hwaddr.sa_data[i] == (digit(mac[2 * i]) << 4 | digit(mac[2 * i + 1])))
+			i++;
+		if (i == 6) {
+			close(fd);
+			return index;
+		}
+	}
+	errno = ENODEV;
+	die(1, "find the network interface", mac);
+	return 0;
+}
+
+/* Sends one message, in hexadecimal with "@" for the interface's number, and dies with the kernel's answer if that is no. */
+static void send_message(int netlink, const char *hex, uint32_t index)
+{
+	char message[XS_PAYLOAD_MAX / 2 + sizeof index];
+	struct { struct nlmsghdr header; struct nlmsgerr error; char more[sizeof message]; } answer;
+	size_t len = 0;
+
+	for (const char *c = hex; *c && len + sizeof index <= sizeof message;) {
+		if (*c == '@') {
+			memcpy(message + len, &index, sizeof index);
+			len += sizeof index;
+			c++;
+		} else {
+			message[len++] = digit(c[0]) << 4 | digit(c[1]);
+			c += 2;
+		}
+	}
+	if (send(netlink, message, len, 0) < 0 || recv(netlink, &answer, sizeof answer, 0) < 0)
+		die(1, "send rtnetlink message", hex);
+	errno = -answer.error.error;
+	if (errno)
+		die(1, "apply rtnetlink message", hex);
+}
+
+/*
+ * data/network/0, 1, ... in this order: a MAC address, then words that are messages, or files below /proc with what is
+ * to be written to them: "sys/net/..=1".
+ */
+static int net_main(void)
+{
+	int netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE), proc = open("/proc", O_PATH | O_CLOEXEC);
+	char path[64], text[XS_PAYLOAD_MAX + 1], *value;
+
+	for (unsigned long number = 0;; number++) {
+		join(path, sizeof path, "data/network/", decimal(number), NULL);
+		if (xs_request(XS_READ, path, NULL, text) < 0)
+			return 0;
+		uint32_t index = find_interface(strtok(text, " "));
+		for (char *word; (word = strtok(NULL, " "));) {
+			if (!(value = strchr(word, '='))) {
+				send_message(netlink, word, index);
+			} else {
+				*value++ = 0;
+				write_at(proc, word, value);	/* what this kernel has not, it need not be told */
+			}
+		}
+	}
+}
+
+/* A container without any network has its own loopback too, as under runc. */
+static void start_loopback(void)
+{
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq request = { .ifr_name = "lo", .ifr_flags = IFF_UP };
+
+	ioctl(fd, SIOCSIFFLAGS, &request);
+	close(fd);
+}
+
+/* Leases of DHCP that init has got are given back: udhcpc does that on SIGTERM, and leaves.  /run/dhcp has its pids. */
+static void release_leases(void)
+{
+	char pids[1024], *next_pid = pids;
+	int fd = open("/run/dhcp", O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? 0 : read(fd, pids, sizeof pids - 1);
+
+	close(fd);
+	for (pids[n > 0 ? n : 0] = 0; *next_pid > ' '; next_pid++) {
+		int pidfd = syscall(SYS_pidfd_open, strtoul(next_pid, &next_pid, 10), 0);
+		struct pollfd end = { pidfd, POLLIN, 0 };
+		if (pidfd < 0)
+			continue;
+		syscall(SYS_pidfd_send_signal, pidfd, SIGTERM, NULL, 0);
+		poll(&end, 1, RELEASE_TIME);
+		close(pidfd);
+	}
+}
+
 /* ---- the container's process ---- */
 
+static int init_root;	/* init's own "/", with busybox and a /proc that the container may not have */
+static int init_run;	/* its /run, in the container's mount namespace */
 static char *config_next, *config_end;
 
 static char *next(void)
@@ -259,6 +383,7 @@ static void enter_rootfs(void)
 
 	if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
 	    (share = open(SHARE, O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0 ||
+	    (init_run = open("/run", O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0 ||
 	    mount(SHARE "/rootfs", SHARE "/rootfs", NULL, MS_BIND, NULL) < 0 || chdir(SHARE "/rootfs") < 0 ||
 	    mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || fchdir(share) < 0)
 		die(CANNOT_EXECUTE, "enter", "the rootfs");
@@ -414,23 +539,11 @@ static struct {
 	unsigned long filter_flags;
 } settings = { .cwd = "/", .umask = 022 };
 
-static int init_root;	/* init's own "/", with busybox and a /proc that the container may not have */
-
 static void append(char ***list, size_t *count, char *string)
 {
 	*list = realloc(*list, (*count + 2) * sizeof **list);
 	(*list)[(*count)++] = string;
 	(*list)[*count] = NULL;
-}
-
-static int write_at(int folder, const char *path, const char *value)
-{
-	int fd = openat(folder, path, O_WRONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : write(fd, value, strlen(value));
-
-	if (fd >= 0)
-		close(fd);
-	return n < 0 ? -1 : 0;
 }
 
 static void write_proc(const char *path, const char *value)
@@ -531,6 +644,21 @@ static void apply_readonly(void)
 	kept = statvfs(path, &st) < 0 ? 0 : st.f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME | MS_RELATIME);
 	if (mount(NULL, path, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | kept, NULL) < 0)
 		die(CANNOT_EXECUTE, "remount", path);
+}
+
+/* init keeps resolv.conf, for DHCP may change it, and the image keeps its own. */
+static void apply_resolv_conf(void)
+{
+	char target[] = "/etc/resolv.conf";
+	int share = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+
+	if (faccessat(init_run, "resolv.conf", F_OK, 0) < 0)
+		return;	/* nobody has told of a server */
+	make_parent(target);
+	close(open(target, O_CREAT | O_CLOEXEC, 0644));
+	if (fchdir(init_run) < 0 || mount("resolv.conf", target, NULL, MS_BIND, NULL) < 0 || fchdir(share) < 0)
+		die(CANNOT_EXECUTE, "mount", target);
+	close(share);
 }
 
 static void apply_propagation(void)
@@ -746,6 +874,7 @@ static const struct {
 	{ "terminal", open_terminal },
 	{ "mask", apply_mask },			/* path */
 	{ "readonly", apply_readonly },		/* path */
+	{ "resolv_conf", apply_resolv_conf },
 	{ "propagation", apply_propagation },	/* path flags */
 	{ "sysctl", apply_sysctl },		/* path below /proc, value */
 	{ "hostname", apply_hostname },		/* name */
@@ -954,6 +1083,7 @@ static int reap(pid_t process, int *status)
 	while ((pid = waitpid(-1, &wait_status, WNOHANG)) > 0)
 		if (pid == process) {
 			*status = WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
+			release_leases();
 			kill(-1, SIGKILL);
 		}
 	return pid < 0 && errno == ECHILD;
@@ -1098,6 +1228,7 @@ static int enter_main(void)
 
 	hvc1 = open_console("/dev/hvc1");
 	hvc2 = open_console("/dev/hvc2");
+	start_loopback();
 	load_config();
 	sigemptyset(&handled);
 	sigaddset(&handled, SIGCHLD);
@@ -1145,7 +1276,7 @@ static int enter_main(void)
 
 int main(int argc, char **argv)
 {
-	char *name = strrchr(argv[0], '/');
+	char *slash = strrchr(argv[0], '/'), *name = slash ? slash + 1 : argv[0];
 
-	return strcmp(name ? name + 1 : argv[0], "xs") ? enter_main() : xs_main(argc, argv);
+	return !strcmp(name, "xs") ? xs_main(argc, argv) : !strcmp(name, "net") ? net_main() : enter_main();
 }
