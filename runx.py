@@ -2076,10 +2076,11 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18  # <linux/if_link.h>
 IFLA_AF_SPEC, IFLA_NET_NS_FD, IFLA_INFO_KIND, IFLA_INET6_ADDR_GEN_MODE = 26, 28, 1, 8
 IFF_UP, ARPHRD_ETHER = 1, 1  # <linux/if.h>, <linux/if_arp.h>
-IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_F_NODAD, IFA_F_PERMANENT = 1, 2, 4, 0x02, 0x80  # <linux/if_addr.h>
+IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8  # <linux/if_addr.h>
+IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
 RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 2, 4, 5, 6, 7, 8, 18
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
-RTPROT_KERNEL, RTPROT_STATIC, RTPROT_RA, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 2, 4, 9, 0, 253
+RTPROT_STATIC, RTPROT_RA, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 4, 9, 0, 253
 NDA_DST, NDA_LLADDR, NUD_PERMANENT = 1, 2, 0x80  # <linux/neighbour.h>
 AF_INET, AF_INET6 = 2, 10
 # <linux/pkt_sched.h>, <linux/pkt_cls.h>, <linux/tc_act/tc_mirred.h>
@@ -2711,15 +2712,20 @@ def namespace_interfaces(path, log):
 
 
 def dump_addresses(netlink):
-    """{link's number: what Interface.addresses holds}.  What a router has advertised, the guest hears by itself."""
+    """{link's number: what Interface.addresses holds}.  What a router has advertised, the guest hears by itself.
+
+    Their subnets are not routes by themselves: what is one, dump_routes() says.
+    """
     import struct
 
     found = {}
     for body in netlink.request(RTM_GETADDR, NLM_F_DUMP, bytes(8)):
         family, length, flags, scope, index = struct.unpack_from("=BBBBI", body)
         if family == AF_INET or (family == AF_INET6 and flags & IFA_F_PERMANENT):
-            head = struct.pack("=BBBB", family, length, IFA_F_NODAD if family == AF_INET6 else 0, scope)
+            head = struct.pack("=BBBB", family, length, 0, scope)
             kept = {kind: value for kind, value in attributes(body[8:]).items() if kind in ADDRESS_ATTRIBUTES}
+            routed = IFA_F_NOPREFIXROUTE if family == AF_INET or scope == RT_SCOPE_UNIVERSE else 0
+            kept[IFA_FLAGS] = struct.pack("=I", routed | (IFA_F_NODAD if family == AF_INET6 else 0))
             tail = b"".join(attribute(*item) for item in kept.items())
             found.setdefault(index, []).append((head, tail))
     return found
@@ -2730,14 +2736,16 @@ ROUTE_ATTRIBUTES = (RTA_DST, RTA_SRC, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RT
 
 
 def dump_routes(netlink):
-    """{link's number: what Interface.routes holds}, without those that the kernel makes for each address."""
+    """{link's number: what Interface.routes holds}, without those that the guest's kernel has by itself."""
     import struct
 
     found = {}
     for body in netlink.request(RTM_GETROUTE, NLM_F_DUMP, bytes(12)):
         family, *_, table, protocol, _, kind, _ = struct.unpack_from("=8BI", body)
         values = attributes(body[12:])
-        if family not in (AF_INET, AF_INET6) or RTA_OIF not in values or protocol in (RTPROT_KERNEL, RTPROT_RA):
+        if family not in (AF_INET, AF_INET6) or RTA_OIF not in values or protocol == RTPROT_RA:
+            continue
+        if family == AF_INET6 and values.get(RTA_DST, b"").startswith(b"\xfe\x80"):
             continue
         if (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST):
             index = struct.unpack("=I", values[RTA_OIF])[0]

@@ -51,7 +51,7 @@ enum { FSOPEN_CLOEXEC = 1, FSMOUNT_CLOEXEC = 1, FSCONFIG_CMD_CREATE = 6 };
 /* The container's own exit status when its process cannot be started: that of a shell. */
 enum { CANNOT_EXECUTE = 126, NOT_FOUND = 127 };
 enum { MESSAGE_MAX = 1024 };	/* bytes; a node of xenstore holds 2048 */
-enum { RELEASE_TIME = 1000 };	/* milliseconds that a DHCP client has to give its lease back */
+enum { RELEASE_TIME = 1000, INTERFACES_MAX = 64 };	/* milliseconds that a DHCP client has to give its lease back */
 
 /* Joins the strings up to NULL in buffer, as far as it reaches; returns their length.  No stdio: it is half of libc. */
 static size_t join(char *buffer, size_t size, ...)
@@ -267,22 +267,26 @@ static void start_loopback(void)
 	close(fd);
 }
 
-/* Leases of DHCP that init has got are given back: udhcpc does that on SIGTERM, and leaves.  /run/dhcp has its pids. */
+/* Leases of DHCP are given back: udhcpc does that on SIGTERM, and leaves.  Its pid for eth<N> is in /run/dhcp.<N>. */
 static void release_leases(void)
 {
-	char pids[1024], *next_pid = pids;
-	int fd = open("/run/dhcp", O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? 0 : read(fd, pids, sizeof pids - 1);
+	char path[32], pid[24];
 
-	close(fd);
-	for (pids[n > 0 ? n : 0] = 0; *next_pid > ' '; next_pid++) {
-		int pidfd = syscall(SYS_pidfd_open, strtoul(next_pid, &next_pid, 10), 0);
-		struct pollfd end = { pidfd, POLLIN, 0 };
-		if (pidfd < 0)
+	for (unsigned long number = 0; number < INTERFACES_MAX; number++) {
+		join(path, sizeof path, "/run/dhcp.", decimal(number), NULL);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		ssize_t n = fd < 0 ? -1 : read(fd, pid, sizeof pid - 1);
+		if (fd >= 0)
+			close(fd);
+		if (n <= 0)
 			continue;
-		syscall(SYS_pidfd_send_signal, pidfd, SIGTERM, NULL, 0);
+		pid[n] = 0;
+		struct pollfd end = { syscall(SYS_pidfd_open, strtoul(pid, NULL, 10), 0), POLLIN, 0 };
+		if (end.fd < 0)
+			continue;
+		syscall(SYS_pidfd_send_signal, end.fd, SIGTERM, NULL, 0);
 		poll(&end, 1, RELEASE_TIME);
-		close(pidfd);
+		close(end.fd);
 	}
 }
 

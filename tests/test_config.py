@@ -751,7 +751,7 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
     spec["linux"] = {
         "sysctl": {"net.ipv4.ip_forward": "1", "net/ipv4/conf/eth0.1/x": "2"}, "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"], "rootfsPropagation": "shared", "personality": {"domain": "LINUX32"},
-        "namespaces": [{"type": "pid"}, {"type": "mount"}],
+        "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network"}],
         "resources": {
             "pids": {"limit": 7}, "hugepageLimits": [{"pageSize": "2MB", "limit": 4096}], "unified": {"cpu.idle": "1"}
         },

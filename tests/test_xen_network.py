@@ -1,0 +1,249 @@
+"""The VM's network: NETCONF with and without plugins, DHCP, the engine's namespace; and that nothing of it stays."""
+
+import functools
+import http.server
+import json
+import pathlib
+import shutil
+import subprocess
+import threading
+
+import pytest
+from conftest import IMAGE, Bundle, call, config, wait_for, wait_until
+
+import runx
+
+FOLDER = pathlib.Path("/etc/cni/net.d")
+LEASES = pathlib.Path("/run/runx-test-ipam")
+SUBNET = "10.77.0.0/24"
+
+
+def host_state():
+    """What a network may leave in dom0 beside what clean_dom0 looks at."""
+    links = {line.split()[1] for line in call("ip", "-o", "link").stdout.decode().splitlines()}
+    rules = [line for line in call("iptables-save").stdout.decode().splitlines() if line.startswith("-A")]
+    addresses = {path for path in LEASES.rglob("*") if path.name[0].isdigit()}
+    return {"links": links, "rules": rules, "addresses": addresses, "namespaces": call("ip", "netns").stdout}
+
+
+@pytest.fixture
+def network(clean_dom0, tmp_path):
+    """A bridge of dom0's, a web server on it, and networks for NETCONF; afterwards dom0's interfaces are as before."""
+    for command in (
+        "ip link add testbr0 type bridge", "ip address add 10.77.0.1/24 dev testbr0",
+        "ip address add fd77::1/64 dev testbr0 nodad", "ip link set testbr0 up",
+    ):  # fmt: skip
+        assert call(*command.split()).returncode == 0, command
+    (tmp_path / "page").write_text("hello from dom0\n")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("10.77.0.1", 8080), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    before = host_state()
+    yield functools.partial(write_network, tmp_path)
+    server.shutdown()
+    server.server_close()
+    for path in FOLDER.glob("test-*"):
+        path.unlink()
+    try:
+        wait_until(lambda: host_state() == before, "dom0's interfaces, rules and addresses as before", 10)
+    finally:
+        call("ip", "link", "del", "testbr0")
+        shutil.rmtree(LEASES, ignore_errors=True)
+
+
+def ipam(*subnets, **more):
+    ranges = [[{"subnet": subnet}] for subnet in subnets or (SUBNET, "fd77::/64")]
+    routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+    return {"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": str(LEASES), **more}
+
+
+def write_network(_folder, name="net", version="1.0.0", plugins=None, **settings):
+    """Writes a file with one network, after another one; returns what NETCONF names it by."""
+    first = {"type": "bridge", "bridge": "testbr0", "ipam": ipam(), **settings}
+    document = {"cniVersion": version, "name": name}
+    document.update({"plugins": [first, *plugins]} if plugins is not None else first)
+    path = FOLDER / f"test-{name}.conf"
+    path.write_text(json.dumps({"cniVersion": "0.2.0", "name": "other", "type": "bridge"}) + "\n" + json.dumps(document))
+    return f"{path},{name}"
+
+
+def fill(bundle, *args, netconf=(), namespace=None, **process):
+    """The bundle with busybox's commands and a config that asks for these networks."""
+    for applet in ("ip", "ping", "wget", "nc", "httpd", "grep", "hostname"):
+        if not (bundle.rootfs / "bin" / applet).exists():
+            (bundle.rootfs / "bin" / applet).symlink_to("busybox")
+    env = ["PATH=/bin", *(f"NETCONF{number or ''}={value}" for number, value in enumerate(netconf))]
+    spec = config(*args, env=env, **process)
+    where = {"type": "network", **({"path": namespace} if namespace else {})}
+    spec["linux"] = {"namespaces": [{"type": "pid"}, where]}
+    bundle.write_config(spec)
+
+
+def run(bundle, script, *args, **options):
+    fill(bundle, "sh", "-c", script, "sh", *args, **options)
+    return bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+
+
+LOOK = "ip -o address show; ip route; ip -6 route; cat /etc/resolv.conf; wget -q -O - http://10.77.0.1:8080/page"
+
+
+def test_without_a_network_there_is_a_loopback_and_no_device(bundle, network):
+    result = run(bundle, "ls /proc/sys/net/ipv4/conf; ping -c 1 127.0.0.1 >&2")
+    assert result.stdout.split() == [b"all", b"default", b"lo"], result
+
+
+@pytest.mark.parametrize("version", ["0.2.0", "1.1.0"])
+def test_static_addresses_on_a_bridge(bundle, network, version):
+    settings = {"dns": {"nameservers": ["10.77.0.53"], "search": ["test"]}}
+    netconf = network(version=version, **settings)
+    address = "10.77.0.7" if version == "0.2.0" else "10.77.0.7;fd77::7/64"
+    if version == "0.2.0":
+        netconf = network(version=version, ipam={"type": "host-local", "subnet": SUBNET, "gateway": "10.77.0.1",
+                                                 "dataDir": str(LEASES)}, **settings)  # fmt: skip
+    result = run(bundle, LOOK + "; ping -c 1 -w 9 fd77::1 >/dev/null && echo v6", netconf=[f"{netconf},{address}"])
+    text = result.stdout.decode()
+    assert "inet 10.77.0.7/24" in text and "default via 10.77.0.1 dev eth0" in text, result
+    assert "nameserver 10.77.0.53\nsearch test\n" in text and "hello from dom0" in text
+    assert version == "0.2.0" or ("inet6 fd77::7/64" in text and text.endswith("v6\n"))
+    assert not (bundle.rootfs / "etc/resolv.conf").read_text()
+
+
+def test_an_address_is_reserved_until_delete_also_after_the_monitor_was_killed(bundle, network, tmp_path):
+    netconf = network()
+    fill(bundle, "sleep", "1000", netconf=[f"{netconf},10.77.0.9"])
+    pidfd = bundle.created()
+    assert bundle.runx("start", bundle.id).returncode == 0
+    (tmp_path / "second").mkdir()
+    second = Bundle(tmp_path / "second")
+    refused = run(second, "true", netconf=[f"{netconf},10.77.0.9"])
+    assert b"CNI plugin host-local, ADD: " in refused.stderr and b"10.77.0.9" in refused.stderr
+    wait_until(lambda: call("ping", "-c1", "-w1", "10.77.0.9").returncode == 0, "an answer of the VM")
+    runx.os.kill(bundle.pid(), 9)
+    wait_for(pidfd)
+    assert bundle.runx("delete", bundle.id).returncode == 0
+    assert run(second, "true", netconf=[f"{netconf},10.77.0.9"]).returncode == 0
+
+
+def test_the_bridge_plugin_and_a_chain_of_others(bundle, network):
+    firewall = [{"type": "firewall"}, {"type": "bandwidth", "egressRate": 80_000_000, "egressBurst": 8_000_000}]
+    netconf = network(plugins=firewall, hairpinMode=True, ipMasq=True)
+    result = run(bundle, LOOK, netconf=[f"{netconf},auto"])
+    assert b"hello from dom0" in result.stdout and b"default via 10.77.0.1" in result.stdout, result
+
+
+def test_a_point_to_point_network_and_a_second_one(bundle, network):
+    point = network("point", type="ptp", ipam=ipam("10.78.0.0/24"))
+    result = run(bundle, LOOK + "; ping -c 1 -w 9 10.78.0.1", netconf=[f"{network()},auto", point])
+    text = result.stdout.decode()
+    assert result.returncode == 0 and "eth1    inet 10.78.0." in text and "hello from dom0" in text, result
+
+
+@pytest.fixture
+def dnsmasq(network, tmp_path):
+    log, leases = tmp_path / "dnsmasq.log", tmp_path / "leases"
+    command = [
+        "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--interface=testbr0", "--bind-interfaces", "--port=0",
+        "--dhcp-range=10.77.0.50,10.77.0.60,2m", "--dhcp-option=6,10.77.0.53", f"--dhcp-leasefile={leases}",
+        "--dhcp-option=option:T1,5", "--log-dhcp", f"--log-facility={log}", "--user=root",
+    ]  # fmt: skip
+    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: log.exists() and "DHCP, IP range" in log.read_text(), "dnsmasq")
+    yield log, leases
+    daemon.terminate()
+    daemon.wait()
+
+
+def test_a_lease_by_dhcp_is_renewed_and_given_back(bundle, network, dnsmasq):
+    log, leases = dnsmasq
+    fill(bundle, "sh", "-c", LOOK + "; exec sleep 1000", netconf=[network()])
+    pidfd = bundle.created()
+    assert bundle.runx("start", bundle.id).returncode == 0
+    wait_until(lambda: "hello from dom0" in (bundle.folder / "stdout").read_text(), "the page")
+    text = (bundle.folder / "stdout").read_text()
+    assert "inet 10.77.0.5" in text and "default via 10.77.0.1" in text and "nameserver 10.77.0.53" in text
+    assert f" {bundle.id} " in leases.read_text()
+    wait_until(lambda: log.read_text().count("DHCPACK") >= 2, "the renewal", 60)
+    bundle.runx("kill", bundle.id, "KILL")
+    wait_for(pidfd)
+    wait_until(lambda: "DHCPRELEASE" in log.read_text(), "the release")
+
+
+def test_guests_reach_each_other(bundle, network, tmp_path):
+    netconf = network()
+    (bundle.rootfs / "page").write_text("hello from a VM\n")
+    fill(bundle, "httpd", "-f", "-h", "/", netconf=[f"{netconf},10.77.0.7"])
+    bundle.created()
+    assert bundle.runx("start", bundle.id).returncode == 0
+    (tmp_path / "second").mkdir()
+    second = Bundle(tmp_path / "second")
+    result = run(second, "ping -c 1 -w 9 10.77.0.7 >&2; wget -q -O - http://10.77.0.7/page", netconf=[f"{netconf},auto"])
+    assert result.stdout == b"hello from a VM\n", result
+    assert call("busybox", "wget", "-q", "-O", "-", "http://10.77.0.7/page").stdout == b"hello from a VM\n"
+    bundle.runx("kill", bundle.id, "KILL")
+
+
+@pytest.fixture
+def namespace():
+    """A network namespace as an engine makes it."""
+    call("ip", "netns", "add", "test")
+    for command in (
+        "link add eth3 mtu 1400 address 02:00:00:00:77:03 netns test type veth peer name testveth",
+        "link set testveth master testbr0 up", "-n test link set eth3 up", "-n test address add 10.77.0.33/24 dev eth3",
+        "-n test address add fd77::33/64 dev eth3 nodad", "-n test route add 10.99.0.0/16 via 10.77.0.1",
+        "-n test neighbour add 10.77.0.99 lladdr 02:00:00:00:77:99 dev eth3",
+    ):  # fmt: skip
+        yield_command = call("ip", *command.split())
+        assert yield_command.returncode == 0, (command, yield_command)
+    yield "/run/netns/test"
+    call("ip", "netns", "del", "test")
+
+
+def test_the_engines_namespace_moves_into_the_vm_and_back(bundle, network, namespace):
+    script = "ip -o link show eth3; " + LOOK.replace("cat /etc/resolv.conf;", "cat /proc/net/arp;")
+    for _ in range(2):
+        result = run(bundle, script, namespace=namespace)
+        text = result.stdout.decode()
+        assert "mtu 1400" in text and "02:00:00:00:77:03" in text and "10.77.0.33/24" in text, result
+        assert "fd77::33/64" in text and "10.99.0.0/16 via 10.77.0.1" in text and "02:00:00:00:77:99" in text
+        assert "hello from dom0" in text
+    inside = call("ip", "netns", "exec", "test", "ping", "-c", "1", "-w", "5", "10.77.0.1")
+    assert inside.returncode == 0, inside
+
+
+def test_what_cannot_be_is_refused_and_leaves_nothing(bundle, network):
+    bad = FOLDER / "test-bad.conf"
+    bad.write_text('{"cniVersion": "1.0.0", ')
+    full = network("full", ipam=ipam("10.77.0.0/30"))
+    missing = network("missing", bridge="no-such-br")
+    good = network()
+    cases = [
+        (f"{good},10.78.0.1", "10.78.0.1 is not in 10.77.0.0/24"),
+        (f"{good},10.77.0.300", "is not an IP address"),
+        (good.replace(",net", ",nat"), "networks nat, not one; it has other, net"),
+        (f"{bad},x", "cannot read the networks in"),
+        (f"/tmp/file,{bundle.id}", "is in none of the folders"),
+        (f"{missing},auto", "there is no bridge no-such-br"),
+        (f"{full},10.77.0.1", "CNI plugin host-local, ADD: "),
+    ]
+    for netconf, words in cases:
+        fill(bundle, "true", netconf=[netconf])
+        result = bundle.create()
+        assert result.returncode != 0 and words in result.stderr.decode(), (netconf, result)
+        assert result.stderr.count(b"\n") == 1 and not (bundle.root / bundle.id).exists()
+    spec = config("true")
+    spec["linux"] = {"namespaces": [{"type": "pid"}]}
+    bundle.write_config(spec)
+    assert b"the host's own network, which a VM cannot have" in bundle.create().stderr
+
+
+def test_ctr_with_cni(network):
+    FOLDER.joinpath("test-00.conflist").write_text(json.dumps({
+        "cniVersion": "0.4.0", "name": "ctr", "plugins": [{"type": "bridge", "bridge": "testbr0", "ipam": ipam()}],
+    }))  # fmt: skip
+    pathlib.Path("/opt/cni").mkdir(exist_ok=True)
+    if not pathlib.Path("/opt/cni/bin").exists():
+        pathlib.Path("/opt/cni/bin").symlink_to("/usr/lib/cni")
+    script = "ip -o address; ping -c 1 -w 9 fd77::1; wget -q -O - http://10.77.0.1:8080/page"
+    result = call("ctr", "run", "--rm", "--cni", "--runc-binary=/usr/sbin/runX", IMAGE, "test-cni", "sh", "-c", script)
+    assert result.stdout.endswith(b"hello from dom0\n") and b"fd77::" in result.stdout, result
