@@ -64,7 +64,8 @@ def write_network(_folder, name="net", version="1.0.0", plugins=None, **settings
     document = {"cniVersion": version, "name": name}
     document.update({"plugins": [first, *plugins]} if plugins is not None else first)
     path = FOLDER / f"test-{name}.conf"
-    path.write_text(json.dumps({"cniVersion": "0.2.0", "name": "other", "type": "bridge"}) + "\n" + json.dumps(document))
+    other = {"cniVersion": "0.2.0", "name": "other", "type": "bridge"}
+    path.write_text(json.dumps(other) + "\n" + json.dumps(document))
     return f"{path},{name}"
 
 
@@ -177,14 +178,15 @@ def test_guests_reach_each_other(bundle, network, tmp_path):
     assert bundle.runx("start", bundle.id).returncode == 0
     (tmp_path / "second").mkdir()
     second = Bundle(tmp_path / "second")
-    result = run(second, "ping -c 1 -w 9 10.77.0.7 >&2; wget -q -O - http://10.77.0.7/page", netconf=[f"{netconf},auto"])
+    script = "ping -c 1 -w 9 10.77.0.7 >&2; wget -q -O - http://10.77.0.7/page"
+    result = run(second, script, netconf=[f"{netconf},auto"])
     assert result.stdout == b"hello from a VM\n", result
     assert call("busybox", "wget", "-q", "-O", "-", "http://10.77.0.7/page").stdout == b"hello from a VM\n"
     bundle.runx("kill", bundle.id, "KILL")
 
 
 @pytest.fixture
-def namespace():
+def namespace(network):
     """A network namespace as an engine makes it."""
     call("ip", "netns", "add", "test")
     for command in (
@@ -193,10 +195,11 @@ def namespace():
         "-n test address add fd77::33/64 dev eth3 nodad", "-n test route add 10.99.0.0/16 via 10.77.0.1",
         "-n test neighbour add 10.77.0.99 lladdr 02:00:00:00:77:99 dev eth3",
     ):  # fmt: skip
-        yield_command = call("ip", *command.split())
-        assert yield_command.returncode == 0, (command, yield_command)
+        done = call("ip", *command.split())
+        assert done.returncode == 0, (command, done)
     yield "/run/netns/test"
     call("ip", "netns", "del", "test")
+    call("umount", "/run/netns")  # which ip has mounted
 
 
 def test_the_engines_namespace_moves_into_the_vm_and_back(bundle, network, namespace):
