@@ -2919,14 +2919,12 @@ def unplug(xenstore, state):
     for number in vifs:
         xenstore.remove(f"/libxl/{domid}/device/vif/{number}")
     remove_backends(xenstore, "vif", domid, vifs)
-    if state["namespace"] and os.path.exists(state["namespace"]):  # else it ends with the monitor
-        netlink = Rtnetlink(state["namespace"])
-        for device in state["joined"]:
-            link = netlink.find_link(device)
-            try:
-                end_redirect(netlink, link.index if link else 0)
-            except OSError:
-                pass  # it came no further
+    for device in state["joined"] if state["namespace"] else ():  # any other namespace ends with the container
+        try:
+            netlink = Rtnetlink(state["namespace"])
+            end_redirect(netlink, netlink.find_link(device).index)
+        except (OSError, AttributeError):
+            pass  # it came no further, or the engine has taken the interface away
 
 
 def tell_guest(xenstore, container, interfaces):

@@ -44,7 +44,7 @@ def network(clean_dom0, tmp_path):
     yield functools.partial(write_network, tmp_path)
     server.shutdown()
     server.server_close()
-    for path in FOLDER.glob("test-*"):
+    for path in FOLDER.glob("*test-*"):
         path.unlink()
     try:
         wait_until(lambda: host_state() == before, "dom0's interfaces, rules and addresses as before", 10)
@@ -141,13 +141,31 @@ def test_a_point_to_point_network_and_a_second_one(bundle, network):
     assert result.returncode == 0 and "eth1    inet 10.78.0." in text and "hello from dom0" in text, result
 
 
+def test_twenty_at_once_get_twenty_addresses_and_give_them_back(network, tmp_path):
+    netconf, bundles = network(), []
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+        bundles.append(Bundle(tmp_path / str(number)))
+        fill(bundles[-1], "sh", "-c", "ip -o -4 address show eth0; ping -c 1 -w 60 10.77.0.1 >&2",
+             netconf=[f"{netconf},auto"])  # fmt: skip
+    runs = [
+        subprocess.Popen(
+            bundle.command("run", "--bundle", str(bundle.folder), bundle.id),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) for bundle in bundles
+    ]  # fmt: skip
+    results = [(run.communicate(timeout=600), run.returncode) for run in runs]
+    assert [status for _, status in results] == [0] * 20, results
+    assert len({output.split()[3] for (output, _), _ in results}) == 20, results
+
+
 @pytest.fixture
 def dnsmasq(network, tmp_path):
     log, leases = tmp_path / "dnsmasq.log", tmp_path / "leases"
     command = [
         "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--interface=testbr0", "--bind-interfaces", "--port=0",
         "--dhcp-range=10.77.0.50,10.77.0.60,2m", "--dhcp-option=6,10.77.0.53", f"--dhcp-leasefile={leases}",
-        "--dhcp-option=option:T1,5", "--log-dhcp", f"--log-facility={log}", "--user=root",
+        "--log-dhcp", f"--log-facility={log}", "--user=root",
     ]  # fmt: skip
     daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: log.exists() and "DHCP, IP range" in log.read_text(), "dnsmasq")
@@ -165,10 +183,11 @@ def test_a_lease_by_dhcp_is_renewed_and_given_back(bundle, network, dnsmasq):
     text = (bundle.folder / "stdout").read_text()
     assert "inet 10.77.0.5" in text and "default via 10.77.0.1" in text and "nameserver 10.77.0.53" in text
     assert f" {bundle.id} " in leases.read_text()
-    wait_until(lambda: log.read_text().count("DHCPACK") >= 2, "the renewal", 60)
+    wait_until(lambda: log.read_text().count("DHCPACK") >= 2, "the renewal, after half of dnsmasq's shortest time", 90)
     bundle.runx("kill", bundle.id, "KILL")
     wait_for(pidfd)
     wait_until(lambda: "DHCPRELEASE" in log.read_text(), "the release")
+    assert bundle.runx("delete", bundle.id).returncode == 0
 
 
 def test_guests_reach_each_other(bundle, network, tmp_path):
@@ -183,7 +202,7 @@ def test_guests_reach_each_other(bundle, network, tmp_path):
     result = run(second, script, netconf=[f"{netconf},auto"])
     assert result.stdout == b"hello from a VM\n", result
     assert call("busybox", "wget", "-q", "-O", "-", "http://10.77.0.7/page").stdout == b"hello from a VM\n"
-    bundle.runx("kill", bundle.id, "KILL")
+    assert bundle.runx("delete", "--force", bundle.id).returncode == 0
 
 
 @pytest.fixture
@@ -242,7 +261,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(bundle, network):
 
 
 def test_ctr_with_cni(network):
-    FOLDER.joinpath("test-00.conflist").write_text(json.dumps({
+    FOLDER.joinpath("00-test-ctr.conflist").write_text(json.dumps({
         "cniVersion": "0.4.0", "name": "ctr", "plugins": [{"type": "bridge", "bridge": "testbr0", "ipam": ipam()}],
     }))  # fmt: skip
     pathlib.Path("/opt/cni").mkdir(exist_ok=True)
