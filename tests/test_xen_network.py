@@ -31,7 +31,7 @@ def host_state():
 def network(clean_dom0, tmp_path):
     """A bridge of dom0's, a web server on it, and networks for NETCONF; afterwards dom0's interfaces are as before."""
     for command in (
-        "ip link add testbr0 type bridge", "ip address add 10.77.0.1/24 dev testbr0",
+        "modprobe ifb", "ip link add testbr0 type bridge", "ip address add 10.77.0.1/24 dev testbr0",
         "ip address add fd77::1/64 dev testbr0 nodad", "ip link set testbr0 up",
     ):  # fmt: skip
         assert call(*command.split()).returncode == 0, command
@@ -47,7 +47,9 @@ def network(clean_dom0, tmp_path):
     for path in FOLDER.glob("*test-*"):
         path.unlink()
     try:
-        wait_until(lambda: host_state() == before, "dom0's interfaces, rules and addresses as before", 10)
+        wait_until(lambda: host_state() == before, "dom0's network as before", 10)
+    except AssertionError:
+        pytest.fail(f"left behind or taken away: {[(now, before[key]) for key, now in host_state().items()]}")
     finally:
         call("ip", "link", "del", "testbr0")
         shutil.rmtree(LEASES, ignore_errors=True)
