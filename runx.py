@@ -2633,7 +2633,7 @@ def resolv_conf(dns):
 # The VM's network interfaces: what each is like, its backend in dom0 (netback: xen/include/public/io/netif.h), where
 # that is joined to, and what the guest is told.  `start` does it all: engines fill a namespace until then.
 
-VIF_TIME_LIMIT = 10  # seconds that netback has to make a vif
+VIF_TIME_LIMIT = 40  # seconds that netback has to make a vif, as libxl gives its hotplug scripts
 GUEST_NODE_MAX = 3500  # bytes in a node for the guest, which reads 4096 at once (XENSTORE_PAYLOAD_MAX)
 INDEX = None  # in a message for the guest: the number of the interface, which only the guest knows
 HOTPLUG_SCRIPT = "/bin/true"  # for an `xl destroy` by hand; nothing else runs it
