@@ -143,24 +143,6 @@ def test_a_point_to_point_network_and_a_second_one(bundle, network):
     assert result.returncode == 0 and "eth1    inet 10.78.0." in text and "hello from dom0" in text, result
 
 
-def test_ten_at_once_get_ten_addresses_and_give_them_back(network, tmp_path):
-    netconf, bundles = network(), []
-    for number in range(10):
-        (tmp_path / str(number)).mkdir()
-        bundles.append(Bundle(tmp_path / str(number)))
-        fill(bundles[-1], "sh", "-c", "ip -o -4 address show eth0; ping -c 1 -w 60 10.77.0.1 >&2",
-             netconf=[f"{netconf},auto"])  # fmt: skip
-    runs = [
-        subprocess.Popen(
-            bundle.command("run", "--bundle", str(bundle.folder), bundle.id),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ) for bundle in bundles
-    ]  # fmt: skip
-    results = [(run.communicate(timeout=600), run.returncode) for run in runs]
-    assert [status for _, status in results] == [0] * 10, results
-    assert len({output.split()[3] for (output, _), _ in results}) == 10, results
-
-
 @pytest.fixture
 def dnsmasq(network, tmp_path):
     log, leases = tmp_path / "dnsmasq.log", tmp_path / "leases"
