@@ -254,30 +254,3 @@ def test_ctr_with_cni(network):
     script = "ip -o address; ping -c 1 -w 9 fd77::1; wget -q -O - http://10.77.0.1:8080/page"
     result = call("ctr", "run", "--rm", "--cni", "--runc-binary=/usr/sbin/runX", IMAGE, "test-cni", "sh", "-c", script)
     assert result.stdout.endswith(b"hello from dom0\n") and b"fd77::" in result.stdout, result
-
-
-@pytest.mark.skipif(not shutil.which("podman"), reason="needs podman")
-def test_podmans_network_with_a_published_port(bundle, clean_dom0):
-    (bundle.rootfs / "page").write_text("hello from a VM\n")
-    (bundle.rootfs / "bin/httpd").symlink_to("busybox")
-    before = call("iptables-save").stdout
-    options = ["--cgroup-manager", "cgroupfs", "run", "--name", "web", "-p", "8081:80", "--rootfs", str(bundle.rootfs)]
-    with open(bundle.folder / "podman.log", "wb") as log:
-        podman = subprocess.Popen(
-            ["podman", "--runtime", "/usr/sbin/runX", *options, "httpd", "-f", "-h", "/"],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
-
-    def page():
-        assert podman.poll() is None, (bundle.folder / "podman.log").read_text()
-        return call("busybox", "wget", "-T", "5", "-q", "-O", "-", "http://127.0.0.1:8081/page").stdout
-
-    try:
-        wait_until(lambda: page() == b"hello from a VM\n", "the page", 60)
-    finally:
-        call("podman", "--cgroup-manager", "cgroupfs", "rm", "--force", "--time", "0", "web")
-        podman.wait()
-        call("umount", "/var/lib/containers/storage/overlay")  # podman's own, which it leaves mounted
-        call("umount", "/run/netns")
-        call("ip", "link", "del", "cni-podman0")
-        call("iptables-restore", input=before)
