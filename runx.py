@@ -2088,6 +2088,8 @@ TC_H_INGRESS, INGRESS_HANDLE, TCA_KIND, TCA_OPTIONS = 0xFFFFFFF1, 0xFFFF0000, 1,
 TCA_MATCHALL_ACT, TCA_ACT_KIND, TCA_ACT_OPTIONS, TCA_MIRRED_PARMS, TC_ACT_STOLEN, TCA_EGRESS_REDIR = 2, 1, 2, 2, 4, 1
 ETH_P_ALL_BIG_ENDIAN = 0x0300
 
+INDEX = None  # in a message for the guest: the number of the interface, which only the guest knows
+
 
 def attribute(kind, value):
     """A struct rtattr.  value: bytes, a string or a number of 32 bits."""
@@ -2111,12 +2113,21 @@ def attributes(data):
 
 
 def link_message(index, *parts, up=None):
-    """The parts of the body of an RTM_NEWLINK; up: True or False to change that.  index None: see guest_message()."""
+    """The parts of the body of an RTM_NEWLINK; up: True or False to change that.  index: a number, or INDEX."""
     import struct
 
     flags = struct.pack("=II", IFF_UP if up else 0, 0 if up is None else IFF_UP)
-    index = (b"\0\0\0\0", None) if index is None else (struct.pack("=xxxxi", index),)
+    index = (b"\0\0\0\0", INDEX) if index is INDEX else (struct.pack("=xxxxi", index),)
     return (*index, flags + b"".join(parts))
+
+
+def guest_message(kind, flags, *parts):
+    """A message of rtnetlink in hexadecimal; "@" for the four bytes of INDEX."""
+    import struct
+
+    length = 16 + sum(4 if part is INDEX else len(part) for part in parts)
+    head = struct.pack("=IHHII", length, kind, NLM_F_REQUEST | NLM_F_ACK | flags, 0, 0)
+    return head.hex() + "".join("@" if part is INDEX else part.hex() for part in parts)
 
 
 class Link(Record):
@@ -2378,9 +2389,14 @@ def parse_addresses(text, network):
     return addresses
 
 
+def cni_path():
+    """The folders of the plugins: the engine's word, or the usual ones."""
+    return os.environ.get("CNI_PATH", CNI_PATH)
+
+
 def find_plugin(name):
     """The path of a CNI plugin, or None."""
-    for folder in os.environ.get("CNI_PATH", CNI_PATH).split(":"):
+    for folder in cni_path().split(":"):
         path = os.path.join(folder, name)
         if os.access(path, os.X_OK):
             return path
@@ -2440,7 +2456,7 @@ def plan_addresses(network, attachment, log):
     if kind not in ("", "dhcp") and find_plugin(kind):
         attachment.calls = [[kind, plugin_configuration(network, network.plugins[0])]]
     elif network.mode == "auto":
-        raise Error(f"network {network.name}: no address without the CNI plugin {kind}: install it in {CNI_PATH}")
+        raise Error(f"network {network.name}: no address without the CNI plugin {kind}: install it in {cni_path()}")
     else:
         log.write("warning", f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
         use_result(attachment, {"routes": network.ipam().get("routes") or []}, network)
@@ -2534,8 +2550,7 @@ def attach_network(attachment, network):
     version = negotiate_version(attachment) if network.version == CNI_VERSIONS[-1] else network.version
     for plugin, configuration in attachment.calls:
         configuration["cniVersion"] = version
-        previous = {"prevResult": attachment.result} if attachment.result is not None else {}
-        output = call_plugin("ADD", attachment, plugin, {**configuration, **previous})
+        output = call_plugin("ADD", attachment, plugin, configuration)
         try:
             attachment.result = {**json.loads(output)}
         except (ValueError, TypeError):
@@ -2563,22 +2578,26 @@ def negotiate_version(attachment):
 def detach_network(attachment, log):
     """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay."""
     for plugin, configuration in reversed(attachment.calls):
-        previous = {"prevResult": attachment.result} if attachment.result is not None else {}
         try:
-            call_plugin("DEL", attachment, plugin, {**configuration, **previous})
+            call_plugin("DEL", attachment, plugin, configuration)
         except Error as error:
             log.write("warning", str(error))
 
 
 def call_plugin(command, attachment, plugin, configuration):
-    """What a plugin prints: SPEC.md "Execution Protocol".  Raises Error with the plugin's own reason."""
+    """What a plugin prints: SPEC.md "Execution Protocol".  It gets the result of the one before, if there is one.
+
+    Raises Error with the plugin's own reason.
+    """
     import json
 
     what, path = f"network {attachment.network}: CNI plugin {plugin}", find_plugin(plugin)
     if not path:
-        raise Error(f"{what} is not installed in {os.environ.get('CNI_PATH', CNI_PATH)}")
+        raise Error(f"{what} is not installed in {cni_path()}")
+    if attachment.result is not None:
+        configuration = {**configuration, "prevResult": attachment.result}
     env = {
-        **os.environ, "PATH": PATH, "CNI_PATH": os.environ.get("CNI_PATH", CNI_PATH), "CNI_COMMAND": command,
+        **os.environ, "PATH": PATH, "CNI_PATH": cni_path(), "CNI_COMMAND": command,
         "CNI_CONTAINERID": attachment.identity, "CNI_NETNS": attachment.namespace,
         "CNI_IFNAME": attachment.interface, "CNI_ARGS": f"IgnoreUnknown=1;MAC={attachment.mac}",
     }  # fmt: skip
@@ -2635,7 +2654,6 @@ def resolv_conf(dns):
 
 VIF_TIME_LIMIT = 40  # seconds that netback has to make a vif, as libxl gives its hotplug scripts
 GUEST_NODE_MAX = 3500  # bytes in a node for the guest, which reads 4096 at once (XENSTORE_PAYLOAD_MAX)
-INDEX = None  # in a message for the guest: the number of the interface, which only the guest knows
 HOTPLUG_SCRIPT = "/bin/true"  # for an `xl destroy` by hand; nothing else runs it
 # taken over from a namespace; and who had an address there has made sure already that nobody else has it
 IPV6_SETTINGS = ("disable_ipv6", "accept_ra")
@@ -2980,15 +2998,6 @@ def guest_words(interface):
         head, state = struct.pack("=Bxxx", family), struct.pack("=HBB", NUD_PERMANENT, 0, 0)
         words.append(guest_message(RTM_NEWNEIGH, add, head, INDEX, state + tail))
     return words
-
-
-def guest_message(kind, flags, *parts):
-    """A message of rtnetlink in hexadecimal; "@" for the four bytes of INDEX."""
-    import struct
-
-    length = 16 + sum(4 if part is INDEX else len(part) for part in parts)
-    head = struct.pack("=IHHII", length, kind, NLM_F_REQUEST | NLM_F_ACK | flags, 0, 0)
-    return head.hex() + "".join("@" if part is INDEX else part.hex() for part in parts)
 
 
 # ==== state ==============================================================================================

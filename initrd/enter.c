@@ -51,7 +51,8 @@ enum { FSOPEN_CLOEXEC = 1, FSMOUNT_CLOEXEC = 1, FSCONFIG_CMD_CREATE = 6 };
 /* The container's own exit status when its process cannot be started: that of a shell. */
 enum { CANNOT_EXECUTE = 126, NOT_FOUND = 127 };
 enum { MESSAGE_MAX = 1024 };	/* bytes; a node of xenstore holds 2048 */
-enum { RELEASE_TIME = 1000, INTERFACES_MAX = 64 };	/* milliseconds that a DHCP client has to give its lease back */
+enum { INTERFACES_MAX = 64 };	/* that ask by DHCP */
+enum { RELEASE_TIME = 1000 };	/* milliseconds that a DHCP client has to give its lease back */
 
 /* Joins the strings up to NULL in buffer, as far as it reaches; returns their length.  No stdio: it is half of libc. */
 static size_t join(char *buffer, size_t size, ...)

@@ -41,7 +41,7 @@ def network(clean_dom0, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     FOLDER.mkdir(parents=True, exist_ok=True)
     before = host_state()
-    yield functools.partial(write_network, tmp_path)
+    yield write_network
     server.shutdown()
     server.server_close()
     for path in FOLDER.glob("*test-*"):
@@ -61,7 +61,7 @@ def ipam(*subnets, **more):
     return {"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": str(LEASES), **more}
 
 
-def write_network(_folder, name="net", version="1.0.0", plugins=None, **settings):
+def write_network(name="net", version="1.0.0", plugins=None, **settings):
     """Writes a file with one network, after another one; returns what NETCONF names it by."""
     first = {"type": "bridge", "bridge": "testbr0", "ipam": ipam(), **settings}
     document = {"cniVersion": version, "name": name}
