@@ -42,7 +42,7 @@ class NoContainer(Error):
 
 
 class Log:
-    """The engine's log file (--log, --log-format), one record a line.
+    """The engine's log file (--log, --log-format), one record a line; without one, it is standard error.
 
     Podman reads the file as a single JSON object and containerd looks for the last "error", so
     nothing is written but what a user must learn; `debug` adds what a developer wants.
@@ -60,15 +60,14 @@ class Log:
             line = json.dumps({"level": level, "msg": message, "time": now})
         else:
             line = f"time={now} level={level} msg={message}"
-        if self.path is None:
-            if level == "debug":
-                print(line, file=sys.stderr)
-            return
         try:
+            if self.path is None:
+                print(line, file=sys.stderr, flush=True)
+                return
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
         except OSError:
-            pass  # an unwritable log must not hide the error, which goes to stderr too
+            pass  # an unwritable log must not hide the error
 
     def debug(self, message):
         if self.wants_debug:
@@ -2817,8 +2816,9 @@ def attachment_interface(attachment, log):
         if not interface:
             raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
         interface.dhcp = attachment.dhcp
-    if addresses:
-        interface.addresses = [address_message(address) for address in addresses]
+    for address in addresses:  # unless a plugin has set it
+        if not any(address.packed in tail for _, tail in interface.addresses):
+            interface.addresses.append(address_message(address))
     for gateway in map(ipaddress.ip_address, attachment.gateways):
         families = {head[0] for head, _ in interface.addresses}
         routed = {head[0] for head, _ in interface.routes if head[1] == 0}
@@ -4624,7 +4624,8 @@ def main(words):
         message = "interrupted"
     except OSError as error:
         message = f"cannot run {' '.join(words[:1]) or 'runX'}: {error}"
-    log.write("error", message)
+    if log.path:
+        log.write("error", message)
     print(f"runX: {message}", file=sys.stderr)
     return 1
 

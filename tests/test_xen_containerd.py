@@ -11,7 +11,7 @@ import subprocess
 import uuid
 
 import pytest
-from conftest import IMAGE, call, config, shim_pid, wait_until
+from conftest import IMAGE, call, config, docker_daemon, shim_pid, wait_until
 
 pytestmark = [
     pytest.mark.usefixtures("clean_dom0"),
@@ -191,29 +191,8 @@ def test_podman_runs_a_container(bundle):
 
 @pytest.fixture
 def dockerd(tmp_path):
-    """Docker's daemon with runX as a runtime, without networks of its own; yields the start of a docker command."""
-    host = f"unix://{tmp_path}/docker.sock"
-    settings = {
-        "bridge": "none",
-        "iptables": False,
-        "ip6tables": False,
-        "runtimes": {"runx": {"path": "/usr/sbin/runX"}},
-    }
-    (tmp_path / "daemon.json").write_text(json.dumps(settings))
-    command = ["dockerd", "--config-file", str(tmp_path / "daemon.json"), "--host", host]
-    for option in ("data-root", "exec-root", "pidfile"):
-        command += [f"--{option}", str(tmp_path / option)]
-    with open(tmp_path / "log", "wb") as log:
-        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    docker = ["docker", "--host", host]
-    try:
-        wait_until(lambda: call(*docker, "version").returncode == 0, "dockerd", 60)
+    with docker_daemon(tmp_path, bridge="none", iptables=False, ip6tables=False) as docker:
         yield docker
-    finally:
-        daemon.terminate()
-        daemon.wait()
-        call("umount", "-R", str(tmp_path / "data-root"))
-        shutil.rmtree("/run/docker", ignore_errors=True)
 
 
 @pytest.mark.skipif(not shutil.which("dockerd"), reason="needs Docker")

@@ -7,9 +7,10 @@ import pathlib
 import shutil
 import subprocess
 import threading
+import urllib.request
 
 import pytest
-from conftest import IMAGE, Bundle, call, config, wait_for, wait_until
+from conftest import IMAGE, Bundle, call, config, docker_daemon, wait_for, wait_until
 
 import runx
 
@@ -59,6 +60,15 @@ def ipam(*subnets, **more):
     ranges = [[{"subnet": subnet}] for subnet in subnets or (SUBNET, "fd77::/64")]
     routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
     return {"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": str(LEASES), **more}
+
+
+def fetch(url):
+    """What a web server says, None while it does not."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.read()
+    except OSError:
+        return None
 
 
 def write_network(name="net", version="1.0.0", plugins=None, **settings):
@@ -129,11 +139,83 @@ def test_an_address_is_reserved_until_delete_also_after_the_monitor_was_killed(b
     assert run(second, "true", netconf=[f"{netconf},10.77.0.9"]).returncode == 0
 
 
-def test_the_bridge_plugin_and_a_chain_of_others(bundle, network):
-    firewall = [{"type": "firewall"}, {"type": "bandwidth", "egressRate": 80_000_000, "egressBurst": 8_000_000}]
-    netconf = network(plugins=firewall, hairpinMode=True, ipMasq=True)
+@pytest.fixture
+def outside(network, tmp_path):
+    """Another host, beyond dom0: a namespace with a web server that knows no way to the networks of containers."""
+    call("ip", "netns", "add", "outside")
+    for command in (
+        "link add testout0 type veth peer name eth0 netns outside", "address add 10.79.0.1/24 dev testout0",
+        "link set testout0 up", "-n outside address add 10.79.0.2/24 dev eth0", "-n outside link set eth0 up",
+    ):  # fmt: skip
+        assert call("ip", *command.split()).returncode == 0, command
+    (tmp_path / "outside").write_text("hello from outside\n" * 10000)
+    command = ["ip", "netns", "exec", "outside", "busybox", "httpd", "-f", "-h", str(tmp_path)]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield
+    server.kill()
+    server.wait()
+    call("ip", "netns", "del", "outside")
+    call("umount", "/run/netns")  # which ip has mounted
+
+
+def test_the_bridge_plugin_and_a_chain_of_others(bundle, network, outside):
+    """A firewall, a limit and a published port; and through masquerading to another host and back."""
+    port = {"hostPort": 8089, "containerPort": 80, "protocol": "tcp"}
+    chain = [
+        {"type": "tuning", "sysctl": {"net.ipv4.conf.all.log_martians": "1"}},
+        {"type": "firewall"},
+        {"type": "bandwidth", "egressRate": 80_000_000, "egressBurst": 8_000_000},
+        {"type": "portmap", "snat": True, "capabilities": {"portMappings": True},
+         "runtimeConfig": {"portMappings": [port]}},
+    ]  # fmt: skip
+    netconf = network(plugins=chain, hairpinMode=True, isGateway=True, ipMasq=True, mtu=1400)
+    (bundle.rootfs / "page").write_text("hello from a VM\n")
+    script = LOOK + "; ip link show eth0; wget -q -O - http://10.79.0.2/outside | tail -n 1; exec httpd -f -h /"
+    fill(bundle, "sh", "-c", script, netconf=[f"{netconf},10.77.0.15"])
+    bundle.created()
+    assert bundle.runx("start", bundle.id).returncode == 0
+    wait_until(lambda: fetch("http://10.77.0.1:8089/page") == b"hello from a VM\n", "the VM's page", 60)
+    text = (bundle.folder / "stdout").read_text()
+    assert "hello from dom0\n" in text and text.endswith("hello from outside\n"), text
+    assert "default via 10.77.0.1" in text and "inet 10.77.0.15/24" in text and "mtu 1400" in text, text
+    backend = f"/local/domain/0/backend/vif/{bundle.domain()}/0"
+    assert runx.Xenstore().read(f"{backend}/rate") == "500000,50000"
+    assert bundle.runx("delete", "--force", bundle.id).returncode == 0
+
+
+@pytest.fixture
+def cable(network):
+    """A second link of dom0's, testlink0, that ends in the bridge."""
+    call(*"ip link add testlink0 type veth peer name testlink1".split())
+    call(*"ip link set testlink1 master testbr0 up".split())
+    call(*"ip link set testlink0 up".split())
+    yield
+    call(*"ip link del testlink1".split())
+
+
+@pytest.mark.parametrize("plugin", [{"type": "macvlan", "master": "testlink0"},
+                                    {"type": "host-device", "device": "testlink0"}])  # fmt: skip
+def test_links_of_the_hosts(bundle, network, cable, plugin):
+    netconf = network("link", **{"ipam": ipam(), **plugin})
     result = run(bundle, LOOK, netconf=[f"{netconf},auto"])
     assert b"hello from dom0" in result.stdout and b"default via 10.77.0.1" in result.stdout, result
+    wait_until(lambda: call(*"ip link show testlink0".split()).returncode == 0, "the link's way back")
+
+
+def test_a_bridge_of_our_own_on_a_host_without_plugins(bundle, network, tmp_path):
+    netconf = network(bridge="testbr1", isGateway=True, ipMasq=True, ipam=ipam("10.78.0.0/24"))
+    environment = {**runx.os.environ, "CNI_PATH": str(tmp_path)}
+    fill(bundle, "sh", "-c", "ip route; ping -c 1 -w 20 10.78.0.1", netconf=[f"{netconf},10.78.0.7"])
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id, env=environment)
+    call("ip", "link", "del", "testbr1")
+    assert result.returncode == 0 and b"default via 10.78.0.1" in result.stdout, result
+    log = bundle.log.read_text()
+    assert "ipMasq have no effect without the CNI plugin bridge" in log
+    assert "no CNI plugin reserves 10.78.0.7/24" in log
+    fill(bundle, "true", netconf=[f"{netconf},auto"])
+    refused = bundle.runx("create", "--bundle", str(bundle.folder), bundle.id, env=environment)
+    call("ip", "link", "del", "testbr1")
+    assert b"no address without the CNI plugin host-local: install it in" in refused.stderr
 
 
 def test_a_point_to_point_network_and_a_second_one(bundle, network):
@@ -141,6 +223,38 @@ def test_a_point_to_point_network_and_a_second_one(bundle, network):
     result = run(bundle, LOOK + "; ping -c 1 -w 9 10.78.0.1", netconf=[f"{network()},auto", point])
     text = result.stdout.decode()
     assert result.returncode == 0 and "eth1    inet 10.78.0." in text and "hello from dom0" in text, result
+
+
+def test_twenty_at_once_get_twenty_addresses_and_give_them_back(network, tmp_path):
+    netconf, bundles = network(), []
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+        bundles.append(Bundle(tmp_path / str(number)))
+        script = "ip -o -4 address show eth0; until [ -e /all ]; do sleep 1; done"
+        fill(bundles[-1], "sh", "-c", script, netconf=[f"{netconf},auto"])
+        (bundles[-1].rootfs / "bin/busybox").unlink()
+        (bundles[-1].rootfs / "bin/busybox").hardlink_to(bundles[0].rootfs / "bin/busybox")
+    creates = []
+    for bundle in bundles:
+        command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
+        with open(bundle.folder / "stdout", "wb") as stdout, open(bundle.folder / "stderr", "wb") as stderr:
+            creates.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr))
+
+    def addresses():
+        return [words[3] for bundle in bundles if (words := (bundle.folder / "stdout").read_text().split())]
+
+    def all_there():
+        ended = [each.folder for each, create in zip(bundles, creates) if create.poll() is not None]
+        assert not ended, [(folder / "stderr").read_text() for folder in ended]
+        return len(addresses()) == 20
+
+    try:
+        wait_until(all_there, "20 VMs with an address", 400)
+    finally:
+        for bundle in bundles:
+            (bundle.rootfs / "all").write_text("")
+    assert len(set(addresses())) == 20 and len(list(LEASES.glob("net/10.77.*"))) == 20
+    assert [create.wait(timeout=200) for create in creates] == [0] * 20
 
 
 @pytest.fixture
@@ -185,7 +299,7 @@ def test_guests_reach_each_other(bundle, network, tmp_path):
     script = "ping -c 1 -w 9 10.77.0.7 >&2; wget -q -O - http://10.77.0.7/page"
     result = run(second, script, netconf=[f"{netconf},auto"])
     assert result.stdout == b"hello from a VM\n", result
-    assert call("busybox", "wget", "-q", "-O", "-", "http://10.77.0.7/page").stdout == b"hello from a VM\n"
+    assert fetch("http://10.77.0.7/page") == b"hello from a VM\n"
     assert bundle.runx("delete", "--force", bundle.id).returncode == 0
 
 
@@ -218,30 +332,67 @@ def test_the_engines_namespace_moves_into_the_vm_and_back(bundle, network, names
     assert inside.returncode == 0, inside
 
 
-def test_what_cannot_be_is_refused_and_leaves_nothing(bundle, network):
+def write_plugin(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_what_cannot_be_is_refused_and_leaves_nothing(bundle, network, tmp_path, monkeypatch):
+    monkeypatch.setenv("CNI_PATH", f"{tmp_path}:/usr/lib/cni")
+    write_plugin(tmp_path / "fails", """echo '{"code": 11, "msg": "no room", "details": "in here"}'; exit 1""")
+    write_plugin(tmp_path / "hangs", "[ $CNI_COMMAND = DEL ] || sleep 1000")
     bad = FOLDER / "test-bad.conf"
     bad.write_text('{"cniVersion": "1.0.0", ')
-    full = network("full", ipam=ipam("10.77.0.0/30"))
-    missing = network("missing", bridge="no-such-br")
+    full, taken = LEASES / "full/10.77.0.2", LEASES / "net/10.77.0.9"
+    for reserved in (full, taken):
+        reserved.parent.mkdir(parents=True)
+        reserved.write_text("another\r\neth0")
     good = network()
+    chain = network("chain", plugins=[{"type": "firewall"}, {"type": "fails"}], ipMasq=True)
     cases = [
         (f"{good},10.78.0.1", "10.78.0.1 is not in 10.77.0.0/24"),
         (f"{good},10.77.0.300", "is not an IP address"),
         (good.replace(",net", ",nat"), "networks nat, not one; it has other, net"),
         (f"{bad},x", "cannot read the networks in"),
         (f"/tmp/file,{bundle.id}", "is in none of the folders"),
-        (f"{missing},auto", "there is no bridge no-such-br"),
-        (f"{full},10.77.0.1", "CNI plugin host-local, ADD: "),
+        (network("missing", bridge="no-such-br") + ",auto", "there is no bridge no-such-br"),
+        (f"{good},10.77.0.9", "requested IP address 10.77.0.9 is not available"),
+        (network("full", ipam=ipam("10.77.0.0/30")) + ",auto", "no IP addresses available"),
+        (f"{chain},auto", "CNI plugin fails, ADD: no room: in here (code 11)"),
+        (network("hanging", type="hangs") + ",auto", "CNI plugin hangs, ADD: "),
     ]
     for netconf, words in cases:
         fill(bundle, "true", netconf=[netconf])
         result = bundle.create()
         assert result.returncode != 0 and words in result.stderr.decode(), (netconf, result)
         assert result.stderr.count(b"\n") == 1 and not (bundle.root / bundle.id).exists()
+    for reserved in (full, taken):
+        reserved.unlink()
     spec = config("true")
     spec["linux"] = {"namespaces": [{"type": "pid"}]}
     bundle.write_config(spec)
     assert b"the host's own network, which a VM cannot have" in bundle.create().stderr
+
+
+def test_a_hook_fills_the_namespace(bundle, network, tmp_path):
+    """As nerdctl does it: by the pid in the state that createRuntime hooks get."""
+    hook = tmp_path / "hook"
+    write_plugin(
+        hook,
+        """set -e
+        pid=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["pid"])')
+        ip link add testveth type veth peer name eth0 netns $pid
+        ip link set testveth master testbr0 up
+        nsenter --net=/proc/$pid/ns/net sh -c '
+            ip link set eth0 up; ip address add 10.77.0.44/24 dev eth0; ip route add default via 10.77.0.1'""",
+    )
+    fill(bundle, "sh", "-c", LOOK)
+    spec = json.loads((bundle.folder / "config.json").read_text())
+    spec["hooks"] = {"createRuntime": [{"path": str(hook), "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}]}
+    bundle.write_config(spec)
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    text = result.stdout.decode()
+    assert "inet 10.77.0.44/24" in text and "default via 10.77.0.1" in text and "hello from dom0" in text, result
 
 
 def test_ctr_with_cni(network):
@@ -254,3 +405,44 @@ def test_ctr_with_cni(network):
     script = "ip -o address; ping -c 1 -w 9 fd77::1; wget -q -O - http://10.77.0.1:8080/page"
     result = call("ctr", "run", "--rm", "--cni", "--runc-binary=/usr/sbin/runX", IMAGE, "test-cni", "sh", "-c", script)
     assert result.stdout.endswith(b"hello from dom0\n") and b"fd77::" in result.stdout, result
+
+
+@pytest.fixture
+def firewall():
+    """Engines leave rules and a bridge of their own, for the next container."""
+    links, rules = host_state()["links"], call("iptables-save").stdout
+    yield
+    for link in host_state()["links"] - links:
+        call("ip", "link", "del", link.split("@")[0].rstrip(":"))
+    call("iptables-restore", input=rules)
+
+
+@pytest.mark.skipif(not shutil.which("podman"), reason="needs podman")
+def test_podmans_network_with_a_published_port(bundle, clean_dom0, firewall):
+    (bundle.rootfs / "page").write_text("hello from a VM\n")
+    fill(bundle)
+    podman = ["podman", "--cgroup-manager", "cgroupfs"]
+    options = ["--runtime", "/usr/sbin/runX", "run", "-d", "--name", "web", "-p", "8081:80"]
+    try:
+        started = call(*podman, *options, "--rootfs", str(bundle.rootfs), "httpd", "-f", "-h", "/")
+        assert started.returncode == 0, started
+        wait_until(lambda: fetch("http://127.0.0.1:8081/page") == b"hello from a VM\n", "the page", 60)
+    finally:
+        call(*podman, "rm", "--force", "--time", "0", "web")
+        call("umount", "/var/lib/containers/storage/overlay")  # podman's own, which it leaves mounted
+        call("umount", "/run/netns")
+
+
+@pytest.mark.skipif(not shutil.which("dockerd"), reason="needs Docker")
+def test_dockers_network_with_a_published_port(bundle, clean_dom0, firewall, tmp_path):
+    (bundle.rootfs / "page").write_text("hello from a VM\n")
+    fill(bundle)
+    rootfs = subprocess.run(["tar", "-C", str(bundle.rootfs), "-c", "."], stdout=subprocess.PIPE, check=True)
+    with docker_daemon(tmp_path) as docker:
+        assert call(*docker, "import", "-", "test", input=rootfs.stdout).returncode == 0
+        options = ["--runtime", "runx", "--env", "PATH=/bin", "--name", "web", "-p", "8082:80"]
+        started = call(*docker, "run", "-d", *options, "test", "sh", "-c", "cat /etc/hosts; exec httpd -f -h /")
+        assert started.returncode == 0, started
+        wait_until(lambda: fetch("http://127.0.0.1:8082/page") == b"hello from a VM\n", "the page", 60)
+        assert b"172.17.0." in call(*docker, "logs", "web").stdout
+        assert call(*docker, "rm", "--force", "web").returncode == 0
