@@ -3383,8 +3383,10 @@ class Monitor:
             container.save(networks=[each.__dict__ for each in attachments])
             if attachment.calls and not attachment.bridge and not os.path.exists(attachment.namespace):
                 make_namespace(attachment.namespace)
-            attach_network(attachment, network)
-            container.save(networks=[each.__dict__ for each in attachments])
+            try:
+                attach_network(attachment, network)
+            finally:  # some plugins give back only what the result names, also that of half a chain
+                container.save(networks=[each.__dict__ for each in attachments])
 
     def enter_namespace(self):
         """Our network namespace becomes the container's, which engines know by our pid.  No xl is started in it: its

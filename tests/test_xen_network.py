@@ -232,19 +232,17 @@ def test_twenty_at_once_get_twenty_addresses_and_give_them_back(network, tmp_pat
         bundles.append(Bundle(tmp_path / str(number)))
         script = "ip -o -4 address show eth0; until [ -e /all ]; do sleep 1; done"
         fill(bundles[-1], "sh", "-c", script, netconf=[f"{netconf},auto"])
-        (bundles[-1].rootfs / "bin/busybox").unlink()
-        (bundles[-1].rootfs / "bin/busybox").hardlink_to(bundles[0].rootfs / "bin/busybox")
-    creates = []
+    runs = []
     for bundle in bundles:
         command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
         with open(bundle.folder / "stdout", "wb") as stdout, open(bundle.folder / "stderr", "wb") as stderr:
-            creates.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr))
+            runs.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr))
 
     def addresses():
         return [words[3] for bundle in bundles if (words := (bundle.folder / "stdout").read_text().split())]
 
     def all_there():
-        ended = [each.folder for each, create in zip(bundles, creates) if create.poll() is not None]
+        ended = [each.folder for each, one in zip(bundles, runs) if one.poll() is not None]
         assert not ended, [(folder / "stderr").read_text() for folder in ended]
         return len(addresses()) == 20
 
@@ -254,7 +252,7 @@ def test_twenty_at_once_get_twenty_addresses_and_give_them_back(network, tmp_pat
         for bundle in bundles:
             (bundle.rootfs / "all").write_text("")
     assert len(set(addresses())) == 20 and len(list(LEASES.glob("net/10.77.*"))) == 20
-    assert [create.wait(timeout=200) for create in creates] == [0] * 20
+    assert [one.wait(timeout=200) for one in runs] == [0] * 20
 
 
 @pytest.fixture
