@@ -200,7 +200,7 @@ class Machine(Record):
     type: str  # "pv" or "pvh"; "": what the host offers
     maxmem: int  # MiB, 0: no more than memory
     maxvcpus: int  # 0: no more than vcpus
-    rootfs: str  # "9p" or "none"
+    rootfs: str  # "9p", "ramdisk", "auto" (which of the two works here) or "none"
     kernel: tuple  # path, whether that is in the rootfs; or None: ours
     ramdisk: tuple  # the same
     own_init: bool  # the VM boots a system of its own, and nothing of ours is in it
@@ -385,7 +385,8 @@ def asks(value):
 
 
 HOST_SETTINGS = {
-    "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "xlconf": ["/etc/runX/xl"], "netconf": ["/etc/cni/net.d"],
+    "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "rootfs": "auto", "xlconf": ["/etc/runX/xl"],
+    "netconf": ["/etc/cni/net.d"],
 }  # fmt: skip
 
 
@@ -406,6 +407,8 @@ def load_host_config():
     check_type(found["type"], f"{HOST_CONFIG}: type")
     if found["memory"] < 0 or found["vcpus"] < 0:
         raise Error(f"{HOST_CONFIG}: memory, in MiB, and vcpus must not be below 0")
+    if found["rootfs"] not in ("9p", "ramdisk", "auto"):
+        raise Error(f'{HOST_CONFIG}: rootfs is "9p", "ramdisk" or "auto", not {printable(found["rootfs"])}')
     for key in ("xlconf", "netconf"):
         strings(found, key, HOST_CONFIG)
     return found
@@ -491,15 +494,16 @@ def parse_machine(spec, annotations, hardware, env, host):
     if (ramdisk or image) and not kernel:
         raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
     rootfs, own_init = annotations["rootfs"], bool(ramdisk or image)
-    if rootfs not in ("", "9p", "none") or (rootfs == "none" and not own_init):
-        raise Error('config.json: the annotation org.runx.rootfs is "9p", or "none" for a VM with its own ramdisk')
+    if rootfs not in ("", "9p", *(("none",) if own_init else ("ramdisk", "auto"))):
+        choice = '"9p" or "none" for a VM with its own ramdisk' if own_init else '"9p", "ramdisk" or "auto"'
+        raise Error(f"config.json: the annotation org.runx.rootfs is {choice}, not {printable(rootfs)}")
     check_hypervisor(text_of(sections["hypervisor"], "path", where + ".hypervisor"))
     xlconf = annotations["xlconf"] or variables.get("XLCONF")
     lines = [check_line(line) for line in strings(sections["hypervisor"], "parameters", where + ".hypervisor")]
     words = [*host["cmdline"].split(), *annotations["cmdline"].split()]
     return Machine(
         type=annotations["type"] or host["type"], maxmem=annotations["maxmem"], maxvcpus=annotations["maxvcpus"],
-        rootfs=rootfs or ("none" if own_init else "9p"), kernel=kernel, ramdisk=ramdisk, own_init=own_init,
+        rootfs=rootfs or ("none" if own_init else host["rootfs"]), kernel=kernel, ramdisk=ramdisk, own_init=own_init,
         cmdline=words + [quote_word(word) for word in strings(sections["kernel"], "parameters", where + ".kernel")],
         options=options, lines=lines + ([read_trusted("XLCONF", xlconf, host["xlconf"])] if xlconf else []),
     )  # fmt: skip
@@ -1064,15 +1068,30 @@ def seccomp_test(condition):
 # The archive that the kernel unpacks as its initramfs: "newc", Documentation/driver-api/early-userspace
 # in the kernel sources.  Archives may follow one another; an uncompressed one starts at a multiple of 4.
 
+PATH_MAX = 4096  # bytes with the NUL, <linux/limits.h>
+
+
+def cpio_header(name, mode, size, inode=0, rdev=0, owner=(0, 0), links=1, mtime=0):
+    """What stands before a member's content; mode as in st_mode, owner: uid and gid, mtime: seconds."""
+    raw = os.fsencode(name) + b"\0"
+    if size >= 2**32:
+        raise Error(f"cannot pack {name}: the archive format ends at 4 GiB")
+    if len(raw) > PATH_MAX:
+        raise Error(f"cannot pack {name[:100]}...: its path is longer than the {PATH_MAX} bytes that a kernel takes")
+    devices = (0, 0, os.major(rdev), os.minor(rdev))
+    fields = (inode, mode, *owner, links, max(0, mtime) & 0xFFFFFFFF, size, *devices, len(raw), 0)
+    header = b"070701" + b"".join(b"%08X" % number for number in fields) + raw
+    return header + padding(len(header))
+
+
+def padding(size):
+    """What follows a header or content of that size."""
+    return b"\0" * (-size % 4)
+
 
 def cpio_entry(name, mode, data=b"", inode=0, rdev=0):
-    """One member; mode as in st_mode.  Owner root, time 0: the same input gives the same bytes."""
-    raw = os.fsencode(name) + b"\0"
-    if len(data) >= 2**32:
-        raise Error(f"cannot pack {name}: the archive format ends at 4 GiB")
-    fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, os.major(rdev), os.minor(rdev), len(raw), 0)
-    header = b"070701" + b"".join(b"%08X" % number for number in fields) + raw
-    return header + b"\0" * (-len(header) % 4) + data + b"\0" * (-len(data) % 4)
+    """One member.  Owner root, time 0: the same input gives the same bytes."""
+    return cpio_header(name, mode, len(data), inode, rdev) + data + padding(len(data))
 
 
 def cpio_archive(entries):
@@ -1105,7 +1124,7 @@ def pack_initrd(folder, output):
     import gzip
 
     packed = gzip.compress(cpio_archive(folder_entries(folder)), 9, mtime=0)
-    temporary = output + ".new"
+    temporary = f"{output}.{os.getpid()}"
     with open(temporary, "wb") as file:
         file.write(packed)
     os.rename(temporary, output)
@@ -1698,12 +1717,15 @@ MOST_REQUESTS = 150
 ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c.  The end of a terminal is a hang-up.
 
 
-def guest_config(config, bind_sources, state):
+def guest_config(config, bind_sources, state, capabilities):
     """enter's /container/config: NUL-terminated keywords and operands, executed in order.
 
-    bind_sources: for each mount of config that dom0 makes, its path below the exported share.  state: JSON, for hooks.
+    bind_sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.
+    capabilities: of files, {path below the share: bytes}.
     """
     words = [CLONE_NEWPID if config.linux.pid_namespace else 0]
+    for path, value in capabilities.items():
+        words += ["file_capability", path, len(value), *value]
     if config.linux.cgroup or any(mount.type in ("cgroup", "cgroup2") for mount in config.mounts):
         words += ["cgroup", len(config.linux.cgroup)]
         for item in config.linux.cgroup.items():
@@ -1960,6 +1982,122 @@ def read_in_root(root, path, limit):
             return file.read(limit)
     finally:
         os.close(fd)
+
+
+QEMU_FOLDERS = ("/usr/libexec", "/usr/libexec/xen/bin", "/usr/lib/xen/bin", "/usr/local/lib/xen/bin", "/usr/bin")
+
+
+def has_qemu():
+    """Whether this host has a QEMU that libxl may start, in the folders that Xen is built with."""
+    folders = filter(os.path.isdir, QEMU_FOLDERS)
+    return any("qemu-system-" in name for folder in folders for name in os.listdir(folder))
+
+
+PAGE = 4096  # bytes
+INODE_MEMORY = 1024  # bytes of the guest's for each file, about
+RAMDISK_OVERHEAD = 18  # MiB that the guest needs beside its files
+
+
+class Member(Record):
+    """Something of the share that goes into a ramdisk."""
+
+    path: str  # below the share
+    name: str
+    folder: int  # a descriptor of the folder that it is in
+    status: os.stat_result
+    inode: int  # the same for all names of a file
+    size: int  # bytes of content; 0 for the second name of a file
+
+
+def walk_share(share):
+    """The Members of a share, folders before what is in them.  Raises Error.
+
+    Another container may change a volume meanwhile, so no name is followed out of the share.
+    """
+    import stat
+
+    folders, files, inode = ["."], {}, 0
+    while folders:
+        parent = folders.pop()
+        try:
+            fd = open_in_root(share, parent)
+            folder = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            os.close(fd)
+        except OSError as error:
+            raise Error(f"cannot pack {parent}: {error.strerror}") from None
+        try:
+            for name in sorted(os.listdir(folder)):
+                path = os.path.join(parent, name).removeprefix("./")
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                inode += 1
+                number, size = inode, status.st_size if stat.S_ISREG(status.st_mode) else 0
+                if size and status.st_nlink > 1:
+                    number = files.setdefault((status.st_dev, status.st_ino), inode)
+                    size = size if number == inode else 0
+                yield Member(path=path, name=name, folder=folder, status=status, inode=number, size=size)
+                if stat.S_ISDIR(status.st_mode):
+                    folders.append(path)
+        except OSError as error:
+            raise Error(f"cannot pack {parent}: {error.strerror}") from None
+        finally:
+            os.close(folder)
+
+
+def check_size(share, memory):
+    """Raises Error if a share does not fit into the memory of a VM, in MiB: while the guest unpacks it, that is there a
+    second time, and its kernel gives files half of the rest, and half as many files as that has pages."""
+    size = count = 0
+    for member in walk_share(share):
+        size, count = size + INODE_MEMORY + member.size + -member.size % PAGE, count + 1
+    needed = RAMDISK_OVERHEAD + (size + 2 * max(size, count * PAGE) >> 20) + 1
+    if needed > memory:
+        raise Error(
+            f"the rootfs and its mounts need a VM of {needed} MiB to be in its memory, and it has {memory}: raise the "
+            f"container's memory limit or the annotation org.runx.memory, or use org.runx.rootfs=9p"
+        )
+
+
+def pack_share(output, share, memory):
+    """Writes the share as an archive to the open file output, for the guest's /mnt; returns the capabilities of its
+    files, {path: bytes}, which an archive cannot hold.  memory: MiB that the VM has.  Raises Error."""
+    import stat
+
+    check_size(share, memory)
+    end, capabilities = output.tell() + (memory << 20), {}  # files may grow meanwhile
+    output.write(cpio_header("mnt", S_IFDIR | 0o755, 0))
+    for member in walk_share(share):
+        status, kind = member.status, stat.S_IFMT(member.status.st_mode)
+        if kind == stat.S_IFREG:
+            try:
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                file = os.open(member.name, flags, dir_fd=member.folder)
+            except OSError as error:
+                raise Error(f"cannot pack {member.path}: {error.strerror}") from None
+        content = os.fsencode(os.readlink(member.name, dir_fd=member.folder)) if kind == stat.S_IFLNK else b""
+        size = member.size or len(content)
+        if output.tell() + size > end:
+            raise Error(f"cannot pack {member.path}: somebody has made the container larger meanwhile")
+        output.write(cpio_header(
+            f"mnt/{member.path}", status.st_mode, size, member.inode, status.st_rdev, (status.st_uid, status.st_gid),
+            status.st_nlink, int(status.st_mtime),
+        ))  # fmt: skip
+        output.write(content)
+        if kind == stat.S_IFREG:
+            copy_content(file, output, member.size)
+            if status.st_mode & 0o111 and "security.capability" in os.listxattr(file):
+                capabilities[member.path] = os.getxattr(file, "security.capability")
+            os.close(file)
+        output.write(padding(size))
+    output.write(cpio_entry("TRAILER!!!", 0))
+    return capabilities
+
+
+def copy_content(file, output, size):
+    """Copies exactly size bytes: zeros for what the file has lost meanwhile."""
+    while size:
+        data = os.read(file, min(size, 1 << 20)) or bytes(min(size, 1 << 20))
+        output.write(data)
+        size -= len(data)
 
 
 MODULES = ("9pnet_xen", "9p")  # what a kernel needs to reach its rootfs
@@ -3331,7 +3469,7 @@ class Monitor:
         self.networks, self.home = networks, os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self.console_socket, self.own_init = console_socket, config.machine.own_init
         self.xenstore = self.domid = self.exit_status = self.deadline = None
-        self.consoles = []
+        self.consoles, self.ramdisk = [], None
         self.abandoned = False  # the end cannot wait for a reader of the output
         self.ready = False
         self.told_unread = ""
@@ -3356,10 +3494,7 @@ class Monitor:
         self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
         self.xenstore = Xenstore()
         self.attach_networks()
-        share = container.path("share")
-        sources = build_share(share, config)
-        kernel, ramdisk = self.boot_files(os.path.join(share, "rootfs"), sources)
-        self.create_domain(kernel, ramdisk, share)
+        self.boot(container.path("share"))
         self.channels = EventChannels()
         if not self.own_init:
             for number in (1, 2):
@@ -3388,6 +3523,21 @@ class Monitor:
             finally:  # some plugins give back only what the result names, also that of half a chain
                 container.save(networks=[each.__dict__ for each in attachments])
 
+    def boot(self, share):
+        """Builds the domain, with its rootfs where that is to be."""
+        mode = wanted = self.config.machine.rootfs
+        sources = build_share(share, self.config)
+        if wanted == "auto":
+            mode = "9p" if has_qemu() else "ramdisk"
+        try:
+            self.create_domain(*self.boot_files(mode, share, sources), mode, share)
+            return
+        except Error as error:
+            if wanted != "auto" or mode != "9p" or "device model" not in str(error).lower():
+                raise
+        self.warn("QEMU cannot export the rootfs over 9p on this host, so the VM has it in its memory")
+        self.create_domain(*self.boot_files("ramdisk", share, sources), "ramdisk", share)
+
     def enter_namespace(self):
         """Our network namespace becomes the container's, which engines know by our pid.  No xl is started in it: its
         scripts belong to dom0's own."""
@@ -3402,9 +3552,9 @@ class Monitor:
         except OSError as error:
             raise Error(f"cannot enter the network namespace {path}: {error.strerror}") from None
 
-    def boot_files(self, rootfs, sources):
+    def boot_files(self, mode, share, sources):
         """The paths of kernel and ramdisk; the latter may be None where the VM boots a system of its own."""
-        config, machine = self.config, self.config.machine
+        config, machine, rootfs = self.config, self.config.machine, os.path.join(share, "rootfs")
         kernel = self.boot_file("kernel", machine.kernel, rootfs)
         if machine.own_init:
             return kernel, machine.ramdisk and self.boot_file("initrd", machine.ramdisk, rootfs)
@@ -3413,9 +3563,15 @@ class Monitor:
             check_executable(rootfs, config)
             if not any(variable.startswith("HOME=") for variable in config.process.env):
                 config.process.env.append(f"HOME={home_of(rootfs, config.process.uid)}")
-        modules = kernel_modules(rootfs, machine.kernel[0]) if machine.kernel else []
-        guest = guest_config(config, sources, self.container.state_for_hooks("created"))
-        return kernel, self.write_ramdisk(base, guest, modules)
+        self.ramdisk, path = self.open_ramdisk(mode)
+        capabilities, modules = {}, []
+        if mode == "ramdisk":
+            capabilities = pack_share(self.ramdisk, share, self.memory())
+        elif machine.kernel:
+            modules = kernel_modules(rootfs, machine.kernel[0])
+        guest = guest_config(config, sources, self.container.state_for_hooks("created"), capabilities)
+        self.write_ramdisk(base, guest, modules)
+        return kernel, path
 
     def boot_file(self, name, source, rootfs):
         """The path that xl gets: ours, dom0's, or a mount of one in the rootfs, below a name without surprises."""
@@ -3448,23 +3604,36 @@ class Monitor:
         os.close(slave)
         close_standard(2)
 
+    def memory(self):
+        """MiB that the VM has at first."""
+        return self.config.resources.mebibytes(self.config.resources.default_memory)
+
+    def open_ramdisk(self, mode):
+        """The container's ramdisk, an open file, and the path that xl gets.  One that holds the rootfs has no place
+        in /run, which is dom0's memory."""
+        if mode == "ramdisk":
+            try:
+                fd = os.open("/var/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                return os.fdopen(fd, "wb"), f"/proc/{os.getpid()}/fd/{fd}"
+            except OSError:
+                pass  # its file system knows no files without a name
+        path = self.container.path("ramdisk")
+        return open(path, "wb"), path
+
     def write_ramdisk(self, initrd, guest, modules):
-        """Writes the container's ramdisk, and returns its path.  modules: (file name, content), in order."""
-        with open(initrd, "rb") as file:
-            base = file.read()
+        """Writes the rest of the ramdisk.  modules: (file name, content), in order."""
         entries = [("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)]
         if modules:
             entries += [("modules", S_IFDIR | 0o700, b"")]
             entries += [(f"modules/{n:02}-{name}", S_IFREG | 0o600, data) for n, (name, data) in enumerate(modules)]
         # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
-        path = self.container.path("ramdisk")
-        with open(path, "wb") as file:
-            file.write(cpio_archive(entries) + base)
-        return path
+        with open(initrd, "rb") as base:
+            self.ramdisk.write(cpio_archive(entries) + base.read())
+        self.ramdisk.flush()
 
-    def create_domain(self, kernel, ramdisk, share):
+    def create_domain(self, kernel, ramdisk, mode, share):
         state, machine, resources = self.container.state, self.config.machine, self.config.resources
-        memory, vcpus = resources.mebibytes(resources.default_memory), resources.vcpus(resources.default_vcpus)
+        memory, vcpus = self.memory(), resources.vcpus(resources.default_vcpus)
         maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
         self.container.save(
             maxmem=maxmem, maxvcpus=maxvcpus, resources=self.config.raw_resources, base=self.config.base
@@ -3477,7 +3646,7 @@ class Monitor:
         }  # fmt: skip
         if ramdisk:
             settings["ramdisk"] = ramdisk
-        if machine.rootfs == "9p":
+        if mode == "9p":
             if "," in share:
                 raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
             settings["p9"] = [f"tag=share,security_model=none,path={share}"]
@@ -3490,6 +3659,8 @@ class Monitor:
             file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
         create_domain(xl_cfg, memory)
         # Xen has them in memory now; /run is memory too, and the rootfs must not stay busy
+        if self.ramdisk:
+            self.ramdisk.close()
         for name in ("ramdisk", "kernel", "initrd"):
             discard(self.container.path(name))
         self.domid = find_domain(self.xenstore, settings["uuid"])

@@ -38,6 +38,7 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
+#include <sys/xattr.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
@@ -666,6 +667,18 @@ static void apply_resolv_conf(void)
 	close(share);
 }
 
+/* An archive cannot hold this attribute of a file: path below the share, number of bytes, bytes. */
+static void apply_file_capability(void)
+{
+	char *path = next(), value[256];
+	size_t len = next_number();
+
+	for (size_t i = 0; i < len; i++)
+		value[i % sizeof value] = next_number();
+	if (setxattr(path, "security.capability", value, len, 0) < 0)
+		die(CANNOT_EXECUTE, "set the capabilities of", path);
+}
+
 static void apply_propagation(void)
 {
 	char *path = next();
@@ -879,6 +892,7 @@ static const struct {
 	{ "terminal", open_terminal },
 	{ "mask", apply_mask },			/* path */
 	{ "readonly", apply_readonly },		/* path */
+	{ "file_capability", apply_file_capability },	/* path below the share, length, bytes */
 	{ "resolv_conf", apply_resolv_conf },
 	{ "propagation", apply_propagation },	/* path flags */
 	{ "sysctl", apply_sysctl },		/* path below /proc, value */

@@ -132,7 +132,7 @@ def test_the_guests_config_keeps_the_order_of_mounts(bundle, tmp_path):
         {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
         {"destination": "/run/x", "type": "bind", "source": "source", "options": ["ro"]},
     ]
-    words = runx.guest_config(runx.load_config(bundle(spec)), ["mounts/0"], "{}").split(b"\0")
+    words = runx.guest_config(runx.load_config(bundle(spec)), ["mounts/0"], "{}", {}).split(b"\0")
     assert words[:7] == [b"0", b"mount", b"tmpfs", b"/run", b"tmpfs", b"0", b""]
     assert words[7:13] == [b"mount", b"mounts/0", b"/run/x", b"", b"%d" % runx.MS_BIND, b""]
     assert words[17] == b"%d" % (runx.MS_BIND | runx.MS_REMOUNT | runx.MS_RDONLY)
@@ -757,7 +757,7 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
         },
         "devices": [{"path": "/dev/f", "type": "c", "major": 10, "minor": 229, "uid": 1, "gid": 2}],
     }  # fmt: skip
-    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}").replace(b"\0", b" ").decode()
+    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
     assert text.startswith(f"{0x20000000} cgroup 3 pids.max 7 hugetlb.2MB.max 4096 cpu.idle 1 ")
     for record in (
         "personality 8 ",
@@ -779,4 +779,4 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     parsed = runx.load_config(bundle(spec))
     assert parsed.warnings == []
     bind_sources = [f"mounts/{number}" for number in range(len(parsed.mounts))]
-    assert runx.guest_config(parsed, bind_sources, "{}").endswith(b"\0")
+    assert runx.guest_config(parsed, bind_sources, "{}", {}).endswith(b"\0")
