@@ -568,7 +568,7 @@ def parse_netconf(env):
     for variable in env:
         key, _, value = variable.partition("=")
         digits = key.removeprefix("NETCONF")
-        if not key.startswith("NETCONF") or not (digits.isdecimal() or not digits) or not value:
+        if not key.startswith("NETCONF") or not (digits.isdecimal() or not digits) or len(digits) > 5 or not value:
             continue
         path, name, address = (*value.split(",", 2), "", "")[:3]
         if not path.startswith("/") or not name:
@@ -1345,6 +1345,7 @@ def find_domain(xenstore, uuid):
 # ==== xl =================================================================================================
 # The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
+
 def xl(*args, dies_with_us=False, home=None):
     """Runs xl; returns (exit status, its stdout and stderr as text).
 
@@ -1995,6 +1996,7 @@ def has_qemu():
 
 PAGE = 4096  # bytes
 INODE_MEMORY = 1024  # bytes of the guest's for each file, about
+SHARE_MAX = 1 << 20  # files, so that a hostile image ends
 RAMDISK_OVERHEAD = 18  # MiB that the guest needs beside its files
 
 
@@ -2023,22 +2025,25 @@ def walk_share(share):
             fd = open_in_root(share, parent)
             folder = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             os.close(fd)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except OSError as error:
             raise Error(f"cannot pack {parent}: {error.strerror}") from None
         try:
             for name in sorted(os.listdir(folder)):
-                path = os.path.join(parent, name).removeprefix("./")
-                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                try:
+                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
                 inode += 1
-                number, size = inode, status.st_size if stat.S_ISREG(status.st_mode) else 0
-                if size and status.st_nlink > 1:
+                path, number = os.path.join(parent, name).removeprefix("./"), inode
+                size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+                if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
                     number = files.setdefault((status.st_dev, status.st_ino), inode)
                     size = size if number == inode else 0
                 yield Member(path=path, name=name, folder=folder, status=status, inode=number, size=size)
                 if stat.S_ISDIR(status.st_mode):
                     folders.append(path)
-        except OSError as error:
-            raise Error(f"cannot pack {parent}: {error.strerror}") from None
         finally:
             os.close(folder)
 
@@ -2049,6 +2054,8 @@ def check_size(share, memory):
     size = count = 0
     for member in walk_share(share):
         size, count = size + INODE_MEMORY + member.size + -member.size % PAGE, count + 1
+        if count > SHARE_MAX:
+            raise Error(f"the rootfs and its mounts have more than {SHARE_MAX} files: use org.runx.rootfs=9p")
     needed = RAMDISK_OVERHEAD + (size + 2 * max(size, count * PAGE) >> 20) + 1
     if needed > memory:
         raise Error(
@@ -2066,30 +2073,49 @@ def pack_share(output, share, memory):
     end, capabilities = output.tell() + (memory << 20), {}  # files may grow meanwhile
     output.write(cpio_header("mnt", S_IFDIR | 0o755, 0))
     for member in walk_share(share):
-        status, kind = member.status, stat.S_IFMT(member.status.st_mode)
-        if kind == stat.S_IFREG:
-            try:
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                file = os.open(member.name, flags, dir_fd=member.folder)
-            except OSError as error:
-                raise Error(f"cannot pack {member.path}: {error.strerror}") from None
-        content = os.fsencode(os.readlink(member.name, dir_fd=member.folder)) if kind == stat.S_IFLNK else b""
-        size = member.size or len(content)
-        if output.tell() + size > end:
+        if output.tell() + member.size > end:
             raise Error(f"cannot pack {member.path}: somebody has made the container larger meanwhile")
-        output.write(cpio_header(
-            f"mnt/{member.path}", status.st_mode, size, member.inode, status.st_rdev, (status.st_uid, status.st_gid),
-            status.st_nlink, int(status.st_mtime),
-        ))  # fmt: skip
-        output.write(content)
-        if kind == stat.S_IFREG:
-            copy_content(file, output, member.size)
-            if status.st_mode & 0o111 and "security.capability" in os.listxattr(file):
-                capabilities[member.path] = os.getxattr(file, "security.capability")
-            os.close(file)
-        output.write(padding(size))
+        try:
+            if stat.S_ISREG(member.status.st_mode):
+                pack_file(output, member, capabilities)
+            else:
+                link = stat.S_ISLNK(member.status.st_mode)
+                content = os.fsencode(os.readlink(member.name, dir_fd=member.folder)) if link else b""
+                output.write(member_header(member, len(content)) + content + padding(len(content)))
+        except FileNotFoundError:
+            pass  # nor is it there under runc any more
+        except OSError as error:
+            raise Error(f"cannot pack {member.path}: {error.strerror}") from None
     output.write(cpio_entry("TRAILER!!!", 0))
     return capabilities
+
+
+def member_header(member, size):
+    status = member.status
+    owner, time_, links = (status.st_uid, status.st_gid), int(status.st_mtime), status.st_nlink
+    return cpio_header(f"mnt/{member.path}", status.st_mode, size, member.inode, status.st_rdev, owner, links, time_)
+
+
+def pack_file(output, member, capabilities):
+    """Writes a regular file, and adds its capabilities to those that are found already.  Raises OSError."""
+    import errno
+    import stat
+
+    file = os.open(member.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=member.folder)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # somebody has put another thing there
+        output.write(member_header(member, member.size))
+        copy_content(file, output, member.size)
+        output.write(padding(member.size))
+        if member.status.st_mode & 0o111:
+            try:
+                capabilities[member.path] = os.getxattr(file, "security.capability")
+            except OSError as error:
+                if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                    raise
+    finally:
+        os.close(file)
 
 
 def copy_content(file, output, size):
@@ -2127,17 +2153,28 @@ def kernel_modules(root, kernel):
 
 def load_module(root, path):
     data, name = read_in_root(root, path, MODULE_MAX), os.path.basename(path)
-    if name.endswith(".xz"):
-        import lzma
+    try:
+        if name.endswith(".xz"):
+            import lzma
 
-        data = lzma.LZMADecompressor().decompress(data, MODULE_MAX)
-    elif name.endswith(".gz"):
-        import zlib
+            unpacker = lzma.LZMADecompressor(memlimit=64 << 20)  # xz -9 needs that much, and an image may ask for 4 GiB
+            data = unpacker.decompress(data, MODULE_MAX)
+        elif name.endswith(".gz"):
+            import zlib
 
-        data = zlib.decompressobj(31).decompress(data, MODULE_MAX)
-    elif not name.endswith(".ko"):
-        raise Error(f"cannot unpack the kernel module {path} of the container: use .ko, .ko.xz or .ko.gz")
+            data = zlib.decompressobj(31).decompress(data, MODULE_MAX)
+        elif not name.endswith(".ko"):
+            raise Error(f"cannot unpack the kernel module {path} of the container: use .ko, .ko.xz or .ko.gz")
+    except (OSError, MemoryError, EOFError, *unpacking_errors()) as error:
+        raise Error(f"cannot unpack the kernel module {path} of the container: {error}") from None
     return name.split(".ko")[0] + ".ko", data
+
+
+def unpacking_errors():
+    import lzma
+    import zlib
+
+    return lzma.LZMAError, zlib.error
 
 
 def list_in_root(root, path):
@@ -2342,7 +2379,7 @@ def parse_link(body):
     found = attributes(body[16:])
     return Link(
         index=index, name=found[IFLA_IFNAME].rstrip(b"\0").decode(), mac=found.get(IFLA_ADDRESS, b""),
-        mtu=struct.unpack("=I", found[IFLA_MTU])[0], type=type_, up=bool(flags & IFF_UP),
+        mtu=struct.unpack("=I", found.get(IFLA_MTU, bytes(4)))[0], type=type_, up=bool(flags & IFF_UP),
     )  # fmt: skip
 
 
@@ -2385,7 +2422,11 @@ def redirect(netlink, source, target):
         action = attribute(1, attribute(TCA_ACT_KIND, "mirred") + options)
         head = struct.pack("=xxxxiIII", link, 0, INGRESS_HANDLE, 1 << 16 | ETH_P_ALL_BIG_ENDIAN)
         matchall = attribute(TCA_KIND, "matchall") + attribute(TCA_OPTIONS, attribute(TCA_MATCHALL_ACT, action))
-        netlink.request(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, head + matchall)
+        try:
+            netlink.request(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, head + matchall)
+        except OSError:
+            end_redirect(netlink, link)
+            raise
 
 
 def end_redirect(netlink, index):
@@ -2553,8 +2594,11 @@ def plan_attachment(network, number, container, rate, log):
         namespace=container.path("netns"), result=None, bridge="", mac=stable_mac(container.folder, number),
         mtu=field(first, "mtu", int, 0, network.file), rate=rate or bandwidth_rate(network),
         dhcp=network.mode == "dhcp", addresses=list(map(str, network.addresses)), routes=[],
-        gateways=[str(gateway) for _, gateway in ipam_ranges(network) if gateway], dns=first.get("dns") or {},
+        gateways=[str(gateway) for _, gateway in ipam_ranges(network) if gateway],
+        dns=check_dns(field(first, "dns", dict, {}, network.file), network.name),
     )  # fmt: skip
+    if not 0 <= attachment.mtu < 1 << 16:
+        raise Error(f"{network.file}: network {network.name}: the mtu {attachment.mtu} is out of range")
     if first["type"] == "bridge":
         attachment.bridge = field(first, "bridge", str, "cni0", network.file)
     if needs_plugins(network, log):
@@ -2674,8 +2718,9 @@ def bandwidth_rate(network):
     """What the bandwidth plugin of the network allows the VM to send, as netback wants it, or ""."""
     for plugin in network.plugins[1:]:
         if plugin["type"] == "bandwidth":
-            limits = {**plugin, **((plugin.get("runtimeConfig") or {}).get("bandwidth") or {})}
-            bits = field(limits, "egressRate", int, 0, f"{network.file}: bandwidth")
+            where = f"{network.file}: bandwidth"
+            limits = {**plugin, **field(field(plugin, "runtimeConfig", dict, {}, where), "bandwidth", dict, {}, where)}
+            bits = field(limits, "egressRate", int, 0, where)
             return parse_rate(f"{bits}b/s") if bits else ""
     return ""
 
@@ -2695,7 +2740,7 @@ def attach_network(attachment, network):
     if attachment.result and attachment.bridge:
         use_result(attachment, attachment.result, network)
     elif attachment.result:
-        attachment.dns = attachment.result.get("dns") or attachment.dns
+        attachment.dns = check_dns(attachment.result.get("dns"), network.name) or attachment.dns
 
 
 def negotiate_version(attachment):
@@ -2755,7 +2800,9 @@ def use_result(attachment, result, network):
     import ipaddress
 
     ips = result.get("ips") or [
-        {"address": result[key]["ip"], **result[key]} for key in ("ip4", "ip6") if result.get(key)  # 0.2.0
+        {"address": result[key]["ip"], **result[key]}
+        for key in ("ip4", "ip6")
+        if result.get(key)  # 0.2.0
     ]
     routes = result.get("routes") or [route for entry in ips for route in entry.get("routes") or ()]
     try:
@@ -2769,12 +2816,22 @@ def use_result(attachment, result, network):
         for route in routes:
             destination = ipaddress.ip_network(route["dst"], strict=False)
             if destination.version in versions:
-                attachment.routes.append([str(destination), route.get("gw") or first.get(destination.version, "")])
-    except (ValueError, TypeError, KeyError) as error:
+                gateway = str(ipaddress.ip_address(route["gw"])) if route.get("gw") else ""
+                attachment.routes.append([str(destination), gateway or first.get(destination.version, "")])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Error(f"network {network.name}: cannot understand its addresses and routes: {error}") from None
-    attachment.dns = attachment.dns or result.get("dns") or {}
+    attachment.dns = attachment.dns or check_dns(result.get("dns"), network.name)
     if network.plugins[0].get("isDefaultGateway"):
         attachment.gateways += first.values()
+
+
+def check_dns(dns, network):
+    """A dns object of CNI's, {} for none.  Raises Error."""
+    try:
+        resolv_conf(dns or {})
+    except (TypeError, AttributeError) as error:
+        raise Error(f"network {network}: cannot understand its dns: {error}") from None
+    return dns or {}
 
 
 def resolv_conf(dns):
@@ -2905,7 +2962,9 @@ def dump_routes(netlink):
         if (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST):
             index = struct.unpack("=I", values[RTA_OIF])[0]
             kept = {name: value for name, value in values.items() if name in ROUTE_ATTRIBUTES}
-            found.setdefault(index, []).append((body[:12], kept))
+            # the other flags are states of a link, such as that its cable is out
+            flags = struct.unpack_from("=I", body, 8)[0] & RTNH_F_ONLINK
+            found.setdefault(index, []).append((body[:8] + struct.pack("=I", flags), kept))
     return found
 
 
@@ -2967,34 +3026,42 @@ def attachment_interface(attachment, log):
     return interface
 
 
-def find_interfaces(container, log):
-    """All Interfaces of a container's VM, in the order of their names.  Raises Error."""
+def find_interfaces(container, taken, log):
+    """All Interfaces of a container's VM beside as many as are taken: eth0, eth1, … in this order, and then those with
+    other names.  Raises Error."""
     state, found = container.state, []
     if state["namespace"] is not None:
         found = namespace_interfaces(f"/proc/{state['pid']}/ns/net", log)
         for interface in found:
             interface.rate = state["rate"]
-    names = {interface.name for interface in found}
+    names = {f"eth{number}" for number in range(taken)}
+    for interface in found:
+        if interface.name in names:
+            raise Error(f"the VM has an {interface.name} of xl's settings, and one of the engine's network namespace")
+    names |= {interface.name for interface in found}
     for fields in state["networks"]:
         interface = attachment_interface(Attachment(**fields), log)
         interface.name = next(name for name in map("eth{}".format, range(len(names) + 1)) if name not in names)
         names.add(interface.name)
         found.append(interface)
-    return sorted(found, key=lambda interface: (len(interface.name), interface.name))
+    return sorted(found, key=lambda each: (not each.name.startswith("eth"), len(each.name), each.name))
 
 
 def plug(container, log):
     """Gives a VM that does not run yet its network interfaces, and tells it about them.  Raises Error."""
-    interfaces, state = find_interfaces(container, log), container.state
+    xenstore, state = Xenstore(), container.state
+    domid = state["domid"]
+    taken = xenstore.list(f"/libxl/{domid}/device/vif")  # what a file of xl's settings asks for
+    interfaces = find_interfaces(container, len(taken), log)
     if not interfaces:
         return
-    xenstore, domid = Xenstore(), state["domid"]
-    taken = xenstore.list(f"/libxl/{domid}/device/vif")  # what a file of xl's settings asks for
     numbers = [number for number in range(len(interfaces) + len(taken)) if str(number) not in taken]
-    container.save(vifs=numbers[: len(interfaces)], joined=[each.device for each in interfaces if each.namespace])
+    container.save(vifs=numbers[: len(interfaces)], joined=[])
     try:
         for number, interface in zip(numbers, interfaces):
             join(interface, announce_vif(xenstore, domid, number, interface))
+            if interface.namespace not in ("", container.path("netns")):  # it is to be as before afterwards
+                container.save(joined=[*state["joined"], interface.device])
             xenstore.write(f"/local/domain/0/backend/vif/{domid}/{number}/hotplug-status", "connected")
         tell_guest(xenstore, container, interfaces)
     except BaseException:
@@ -3044,6 +3111,8 @@ def join(interface, link):
         os.close(namespace)
         netlink = Rtnetlink(interface.namespace)
         moved, device = netlink.find_link(link.name), netlink.find_link(interface.device)
+        if not device:
+            raise Error(f"cannot connect the VM to {interface.device}: it is gone")
         make_silent(netlink, moved.index)
         netlink.set_link(moved.index, attribute(IFLA_MTU, interface.mtu), up=True)
         redirect(netlink, device.index, moved.index)
@@ -3323,6 +3392,7 @@ def run_hook(hook, state, bundle, namespaces_of):
 KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
 OWN_INIT_PARAMETERS = "console=hvc0 panic=-1"
 KERNEL_PARAMETERS_MAX = 1023  # bytes: MAX_GUEST_CMDLINE of xen/include/public/xen.h without its NUL
+BOOT_FILES = ("ramdisk", "kernel", "initrd")  # in the container's folder, until the domain is made
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
 CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
 
@@ -3535,6 +3605,8 @@ class Monitor:
         except Error as error:
             if wanted != "auto" or mode != "9p" or "device model" not in str(error).lower():
                 raise
+        for name in BOOT_FILES:
+            discard(self.container.path(name))
         self.warn("QEMU cannot export the rootfs over 9p on this host, so the VM has it in its memory")
         self.create_domain(*self.boot_files("ramdisk", share, sources), "ramdisk", share)
 
@@ -3563,14 +3635,17 @@ class Monitor:
             check_executable(rootfs, config)
             if not any(variable.startswith("HOME=") for variable in config.process.env):
                 config.process.env.append(f"HOME={home_of(rootfs, config.process.uid)}")
-        self.ramdisk, path = self.open_ramdisk(mode)
         capabilities, modules = {}, []
-        if mode == "ramdisk":
-            capabilities = pack_share(self.ramdisk, share, self.memory())
-        elif machine.kernel:
-            modules = kernel_modules(rootfs, machine.kernel[0])
-        guest = guest_config(config, sources, self.container.state_for_hooks("created"), capabilities)
-        self.write_ramdisk(base, guest, modules)
+        try:
+            self.ramdisk, path = self.open_ramdisk(mode)
+            if mode == "ramdisk":
+                capabilities = pack_share(self.ramdisk, share, self.memory())
+            elif machine.kernel:
+                modules = kernel_modules(rootfs, machine.kernel[0])
+            guest = guest_config(config, sources, self.container.state_for_hooks("created"), capabilities)
+            self.write_ramdisk(base, guest, modules)
+        except OSError as error:
+            raise Error(f"cannot write the container's ramdisk: {error.strerror}") from None
         return kernel, path
 
     def boot_file(self, name, source, rootfs):
@@ -3610,15 +3685,14 @@ class Monitor:
 
     def open_ramdisk(self, mode):
         """The container's ramdisk, an open file, and the path that xl gets.  One that holds the rootfs has no place
-        in /run, which is dom0's memory."""
-        if mode == "ramdisk":
-            try:
-                fd = os.open("/var/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-                return os.fdopen(fd, "wb"), f"/proc/{os.getpid()}/fd/{fd}"
-            except OSError:
-                pass  # its file system knows no files without a name
-        path = self.container.path("ramdisk")
-        return open(path, "wb"), path
+        in /run, which is dom0's memory, and no name that could be left behind."""
+        if mode != "ramdisk":
+            path = self.container.path("ramdisk")
+            return open(path, "wb"), path
+        name = f"/var/tmp/{self.container.state['name']}"
+        file = open(name, "xb")
+        os.unlink(name)
+        return file, f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
     def write_ramdisk(self, initrd, guest, modules):
         """Writes the rest of the ramdisk.  modules: (file name, content), in order."""
@@ -3661,7 +3735,7 @@ class Monitor:
         # Xen has them in memory now; /run is memory too, and the rootfs must not stay busy
         if self.ramdisk:
             self.ramdisk.close()
-        for name in ("ramdisk", "kernel", "initrd"):
+        for name in BOOT_FILES:
             discard(self.container.path(name))
         self.domid = find_domain(self.xenstore, settings["uuid"])
         if self.domid is None:

@@ -655,12 +655,20 @@ static void apply_readonly(void)
 /* init keeps resolv.conf, for DHCP may change it, and the image keeps its own. */
 static void apply_resolv_conf(void)
 {
-	char target[] = "/etc/resolv.conf";
+	char target[] = "/etc/resolv.conf", link[PATH_MAX];
 	int share = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
 
 	if (faccessat(init_run, "resolv.conf", F_OK, 0) < 0)
 		return;	/* nobody has told of a server */
 	make_parent(target);
+	ssize_t len = readlink(target, link, sizeof link - 1);
+	if (len > 0 && access(target, F_OK) < 0) {	/* to what systemd would have made: that is in no image */
+		link[len] = 0;
+		if (strchr(link, '/') && chdir("/etc") == 0) {
+			make_parent(link);
+			fchdir(share);
+		}
+	}
 	close(open(target, O_CREAT | O_CLOEXEC, 0644));
 	if (fchdir(init_run) < 0 || mount("resolv.conf", target, NULL, MS_BIND, NULL) < 0 || fchdir(share) < 0)
 		die(CANNOT_EXECUTE, "mount", target);

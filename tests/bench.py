@@ -1,19 +1,24 @@
 """What runX costs on this dom0, each figure beside its yardstick of the same run.
 
+    bench.py [--json FILE] [--runs N]               a container's life, its processes and its memory
     bench.py --network [--json FILE] [--runs N]     TCP between a container and dom0, by iperf3
+    bench.py --many N [--json FILE]                 how long the creation of the last of N running ones takes
 
 Runs on any dom0 with Xen's tools and an installed runX; in the lab: `lab.py run -- python3 /repo/tests/bench.py ...`.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import pathlib
+import select
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import runx  # noqa: E402
@@ -60,6 +65,226 @@ def make_bundle(folder, *args, env=(), namespace=None, programs=()):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(spec))
     return folder
+
+
+# ---- a life
+
+INSTALLED = pathlib.Path("/usr/lib/runX")
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+MEMORY = 64  # MiB of each VM
+TYPE = runx.load_host_config()["type"] or runx.host_guest_type()
+
+
+def processor_time(usage):
+    return usage.ru_utime + usage.ru_stime
+
+
+def wait_for(pid):
+    """Waits for a process's end; returns its processor time in seconds, with that of the children it has waited for."""
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise SystemExit(f"process {pid} has ended with status {status}")
+    return processor_time(usage)
+
+
+def spawn(*args, stdout=None):
+    return subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=stdout).pid
+
+
+def forks():
+    """How many processes and threads this host has started since it booted."""
+    text = pathlib.Path("/proc/stat").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("processes"))
+
+
+def first_byte(fd):
+    if not select.select([fd], [], [], 60)[0]:
+        raise SystemExit("no output of the container in 60 s")
+    if not os.read(fd, 4096):
+        raise SystemExit("the container has ended without output")
+
+
+def bare_settings(folder, script, memory=MEMORY, kind=TYPE):
+    """A file for `xl create`: our kernel, with a ramdisk whose init is this script."""
+    init = f"#!/bin/sh\nexport PATH=/bin:/sbin\n{script}\nbusybox poweroff -f\n"
+    base = (INSTALLED / "initrd").read_bytes()
+    ramdisk = base + runx.padding(len(base)) + runx.cpio_archive([("init", 0o100755, init.encode())])
+    (folder / "ramdisk").write_bytes(ramdisk)
+    settings = {
+        "name": f"bench-{os.getpid()}", "type": kind, "memory": memory, "kernel": str(INSTALLED / "kernel"),
+        "ramdisk": str(folder / "ramdisk"), "cmdline": runx.KERNEL_PARAMETERS, "on_poweroff": "preserve",
+    }  # fmt: skip
+    (folder / "xl.cfg").write_text(runx.xl_config(settings))
+    return settings["name"], str(folder / "xl.cfg")
+
+
+def bare_life(folder):
+    """The yardstick: `xl create`, `xl unpause`, a line on hvc0, the end, `xl destroy`."""
+    name, settings = bare_settings(folder, "echo hello")
+    xenstore, before, started = runx.Xenstore(), forks(), time.monotonic()
+    # libxc complains of a ramdisk of two archives, and takes it
+    call("xl", "create", "-e", "-p", "-q", settings, stderr=subprocess.DEVNULL)
+    created = time.monotonic()
+    domid = call("xl", "domid", name).decode().strip()
+    console = os.open(xenstore.read(f"/local/domain/{domid}/console/tty"), os.O_RDONLY | os.O_NOCTTY)
+    xenstore.watch("@releaseDomain", "end")
+    xenstore.take_events()
+    start = time.monotonic()
+    call("xl", "unpause", domid)
+    first_byte(console)
+    output = time.monotonic()
+    select.select([xenstore.fd], [], [], 60)
+    call("xl", "destroy", domid)
+    end = time.monotonic()
+    os.close(console)
+    return {
+        "create": created - started, "start to output": output - start, "output to end": end - output, "delete": 0.0,
+        "whole life": end - started - (start - created), "processes": forks() - before - 1, "CPU": 0.0,
+    }  # fmt: skip
+
+
+def container_life(runtime, bundle):
+    before, started = forks(), time.monotonic()
+    reader, writer = os.pipe()
+    pid_file = bundle / "pid"
+    pid = spawn(runtime, "create", "--bundle", str(bundle), "--pid-file", str(pid_file), "bench", stdout=writer)
+    used = wait_for(pid)
+    os.close(writer)
+    created = time.monotonic()
+    pid = spawn(runtime, "start", "bench")
+    first_byte(reader)
+    output = time.monotonic()
+    used += wait_for(pid) + wait_for(int(pid_file.read_text()))
+    end = time.monotonic()
+    used += wait_for(spawn(runtime, "delete", "bench"))
+    deleted = time.monotonic()
+    os.close(reader)
+    return {
+        "create": created - started, "start to output": output - created, "output to end": end - output,
+        "delete": deleted - end, "whole life": deleted - started, "processes": forks() - before, "CPU": used,
+    }  # fmt: skip
+
+
+def make_hello(folder, rootfs=None, *args):
+    bundle = make_bundle(folder, "/bin/busybox", *(args or ("echo", "hello")))
+    if rootfs:
+        spec = json.loads((bundle / "config.json").read_text())
+        spec["annotations"] = {"org.runx.rootfs": rootfs, "org.runx.memory": str(MEMORY)}
+        (bundle / "config.json").write_text(json.dumps(spec))
+    return bundle
+
+
+def measure_life(folder, runs):
+    """{way: {what: median, in seconds}}, by turns."""
+    ways = {"bare xl": lambda: bare_life(folder)}
+    for rootfs in ("ramdisk", "9p"):
+        bundle = make_hello(folder / rootfs, rootfs)
+        ways[f"runX, {rootfs}"] = lambda bundle=bundle: container_life("runX", bundle)
+    if shutil.which("runc"):
+        runc_bundle = make_hello(folder / "runc")
+        ways["runc"] = lambda: container_life("runc", runc_bundle)
+    for life in ways.values():
+        life()  # what is read for the first time is not in the memory yet
+    found = {way: [] for way in ways}
+    for _ in range(runs):
+        for way, life in ways.items():
+            found[way].append(life())
+    return {way: {key: statistics.median(each[key] for each in lives) for key in lives[0]}
+            for way, lives in found.items()}  # fmt: skip
+
+
+def print_life(results):
+    base, columns = results["bare xl"], list(results["bare xl"])
+    print(f"{'seconds (of bare xl)':22}" + "".join(f"{column:>18}" for column in columns))
+    for way, each in results.items():
+        cells = [f"{value:.2f}" + (f" ({value / base[key]:.2f})" if base[key] else "") for key, value in each.items()]
+        print(f"{way:22}" + "".join(f"{cell:>18}" for cell in cells))
+        both = (each["create"] + each["start to output"]) / (base["create"] + base["start to output"])
+        print(f"{'':22}create and start to output: {both:.2f} of bare xl")
+
+
+def measure_commands(folder, runs):
+    """{command: seconds} of whole processes, for a container that has ended, beside Python's own start."""
+    bundle = make_hello(folder / "ended", "ramdisk")
+    with open(folder / "output", "wb") as output:
+        call("runX", "create", "--bundle", str(bundle), "--pid-file", str(folder / "pid"), "bench-ended", stdout=output)
+    call("runX", "start", "bench-ended")
+    wait_for(int((folder / "pid").read_text()))
+    commands = {
+        "python3 -IS -c pass": ("python3", "-IS", "-c", "pass"),
+        "runX state": ("runX", "state", "bench-ended"),
+        "runX kill": ("runX", "kill", "bench-ended", "KILL"),
+    }
+    found = {name: [] for name in commands}
+    for _ in range(runs):
+        for name, command in commands.items():
+            started = time.monotonic()
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            found[name].append(time.monotonic() - started)
+    call("runX", "delete", "bench-ended")
+    return {name: statistics.median(each) for name, each in found.items()}
+
+
+def print_commands(results):
+    base = results["python3 -IS -c pass"]
+    for name, seconds in results.items():
+        print(f"{name:22}{seconds * 1000:>8.0f} ms ({seconds / base:.2f} of Python's start)")
+
+
+def proportional_sizes():
+    """{pid: (command, PSS in KiB)} of all processes."""
+    found = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            text = (path / "smaps_rollup").read_text()
+            size = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+            found[int(path.name)] = ((path / "comm").read_text().strip(), size)
+        except (OSError, StopIteration):
+            pass  # it has ended, or is the kernel's
+    return found
+
+
+def measure_memory(folder, count=3):
+    """{way: KiB that a running container adds to dom0's processes, QEMU and all others apart}, the mean of count."""
+    results = {}
+    for rootfs in ("ramdisk", "9p"):
+        bundle = make_hello(folder / f"memory-{rootfs}", rootfs, "sleep", "1000")
+        before = proportional_sizes()
+        for number in range(count):
+            with open(folder / "output", "wb") as output:
+                call("runX", "create", "--bundle", str(bundle), f"bench-{number}", stdout=output)
+            call("runX", "start", f"bench-{number}")
+        added = {"QEMU": 0, "others": 0}
+        for pid, (command, size) in proportional_sizes().items():
+            if pid not in before:
+                added["QEMU" if "qemu" in command else "others"] += size / count
+        results[rootfs] = added
+        for number in range(count):
+            call("runX", "delete", "--force", f"bench-{number}")
+    return results
+
+
+def print_memory(results):
+    for rootfs, added in results.items():
+        sizes = ", ".join(f"{key} {size / 1024:.1f} MiB" for key, size in added.items())
+        print(f"PSS in dom0 of a running container, {rootfs}: {sizes}")
+
+
+def measure_many(folder, count):
+    """Seconds that each of count creations takes, while all before it are running."""
+    bundle, found = make_hello(folder / "many", "ramdisk", "sleep", "1000"), []
+    names = [f"bench-{number}" for number in range(count)]
+    try:
+        for name in names:
+            started = time.monotonic()
+            with open(folder / "output", "wb") as output:
+                call("runX", "create", "--bundle", str(bundle), name, stdout=output)
+            found.append(time.monotonic() - started)
+            call("runX", "start", name)
+    finally:
+        for name in names[: len(found)]:
+            call("runX", "delete", "--force", name)
+    return found
 
 
 # ---- network
@@ -136,14 +361,31 @@ def print_network(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="store_true")
+    parser.add_argument("--many", type=int, metavar="N")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, metavar="N")
     options = parser.parse_args()
     if os.geteuid():
         raise SystemExit("bench.py must run as root, in dom0")
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        results = {"network": measure_network(pathlib.Path(folder), options.runs)}
-        print_network(results["network"])
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = pathlib.Path(name)
+        if options.network:
+            results["network"] = measure_network(folder, options.runs or 3)
+            print_network(results["network"])
+        elif options.many:
+            results["many"] = measure_many(folder, options.many)
+            first, last = results["many"][0], results["many"][-1]
+            print(f"create: the first {first:.2f} s, the last of {options.many} {last:.2f} s ({last / first:.2f})")
+        else:
+            # a monitor whose runX create has ended becomes our child, so that we see its end and its processor time
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            results["life"] = measure_life(folder, options.runs or 10)
+            print_life(results["life"])
+            results["commands"] = measure_commands(folder, options.runs or 10)
+            print_commands(results["commands"])
+            results["memory"] = measure_memory(folder)
+            print_memory(results["memory"])
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=1))
 

@@ -56,6 +56,40 @@ def test_members_are_aligned_whatever_their_size(size):
     assert [data for _, _, data in members(archive)] == [b"x" * size, b"y"]
 
 
+def test_a_share_is_packed_for_the_guest_and_no_name_leads_out_of_it(folder, tmp_path):
+    os.link(folder / "sub/file", folder / "same")
+    (folder / "sub/out").symlink_to("/etc")
+    (folder / "rootless").mkdir(0o500)
+    with open(tmp_path / "ramdisk", "wb") as output:
+        assert runx.pack_share(output, str(folder), 64) == {}
+    found = {name: (mode, data) for name, mode, data in members((tmp_path / "ramdisk").read_bytes())}
+    folders = [name for name, (mode, _) in found.items() if mode & 0o170000 == 0o040000]
+    assert folders == ["mnt", "mnt/rootless", "mnt/sub"]
+    assert found["mnt/sub/out"] == (0o120777, b"/etc")
+    assert (found["mnt/same"][1], found["mnt/sub/file"][1]) == (b"12345", b""), "the second name has no content"
+
+
+def test_a_share_that_changes_while_it_is_packed(folder, tmp_path, monkeypatch):
+    """Another container that has the volume too makes a folder a link to dom0's files, and a file longer."""
+    walk = runx.walk_share
+
+    def interrupted(share):
+        for member in walk(share):
+            yield member
+            if member.path == "sub":
+                os.rename(folder / "sub", folder / "gone")
+                (folder / "sub").symlink_to("/etc")
+
+    monkeypatch.setattr(runx, "walk_share", interrupted)
+    monkeypatch.setattr(runx, "check_size", lambda share, memory: None)
+    with open(tmp_path / "ramdisk", "wb") as output:
+        runx.pack_share(output, str(folder), 64)
+    assert "mnt/sub" in (names := [name for name, *_ in members((tmp_path / "ramdisk").read_bytes())])
+    assert not [name for name in names if name.startswith("mnt/sub/")]
+    with open(tmp_path / "ramdisk", "wb") as output, pytest.raises(runx.Error, match="larger meanwhile"):
+        runx.pack_share(output, str(folder), 0)
+
+
 def test_strings_for_xl_are_quoted():
     assert runx.quote('a"b\\c\nd\re') == '"a\\"b\\\\c\\nd\\re"'
     assert runx.quote("$`;#'é") == '"$`;#\'é"'

@@ -328,6 +328,20 @@ def test_the_engines_namespace_moves_into_the_vm_and_back(bundle, network, names
     assert inside.returncode == 0, inside
 
 
+def test_a_second_vm_in_a_namespace_is_refused_and_the_first_one_stays(bundle, network, namespace, tmp_path):
+    (bundle.rootfs / "page").write_text("hello from a VM\n")
+    fill(bundle, "httpd", "-f", "-h", "/", namespace=namespace)
+    bundle.created()
+    assert bundle.runx("start", bundle.id).returncode == 0
+    wait_until(lambda: fetch("http://10.77.0.33/page") == b"hello from a VM\n", "the page", 60)
+    (tmp_path / "second").mkdir()
+    second = Bundle(tmp_path / "second")
+    refused = run(second, "true", namespace=namespace)
+    assert b"eth3 is another VM's, or something else classifies its traffic" in refused.stderr, refused
+    assert fetch("http://10.77.0.33/page") == b"hello from a VM\n"
+    assert bundle.runx("delete", "--force", bundle.id).returncode == 0
+
+
 def write_plugin(path, script):
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
