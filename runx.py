@@ -55,9 +55,7 @@ class Log:
     def write(self, level, message):
         now = timestamp()
         if self.as_json:
-            import json
-
-            line = json.dumps({"level": level, "msg": message, "time": now})
+            line = json_text({"level": level, "msg": message, "time": now})
         else:
             line = f"time={now} level={level} msg={message}"
         try:
@@ -83,6 +81,48 @@ def timestamp():
 def printable(text):
     """Text of the guest's for the log: a hostile guest must not write control characters to a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
+
+
+class JsonScanner:
+    """What C's half of json wants to know (Modules/_json.c): as json.loads does it."""
+
+    strict, memo, object_hook, object_pairs_hook = True, {}, None, None
+    parse_float, parse_int, parse_constant = float, int, float
+
+
+def parse_json(text):
+    """json.loads, without the import of json, which compiles regular expressions: `state` would take twice
+    as long.  Raises ValueError."""
+    from _json import make_scanner
+
+    start = len(text) - len(text.lstrip(" \t\n\r"))
+    try:
+        value, end = make_scanner(JsonScanner)(text, start)
+    except StopIteration as stop:
+        raise ValueError(f"there is no JSON at character {stop.value}") from None
+    if text[end:].strip(" \t\n\r"):
+        raise ValueError(f"there is something behind the JSON, at character {end}")
+    return value
+
+
+def json_text(value, indent=None, margin="\n"):
+    """json.dumps, for the same reason."""
+    from _json import encode_basestring_ascii
+
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    inner, brackets = margin + " " * (indent or 0), "{}" if isinstance(value, dict) else "[]"
+    if isinstance(value, dict):
+        parts = [f"{json_text(str(key))}: {json_text(item, indent, inner)}" for key, item in value.items()]
+    else:
+        parts = [json_text(item, indent, inner) for item in value]
+    if not parts or indent is None:
+        return ", ".join(parts).join(brackets)
+    return (inner + f",{inner}".join(parts) + margin).join(brackets)
 
 
 class Record:
@@ -296,11 +336,9 @@ def strings(section, key, where):
 
 def load_config(bundle):
     """Reads <bundle>/config.json.  Raises Error, in runc's words where engines show them."""
-    import json
-
     try:
         with open(os.path.join(bundle, "config.json"), encoding="utf-8") as file:
-            spec = json.load(file)
+            spec = parse_json(file.read())
     except FileNotFoundError:
         raise Error(f"JSON specification file config.json not found in bundle {bundle}") from None
     except (OSError, ValueError) as error:
@@ -392,11 +430,9 @@ HOST_SETTINGS = {
 
 def load_host_config():
     """The host's own settings (docs/config.md), each with its default where HOST_CONFIG is silent or absent."""
-    import json
-
     try:
         with open(HOST_CONFIG, encoding="utf-8") as file:
-            settings = json.load(file)
+            settings = parse_json(file.read())
     except FileNotFoundError:
         return HOST_SETTINGS
     except (OSError, ValueError) as error:
@@ -1151,9 +1187,9 @@ def system_call(name, *args):
 
 def default_signals():
     """Python ignores SIGPIPE, and so would a program that it executes."""
-    import signal
+    import _signal  # signal adds enums to it, which take longer than all else that a child does
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
 
 
 def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces_of=None):
@@ -1226,10 +1262,10 @@ class Xenstore:
     """A connection.  Watch events that come between request and reply wait in `events`."""
 
     def __init__(self):
-        import socket
+        import _socket  # socket adds enums and selectors to it, which take longer to import than this takes
 
         try:
-            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket = _socket.socket(_socket.AF_UNIX)
             self.socket.connect(XENSTORED_SOCKET)
             self.fd = self.socket.fileno()
         except OSError:
@@ -2317,10 +2353,10 @@ class Rtnetlink:
     """A connection to the rtnetlink of one network namespace: of ours, or of the one at a path."""
 
     def __init__(self, namespace=None, groups=0):
-        import socket
+        import _socket  # as in Xenstore
 
         def connect():
-            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            return _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW, _socket.NETLINK_ROUTE)
 
         self.socket = in_namespace(namespace, connect) if namespace else connect()
         self.socket.bind((0, groups))
@@ -2727,14 +2763,12 @@ def bandwidth_rate(network):
 
 def attach_network(attachment, network):
     """Executes the plugins of an Attachment, and puts what they say into it.  Raises Error."""
-    import json
-
     version = negotiate_version(attachment) if network.version == CNI_VERSIONS[-1] else network.version
     for plugin, configuration in attachment.calls:
         configuration["cniVersion"] = version
         output = call_plugin("ADD", attachment, plugin, configuration)
         try:
-            attachment.result = {**json.loads(output)}
+            attachment.result = {**parse_json(output)}
         except (ValueError, TypeError):
             raise Error(f"network {attachment.network}: the CNI plugin {plugin} has not printed a result") from None
     if attachment.result and attachment.bridge:
@@ -2745,13 +2779,11 @@ def attach_network(attachment, network):
 
 def negotiate_version(attachment):
     """The newest version of CNI that all plugins of an Attachment know: many know less than the newest."""
-    import json
-
     known = set(CNI_VERSIONS)
     for plugin, _ in attachment.calls:
         output = call_plugin("VERSION", attachment, plugin, {"cniVersion": CNI_VERSIONS[-1]})
         try:
-            known &= set(json.loads(output)["supportedVersions"])
+            known &= set(parse_json(output)["supportedVersions"])
         except (ValueError, TypeError, KeyError):
             raise Error(f"network {attachment.network}: the CNI plugin {plugin} does not tell its versions") from None
     return max(known, key=CNI_VERSIONS.index, default=CNI_VERSIONS[-1])
@@ -2771,8 +2803,6 @@ def call_plugin(command, attachment, plugin, configuration):
 
     Raises Error with the plugin's own reason.
     """
-    import json
-
     what, path = f"network {attachment.network}: CNI plugin {plugin}", find_plugin(plugin)
     if not path:
         raise Error(f"{what} is not installed in {cni_path()}")
@@ -2783,11 +2813,12 @@ def call_plugin(command, attachment, plugin, configuration):
         "CNI_CONTAINERID": attachment.identity, "CNI_NETNS": attachment.namespace,
         "CNI_IFNAME": attachment.interface, "CNI_ARGS": f"IgnoreUnknown=1;MAC={attachment.mac}",
     }  # fmt: skip
-    reason, output, errors = run_program([path], path, env, json.dumps(configuration).encode(), CNI_TIME_LIMIT)
+    reason, output, errors = run_program([path], path, env, json_text(configuration).encode(), CNI_TIME_LIMIT)
+    output = output.decode("utf-8", "replace")
     if not reason:
         return output
     try:
-        error = json.loads(output)
+        error = parse_json(output)
         words = [str(error[key]) for key in ("msg", "details") if error.get(key)]
         reason = f"{': '.join(words)} (code {error['code']})"
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -3049,8 +3080,10 @@ def find_interfaces(container, taken, log):
 
 def plug(container, log):
     """Gives a VM that does not run yet its network interfaces, and tells it about them.  Raises Error."""
-    xenstore, state = Xenstore(), container.state
-    domid = state["domid"]
+    state = container.state
+    if state["namespace"] is None and not state["networks"]:
+        return
+    xenstore, domid = Xenstore(), state["domid"]
     taken = xenstore.list(f"/libxl/{domid}/device/vif")  # what a file of xl's settings asks for
     interfaces = find_interfaces(container, len(taken), log)
     if not interfaces:
@@ -3251,11 +3284,9 @@ class Container:
             raise Error(f"cannot make {self.folder}: {error.strerror}") from None
 
     def load(self):
-        import json
-
         try:
             with open(self.path("state.json"), encoding="utf-8") as file:
-                self.state = json.load(file)
+                self.state = parse_json(file.read())
             self.state["status"]
         except FileNotFoundError:
             if not os.path.isdir(self.folder):
@@ -3266,12 +3297,10 @@ class Container:
         return self
 
     def save(self, **changes):
-        import json
-
         self.state.update(changes)
         temporary = self.path("state.json.new")
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(self.state, file)
+            file.write(json_text(self.state))
         os.rename(temporary, self.path("state.json"))
 
     def __enter__(self):
@@ -3306,9 +3335,7 @@ class Container:
 
     def state_for_hooks(self, status):
         """The state as hooks get it, JSON: status is what it is by the runtime-spec, not yet or no more in fact."""
-        import json
-
-        return json.dumps(self.public_state(status))
+        return json_text(self.public_state(status))
 
     def public_state(self, status=None):
         """The state as runtime.md and `runc state` give it."""
@@ -3572,7 +3599,8 @@ class Monitor:
         for node in ("ready", "ended", "exit"):
             self.xenstore.watch(f"/local/domain/{self.domid}/data/{node}", node)
         self.xenstore.watch("@releaseDomain", "release")
-        self.xenstore.take_events()  # each watch fires once when it is made
+        self.xenstore.read("domid")  # each watch fires once when it is made, and before this is answered
+        self.xenstore.take_events()
         if self.has_terminal():
             self.take_terminal()
         self.enter_namespace()
@@ -4034,13 +4062,13 @@ def new_uuid():
 
 def relay_signals(terminal):
     """The descriptor from which arrive, a byte each, the signals that a container's own process would get."""
-    import signal
+    import _signal  # as in default_signals()
 
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     names = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"]
     for name in [*names, "SIGWINCH"] if terminal else names:
-        signal.signal(getattr(signal, name), lambda *_: None)
+        _signal.signal(getattr(_signal, name), lambda *_: None)
     return reader
 
 
@@ -4360,9 +4388,7 @@ def command_state(call):
 
 def print_json(value, indent=2):
     """indent None: on one line, at once, for a reader of a stream."""
-    import json
-
-    print(json.dumps(value, indent=indent), flush=True)
+    print(json_text(value, indent=indent), flush=True)
 
 
 def parse_signal(text):
@@ -4601,13 +4627,11 @@ def command_update(call):
 
 def read_update(options):
     """The linux.resources that --resources and the other options ask for."""
-    import json
-
     source, changes = options.get("resources"), {}
     if source:
         try:
             with open(0 if source == "-" else source, encoding="utf-8") as file:
-                changes = json.load(file)
+                changes = parse_json(file.read())
         except (OSError, ValueError) as error:
             raise Error(f"cannot read the resources from {source}: {error}") from None
         if not isinstance(changes, dict):

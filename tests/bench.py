@@ -26,7 +26,7 @@ import runx  # noqa: E402
 
 def call(*args, **options):
     """Runs a command that must succeed; returns what it prints."""
-    done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **options)
+    done = subprocess.run(args, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options})
     if done.returncode:
         raise SystemExit(f"{' '.join(args)}: status {done.returncode}")
     return done.stdout
@@ -109,10 +109,10 @@ def bare_settings(folder, script, memory=MEMORY, kind=TYPE):
     init = f"#!/bin/sh\nexport PATH=/bin:/sbin\n{script}\nbusybox poweroff -f\n"
     base = (INSTALLED / "initrd").read_bytes()
     ramdisk = base + runx.padding(len(base)) + runx.cpio_archive([("init", 0o100755, init.encode())])
-    (folder / "ramdisk").write_bytes(ramdisk)
+    (folder / "bare.ramdisk").write_bytes(ramdisk)
     settings = {
         "name": f"bench-{os.getpid()}", "type": kind, "memory": memory, "kernel": str(INSTALLED / "kernel"),
-        "ramdisk": str(folder / "ramdisk"), "cmdline": runx.KERNEL_PARAMETERS, "on_poweroff": "preserve",
+        "ramdisk": str(folder / "bare.ramdisk"), "cmdline": runx.KERNEL_PARAMETERS, "on_poweroff": "preserve",
     }  # fmt: skip
     (folder / "xl.cfg").write_text(runx.xl_config(settings))
     return settings["name"], str(folder / "xl.cfg")

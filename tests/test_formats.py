@@ -1,6 +1,7 @@
 """Bytes that others read: cpio archives, xl's configuration, console rings."""
 
 import gzip
+import json
 import os
 import struct
 import subprocess
@@ -88,6 +89,20 @@ def test_a_share_that_changes_while_it_is_packed(folder, tmp_path, monkeypatch):
     assert not [name for name in names if name.startswith("mnt/sub/")]
     with open(tmp_path / "ramdisk", "wb") as output, pytest.raises(runx.Error, match="larger meanwhile"):
         runx.pack_share(output, str(folder), 0)
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -1.5, 'a"\n\ud800é', [], {}, [1, [2, {}]], {"a": {"b": [False]}, "c": []}]
+)
+def test_json_is_as_the_library_writes_and_reads_it(value):
+    assert [runx.json_text(value, indent) for indent in (None, 2)] == [json.dumps(value, indent=i) for i in (None, 2)]
+    assert runx.parse_json(f" {json.dumps(value, indent=1)}\n") == value
+
+
+@pytest.mark.parametrize("text", ["", " ", "{", "[1,]", '{"a"}', "x", "1 2", "\ufeff{}"])
+def test_what_is_no_json_is_refused(text):
+    with pytest.raises(ValueError, match="."):
+        runx.parse_json(text)
 
 
 def test_strings_for_xl_are_quoted():

@@ -122,7 +122,7 @@ def test_a_plugin_that_hangs_is_killed_with_its_children(plugin, tmp_path, monke
 
 def test_a_plugin_gets_the_protocol(plugin, tmp_path):
     plugin(f"env | grep ^CNI_ | sort >{tmp_path}/env; cat >{tmp_path}/stdin; echo '{{}}'")
-    assert runx.call_plugin("ADD", attachment(), "plugin", {"name": "net"}) == b"{}\n"
+    assert runx.call_plugin("ADD", attachment(), "plugin", {"name": "net"}) == "{}\n"
     assert (tmp_path / "env").read_text().splitlines() == [
         "CNI_ARGS=IgnoreUnknown=1;MAC=02:00:00:00:00:01", "CNI_COMMAND=ADD", "CNI_CONTAINERID=id", "CNI_IFNAME=eth0",
         "CNI_NETNS=/none", f"CNI_PATH={tmp_path}",
