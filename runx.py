@@ -3718,9 +3718,9 @@ class Monitor:
             path = self.container.path("ramdisk")
             return open(path, "wb"), path
         name = f"/var/tmp/{self.container.state['name']}"
-        file = open(name, "xb")
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.unlink(name)
-        return file, f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        return os.fdopen(fd, "wb"), f"/proc/{os.getpid()}/fd/{fd}"
 
     def write_ramdisk(self, initrd, guest, modules):
         """Writes the rest of the ramdisk.  modules: (file name, content), in order."""
