@@ -230,7 +230,7 @@ def test_twenty_at_once_get_twenty_addresses_and_give_them_back(network, tmp_pat
     """Each connects to dom0, and lives until that hangs up: once all are there."""
     netconf, runs = network(), []
     door = socket.create_server(("10.77.0.1", 8090), backlog=20)
-    door.settimeout(120)
+    door.settimeout(400)
     for number in range(20):
         (tmp_path / str(number)).mkdir()
         bundle = Bundle(tmp_path / str(number))
@@ -258,7 +258,7 @@ def dnsmasq(network, tmp_path):
     log, leases = tmp_path / "dnsmasq.log", tmp_path / "leases"
     command = [
         "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--interface=testbr0", "--bind-interfaces", "--port=0",
-        "--dhcp-range=10.77.0.50,10.77.0.60,2m", "--dhcp-option=6,10.77.0.53", f"--dhcp-leasefile={leases}",
+        "--dhcp-range=10.77.0.50,10.77.0.59,2m", "--dhcp-option=6,10.77.0.53", f"--dhcp-leasefile={leases}",
         "--log-dhcp", f"--log-facility={log}", "--user=root",
     ]  # fmt: skip
     daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
