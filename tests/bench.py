@@ -8,6 +8,7 @@ Runs on any dom0 with Xen's tools and an installed runX; in the lab: `lab.py run
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -295,8 +296,6 @@ BRIDGE, ADDRESS = "benchbr0", "10.74.0.1"
 
 def measure_network(folder, runs):
     """{way: {direction: Mbit/s, the median}}, in both directions between a container and dom0 on one bridge."""
-    import contextlib
-
     networks, settings = pathlib.Path("/etc/cni/net.d/bench.conf"), pathlib.Path("/etc/runX/xl/bench")
     with contextlib.ExitStack() as stack:
         for command in (

@@ -21,11 +21,11 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
+import bench  # noqa: E402
 import conftest  # noqa: E402
 
 import runx  # noqa: E402
 
-INSTALLED = pathlib.Path("/usr/lib/runX")
 DAEMONS = ("xenstored", "xenconsoled", "containerd")
 # what may differ by chance: pages in per-CPU lists, slabs that are freed later
 MEMORY_NOISE = 4 << 10  # KiB
@@ -124,20 +124,11 @@ def check_stream(bundle, mebibytes):
 def xenconsoled_rate(bundle, mebibytes):
     """Bytes/s of the same kernel writing to hvc0, which xenconsoled carries, as a bare domain."""
     size = min(mebibytes, 4) << 18  # a quarter: it is slow
-    init = f"#!/bin/sh\nmount -t devtmpfs dev /dev; stty -F /dev/hvc0 raw -echo -opost\n" \
-        f"dd if=/dev/zero of=/dev/hvc0 bs=4096 count={size >> 12} 2>/dev/null\npoweroff -f\n"  # fmt: skip
-    ramdisk = (INSTALLED / "initrd").read_bytes()
-    ramdisk += b"\0" * (-len(ramdisk) % 4) + runx.cpio_archive([("init", 0o100755, init.encode())])
-    (bundle.folder / "ramdisk").write_bytes(ramdisk)
-    name = f"soak-{os.getpid()}"
-    settings = {
-        "name": name, "type": runx.load_host_config()["type"] or runx.host_guest_type(), "memory": 128,
-        "kernel": str(INSTALLED / "kernel"), "ramdisk": str(bundle.folder / "ramdisk"),
-        "cmdline": runx.KERNEL_PARAMETERS, "on_poweroff": "preserve",
-    }  # fmt: skip
-    (bundle.folder / "xl.cfg").write_text(runx.xl_config(settings))
+    script = f"mount -t devtmpfs dev /dev; stty -F /dev/hvc0 raw -echo -opost\n" \
+        f"dd if=/dev/zero of=/dev/hvc0 bs=4096 count={size >> 12} 2>/dev/null"  # fmt: skip
+    name, settings = bench.bare_settings(bundle.folder, script, memory=128)
     # quietly: libxc complains of a ramdisk of two archives, and takes it
-    subprocess.run(["xl", "create", "-e", "-p", "-q", str(bundle.folder / "xl.cfg")], check=True, capture_output=True)
+    subprocess.run(["xl", "create", "-e", "-p", "-q", settings], check=True, capture_output=True)
     try:
         domid = conftest.xl("domid", name).strip()
         fd = os.open(runx.Xenstore().read(f"/local/domain/{domid}/console/tty"), os.O_RDONLY | os.O_NOCTTY)

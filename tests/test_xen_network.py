@@ -83,8 +83,15 @@ def write_network(name="net", version="1.0.0", plugins=None, **settings):
     return f"{path},{name}"
 
 
+@pytest.fixture
+def second(tmp_path):
+    """Another bundle."""
+    (tmp_path / "second").mkdir()
+    return Bundle(tmp_path / "second")
+
+
 def fill(bundle, *args, netconf=(), namespace=None, **process):
-    """The bundle with busybox's commands and a config that asks for these networks."""
+    """The bundle with busybox's commands and a config that asks for these networks, which is returned."""
     for applet in ("ip", "ping", "wget", "nc", "httpd", "grep", "hostname"):
         if not (bundle.rootfs / "bin" / applet).exists():
             (bundle.rootfs / "bin" / applet).symlink_to("busybox")
@@ -93,6 +100,7 @@ def fill(bundle, *args, netconf=(), namespace=None, **process):
     where = {"type": "network", **({"path": namespace} if namespace else {})}
     spec["linux"] = {"namespaces": [{"type": "pid"}, where]}
     bundle.write_config(spec)
+    return spec
 
 
 def run(bundle, script, *args, **options):
@@ -124,13 +132,11 @@ def test_static_addresses_on_a_bridge(bundle, network, version):
     assert not (bundle.rootfs / "etc/resolv.conf").read_text()
 
 
-def test_an_address_is_reserved_until_delete_also_after_the_monitor_was_killed(bundle, network, tmp_path):
+def test_an_address_is_reserved_until_delete_also_after_the_monitor_was_killed(bundle, network, second):
     netconf = network()
     fill(bundle, "sleep", "1000", netconf=[f"{netconf},10.77.0.9"])
     pidfd = bundle.created()
     assert bundle.runx("start", bundle.id).returncode == 0
-    (tmp_path / "second").mkdir()
-    second = Bundle(tmp_path / "second")
     refused = run(second, "true", netconf=[f"{netconf},10.77.0.9"])
     assert b"CNI plugin host-local, ADD: " in refused.stderr and b"10.77.0.9" in refused.stderr
     wait_until(lambda: call("busybox", "ping", "-c1", "-w1", "10.77.0.9").returncode == 0, "an answer of the VM")
@@ -234,8 +240,7 @@ def test_twenty_at_once_get_twenty_addresses_and_give_them_back(network, tmp_pat
     for number in range(20):
         (tmp_path / str(number)).mkdir()
         bundle = Bundle(tmp_path / str(number))
-        fill(bundle, "nc", "10.77.0.1", "8090", netconf=[f"{netconf},auto"])
-        spec = json.loads((bundle.folder / "config.json").read_text())
+        spec = fill(bundle, "nc", "10.77.0.1", "8090", netconf=[f"{netconf},auto"])
         bundle.write_config({**spec, "annotations": {"org.runx.rootfs": "ramdisk"}})
         command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
         with open(bundle.folder / "output", "wb") as output:
@@ -284,14 +289,12 @@ def test_a_lease_by_dhcp_is_renewed_and_given_back(bundle, network, dnsmasq):
     assert bundle.runx("delete", bundle.id).returncode == 0
 
 
-def test_guests_reach_each_other(bundle, network, tmp_path):
+def test_guests_reach_each_other(bundle, network, second):
     netconf = network()
     (bundle.rootfs / "page").write_text("hello from a VM\n")
     fill(bundle, "httpd", "-f", "-h", "/", netconf=[f"{netconf},10.77.0.7"])
     bundle.created()
     assert bundle.runx("start", bundle.id).returncode == 0
-    (tmp_path / "second").mkdir()
-    second = Bundle(tmp_path / "second")
     script = "ping -c 1 -w 9 10.77.0.7 >&2; wget -q -O - http://10.77.0.7/page"
     result = run(second, script, netconf=[f"{netconf},auto"])
     assert result.stdout == b"hello from a VM\n", result
@@ -328,14 +331,12 @@ def test_the_engines_namespace_moves_into_the_vm_and_back(bundle, network, names
     assert inside.returncode == 0, inside
 
 
-def test_a_second_vm_in_a_namespace_is_refused_and_the_first_one_stays(bundle, network, namespace, tmp_path):
+def test_a_second_vm_in_a_namespace_is_refused_and_the_first_one_stays(bundle, network, namespace, second):
     (bundle.rootfs / "page").write_text("hello from a VM\n")
     fill(bundle, "httpd", "-f", "-h", "/", namespace=namespace)
     bundle.created()
     assert bundle.runx("start", bundle.id).returncode == 0
     wait_until(lambda: fetch("http://10.77.0.33/page") == b"hello from a VM\n", "the page", 60)
-    (tmp_path / "second").mkdir()
-    second = Bundle(tmp_path / "second")
     refused = run(second, "true", namespace=namespace)
     assert b"eth3 is another VM's, or something else classifies its traffic" in refused.stderr, refused
     assert fetch("http://10.77.0.33/page") == b"hello from a VM\n"
@@ -396,8 +397,7 @@ def test_a_hook_fills_the_namespace(bundle, network, tmp_path):
         nsenter --net=/proc/$pid/ns/net sh -c '
             ip link set eth0 up; ip address add 10.77.0.44/24 dev eth0; ip route add default via 10.77.0.1'""",
     )
-    fill(bundle, "sh", "-c", LOOK)
-    spec = json.loads((bundle.folder / "config.json").read_text())
+    spec = fill(bundle, "sh", "-c", LOOK)
     spec["hooks"] = {"createRuntime": [{"path": str(hook), "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}]}
     bundle.write_config(spec)
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
