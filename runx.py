@@ -28,6 +28,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # ==== errors and log =====================================================================================
 # An error is one sentence for the user.  The command line alone turns it into stderr, log and exit status.
+# Beside them what all parts use: JSON, and plain records.
 
 
 class Error(Exception):
@@ -424,6 +425,7 @@ def asks(value):
     return bool(value) and value != -1
 
 
+ROOTFS_MODES = ("9p", "ramdisk", "auto")
 HOST_SETTINGS = {
     "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "rootfs": "auto", "xlconf": ["/etc/runX/xl"],
     "netconf": ["/etc/cni/net.d"],
@@ -445,7 +447,7 @@ def load_host_config():
     check_type(found["type"], f"{HOST_CONFIG}: type")
     if found["memory"] < 0 or found["vcpus"] < 0:
         raise Error(f"{HOST_CONFIG}: memory, in MiB, and vcpus must not be below 0")
-    if found["rootfs"] not in ("9p", "ramdisk", "auto"):
+    if found["rootfs"] not in ROOTFS_MODES:
         raise Error(f'{HOST_CONFIG}: rootfs is "9p", "ramdisk" or "auto", not {printable(found["rootfs"])}')
     for key in ("xlconf", "netconf"):
         strings(found, key, HOST_CONFIG)
@@ -532,7 +534,7 @@ def parse_machine(spec, annotations, hardware, env, host):
     if (ramdisk or image) and not kernel:
         raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
     rootfs, own_init = annotations["rootfs"], bool(ramdisk or image)
-    if rootfs not in ("", "9p", *(("none",) if own_init else ("ramdisk", "auto"))):
+    if rootfs and rootfs not in (("9p", "none") if own_init else ROOTFS_MODES):
         choice = '"9p" or "none" for a VM with its own ramdisk' if own_init else '"9p", "ramdisk" or "auto"'
         raise Error(f"config.json: the annotation org.runx.rootfs is {choice}, not {printable(rootfs)}")
     check_hypervisor(text_of(sections["hypervisor"], "path", where + ".hypervisor"))
@@ -1999,6 +2001,15 @@ def open_in_root(root, path):
         os.close(root_fd)
 
 
+def open_folder_in_root(root, path):
+    """A descriptor of a folder in root, to be read.  Raises OSError."""
+    fd = open_in_root(root, path)
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+
+
 def open_file_in_root(root, path, purpose):
     """A descriptor, O_PATH, of a regular file in root.  Raises Error, that begins with purpose."""
     import stat
@@ -2060,9 +2071,7 @@ def walk_share(share):
     while folders:
         parent = folders.pop()
         try:
-            fd = open_in_root(share, parent)
-            folder = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            os.close(fd)
+            folder = open_folder_in_root(share, parent)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -2191,42 +2200,37 @@ def kernel_modules(root, kernel):
 
 def load_module(root, path):
     data, name = read_in_root(root, path, MODULE_MAX), os.path.basename(path)
+    purpose = f"cannot unpack the kernel module {path} of the container"
+    if name.endswith(".xz"):
+        import lzma
+
+        # xz -9 needs that much memory, and an image may ask for 4 GiB
+        unpack, failure = lzma.LZMADecompressor(memlimit=64 << 20).decompress, lzma.LZMAError
+    elif name.endswith(".gz"):
+        import zlib
+
+        unpack, failure = zlib.decompressobj(31).decompress, zlib.error
+    elif name.endswith(".ko"):
+        return name, data
+    else:
+        raise Error(f"{purpose}: use .ko, .ko.xz or .ko.gz")
     try:
-        if name.endswith(".xz"):
-            import lzma
-
-            unpacker = lzma.LZMADecompressor(memlimit=64 << 20)  # xz -9 needs that much, and an image may ask for 4 GiB
-            data = unpacker.decompress(data, MODULE_MAX)
-        elif name.endswith(".gz"):
-            import zlib
-
-            data = zlib.decompressobj(31).decompress(data, MODULE_MAX)
-        elif not name.endswith(".ko"):
-            raise Error(f"cannot unpack the kernel module {path} of the container: use .ko, .ko.xz or .ko.gz")
-    except (OSError, MemoryError, EOFError, *unpacking_errors()) as error:
-        raise Error(f"cannot unpack the kernel module {path} of the container: {error}") from None
+        data = unpack(data, MODULE_MAX)
+    except (failure, MemoryError) as error:
+        raise Error(f"{purpose}: {error}") from None
     return name.split(".ko")[0] + ".ko", data
-
-
-def unpacking_errors():
-    import lzma
-    import zlib
-
-    return lzma.LZMAError, zlib.error
 
 
 def list_in_root(root, path):
     """The names in a folder in root, [] if it is not there."""
     try:
-        fd = open_in_root(root, path)
+        folder = open_folder_in_root(root, path)
     except OSError:
         return []
     try:
-        return os.listdir(f"/proc/self/fd/{fd}")
-    except NotADirectoryError:
-        return []
+        return os.listdir(folder)
     finally:
-        os.close(fd)
+        os.close(folder)
 
 
 def home_of(root, uid):
@@ -2832,11 +2836,8 @@ def use_result(attachment, result, network):
     """Puts what the IPAM plugin has said, or the file, into the Attachment of a bridge's port.  Raises Error."""
     import ipaddress
 
-    ips = result.get("ips") or [
-        {"address": result[key]["ip"], **result[key]}
-        for key in ("ip4", "ip6")
-        if result.get(key)  # 0.2.0
-    ]
+    old = [result[key] for key in ("ip4", "ip6") if result.get(key)]  # 0.2.0
+    ips = result.get("ips") or [{"address": each["ip"], **each} for each in old]
     routes = result.get("routes") or [route for entry in ips for route in entry.get("routes") or ()]
     try:
         addresses = attachment.addresses or [entry["address"] for entry in ips]
@@ -2986,7 +2987,7 @@ def dump_routes(netlink):
 
     found = {}
     for body in netlink.request(RTM_GETROUTE, NLM_F_DUMP, bytes(12)):
-        family, *_, table, protocol, _, kind, _ = struct.unpack_from("=8BI", body)
+        family, *_, table, protocol, _, kind, flags = struct.unpack_from("=8BI", body)
         values = attributes(body[12:])
         if family not in (AF_INET, AF_INET6) or RTA_OIF not in values or protocol == RTPROT_RA:
             continue
@@ -2996,8 +2997,8 @@ def dump_routes(netlink):
             index = struct.unpack("=I", values[RTA_OIF])[0]
             kept = {name: value for name, value in values.items() if name in ROUTE_ATTRIBUTES}
             # the other flags are states of a link, such as that its cable is out
-            flags = struct.unpack_from("=I", body, 8)[0] & RTNH_F_ONLINK
-            found.setdefault(index, []).append((body[:8] + struct.pack("=I", flags), kept))
+            head = body[:8] + struct.pack("=I", flags & RTNH_F_ONLINK)
+            found.setdefault(index, []).append((head, kept))
     return found
 
 
@@ -3182,9 +3183,11 @@ def unplug(xenstore, state):
     for device in state["joined"] if state["namespace"] else ():  # any other namespace ends with the container
         try:
             netlink = Rtnetlink(state["namespace"])
-            end_redirect(netlink, netlink.find_link(device).index)
-        except (OSError, AttributeError):
-            pass  # it came no further, or the engine has taken the interface away
+            link = netlink.find_link(device)
+            if link:
+                end_redirect(netlink, link.index)
+        except OSError:
+            pass  # the engine has taken the interface or the namespace away
 
 
 def tell_guest(xenstore, container, interfaces):
@@ -3421,7 +3424,6 @@ def run_hook(hook, state, bundle, namespaces_of):
 KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
 OWN_INIT_PARAMETERS = "console=hvc0 panic=-1"
 KERNEL_PARAMETERS_MAX = 1023  # bytes: MAX_GUEST_CMDLINE of xen/include/public/xen.h without its NUL
-BOOT_FILES = ("ramdisk", "kernel", "initrd")  # in the container's folder, until the domain is made
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
 CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
 
@@ -3635,8 +3637,6 @@ class Monitor:
         except Error as error:
             if wanted != "auto" or mode != "9p" or "device model" not in str(error).lower():
                 raise
-        for name in BOOT_FILES:
-            discard(self.container.path(name))
         self.warn("QEMU cannot export the rootfs over 9p on this host, so the VM has it in its memory")
         self.create_domain(*self.boot_files("ramdisk", share, sources), "ramdisk", share)
 
@@ -3761,12 +3761,13 @@ class Monitor:
         xl_cfg = self.container.path("xl.cfg")
         with open(xl_cfg, "w", encoding="utf-8") as file:
             file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
-        create_domain(xl_cfg, memory)
-        # Xen has them in memory now; /run is memory too, and the rootfs must not stay busy
-        if self.ramdisk:
-            self.ramdisk.close()
-        for name in BOOT_FILES:
-            discard(self.container.path(name))
+        try:
+            create_domain(xl_cfg, memory)
+        finally:  # Xen has them in memory now, if it is to; /run is memory too, and the rootfs must not stay busy
+            if self.ramdisk:
+                self.ramdisk.close()
+            for name in ("ramdisk", "kernel", "initrd"):
+                discard(self.container.path(name))
         self.domid = find_domain(self.xenstore, settings["uuid"])
         if self.domid is None:
             raise Error(f"xl create made no domain with the uuid {settings['uuid']}")

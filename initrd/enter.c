@@ -274,6 +274,8 @@ static void release_leases(void)
 {
 	char path[32], pid[24];
 
+	if (access("/run/dns", F_OK) < 0)
+		return;	/* init has not set up any interface */
 	for (unsigned long number = 0; number < INTERFACES_MAX; number++) {
 		join(path, sizeof path, "/run/dhcp.", decimal(number), NULL);
 		int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -681,8 +683,12 @@ static void apply_file_capability(void)
 	char *path = next(), value[256];
 	size_t len = next_number();
 
+	if (len > sizeof value) {
+		errno = E2BIG;
+		die(CANNOT_EXECUTE, "set the capabilities of", path);
+	}
 	for (size_t i = 0; i < len; i++)
-		value[i % sizeof value] = next_number();
+		value[i] = next_number();
 	if (setxattr(path, "security.capability", value, len, 0) < 0)
 		die(CANNOT_EXECUTE, "set the capabilities of", path);
 }
