@@ -243,7 +243,8 @@ class Machine(Record):
     type: str  # "pv" or "pvh"; "": what the host offers
     maxmem: int  # MiB, 0: no more than memory
     maxvcpus: int  # 0: no more than vcpus
-    rootfs: str  # "9p", "ramdisk", "auto" (which of the two works here) or "none"
+    rootfs: str  # "9p", "ramdisk", "block", "auto" (what works here) or "none"
+    image: str  # of a disk that is the rootfs; "": root.path says where that is
     kernel: tuple  # path, whether that is in the rootfs; or None: ours
     ramdisk: tuple  # the same
     own_init: bool  # the VM boots a system of its own, and nothing of ours is in it
@@ -366,6 +367,8 @@ def load_config(bundle):
     hardware = parse_hardware(spec)
     env = process.env if process else []
     machine = parse_machine(spec, annotations, hardware, env, host)
+    root = field(spec, "root", dict, {"path": machine.image} if machine.image else REQUIRED)
+    rootfs, readonly = find_rootfs(bundle, root, machine), field(root, "readonly", bool, False, "config.json: root")
     netconf = parse_netconf(env)
     if machine.own_init and hooks.get("startContainer"):
         raise Error("config.json: hooks.startContainer need runX's own init, and the VM boots another one")
@@ -379,8 +382,8 @@ def load_config(bundle):
     }  # fmt: skip
     return Config(
         oci_version=check_version(field(spec, "ociVersion", str)),
-        rootfs=find_rootfs(bundle, field(spec, "root", dict)),
-        readonly=field(spec["root"], "readonly", bool, False, "config.json: root"),
+        rootfs=rootfs,
+        readonly=readonly,
         process=process,
         hostname=hostname,
         domainname=domainname,
@@ -425,7 +428,7 @@ def asks(value):
     return bool(value) and value != -1
 
 
-ROOTFS_MODES = ("9p", "ramdisk", "auto")
+ROOTFS_MODES, ROOTFS_CHOICE = ("9p", "ramdisk", "block", "auto"), '"9p", "ramdisk", "block" or "auto"'
 HOST_SETTINGS = {
     "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "rootfs": "auto", "xlconf": ["/etc/runX/xl"],
     "netconf": ["/etc/cni/net.d"],
@@ -448,7 +451,7 @@ def load_host_config():
     if found["memory"] < 0 or found["vcpus"] < 0:
         raise Error(f"{HOST_CONFIG}: memory, in MiB, and vcpus must not be below 0")
     if found["rootfs"] not in ROOTFS_MODES:
-        raise Error(f'{HOST_CONFIG}: rootfs is "9p", "ramdisk" or "auto", not {printable(found["rootfs"])}')
+        raise Error(f"{HOST_CONFIG}: rootfs is {ROOTFS_CHOICE}, not {printable(found['rootfs'])}")
     for key in ("xlconf", "netconf"):
         strings(found, key, HOST_CONFIG)
     return found
@@ -526,16 +529,18 @@ def parse_machine(spec, annotations, hardware, env, host):
         for key, name, variable in (("path", "kernel", "RUNX_KERNEL"), ("initrd", "ramdisk", "RUNX_RAMDISK"))
     )
     options, image = dict(hardware["options"]), text_of(sections["image"], "path", where + ".image")
+    own_init = bool(ramdisk or image and kernel)
     if image:
         kind = text_of(sections["image"], "format", where + ".image") or "raw"
         if kind not in IMAGE_FORMATS:
             raise Error(f"{where}.image: Xen cannot read the format {printable(kind)}: use {', '.join(IMAGE_FORMATS)}")
-        options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
-    if (ramdisk or image) and not kernel:
+        if own_init:
+            options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
+    if not kernel and (ramdisk or image and kind != "raw"):
         raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
-    rootfs, own_init = annotations["rootfs"], bool(ramdisk or image)
+    rootfs = annotations["rootfs"]
     if rootfs and rootfs not in (("9p", "none") if own_init else ROOTFS_MODES):
-        choice = '"9p" or "none" for a VM with its own ramdisk' if own_init else '"9p", "ramdisk" or "auto"'
+        choice = '"9p" or "none" for a VM with its own ramdisk' if own_init else ROOTFS_CHOICE
         raise Error(f"config.json: the annotation org.runx.rootfs is {choice}, not {printable(rootfs)}")
     check_hypervisor(text_of(sections["hypervisor"], "path", where + ".hypervisor"))
     xlconf = annotations["xlconf"] or variables.get("XLCONF")
@@ -543,7 +548,8 @@ def parse_machine(spec, annotations, hardware, env, host):
     words = [*host["cmdline"].split(), *annotations["cmdline"].split()]
     return Machine(
         type=annotations["type"] or host["type"], maxmem=annotations["maxmem"], maxvcpus=annotations["maxvcpus"],
-        rootfs=rootfs or ("none" if own_init else host["rootfs"]), kernel=kernel, ramdisk=ramdisk, own_init=own_init,
+        rootfs=rootfs or ("none" if own_init else host["rootfs"]), image="" if own_init else image,
+        kernel=kernel, ramdisk=ramdisk, own_init=own_init,
         cmdline=words + [quote_word(word) for word in strings(sections["kernel"], "parameters", where + ".kernel")],
         options=options, lines=lines + ([read_trusted("XLCONF", xlconf, host["xlconf"])] if xlconf else []),
     )  # fmt: skip
@@ -644,10 +650,15 @@ def check_version(version):
     return version
 
 
-def find_rootfs(bundle, root):
-    path = os.path.join(bundle, field(root, "path", str, where="config.json: root"))
-    if not os.path.isdir(path):
+def find_rootfs(bundle, root, machine):
+    """The path of a folder, or of an image: a file or block device.  Raises Error."""
+    path = os.path.join(bundle, machine.image or field(root, "path", str, where="config.json: root"))
+    if os.path.isdir(path) and not machine.image:
+        return os.path.realpath(path)
+    if not os.path.exists(path) or machine.own_init:
         raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
+    if machine.rootfs not in ("block", "auto"):
+        raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")
     return os.path.realpath(path)
 
 
@@ -1612,6 +1623,12 @@ def announce_device(xenstore, kind, domid, number, backend, frontend, transactio
     return {**backend, "backend": back}
 
 
+def announce_listed(xenstore, kind, domid, number, *ends, transaction):
+    """announce_device(), and xl lists it too."""
+    for key, value in announce_device(xenstore, kind, domid, number, *ends, transaction).items():
+        xenstore.write(f"/libxl/{domid}/device/{kind}/{number}/{key}", value, transaction=transaction)
+
+
 class Console:
     """Console `number` of a domain: /dev/hvc<number> in the guest."""
 
@@ -1929,8 +1946,9 @@ def build_share(folder, config):
     rootfs = os.path.join(folder, "rootfs")
     os.mkdir(rootfs)
     os.mkdir(os.path.join(folder, "mounts"))
-    mount(config.rootfs, rootfs, MS_BIND | MS_REC)
-    restrict(rootfs)
+    if os.path.isdir(config.rootfs):
+        mount(config.rootfs, rootfs, MS_BIND | MS_REC)
+        restrict(rootfs)
     paths = []
     for entry in config.mounts:
         if entry.on_host():
@@ -2173,12 +2191,14 @@ def copy_content(file, output, size):
         size -= len(data)
 
 
-MODULES = ("9pnet_xen", "9p")  # what a kernel needs to reach its rootfs
+# what a kernel needs to reach its rootfs
+MODULES_9P = ("9pnet_xen", "9p")
+MODULES_BLOCK = {kind: ("xen_blkfront", kind, "overlay") for kind in ("ext4", "squashfs", "erofs")}
 MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
 
 
-def kernel_modules(root, kernel):
-    """What of MODULES a kernel from root has there as modules: (file name, content), in the order to load.
+def kernel_modules(root, kernel, wanted):
+    """What of these a kernel from root has there as modules: (file name, content), in the order to load.
 
     They are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
     vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in.
@@ -2192,9 +2212,9 @@ def kernel_modules(root, kernel):
     for line in read_in_root(root, f"{base}/modules.dep", MODULE_MAX).decode("utf-8", "replace").splitlines():
         path, _, needed = line.partition(":")
         dependencies[os.path.basename(path).split(".ko")[0].replace("-", "_")] = [*reversed(needed.split()), path]
-    paths = list(dict.fromkeys(path for name in MODULES for path in dependencies.get(name, ())))
+    paths = list(dict.fromkeys(path for name in wanted for path in dependencies.get(name, ())))
     if len(paths) > MODULES_MAX:
-        raise Error(f"the container's {base}/modules.dep names {len(paths)} modules for {' and '.join(MODULES)}")
+        raise Error(f"the container's {base}/modules.dep names {len(paths)} modules for {' and '.join(wanted)}")
     return [load_module(root, f"{base}/{path}") for path in paths]
 
 
@@ -2233,19 +2253,6 @@ def list_in_root(root, path):
         os.close(folder)
 
 
-def home_of(root, uid):
-    """The home folder of a user by root's /etc/passwd, "/" if it has none, as runc gives it: passwd(5)."""
-    try:
-        text = read_in_root(root, "/etc/passwd", 1 << 20).decode("utf-8", "surrogateescape")
-    except Error:
-        return "/"
-    for line in text.split("\n"):
-        fields = line.split(":")
-        if len(fields) == 7 and fields[2] == str(uid) and "\0" not in fields[5]:
-            return fields[5] or "/"
-    return "/"
-
-
 def check_executable(root, config):
     """Finds process.args[0] in root as execvp(3) will in the guest; raises Error in runc's words.
 
@@ -2276,6 +2283,252 @@ def check_executable(root, config):
             return
         reason = "permission denied"
     raise Error(f'unable to start container process: exec: "{name}": {reason}')
+
+
+# ==== block device =======================================================================================
+# A rootfs on a block device, or in an image file behind a loop device: dom0's blkback gives it to the VM at `start`
+# (xen/include/public/io/blkif.h), without a script.  Until then it is mounted where the engine has mounted it, never
+# at the same time; what a guest has written, runX does not mount again.
+
+DISK, DISK_NAME = 202 << 8, "xvda"  # xen-vbd-interface.7
+DISK_TIME_LIMIT = 10.0  # seconds for dom0's kernel to open it
+MNT_DETACH = 2  # <sys/mount.h>
+# what the guest's kernel can mount: name, where its magic number is in the superblock, and that
+FILE_SYSTEMS = (("ext4", 1080, b"\x53\xef"), ("squashfs", 0, b"hsqs"), ("erofs", 1024, b"\xe2\xe1\xf5\xe0"))
+LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A  # <linux/loop.h>
+LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
+
+
+class Disk(Record):
+    """Where a rootfs is that a VM gets as a block device."""
+
+    path: str  # of a block device or an image file
+    kind: str  # of its file system, as in FILE_SYSTEMS
+    writable: bool  # else the VM writes into its memory
+    mounted: list  # target, flags, options of dom0's mount that must go before; [] if none must
+
+
+class HostMount(Record):
+    """A line of /proc/<pid>/mountinfo, proc(5)."""
+
+    device: int
+    root: str  # of the mount in its file system
+    target: str
+    options: list
+    kind: str
+    of_all: list  # options that all mounts of the file system have
+
+
+def host_mounts(process="self"):
+    """The HostMounts of a process.  Raises OSError."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields, _, rest = line.rstrip("\n").partition(" - ")
+            _, _, device, root, target, options = fields.split(" ")[:6]
+            kind, _, of_all = rest.split(" ", 2)
+            for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+                target = target.replace(code, character)
+            yield HostMount(
+                device=os.makedev(*map(int, device.split(":"))), root=root, target=target, options=options.split(","),
+                kind=kind, of_all=of_all.split(","),
+            )  # fmt: skip
+
+
+def find_disk(config):
+    """The Disk that config.rootfs is, or is mounted from.  Raises Error."""
+    path, mounted, writable = config.rootfs, [], not config.readonly
+    if os.path.isdir(path):
+        found = [mount for mount in host_mounts() if mount.target == path]
+        if not found or found[-1].root != "/" or not os.major(found[-1].device):
+            what = f"a mount of {found[-1].kind}" if found else "a folder"
+            raise Error(f"the rootfs {path} is {what}, not where a block device is mounted: use org.runx.rootfs=9p")
+        top, path = found[-1], device_path(found[-1].device)
+        if "rw" in top.of_all:
+            flags = sum(MOUNT_OPTIONS[option][0] for option in top.options if option in MOUNT_OPTIONS)
+            data = [option for option in top.of_all if option not in ("rw", "seclabel")]
+            mounted = [top.target, flags, ",".join(data)]
+        writable = writable and bool(mounted)
+    status = os.stat(path)
+    kind = file_system(path)
+    writable = writable and kind == "ext4" and status.st_mode & 0o222 and os.access(path, os.W_OK)
+    return Disk(path=path, kind=kind, writable=bool(writable), mounted=mounted)
+
+
+def device_path(device):
+    """The node of a block device in /dev.  Raises Error."""
+    numbers = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open(f"/sys/dev/block/{numbers}/uevent", encoding="utf-8") as file:
+            return next(f"/dev/{line[8:].strip()}" for line in file if line.startswith("DEVNAME="))
+    except (OSError, StopIteration):
+        raise Error(f"cannot find the block device {numbers} in /sys") from None
+
+
+def file_system(path):
+    """Which of FILE_SYSTEMS an image or block device holds.  Raises Error."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2048)
+    except OSError as error:
+        raise Error(f"cannot read the image {path}: {error.strerror}") from None
+    for kind, offset, magic in FILE_SYSTEMS:
+        if start[offset : offset + len(magic)] == magic:
+            return kind
+    known = ", ".join(kind for kind, _, _ in FILE_SYSTEMS)
+    raise Error(f"{path} holds no file system that a VM can have as its rootfs: make it one of {known}")
+
+
+def open_disk(disk):
+    """A descriptor of the block device; a loop device of ours goes with the last one that has it open."""
+    import stat
+
+    if stat.S_ISBLK(os.stat(disk.path).st_mode):
+        return os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)
+    loop = attach_loop(disk.path, disk.writable)
+    try:
+        check_image(disk, os.fstat(loop).st_rdev)
+    except BaseException:
+        os.close(loop)
+        raise
+    return loop
+
+
+def attach_loop(path, writable):
+    """A descriptor of a new loop device with an image file in it.  Raises Error."""
+    import errno
+    import fcntl
+    import struct
+
+    mode = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+    try:
+        file = os.open(path, mode)
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        flags = LO_FLAGS_AUTOCLEAR | (0 if writable else LO_FLAGS_READ_ONLY)
+        # struct loop_config with its struct loop_info64, in which losetup(8) looks for the name
+        request = struct.pack("=II52xI64s176x", file, 0, flags, os.fsencode(path)[:63])
+        while True:
+            loop = os.open(f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}", mode)
+            try:
+                fcntl.ioctl(loop, LOOP_CONFIGURE, request)
+                break
+            except OSError as error:
+                os.close(loop)
+                if error.errno != errno.EBUSY:  # somebody else has just taken it
+                    raise
+        os.close(control)
+        os.close(file)
+        return loop
+    except OSError as error:
+        raise Error(f"cannot put {path} into a loop device: {error.strerror}; is dom0's module loop loaded?") from None
+
+
+def check_image(disk, ours):
+    """Raises Error if an image file is in another loop device too, and either of them is writable."""
+    for name in os.listdir("/sys/block"):
+        try:
+            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+                same = os.path.samefile(file.read().rstrip("\n"), disk.path)
+            with open(f"/sys/block/{name}/ro", encoding="ascii") as file:
+                writable = file.read().strip() == "0"
+        except OSError:
+            continue  # no loop device, or none any more
+        if same and (writable or disk.writable) and os.stat(f"/dev/{name}").st_rdev != ours:
+            raise Error(f"cannot give the image {disk.path} to the VM: /dev/{name} has it too, and one could write")
+
+
+def attach_disk(container):
+    """Gives a VM that does not run yet the block device of its rootfs, if it is to have one.  Raises Error."""
+    state = container.state
+    if not state["disk"] or state["vbds"]:
+        return  # the latter: `start` has come further than this before
+    disk, xenstore = Disk(**state["disk"]), Xenstore()
+    device = open_disk(disk)
+    try:
+        if disk.mounted:
+            unmount(disk.mounted[0])
+        check_unused(disk, os.fstat(device).st_rdev)
+        container.save(vbds=[DISK])
+        announce_disk(xenstore, state["domid"], disk, os.fstat(device).st_rdev)
+    except BaseException:
+        detach_disk(xenstore, state)
+        xenstore.remove(f"/local/domain/{state['domid']}/device/vbd/{DISK}")
+        container.save(vbds=[])
+        if disk.mounted and not os.path.ismount(disk.mounted[0]):  # no VM has seen it yet
+            target, flags, options = disk.mounted
+            mount(disk.path, target, flags, disk.kind, options)
+        raise
+    finally:
+        os.close(device)
+
+
+def unmount(target):
+    try:
+        system_call("umount2", target, 0)
+    except OSError as error:
+        raise Error(f"cannot unmount {target} from dom0, which the VM's writing would ruin: {error.strerror}") from None
+
+
+def check_unused(disk, device):
+    """Raises Error if dom0 uses a block device, unless neither its mounts nor the VM can write.  What can be opened by
+    O_EXCL is nobody's: mounted in no namespace, part of no volume group."""
+    mode = os.O_RDWR if disk.writable else os.O_RDONLY
+    try:
+        os.close(os.open(device_path(device), mode | os.O_EXCL | os.O_CLOEXEC))
+        return
+    except OSError as error:
+        reason = error.strerror
+    mounts = [mount for mount in host_mounts() if mount.device == device]
+    if mounts and not disk.writable and "ro" in mounts[0].of_all:
+        return
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            target = next((mount.target for mount in host_mounts(pid) if mount.device == device), None)
+        except OSError:
+            continue
+        if target:
+            reason = f"for process {pid} it is mounted at {target}; unmount it there"
+            break
+    raise Error(f"cannot give {disk.path} to the VM, because dom0 uses it: {reason}")
+
+
+def announce_disk(xenstore, domid, disk, device):
+    """Has blkback open the block device for a domain.  Raises Error."""
+    numbers, mode = f"{os.major(device):x}:{os.minor(device):x}", "w" if disk.writable else "r"
+    backends = "/local/domain/0/backend/vbd"
+    backend = {
+        "dev": DISK_NAME, "type": "phy", "params": disk.path, "physical-device": numbers, "mode": mode,
+        "removable": "0", "bootable": "1", "device-type": "disk", "hotplug-status": "connected",
+    }  # fmt: skip
+    frontend = {"virtual-device": str(DISK), "device-type": "disk"}
+
+    def write(transaction):
+        for other in xenstore.list(backends, transaction):
+            for number in xenstore.list(f"{backends}/{other}", transaction):
+                node = f"{backends}/{other}/{number}"
+                same = xenstore.read(f"{node}/physical-device", "", transaction) == numbers
+                if same and "w" in mode + xenstore.read(f"{node}/mode", "", transaction):
+                    raise Error(f"cannot give {disk.path} to the VM: domain {other} has it, and one could write")
+                if (other, number) == (str(domid), str(DISK)):
+                    raise Error(f"cannot give the VM its rootfs: its settings for xl name another {DISK_NAME}")
+        announce_listed(xenstore, "vbd", domid, DISK, backend, frontend, transaction=transaction)
+
+    xenstore.transaction(write)
+    # blkback tells nobody that it has opened the device, but then this is there
+    opened, deadline = f"/sys/bus/xen-backend/devices/vbd-{domid}-{DISK}/mode", time.monotonic() + DISK_TIME_LIMIT
+    while not os.path.exists(opened):
+        reason = xenstore.read(f"/local/domain/0/error/backend/vbd/{domid}/{DISK}/error")
+        if reason or time.monotonic() > deadline:
+            remedy = f"it says {reason}" if reason else "is its module xen-blkback loaded?"
+            raise Error(f"dom0's kernel has not opened {disk.path} for the VM: {remedy}")
+        time.sleep(0.01)
+
+
+def detach_disk(xenstore, state):
+    """Takes away what attach_disk() has made in dom0; the loop device goes by itself."""
+    for number in state.get("vbds", ()):
+        xenstore.remove(f"/libxl/{state['domid']}/device/vbd/{number}")
+        remove_backends(xenstore, "vbd", state["domid"], (number,))
+        xenstore.remove(f"/local/domain/0/error/backend/vbd/{state['domid']}")
 
 
 # ==== rtnetlink ==========================================================================================
@@ -3118,9 +3371,7 @@ def announce_vif(xenstore, domid, number, interface):
         backend["rate"] = interface.rate
 
     def write(transaction):
-        listed = announce_device(xenstore, "vif", domid, number, backend, common, transaction)
-        for key, value in listed.items():  # for xl network-list and network-attach
-            xenstore.write(f"/libxl/{domid}/device/vif/{number}/{key}", value, transaction=transaction)
+        announce_listed(xenstore, "vif", domid, number, backend, common, transaction=transaction)
 
     xenstore.transaction(write)
     link = events.await_link(name, VIF_TIME_LIMIT)
@@ -3463,6 +3714,14 @@ def command_line(machine):
     return line
 
 
+def detach(target):
+    """Takes what is mounted there out of our own mount namespace, if anything is."""
+    try:
+        system_call("umount2", target, MNT_DETACH)
+    except OSError:
+        pass
+
+
 def discard(path):
     """Unmounts and removes a file, if it is there."""
     if os.path.lexists(path):
@@ -3570,7 +3829,7 @@ class Monitor:
         self.networks, self.home = networks, os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self.console_socket, self.own_init = console_socket, config.machine.own_init
         self.xenstore = self.domid = self.exit_status = self.deadline = None
-        self.consoles, self.ramdisk = [], None
+        self.consoles, self.ramdisk, self.disk, self.exported = [], None, None, False
         self.abandoned = False  # the end cannot wait for a reader of the output
         self.ready = False
         self.told_unread = ""
@@ -3589,7 +3848,7 @@ class Monitor:
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
             pid=os.getpid(), pid_start_time=process_start_time(os.getpid()), startable=bool(config.process),
             own_init=config.machine.own_init, namespace=config.namespace, networks=[], vifs=[], rate=config.rate,
-            hostname=config.hostname or container.id[:63],
+            hostname=config.hostname or container.id[:63], disk=None, vbds=[],
         )  # fmt: skip
         os.mkfifo(container.path("control"), 0o600)
         self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
@@ -3627,18 +3886,37 @@ class Monitor:
 
     def boot(self, share):
         """Builds the domain, with its rootfs where that is to be."""
-        mode = wanted = self.config.machine.rootfs
-        sources = build_share(share, self.config)
-        if wanted == "auto":
-            mode = "9p" if has_qemu() else "ramdisk"
+        ways, sources = self.ways(), build_share(share, self.config)
+        while ways:
+            self.disk, self.exported = ways.pop(0)
+            if self.disk:
+                detach(os.path.join(share, "rootfs"))
+            try:
+                self.create_domain(*self.boot_files(share, sources), share)
+                break
+            except Error as error:
+                if not ways or "device model" not in str(error).lower():
+                    raise
+            self.warn("QEMU cannot export files over 9p on this host, so the VM has them in its memory")
+        if self.disk:
+            detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
+            self.container.save(disk=self.disk.__dict__)
+
+    def ways(self):
+        """What to try for the rootfs, in order: (its Disk or None, whether QEMU exports the rest over 9p)."""
+        config, wanted = self.config, self.config.machine.rootfs
+        if wanted in ("9p", "ramdisk", "none"):
+            return [(None, wanted == "9p")]
+        if wanted == "block" or not os.path.isdir(config.rootfs):
+            # volumes are exported; the files that engines mount, such as /etc/hosts, are not worth a QEMU
+            folders = any(each.on_host() and os.path.isdir(each.source) for each in config.mounts)
+            disk = find_disk(config)
+            return [(disk, True), (disk, False)] if folders and has_qemu() else [(disk, False)]
         try:
-            self.create_domain(*self.boot_files(mode, share, sources), mode, share)
-            return
-        except Error as error:
-            if wanted != "auto" or mode != "9p" or "device model" not in str(error).lower():
-                raise
-        self.warn("QEMU cannot export the rootfs over 9p on this host, so the VM has it in its memory")
-        self.create_domain(*self.boot_files("ramdisk", share, sources), "ramdisk", share)
+            disk = find_disk(config)
+        except Error:
+            disk = None
+        return [(None, True), (disk, False)] if has_qemu() else [(disk, False)]
 
     def enter_namespace(self):
         """Our network namespace becomes the container's, which engines know by our pid.  No xl is started in it: its
@@ -3654,24 +3932,26 @@ class Monitor:
         except OSError as error:
             raise Error(f"cannot enter the network namespace {path}: {error.strerror}") from None
 
-    def boot_files(self, mode, share, sources):
+    def boot_files(self, share, sources):
         """The paths of kernel and ramdisk; the latter may be None where the VM boots a system of its own."""
-        config, machine, rootfs = self.config, self.config.machine, os.path.join(share, "rootfs")
+        config, machine, rootfs = self.config, self.config.machine, self.config.rootfs
         kernel = self.boot_file("kernel", machine.kernel, rootfs)
         if machine.own_init:
             return kernel, machine.ramdisk and self.boot_file("initrd", machine.ramdisk, rootfs)
         base = self.boot_file("initrd", None, rootfs)
-        if config.process:
+        if config.process and os.path.isdir(rootfs):
             check_executable(rootfs, config)
-            if not any(variable.startswith("HOME=") for variable in config.process.env):
-                config.process.env.append(f"HOME={home_of(rootfs, config.process.uid)}")
-        capabilities, modules = {}, []
+        capabilities, modules, needed = {}, [], ()
         try:
-            self.ramdisk, path = self.open_ramdisk(mode)
-            if mode == "ramdisk":
+            self.ramdisk, path = self.open_ramdisk()
+            if self.exported:
+                needed = MODULES_9P
+            else:
                 capabilities = pack_share(self.ramdisk, share, self.memory())
-            elif machine.kernel:
-                modules = kernel_modules(rootfs, machine.kernel[0])
+            if self.disk:
+                needed += MODULES_BLOCK[self.disk.kind]
+            if machine.kernel:
+                modules = kernel_modules(rootfs, machine.kernel[0], needed)
             guest = guest_config(config, sources, self.container.state_for_hooks("created"), capabilities)
             self.write_ramdisk(base, guest, modules)
         except OSError as error:
@@ -3713,10 +3993,10 @@ class Monitor:
         """MiB that the VM has at first."""
         return self.config.resources.mebibytes(self.config.resources.default_memory)
 
-    def open_ramdisk(self, mode):
+    def open_ramdisk(self):
         """The container's ramdisk, an open file, and the path that xl gets.  One that holds the rootfs has no place
         in /run, which is dom0's memory, and no name that could be left behind."""
-        if mode != "ramdisk":
+        if self.exported:
             path = self.container.path("ramdisk")
             return open(path, "wb"), path
         name = f"/var/tmp/{self.container.state['name']}"
@@ -3727,6 +4007,9 @@ class Monitor:
     def write_ramdisk(self, initrd, guest, modules):
         """Writes the rest of the ramdisk.  modules: (file name, content), in order."""
         entries = [("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)]
+        if self.disk:
+            disk = f"{self.disk.kind} {'rw' if self.disk.writable else 'ro'}\n"
+            entries += [("container/disk", S_IFREG | 0o600, disk.encode())]
         if modules:
             entries += [("modules", S_IFDIR | 0o700, b"")]
             entries += [(f"modules/{n:02}-{name}", S_IFREG | 0o600, data) for n, (name, data) in enumerate(modules)]
@@ -3735,7 +4018,7 @@ class Monitor:
             self.ramdisk.write(cpio_archive(entries) + base.read())
         self.ramdisk.flush()
 
-    def create_domain(self, kernel, ramdisk, mode, share):
+    def create_domain(self, kernel, ramdisk, share):
         state, machine, resources = self.container.state, self.config.machine, self.config.resources
         memory, vcpus = self.memory(), resources.vcpus(resources.default_vcpus)
         maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
@@ -3750,7 +4033,7 @@ class Monitor:
         }  # fmt: skip
         if ramdisk:
             settings["ramdisk"] = ramdisk
-        if mode == "9p":
+        if self.exported:
             if "," in share:
                 raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
             settings["p9"] = [f"tag=share,security_model=none,path={share}"]
@@ -4028,12 +4311,14 @@ def clean_up(xenstore, state, home=None):
         # xl destroy signals QEMU and then waits two seconds for each of its devices (LIBXL_QEMU_BODGE_TIMEOUT in
         # libxl_internal.h), answer or not; a device that is not on libxl's list it does not wait for
         xenstore.remove(f"/libxl/{domid}/device/9pfs")
-        for number in state.get("vifs", ()):
-            xenstore.remove(f"/libxl/{domid}/device/vif/{number}")
+        for kind, numbers in (("vif", state.get("vifs", ())), ("vbd", state.get("vbds", ()))):
+            for number in numbers:
+                xenstore.remove(f"/libxl/{domid}/device/{kind}/{number}")
         destroy_domain(domid, home)
     domid = domid or state.get("domid")
     if domid is not None:
         unplug(xenstore, state)
+        detach_disk(xenstore, state)
         remove_backends(xenstore, "9pfs", domid, (0,))
         remove_backends(xenstore, "console", domid, (1, 2))
     folder = "/var/log/xen"
@@ -4264,6 +4549,7 @@ def start(container, log):
             raise Error(f"cannot start a container in the {status} state")
         if not container.state["startable"]:
             raise Error(f"cannot start container {container.id}: its config.json has no process")
+        attach_disk(container)
         plug(container, log)
         change_domain("unpause", container.state["domid"])
         container.save(status="running")

@@ -969,6 +969,46 @@ static void install_filter(void)
 		die(CANNOT_EXECUTE, "install", "the seccomp filter");
 }
 
+/* The user's home folder by the rootfs' passwd(5), "/" if it has none there. */
+static char *find_home(void)
+{
+	int fd = open("/etc/passwd", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	char *uid = decimal(settings.uid), *text, *line;
+	struct stat st;
+	ssize_t len;
+
+	if (fd < 0 || fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || !(text = malloc(st.st_size + 1)))
+		return "/";
+	len = read(fd, text, st.st_size);
+	text[len < 0 ? 0 : len] = 0;
+	close(fd);
+	while ((line = strsep(&text, "\n"))) {
+		char *fields[7];
+		int n = 0;
+
+		while (n < 7 && (fields[n] = strsep(&line, ":")))
+			n++;
+		if (n == 7 && !line && !strcmp(fields[2], uid))
+			return *fields[5] ? fields[5] : "/";
+	}
+	return "/";
+}
+
+/* HOME is the user's where config.json sets none, as runc does. */
+static void set_home(void)
+{
+	char *home, *variable;
+
+	for (size_t i = 0; i < settings.n_env; i++)
+		if (!strncmp(settings.env[i], "HOME=", 5))
+			return;
+	home = find_home();
+	if (!(variable = malloc(strlen(home) + sizeof "HOME=")))
+		die(CANNOT_EXECUTE, "set", "HOME");
+	join(variable, strlen(home) + sizeof "HOME=", "HOME=", home, NULL);
+	append(&settings.env, &settings.n_env, variable);
+}
+
 /* The order is capabilities(7)'s: the bounding set while we may, the rest once the user is what it will be. */
 static void become_user(void)
 {
@@ -1003,6 +1043,7 @@ static void run_process(const sigset_t *before, int output)
 	write_proc("self/oom_score_adj", "0");	/* init and this program are spared when memory runs out */
 	enter_rootfs();
 	apply_config();
+	set_home();
 	become_user();
 	environ = settings.env;
 	for (size_t i = 0; i < n_hooks; i++)

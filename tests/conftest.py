@@ -225,6 +225,13 @@ def bundle(tmp_path):
         bundle.runx("delete", "--force", bundle.id)
 
 
+@pytest.fixture
+def second(tmp_path):
+    """Another bundle."""
+    (tmp_path / "second").mkdir()
+    return Bundle(tmp_path / "second")
+
+
 # ---- dom0
 
 

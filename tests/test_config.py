@@ -276,7 +276,7 @@ def test_xlconf_is_taken_only_from_where_root_alone_writes(bundle, tmp_path, hos
 def test_the_modules_of_a_kernel_of_its_own(tmp_path):
     import lzma
 
-    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0") == []
+    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", runx.MODULES_9P) == []
     modules = tmp_path / "lib/modules/6.1.0/kernel"
     modules.mkdir(parents=True)
     (modules.parent / "modules.dep").write_text(
@@ -287,14 +287,14 @@ def test_the_modules_of_a_kernel_of_its_own(tmp_path):
         (modules / name).write_text(name)
     (modules / "9pnet_xen.ko.xz").write_bytes(lzma.compress(b"xen"))
     expected = [("9pnet.ko", b"9pnet.ko"), ("9pnet_xen.ko", b"xen"), ("netfs.ko", b"netfs.ko"), ("9p.ko", b"9p.ko")]
-    assert runx.kernel_modules(str(tmp_path), "/vmlinux") == expected
+    assert runx.kernel_modules(str(tmp_path), "/vmlinux", runx.MODULES_9P) == expected
     (tmp_path / "lib/modules/6.1").mkdir()
-    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0") == expected
-    assert runx.kernel_modules(str(tmp_path), "/vmlinux") == []
+    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", runx.MODULES_9P) == expected
+    assert runx.kernel_modules(str(tmp_path), "/vmlinux", runx.MODULES_9P) == []
     (modules / "9p.ko").unlink()
     (modules / "9p.ko").symlink_to("/../../../../../../etc/passwd")
     with pytest.raises(runx.Error, match="cannot read /lib/modules/6.1.0/kernel/9p.ko of the container"):
-        runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0")
+        runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", runx.MODULES_9P)
 
 
 # ---- seccomp
@@ -733,17 +733,6 @@ def test_what_has_no_effect_is_a_warning(bundle):
     }  # fmt: skip
     named = [warning.split()[0] for warning in runx.load_config(bundle(spec)).warnings]
     assert named == ["process.apparmorProfile", "linux.mountLabel"]
-
-
-def test_the_home_of_a_user(tmp_path):
-    (tmp_path / "etc").mkdir()
-    assert runx.home_of(str(tmp_path), 0) == "/"
-    passwd = tmp_path / "etc/passwd"
-    passwd.write_text("root:x:0:0:::\nbroken\nuser:x:10:0::/home/user:/bin/sh\nagain:x:10:0::/other:/bin/sh\n")
-    assert [runx.home_of(str(tmp_path), uid) for uid in (0, 10, 11)] == ["/", "/home/user", "/"]
-    passwd.unlink()
-    passwd.symlink_to("/../../../../etc/passwd")  # a link to itself, in this root
-    assert runx.home_of(str(tmp_path), 0) == "/"
 
 
 def test_the_guest_gets_records_for_all_of_it(bundle):

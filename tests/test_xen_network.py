@@ -83,13 +83,6 @@ def write_network(name="net", version="1.0.0", plugins=None, **settings):
     return f"{path},{name}"
 
 
-@pytest.fixture
-def second(tmp_path):
-    """Another bundle."""
-    (tmp_path / "second").mkdir()
-    return Bundle(tmp_path / "second")
-
-
 def fill(bundle, *args, netconf=(), namespace=None, **process):
     """The bundle with busybox's commands and a config that asks for these networks, which is returned."""
     for applet in ("ip", "ping", "wget", "nc", "httpd", "grep", "hostname"):
