@@ -3892,12 +3892,15 @@ class Monitor:
             if self.disk:
                 detach(os.path.join(share, "rootfs"))
             try:
+                if self.exported and ways and not has_qemu():
+                    raise Error("there is no device model")
                 self.create_domain(*self.boot_files(share, sources), share)
                 break
             except Error as error:
                 if not ways or "device model" not in str(error).lower():
                     raise
-            self.warn("QEMU cannot export files over 9p on this host, so the VM has them in its memory")
+            instead = "has its rootfs on a block device, the rest" if ways[0][0] else "has all of it"
+            self.warn(f"QEMU cannot export the container's files over 9p on this host: the VM {instead} in its memory")
         if self.disk:
             detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
             self.container.save(disk=self.disk.__dict__)
@@ -3911,12 +3914,12 @@ class Monitor:
             # volumes are exported; the files that engines mount, such as /etc/hosts, are not worth a QEMU
             folders = any(each.on_host() and os.path.isdir(each.source) for each in config.mounts)
             disk = find_disk(config)
-            return [(disk, True), (disk, False)] if folders and has_qemu() else [(disk, False)]
+            return [(disk, True), (disk, False)] if folders else [(disk, False)]
         try:
             disk = find_disk(config)
         except Error:
             disk = None
-        return [(None, True), (disk, False)] if has_qemu() else [(disk, False)]
+        return [(None, True), (disk, False)]
 
     def enter_namespace(self):
         """Our network namespace becomes the container's, which engines know by our pid.  No xl is started in it: its

@@ -175,6 +175,7 @@ def test_without_qemu_auto_takes_the_block_device(bundle):
         bundle.write_config(spec)
         result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
         assert result.stdout == b"ext4 rw\n/\n", result
+        assert "the VM has its rootfs on a block device, the rest in its memory" in bundle.log.read_text()
 
 
 def test_through_containerd(bundle):

@@ -100,7 +100,7 @@ def test_where_qemu_cannot_start_auto_takes_the_memory(bundle):
     bundle.write_config(spec)
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
     assert result.returncode == 0 and b"9p" not in result.stdout, result
-    assert "QEMU cannot export the rootfs over 9p on this host" in bundle.log.read_text()
+    assert "cannot export the container's files over 9p on this host: the VM has all" in bundle.log.read_text()
 
 
 def test_through_containerd(bundle):
