@@ -1188,14 +1188,27 @@ SIGHUP, SIGKILL, SIGWINCH = 1, 9, 28  # import signal costs a tenth of what `sta
 CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000  # <linux/sched.h>
 
 
-def system_call(name, *args):
-    """A function of the C library; raises OSError."""
-    import ctypes
+C_LIBRARY = {}  # what system_call() has made of it
 
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    result = function(*(os.fsencode(arg) if isinstance(arg, str) else arg for arg in args))
+
+def system_call(name, *args):
+    """A function of the C library that takes numbers, as long, and strings; raises OSError."""
+    import _ctypes  # ctypes adds to it what takes seven times as long to import
+
+    if not C_LIBRARY:
+
+        class Long(_ctypes._SimpleCData):
+            _type_ = "l"
+
+        class Function(_ctypes.CFuncPtr):
+            _flags_, _restype_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, Long
+
+        C_LIBRARY.update(long=Long, function=Function, handle=_ctypes.dlopen(None, 0))
+    function = C_LIBRARY["function"](_ctypes.dlsym(C_LIBRARY["handle"], name))
+    args = [C_LIBRARY["long"](arg) if isinstance(arg, int) else arg and os.fsencode(arg) for arg in args]
+    result = function(*args)
     if result < 0:
-        number = ctypes.get_errno()
+        number = _ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
 
@@ -1291,19 +1304,30 @@ class Xenstore:
         self.events = []
 
     def request(self, kind, operation, path, payload, transaction=0):
+        return self.exchange([(kind, operation, path, payload)], transaction)[0]
+
+    def exchange(self, requests, transaction=0):
+        """Sends requests (type, operation, path, payload) one behind the other, and then takes their replies, which
+        are returned: a round trip for all.  Raises the first XenstoreError among them."""
         import struct
 
-        message = struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload
-        while message:
-            message = message[os.write(self.fd, message) :]
-        while True:
+        for kind, _, _, payload in requests:  # a write each: /dev/xen/xenbus takes no more at once
+            message = struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload
+            while message:
+                message = message[os.write(self.fd, message) :]
+        replies, failure = [], None
+        for _, operation, path, _ in requests:
             reply, body = self._receive()
-            if reply == XS_WATCH_EVENT:
+            while reply == XS_WATCH_EVENT:
                 self.events.append(body)
-            elif reply == XS_ERROR:
-                raise XenstoreError(operation, path, body.rstrip(b"\0").decode("ascii", "replace"))
-            else:
-                return body
+                reply, body = self._receive()
+            if reply == XS_ERROR:
+                code = body.rstrip(b"\0").decode("ascii", "replace")
+                failure = failure or XenstoreError(operation, path, code)
+            replies.append(body)
+        if failure:
+            raise failure
+        return replies
 
     def _receive(self):
         import struct
@@ -1340,12 +1364,20 @@ class Xenstore:
             raise
         return [name.decode("ascii", "replace") for name in body.split(b"\0") if name]
 
-    def write(self, path, value, permissions=None, transaction=0):
-        """permissions: such as ("n0", "r5"), xenstore.txt "Permissions"; None leaves what the parent gives."""
-        self.request(XS_WRITE, "write", path, path.encode() + b"\0" + value.encode(), transaction)
-        if permissions:
-            listed = "".join(entry + "\0" for entry in (path, *permissions))
-            self.request(XS_SET_PERMS, "set the permissions of", path, listed.encode(), transaction)
+    def write(self, path, value, transaction=0):
+        self.write_all([(path, value)], transaction)
+
+    def write_all(self, steps, transaction=0):
+        """Each step is (path, value), which makes a node with its parent's permissions, or (path, permissions) of a
+        node, such as ("n0", "r5"): xenstore.txt "Permissions"."""
+        requests = []
+        for path, value in steps:
+            if isinstance(value, str):
+                requests.append((XS_WRITE, "write", path, path.encode() + b"\0" + value.encode()))
+            else:
+                listed = "".join(entry + "\0" for entry in (path, *value))
+                requests.append((XS_SET_PERMS, "set the permissions of", path, listed.encode()))
+        self.exchange(requests, transaction)
 
     def remove(self, path, transaction=0):
         """Removes path and all below it; no error where there is none."""
@@ -1355,8 +1387,9 @@ class Xenstore:
             if error.code != "ENOENT":
                 raise
 
-    def watch(self, path, token):
-        self.request(XS_WATCH, "watch", path, f"{path}\0{token}\0".encode())
+    def watch(self, *watches):
+        """watches: (path, token)."""
+        self.exchange([(XS_WATCH, "watch", path, f"{path}\0{token}\0".encode()) for path, token in watches])
 
     def take_events(self):
         """The tokens of the watches that have fired, each once; blocks if there is none yet."""
@@ -1554,7 +1587,7 @@ def host_guest_type():
     if os.uname().machine not in ("x86_64", "i686"):
         return "pvh"
     try:
-        with open("/sys/hypervisor/properties/capabilities", encoding="ascii") as file:
+        with open("/sys/hypervisor/properties/capabilities", encoding="utf-8") as file:
             return "pvh" if "hvm-3.0-x86_64" in file.read() else "pv"
     except OSError:
         return "pv"
@@ -1613,20 +1646,19 @@ def announce_device(xenstore, kind, domid, number, backend, frontend, transactio
     ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
     front, back = f"/local/domain/{domid}/device/{kind}/{number}", f"/local/domain/0/backend/{kind}/{domid}/{number}"
     backend = {"frontend": front, "frontend-id": str(domid), "online": "1", "state": "1", **backend}
-    xenstore.write(back, "", ours, transaction)
-    for key, value in backend.items():
-        xenstore.write(f"{back}/{key}", value, ours, transaction)
-    xenstore.write(front, "", theirs, transaction)
-    for key, value in {"backend": back, "backend-id": "0", **frontend}.items():
-        xenstore.write(f"{front}/{key}", value, ours, transaction)
-    xenstore.write(f"{front}/state", "1", theirs, transaction)
+    frontend = {"backend": back, "backend-id": "0", **frontend, "state": "1"}
+    steps = [(back, ""), (back, ours), *((f"{back}/{key}", value) for key, value in backend.items())]
+    # what the guest is told is not the guest's to change, though it adds more there
+    steps += [(front, ""), (front, ours), *((f"{front}/{key}", value) for key, value in frontend.items())]
+    xenstore.write_all([*steps, (f"{front}/state", theirs), (front, theirs)], transaction)
     return {**backend, "backend": back}
 
 
 def announce_listed(xenstore, kind, domid, number, *ends, transaction):
     """announce_device(), and xl lists it too."""
-    for key, value in announce_device(xenstore, kind, domid, number, *ends, transaction).items():
-        xenstore.write(f"/libxl/{domid}/device/{kind}/{number}/{key}", value, transaction=transaction)
+    listed = announce_device(xenstore, kind, domid, number, *ends, transaction)
+    node = f"/libxl/{domid}/device/{kind}/{number}"
+    xenstore.write_all([(f"{node}/{key}", value) for key, value in listed.items()], transaction)
 
 
 class Console:
@@ -1637,10 +1669,8 @@ class Console:
         self.frontend = f"/local/domain/{domid}/device/console/{number}"
         self.backend = f"/local/domain/0/backend/console/{domid}/{number}"
         self.page = None
-        xenstore.transaction(self._announce)
-        xenstore.watch(self.frontend + "/state", f"console {number}")
 
-    def _announce(self, transaction):
+    def announce(self, transaction):
         # a type of our own, so that neither QEMU ("ioemu") nor xenconsoled takes it
         frontend = {"type": "runx", "limit": "0"}
         announce_device(self.xenstore, "console", self.domid, self.number, {}, frontend, transaction)
@@ -1923,11 +1953,10 @@ RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
 
 def mount(source, target, flags, kind=None, data=None):
     """mount(2); kind: the file system's type, data: its options."""
-    import ctypes
     import errno
 
     try:
-        system_call("mount", source, target, kind, ctypes.c_ulong(flags), data)
+        system_call("mount", source, target, kind, flags, data)
     except OSError as error:
         reason = f"neither VM nor dom0 has a type {kind}" if error.errno == errno.ENODEV else error.strerror
         raise Error(f"cannot mount {source} at {target}: {reason}") from None
@@ -1998,23 +2027,20 @@ def restrict(target, flags=0):
 
 def set_mount_attributes(target, attributes, flags):
     """mount_setattr(2).  Raises OSError."""
-    import ctypes
     import struct
 
     values = struct.pack("=QQQQ", attributes, 0, 0, 0)
-    number, folder, size = ctypes.c_long(SYS_MOUNT_SETATTR), ctypes.c_int(AT_FDCWD), ctypes.c_size_t(len(values))
-    system_call("syscall", number, folder, target, ctypes.c_uint(flags), values, size)
+    system_call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, target, flags, values, len(values))
 
 
 def open_in_root(root, path):
     """An O_PATH descriptor of path as a process would find it whose root folder is root.  Raises OSError."""
-    import ctypes
     import struct
 
     root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
     how = struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT)
     try:
-        return system_call("syscall", ctypes.c_long(SYS_OPENAT2), root_fd, path, how, ctypes.c_size_t(len(how)))
+        return system_call("syscall", SYS_OPENAT2, root_fd, path, how, len(how))
     finally:
         os.close(root_fd)
 
@@ -2113,46 +2139,45 @@ def walk_share(share):
             os.close(folder)
 
 
-def check_size(share, memory):
-    """Raises Error if a share does not fit into the memory of a VM, in MiB: while the guest unpacks it, that is there a
-    second time, and its kernel gives files half of the rest, and half as many files as that has pages."""
-    size = count = 0
+def pack_share(output, share, memory):
+    """Writes the share as an archive to the open file output, for the guest's /mnt; returns the capabilities of its
+    files, {path: bytes}, which an archive cannot hold.  memory: MiB that the VM has.  Raises Error, also if that is not
+    enough: while the guest unpacks it, the share is there a second time, and its kernel gives files half of the rest,
+    and half as many files as that has pages."""
+    size = count = needed = 0
+    capabilities = {}
+    output.write(cpio_header("mnt", S_IFDIR | 0o755, 0))
     for member in walk_share(share):
         size, count = size + INODE_MEMORY + member.size + -member.size % PAGE, count + 1
         if count > SHARE_MAX:
             raise Error(f"the rootfs and its mounts have more than {SHARE_MAX} files: use org.runx.rootfs=9p")
-    needed = RAMDISK_OVERHEAD + (size + 2 * max(size, count * PAGE) >> 20) + 1
+        needed = RAMDISK_OVERHEAD + (size + 2 * max(size, count * PAGE) >> 20) + 1
+        if needed <= memory:  # else it is only to be told how much would be
+            pack_member(output, member, capabilities)
     if needed > memory:
         raise Error(
             f"the rootfs and its mounts need a VM of {needed} MiB to be in its memory, and it has {memory}: raise the "
             f"container's memory limit or the annotation org.runx.memory, or use org.runx.rootfs=9p"
         )
-
-
-def pack_share(output, share, memory):
-    """Writes the share as an archive to the open file output, for the guest's /mnt; returns the capabilities of its
-    files, {path: bytes}, which an archive cannot hold.  memory: MiB that the VM has.  Raises Error."""
-    import stat
-
-    check_size(share, memory)
-    end, capabilities = output.tell() + (memory << 20), {}  # files may grow meanwhile
-    output.write(cpio_header("mnt", S_IFDIR | 0o755, 0))
-    for member in walk_share(share):
-        if output.tell() + member.size > end:
-            raise Error(f"cannot pack {member.path}: somebody has made the container larger meanwhile")
-        try:
-            if stat.S_ISREG(member.status.st_mode):
-                pack_file(output, member, capabilities)
-            else:
-                link = stat.S_ISLNK(member.status.st_mode)
-                content = os.fsencode(os.readlink(member.name, dir_fd=member.folder)) if link else b""
-                output.write(member_header(member, len(content)) + content + padding(len(content)))
-        except FileNotFoundError:
-            pass  # nor is it there under runc any more
-        except OSError as error:
-            raise Error(f"cannot pack {member.path}: {error.strerror}") from None
     output.write(cpio_entry("TRAILER!!!", 0))
     return capabilities
+
+
+def pack_member(output, member, capabilities):
+    """Writes a Member, and adds the capabilities that it has.  Raises Error."""
+    import stat
+
+    try:
+        if stat.S_ISREG(member.status.st_mode):
+            pack_file(output, member, capabilities)
+        else:
+            link = stat.S_ISLNK(member.status.st_mode)
+            content = os.fsencode(os.readlink(member.name, dir_fd=member.folder)) if link else b""
+            output.write(member_header(member, len(content)) + content + padding(len(content)))
+    except FileNotFoundError:
+        pass  # somebody has removed it meanwhile; nor is it there under runc any more
+    except OSError as error:
+        raise Error(f"cannot pack {member.path}: {error.strerror}") from None
 
 
 def member_header(member, size):
@@ -2428,7 +2453,7 @@ def check_image(disk, ours):
         try:
             with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
                 same = os.path.samefile(file.read().rstrip("\n"), disk.path)
-            with open(f"/sys/block/{name}/ro", encoding="ascii") as file:
+            with open(f"/sys/block/{name}/ro", encoding="utf-8") as file:
                 writable = file.read().strip() == "0"
         except OSError:
             continue  # no loop device, or none any more
@@ -3273,7 +3298,7 @@ def read_ipv6_settings(device):
     settings = {}
     for key in IPV6_SETTINGS:
         try:
-            with open(f"/proc/sys/net/ipv6/conf/{device}/{key}", encoding="ascii") as file:
+            with open(f"/proc/sys/net/ipv6/conf/{device}/{key}", encoding="utf-8") as file:
                 settings[key] = file.read().strip()
         except FileNotFoundError:
             pass
@@ -3857,17 +3882,25 @@ class Monitor:
         self.boot(container.path("share"))
         self.channels = EventChannels()
         if not self.own_init:
-            for number in (1, 2):
-                self.consoles.append(Console(self.xenstore, self.channels, self.domid, number))
-        for node in ("ready", "ended", "exit"):
-            self.xenstore.watch(f"/local/domain/{self.domid}/data/{node}", node)
-        self.xenstore.watch("@releaseDomain", "release")
+            self.consoles = [Console(self.xenstore, self.channels, self.domid, number) for number in (1, 2)]
+            self.xenstore.transaction(lambda number: [console.announce(number) for console in self.consoles])
+        self.xenstore.watch(
+            *((console.frontend + "/state", f"console {console.number}") for console in self.consoles),
+            *((f"/local/domain/{self.domid}/data/{node}", node) for node in ("ready", "ended", "exit")),
+            ("@releaseDomain", "release"),
+        )
         self.xenstore.read("domid")  # each watch fires once when it is made, and before this is answered
         self.xenstore.take_events()
         if self.has_terminal():
             self.take_terminal()
         self.enter_namespace()
-        container.save(domid=self.domid)
+        container.save(
+            domid=self.domid,
+            disk=self.disk and self.disk.__dict__,
+            resources=config.raw_resources,
+            base=config.base,
+            **self.limits,
+        )
         self.debug(f"domain {self.domid} ({container.state['name']}) is built")
 
     def attach_networks(self):
@@ -3903,7 +3936,6 @@ class Monitor:
             self.warn(f"QEMU cannot export the container's files over 9p on this host: the VM {instead} in its memory")
         if self.disk:
             detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
-            self.container.save(disk=self.disk.__dict__)
 
     def ways(self):
         """What to try for the rootfs, in order: (its Disk or None, whether QEMU exports the rest over 9p)."""
@@ -4025,9 +4057,7 @@ class Monitor:
         state, machine, resources = self.container.state, self.config.machine, self.config.resources
         memory, vcpus = self.memory(), resources.vcpus(resources.default_vcpus)
         maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
-        self.container.save(
-            maxmem=maxmem, maxvcpus=maxvcpus, resources=self.config.raw_resources, base=self.config.base
-        )
+        self.limits = {"maxmem": maxmem, "maxvcpus": maxvcpus}
         settings = {
             "name": state["name"], "uuid": state["uuid"], "type": machine.type or host_guest_type(),
             "kernel": kernel, "cmdline": command_line(machine),
@@ -4138,7 +4168,7 @@ class Monitor:
             elif token == "ready" and not self.ready:
                 self.ready = self.read_data("ready") is not None
                 if self.ready and self.config.hooks:  # for a start that comes too late to see it in xenstore
-                    open(self.container.path("ready"), "w", encoding="ascii").close()
+                    open(self.container.path("ready"), "w", encoding="utf-8").close()
             elif token == "ended":
                 self.close_ended(self.read_data("ended") or "")
             elif token == "exit":
@@ -4530,7 +4560,7 @@ def write_pid_file(path, pid):
     """The pid in decimal and nothing else, in one step: engines read it as soon as it is there."""
     temporary = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
     try:
-        with open(temporary, "w", encoding="ascii") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(str(pid))
         os.rename(temporary, path)
     except OSError as error:
@@ -4573,7 +4603,7 @@ def await_process(container):
     import select
 
     xenstore, data = Xenstore(), f"/local/domain/{container.state['domid']}/data"
-    xenstore.watch(data, "data")
+    xenstore.watch((data, "data"))
     pidfd = open_pidfd(container)
     reason = None
     while pidfd is not None:
@@ -4843,7 +4873,7 @@ def command_events(call):
         print_stats(container)
         return
     xenstore, oom, told = Xenstore(), f"/local/domain/{container.state['domid']}/data/oom", False
-    xenstore.watch(oom, "oom")
+    xenstore.watch((oom, "oom"))
     deadline = time.monotonic()
     while True:
         if time.monotonic() >= deadline:

@@ -128,7 +128,7 @@ def bare_life(folder):
     created = time.monotonic()
     domid = call("xl", "domid", name).decode().strip()
     console = os.open(xenstore.read(f"/local/domain/{domid}/console/tty"), os.O_RDONLY | os.O_NOCTTY)
-    xenstore.watch("@releaseDomain", "end")
+    xenstore.watch(("@releaseDomain", "end"))
     xenstore.take_events()
     start = time.monotonic()
     call("xl", "unpause", domid)
