@@ -14,7 +14,7 @@ import sys
 import termios
 
 import pytest
-from conftest import REPOSITORY, on_xen, wait_until
+from conftest import REPOSITORY, call, on_xen, wait_until
 
 LAB = REPOSITORY / "tests/lab/lab.py"
 sys.path.insert(0, str(LAB.parent))
@@ -153,6 +153,40 @@ def test_divide_tests_sends_files_where_they_belong(monkeypatch):
     )
     xen = next(REPOSITORY.glob("tests/test_xen_*.py"))
     assert lab_module.divide_tests([str(xen)]) == ([], [f"/repo/tests/{xen.name}"])
+
+
+# ---- several runs of pytest
+
+
+def test_a_test_that_another_run_has_claimed_is_not_run_again(tmp_path):
+    (tmp_path / "1").mkdir()
+    nine = f"{REPOSITORY}/tests/test_formats.py::test_members_are_aligned_whatever_their_size"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", nine]
+    for words in (b"8 passed", b"no tests ran"):
+        done = call(*command, env={**os.environ, "TEST_CLAIMS": str(tmp_path)})
+        assert done.returncode == 0 and words in done.stdout, done
+    assert len(os.listdir(tmp_path)) == 9
+
+
+def test_jobs_side_by_side_have_their_statuses_and_their_output_in_order(capfdbinary):
+    reader, writer = os.pipe()
+
+    def first():
+        os.write(1, b"first\n" + os.read(reader, 1))  # which the second one writes
+        return 0
+
+    def second():
+        os.write(1, b"second\n")
+        os.write(writer, b"\n")
+        return 3
+
+    def third():
+        raise lab_module.LabError("third")
+
+    assert lab_module.side_by_side([first, second, third]) == [0, 3, 1]
+    assert capfdbinary.readouterr().out == b"first\n\nsecond\n"
+    os.close(reader)
+    os.close(writer)
 
 
 # ---- the busybox image

@@ -5,7 +5,7 @@
     lab.py demo                 run a container as a VM and show what each step took
     lab.py shell                a root shell in the dom0
     lab.py run -- COMMAND...    run one command in the dom0; its streams and status become ours
-    lab.py test [ARGS...]       run every test: pytest here, then pytest in the dom0 (without ARGS, in two)
+    lab.py test [ARGS...]       run every test: pytest here and in the dom0 (without ARGS, in two dom0s at once)
 
 Needs Debian 12 and root; what else is missing, `build` installs, and the other commands begin with
 a build.  QEMU emulates the processor in software, so this works in a VM or a container too.  In
@@ -602,53 +602,73 @@ def command_test(args) -> int:
     """test: run the tests that need no Xen here, then the others in the dom0."""
     here, there = divide_tests(args.words)
     built = build()
-    statuses = []
-    if here:
-        say("the tests that need no Xen")
-        statuses.append(call(["/usr/bin/python3", *PYTEST, "--ignore-glob=*/test_xen_*", *here]))
-    if there and args.words:
-        say("the tests that need Xen, in the dom0")
-        statuses.append(test_in_lab(built, there))
-    elif there:
-        say("the tests that need Xen, half of them in this dom0 and half in another one beside it")
-        statuses += test_in_two_labs(built, there)
+    with tempfile.TemporaryDirectory() as claims:
+        jobs = []
+        if there and args.words:
+            jobs.append(lambda: test_in_lab(built, there))
+        elif there:
+            jobs += [lambda: test_in_lab(built, there, Path(claims))] * 2
+        if here:
+            jobs.append(lambda: call(["/usr/bin/python3", *PYTEST, "--ignore-glob=*/test_xen_*", *here]))
+        if len(jobs) > 1:
+            say(f"{len(jobs)} runs of pytest side by side; what the first one prints comes at once")
+        statuses = side_by_side(jobs)
     # 5 means that no test was selected, which may well be so in one of the places.
     failed = [status for status in statuses if status not in (0, 5)]
     return failed[0] if failed else min(statuses)
 
 
-def test_in_lab(built: Built, words: list[str], part: str = "0/1") -> int:
-    """Run pytest in a dom0; `part`: of how many equal parts of the tests which one, see conftest.py."""
+def test_in_lab(built: Built, words: list[str], claims: Path | None = None) -> int:
+    """Run pytest in a dom0; with other labs that have the same folder `claims`, each test in one: see conftest.py."""
     command = ["python3", *PYTEST, "--durations=10", "-o", "python_files=test_xen_*.py", *words]
-    with booted_lab(kernel=built.kernel, ramdisk=built.ramdisk) as lab:
-        return lab.run(command, env={"TEST_PART": part}, time_limit=TEST_TIME_LIMIT)
+    env = {"TEST_CLAIMS": "/share"} if claims else {}
+    with booted_lab(kernel=built.kernel, ramdisk=built.ramdisk, share=claims) as lab:
+        return lab.run(command, env=env, time_limit=TEST_TIME_LIMIT)
 
 
-def test_in_two_labs(built: Built, words: list[str]) -> list[int]:
-    """One lab leaves nearly half of two processors idle.  What the second one prints comes at the end."""
-    with tempfile.TemporaryFile() as output:
-        child = os.fork()
-        if child == 0:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            status = 1
-            try:
-                status = test_in_lab(built, words, "1/2")
-            except (LabError, OSError, Interrupted) as error:
-                say(str(error))
-            finally:
-                os._exit(status)
+def side_by_side(jobs) -> list[int]:
+    """Their statuses: one lab leaves nearly half of two processors idle.  What the first one prints comes at once."""
+    with contextlib.ExitStack() as stack:
+        others = []
+        for job in jobs[1:]:
+            output = stack.enter_context(tempfile.TemporaryFile())
+            others.append((start_job(job, output), output))
         try:
-            ours = test_in_lab(built, words, "0/2")
-            return [ours, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
-        except BaseException:
-            os.kill(child, signal.SIGINT)
-            os.waitpid(child, 0)
-            raise
+            statuses = [jobs[0]()]
+            while others:
+                child, output = others[0]
+                statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+                show(output)
+                del others[0]
+            return statuses
         finally:
-            output.seek(0)
-            shutil.copyfileobj(output, sys.stdout.buffer)
-            sys.stdout.flush()
+            for child, _ in others:
+                os.kill(child, signal.SIGINT)
+            for child, output in others:
+                os.waitpid(child, 0)
+                show(output)
+
+
+def start_job(job, output) -> int:
+    """Run it in a process of its own, which is returned, with its output and errors in a file."""
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    status = 1
+    try:
+        status = job()
+    except (LabError, OSError, Interrupted) as error:
+        say(str(error))
+    finally:
+        os._exit(status)
+
+
+def show(output) -> None:
+    output.seek(0)
+    shutil.copyfileobj(output, sys.stdout.buffer)
+    sys.stdout.flush()
 
 
 def divide_tests(words: list[str]) -> tuple[list[str], list[str]]:
