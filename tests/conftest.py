@@ -1,6 +1,5 @@
 """What the tests share: the module under test, bundles, and a dom0 that must be left as it was found."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -96,6 +95,11 @@ def config(*args, **process):
             {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
         ],
     }
+
+
+def in_memory(spec):
+    """The same with its rootfs in the VM's memory: where that does not matter, a life without QEMU is shorter."""
+    return {**spec, "annotations": {**spec.get("annotations", {}), "org.runx.rootfs": "ramdisk"}}
 
 
 APPLETS = (
@@ -268,29 +272,6 @@ def processes():
     """Those that runX, xl or an engine may leave."""
     names, prefixes = ("runX", "xl", "conmon", "ctr"), ("xen-qemu", "qemu", "containerd-shim")
     return {(pid, comm) for pid, comm in running() if comm in names or comm.startswith(prefixes)}
-
-
-@contextlib.contextmanager
-def docker_daemon(folder, **settings):
-    """Docker's daemon with runX as a runtime; yields the start of a docker command."""
-    host = f"unix://{folder}/docker.sock"
-    settings["runtimes"] = {"runx": {"path": "/usr/sbin/runX"}}
-    (folder / "daemon.json").write_text(json.dumps(settings))
-    command = ["dockerd", "--config-file", str(folder / "daemon.json"), "--host", host]
-    for option in ("data-root", "exec-root", "pidfile"):
-        command += [f"--{option}", str(folder / option)]
-    with open(folder / "log", "wb") as log:
-        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    docker = ["docker", "--host", host]
-    try:
-        wait_until(lambda: call(*docker, "version").returncode == 0, "dockerd", 60)
-        yield docker
-    finally:
-        daemon.terminate()
-        daemon.wait()
-        call("umount", "-R", str(folder / "data-root"))
-        call("umount", "-R", str(folder / "exec-root"))
-        shutil.rmtree("/run/docker", ignore_errors=True)
 
 
 def shim_pid(name):

@@ -11,7 +11,7 @@ import subprocess
 import uuid
 
 import pytest
-from conftest import IMAGE, call, config, docker_daemon, shim_pid, wait_until
+from conftest import IMAGE, call, config, shim_pid, wait_until
 
 pytestmark = [
     pytest.mark.usefixtures("clean_dom0"),
@@ -187,35 +187,3 @@ def test_podman_runs_a_container(bundle):
     result = call("podman", "--runtime", "/usr/sbin/runX", *options, "sh", "-c", script)
     call("umount", "/var/lib/containers/storage/overlay")  # podman's own, which it leaves mounted
     assert (result.returncode, result.stdout, result.stderr) == (3, b"out\n", b"err\n")
-
-
-@pytest.fixture
-def dockerd(tmp_path):
-    with docker_daemon(tmp_path, bridge="none", iptables=False, ip6tables=False) as docker:
-        yield docker
-
-
-@pytest.mark.skipif(not shutil.which("dockerd"), reason="needs Docker")
-def test_docker_runs_a_container(bundle, dockerd):
-    rootfs = subprocess.run(["tar", "-C", str(bundle.rootfs), "-c", "."], stdout=subprocess.PIPE, check=True)
-    assert call(*dockerd, "import", "-", "test", input=rootfs.stdout).returncode == 0
-    script = "echo out; echo err >&2; cat /proc/version; exit 3"
-    command = [
-        "run",
-        "--network",
-        "none",
-        "--runtime",
-        "runx",
-        "--env",
-        "PATH=/bin",
-        "--memory",
-        "80m",
-        "--pids-limit",
-        "50",
-    ]
-    result = call(*dockerd, *command, "--name", "one", "test", "sh", "-c", script)
-    assert result.returncode == 3 and result.stderr.endswith(b"err\n"), result  # before it Docker's words on swap
-    assert result.stdout.startswith(b"out\nLinux version ") and b"-runx" in result.stdout
-    again = call(*dockerd, "start", "--attach", "one")  # the same container in another VM
-    assert again.returncode == 3
-    assert call(*dockerd, "rm", "one").returncode == 0
