@@ -8,7 +8,8 @@ import subprocess
 import threading
 
 import pytest
-from conftest import call, config, processes, wait_for, wait_until, xl
+import soak
+from conftest import call, config, in_memory, processes, wait_for, wait_until, xl
 
 import runx
 
@@ -110,7 +111,7 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_children(bundle, tmp_path
 )
 def test_a_start_container_hook_that_fails_ends_the_container(bundle, text, limit, reason):
     script(bundle.rootfs / "hook", text)
-    spec = config("sh", "-c", "echo >/tmp/ran")
+    spec = in_memory(config("echo", "ran"))
     spec["hooks"] = {"startContainer": [{"path": "/hook", **limit}]}
     pidfd = create(bundle, spec)
     result = bundle.runx("start", bundle.id)
@@ -118,12 +119,12 @@ def test_a_start_container_hook_that_fails_ends_the_container(bundle, text, limi
     assert result.returncode == 1 and message in result.stderr.decode()
     wait_for(pidfd)
     assert bundle.state()["status"] == "stopped"
-    assert not (bundle.rootfs / "tmp/ran").exists()
+    assert not (bundle.folder / "stdout").read_bytes()
     assert message in bundle.log.read_text()
 
 
 def test_a_poststart_hook_that_fails_ends_the_container(bundle, tmp_path):
-    spec = config("sleep", "1000")
+    spec = in_memory(config("sleep", "1000"))
     spec["hooks"] = {"poststart": [{"path": script(tmp_path / "hook", "exit 3")}]}
     pidfd = create(bundle, spec)
     result = bundle.runx("start", bundle.id)
@@ -137,18 +138,18 @@ def test_a_poststart_hook_that_fails_ends_the_container(bundle, tmp_path):
 
 
 def test_every_signal_reaches_the_process_again_and_again(bundle):
-    traps = "".join(f"trap 'echo {number} >>/tmp/caught' {number};" for number in (1, 2, 3, 10, 12, 13, 15, 34, 50, 64))
+    traps = "".join(f"trap 'echo {number}' {number};" for number in (1, 2, 3, 10, 12, 13, 15, 34, 50, 64))
     loop = "while :; do sleep 1000 & wait $!; done"  # a signal ends the wait at once
-    child = f"(trap 'echo child >>/tmp/caught; exit' USR2; echo >/tmp/child; {loop}) &"
-    pidfd = create(bundle, config("sh", "-c", f"{child} {traps} echo >/tmp/ready; {loop}"))
+    child = f"(trap 'echo child; exit' USR2; echo ready; {loop}) &"
+    pidfd = create(bundle, in_memory(config("sh", "-c", f"{child} {traps} echo ready; {loop}")))
     succeed(bundle, "start")
-    caught, expected = bundle.rootfs / "tmp/caught", []
-    wait_until((bundle.rootfs / "tmp/ready").exists, "the traps to be set")
+    caught, expected = bundle.folder / "stdout", ["ready", "ready"]
+    wait_until(lambda: caught.read_text().split() == expected, "the traps to be set")
 
     def kill(name, *lines):
         assert bundle.runx("kill", bundle.id, name).returncode == 0
         expected.extend(lines)
-        wait_until(lambda: (caught.read_text() if caught.exists() else "").split() == expected, f"{name} to be caught")
+        wait_until(lambda: caught.read_text().split() == expected, f"{name} to be caught")
 
     for name, line in (
         ("SIGHUP", "1"), ("INT", "2"), ("3", "3"), ("usr1", "10"), ("PIPE", "13"), ("TERM", "15"), ("15", "15"),
@@ -186,7 +187,7 @@ def test_every_signal_reaches_the_process_again_and_again(bundle):
     ],
 )
 def test_a_vm_that_ends_in_a_way_of_its_own_has_a_status_and_a_reason(bundle, name, command, status, reason):
-    spec = config("sh", "-c", command)
+    spec = in_memory(config("sh", "-c", command))
     spec["linux"] = {"resources": {"memory": {"limit": 48 << 20}}}
     bundle.write_config(spec)
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
@@ -200,22 +201,24 @@ def test_a_vm_that_ends_in_a_way_of_its_own_has_a_status_and_a_reason(bundle, na
 
 
 def test_pause_resume_ps_events_and_update(bundle):
-    count = 'n=0; while read -r word _; do [ "$word" != processor ] || n=$((n+1)); done </proc/cpuinfo; echo $n'
-    beat = f"echo >>/tmp/beats; {count} >/tmp/cpus; read -r _ kib _ </proc/meminfo; echo $kib >/tmp/kib; sleep 0.3"
-    spec = config("sh", "-c", f"trap 'echo >/tmp/caught' TERM; while :; do {beat}; done")
-    spec["annotations"] = {"org.runx.memory": "128", "org.runx.maxmem": "160", "org.runx.maxvcpus": "2"}
+    count = 'n=0; while read -r word _; do [ "$word" != processor ] || n=$((n+1)); done </proc/cpuinfo'
+    beat = f"{count}; read -r _ kib _ </proc/meminfo; echo $kib $n; sleep 0.3"
+    spec = in_memory(config("sh", "-c", f"trap 'echo caught' TERM; while :; do {beat}; done"))
+    spec["annotations"].update({"org.runx.memory": "128", "org.runx.maxmem": "160", "org.runx.maxvcpus": "2"})
     spec["linux"] = {"resources": {"pids": {"limit": 1000}}}
     pidfd = create(bundle, spec)
-    beats = bundle.rootfs / "tmp/beats"
+    beats = bundle.folder / "stdout"
 
     def refused(command, *args, **options):
         result = bundle.runx(command, *args, bundle.id, **options)
         assert result.returncode == 1
         return result.stderr.decode()
 
-    def seen(name, condition, what):
-        path = bundle.rootfs / "tmp" / name
-        wait_until(lambda: condition(int((path.exists() and path.read_text().strip()) or 0)), what)
+    def seen(condition, what):
+        def last_beat():
+            return [line for line in beats.read_text().split("\n")[:-1] if line != "caught"][-1]
+
+        wait_until(lambda: condition(*map(int, last_beat().split())), what)
 
     # a created container
     for name in ("0", "WINCH", "SIGCHLD", "CONT", "URG", "USR1", "RTMIN"):
@@ -228,7 +231,7 @@ def test_pause_resume_ps_events_and_update(bundle):
     assert bundle.state()["status"] == "created"
     # running
     succeed(bundle, "start")
-    wait_until(beats.exists, "the process to run")
+    wait_until(beats.read_text, "the process to run")
     assert json.loads(succeed(bundle, "ps", "--format", "json")) == [bundle.pid()]
     head, *rows = bundle.runx("ps", bundle.id, "-o", "pid,comm").stdout.decode().splitlines()
     assert (head.split(), [row.split()[0] for row in rows]) == (["PID", "COMMAND"], [str(bundle.pid())])
@@ -244,18 +247,18 @@ def test_pause_resume_ps_events_and_update(bundle):
         "stats", bundle.id, {"limit": 160 << 20, "usage": 128 << 20, "failcnt": 0},
     )  # fmt: skip
     assert 10**8 <= stats["data"]["cpu"]["usage"]["total"] < 100 * 10**9
-    assert beats.read_text() == silent and not (bundle.rootfs / "tmp/caught").exists()
+    assert beats.read_text() == silent
     succeed(bundle, "resume")
-    wait_until((bundle.rootfs / "tmp/caught").exists, "the signal sent while it was paused")
+    wait_until(lambda: "caught\n" in beats.read_text(), "the signal sent while it was paused")
     # update
     stream = subprocess.Popen(bundle.command("events", "--interval", "300ms", bundle.id), stdout=subprocess.PIPE)
     succeed(bundle, "update", "--memory", "64m")
-    seen("kib", lambda kib: 0 < kib < 64 << 10, "less memory")
+    seen(lambda kib, _: kib < 64 << 10, "less memory")
     succeed(bundle, "update", "-r", "-", input=b'{"memory": {"limit": 167772160}, "cpu": {"quota": 150000}}')
-    seen("kib", lambda kib: kib > 130 << 10, "more memory than at first")
-    seen("cpus", lambda cpus: cpus == 2, "a second processor")
+    seen(lambda kib, _: kib > 130 << 10, "more memory than at first")
+    seen(lambda _, cpus: cpus == 2, "a second processor")
     succeed(bundle, "update", "--cpu-quota=90000", "--cpu-share", "512", "--cpuset-cpus", "0", "--pids-limit", "1000")
-    seen("cpus", lambda cpus: cpus == 1, "one processor")
+    seen(lambda _, cpus: cpus == 1, "one processor")
     assert xl("sched-credit2", "-d", str(bundle.domain())).split()[-2:] == ["128", "90"]
     assert xl("vcpu-list", str(bundle.domain())).splitlines()[1].split()[-3] == "0"
     assert "160 at most" in refused("update", "--memory", "161m")
@@ -339,8 +342,7 @@ def test_of_two_creates_of_one_id_one_succeeds(bundle):
     assert xl("list").count(f"runx-{bundle.id}-") == 1
 
 
-def test_a_short_soak():
-    soak = pathlib.Path(__file__).with_name("soak.py")
-    result = call("python3", str(soak), "--rounds", "1", "--mebibytes", "1")
-    assert result.returncode == 0, result
-    assert b"kB/s" in result.stdout
+def test_a_short_soak(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["soak.py", "--rounds", "1", "--mebibytes", "1"])
+    assert soak.main() == 0, capsys.readouterr()
+    assert "kB/s" in capsys.readouterr().out
