@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import call, config, wait_until
+from conftest import call, config, in_memory, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
@@ -107,7 +107,7 @@ def test_bad_id(bundle, container_id):
 
 
 def test_id_in_use(bundle):
-    bundle.write_config(config("true"))
+    bundle.write_config(in_memory(config("true")))
     assert bundle.create().returncode == 0
     again = bundle.create()
     assert again.returncode != 0 and b"container with given ID already exists" in again.stderr
@@ -133,7 +133,7 @@ def test_missing_id(bundle, command):
 
 
 def test_delete_of_a_running_container_is_refused(bundle):
-    bundle.write_config(config("sleep", "1000"))
+    bundle.write_config(in_memory(config("sleep", "1000")))
     assert bundle.create().returncode == 0 and bundle.runx("start", bundle.id).returncode == 0
     result = bundle.runx("delete", bundle.id)
     assert (

@@ -8,7 +8,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import call, config, wait_for, wait_until, xl
+from conftest import call, config, in_memory, wait_for, wait_until, xl
 from spec import check_state
 
 import runx
@@ -22,9 +22,9 @@ STATE_FIELDS = {"ociVersion", "id", "pid", "status", "bundle", "rootfs", "create
 def created(bundle):
     """A function that creates a container and returns a pidfd of its monitor."""
 
-    def create(*args, **process):
-        spec = config(*args, **process)
-        spec["annotations"] = {"org.example.note": "kept"}
+    def create(*args, rootfs="9p"):
+        spec = config(*args)
+        spec["annotations"] = {"org.example.note": "kept", "org.runx.rootfs": rootfs}
         bundle.write_config(spec)
         return bundle.created()
 
@@ -52,7 +52,7 @@ def test_state_through_a_life(bundle, created):
     check_state(state)
     assert set(state) == STATE_FIELDS
     assert (state["status"], state["pid"], state["id"]) == ("created", bundle.pid(), bundle.id)
-    assert (state["bundle"], state["annotations"]) == (str(bundle.folder), {"org.example.note": "kept"})
+    assert (state["bundle"], state["annotations"]["org.example.note"]) == (str(bundle.folder), "kept")
     assert bundle.domain() is not None
     listed = json.loads(bundle.runx("list", "--format=json").stdout)
     assert [(state["id"], state["status"]) for state in listed] == [(bundle.id, "created")]
@@ -164,7 +164,8 @@ def test_the_process_has_its_user_umask_folder_and_a_large_environment(bundle):
     variables = [f"V{number}={'x' * 1000}{number}" for number in range(100)]
     # the user may open its standard streams again
     script = "(id -u; id -G; umask; pwd) >/proc/self/fd/1; env -u PWD -u SHLVL"
-    bundle.write_config(config("sh", "-c", script, env=["PATH=/bin", *variables], user=user, cwd="/new/folder"))
+    spec = config("sh", "-c", script, env=["PATH=/bin", *variables], user=user, cwd="/new/folder")
+    bundle.write_config(in_memory(spec))
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
     lines = result.stdout.decode().splitlines()
     assert lines[:4] == ["1000", "2000 3000 4000", "0027", "/new/folder"]
@@ -181,7 +182,7 @@ def test_a_read_only_root_keeps_its_mounts_writable(bundle):
 
 
 def test_a_slow_reader_loses_nothing_and_holds_the_guest_back(bundle):
-    bundle.write_config(config("sh", "-c", "dd if=/dev/zero bs=1024 count=512 2>/dev/null; echo end >&2"))
+    bundle.write_config(in_memory(config("sh", "-c", "dd if=/dev/zero bs=1024 count=512 2>/dev/null; echo end >&2")))
     reader, writer = os.pipe()
     running = subprocess.Popen(
         bundle.command("run", "--bundle", str(bundle.folder), bundle.id),
@@ -243,7 +244,7 @@ def is_broken(fd):
 
 
 def test_kill_of_a_created_container_destroys_the_domain(bundle, created):
-    pidfd = created("sleep", "1000")
+    pidfd = created("sleep", "1000", rootfs="ramdisk")
     assert bundle.runx("kill", bundle.id, "TERM").returncode == 0
     wait_for(pidfd)
     assert bundle.domain() is None
@@ -251,7 +252,7 @@ def test_kill_of_a_created_container_destroys_the_domain(bundle, created):
 
 
 def test_a_signal_sent_before_the_process_runs_is_not_lost(bundle, created):
-    pidfd = created("sleep", "1000")
+    pidfd = created("sleep", "1000", rootfs="ramdisk")
     bundle.runx("start", bundle.id)
     bundle.runx("kill", bundle.id, "TERM")
     wait_for(pidfd)
@@ -276,7 +277,7 @@ def test_sigkill_ends_a_container_whose_output_nobody_reads(bundle):
 
 def test_kill_returns_while_the_guest_is_deaf(bundle, created):
     # a paused domain is as deaf as a guest can be
-    pidfd = created("sleep", "1000")
+    pidfd = created("sleep", "1000", rootfs="ramdisk")
     bundle.runx("start", bundle.id)
     xl("pause", str(bundle.domain()))
     assert bundle.runx("kill", bundle.id, "TERM").returncode == 0
@@ -286,14 +287,13 @@ def test_kill_returns_while_the_guest_is_deaf(bundle, created):
 
 
 def test_a_signal_to_the_monitor_goes_to_the_process(bundle, created):
-    pidfd = created(
-        "sh", "-c", "trap 'echo caught >/tmp/caught; exit 0' TERM; echo >/tmp/ready; while :; do sleep 0.1; done"
-    )
+    script = "trap 'echo caught; exit 0' TERM; echo ready; while :; do sleep 0.1; done"
+    pidfd, output = created("sh", "-c", script, rootfs="ramdisk"), bundle.folder / "stdout"
     bundle.runx("start", bundle.id)
-    wait_until((bundle.rootfs / "tmp/ready").exists, "the trap to be set")
+    wait_until(lambda: output.read_bytes() == b"ready\n", "the trap to be set")
     os.kill(bundle.pid(), signal.SIGTERM)
     wait_for(pidfd)
-    assert (bundle.rootfs / "tmp/caught").exists()
+    assert output.read_bytes() == b"ready\ncaught\n"
 
 
 def test_what_the_guest_writes_to_xenstore_is_checked(bundle):
@@ -302,7 +302,7 @@ def test_what_the_guest_writes_to_xenstore_is_checked(bundle):
         "mknod /tmp/xenbus c 10 $(sed -n 's/ xen.xenbus//p' /proc/misc) || exit 1;"
         "printf '\\013\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\020\\0\\0\\0data/exit\\0999999' >/tmp/xenbus; sleep 1000"
     )
-    spec = config("sh", "-c", script)
+    spec = in_memory(config("sh", "-c", script))
     spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
     bundle.write_config(spec)
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
