@@ -8,7 +8,7 @@ import signal
 import uuid
 
 import pytest
-from conftest import DEVPTS, IMAGE, ConsoleSocket, Terminal, call, config, shim_pid, wait_for, wait_until
+from conftest import DEVPTS, IMAGE, ConsoleSocket, Terminal, call, config, in_memory, shim_pid, wait_for, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
@@ -57,7 +57,8 @@ def test_a_shell_has_all_that_a_terminal_has(bundle, terminal):
     # two resizes at once: the last one counts
     shell.resize(40, 120)
     shell.resize(41, 121)
-    wait_until(lambda: command(b"stty size").startswith(b"41 121\r\n"), "the new window size")
+    wait_until(lambda: follows(shell, b"stty size\n", b"41 121\r\n"), "the new window size")
+    shell.expect(PROMPT)
     # job control
     shell.type(b"sleep 1000\n")
     shell.expect(b"sleep 1000\r\n")
@@ -132,7 +133,8 @@ def check_at_a_terminal(*argv):
     shell.expect(b"# ")
     for rows in (25, 26):
         shell.resize(rows, 81)
-        wait_until(lambda rows=rows: has_rows(shell, rows), "the new window size")
+        size = b"%d 81\r" % rows  # not the echo before it: a shell writes its line anew when the size changes
+        wait_until(lambda size=size: follows(shell, b"stty size\n", size), "the new window size")
     shell.type(b"sleep 1000\n")
     shell.expect(b"sleep 1000\r")
     wait_until(lambda: follows(shell, b"\x03", b"# "), "Ctrl-C to end it")
@@ -141,14 +143,8 @@ def check_at_a_terminal(*argv):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def has_rows(shell, rows):
-    shell.type(b"stty size\n")
-    shell.expect(b"stty size\r")  # ctr's raw terminal makes another \r of \n, with runc too
-    return shell.expect(b"# ").split() == [str(rows).encode(), b"81"]
-
-
 def test_run_joins_its_own_terminal_to_the_containers(bundle):
-    spec = terminal_config("sh", "-i")
+    spec = in_memory(terminal_config("sh", "-i"))
     spec["process"]["env"] = ["PATH=/bin", "PS1=# "]
     bundle.write_config(spec)
     assert check_at_a_terminal(*bundle.command("run", "--bundle", str(bundle.folder), bundle.id)) == 7
