@@ -228,6 +228,7 @@ rm "$root/bin/poweroff"
 # shellcheck disable=SC2086 # a compiler and its options
 $compiler -Os -Wall -Wextra -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
     -static -s -Wl,--gc-sections -o "$root/sbin/enter" "$here/enter.c" >&2 || fail "cannot compile $here/enter.c."
+ln -s sbin/enter "$root/init"
 ln -s enter "$root/sbin/xs"
 ln -s enter "$root/sbin/net"
 
@@ -245,8 +246,7 @@ syscalls() { # HEADER PREFIX
     [ "$arch" != x86_64 ] || syscalls unistd_32.h -
 } | LC_ALL=C sort >"$root/etc/syscalls"
 grep -q '^execve [0-9]' "$root/etc/syscalls" || fail "cannot list the system calls: install $headers_package."
-cp "$here/init" "$root/init"
-cp "$here/poweroff" "$root/sbin/poweroff"
+cp "$here/setup" "$here/poweroff" "$root/sbin"
 cp "$here/udhcpc" "$root/sbin/udhcpc.script"
 chmod 755 "$root" "$root"/* "$root/bin/busybox" "$root"/sbin/*
 chmod 1777 "$root/tmp"

@@ -1,10 +1,11 @@
 /*
- * enter: starts the container's process in the VM and carries its standard streams.
+ * init:  PID 1 of the VM.  A child of it, enter, starts the container's process and carries its standard streams.
  * xs:    the same program under a second name, one xenstore request from the shell.
  * net:   under a third one, sets up the VM's network interfaces as xenstore says.
  *
- * All are part of init and do what busybox cannot: exact argv and environment, mounts that cannot
- * leave the rootfs, credentials, binary-safe streams.  All policy is in runx.py, which writes
+ * They do what busybox cannot: exact argv and environment, mounts that cannot leave the rootfs, credentials,
+ * binary-safe streams; and, as a process costs a VM's start more than all else here, what every container needs.
+ * What few need, the script /sbin/setup does.  All policy is in runx.py, which writes
  * /container/config: NUL-terminated strings, flags of clone(2) for the process's own namespaces, and then
  * each keyword followed by its operands (see keywords[]).
  * Nothing here decides anything about the host: the other end of the consoles checks what it reads.
@@ -30,6 +31,7 @@
 #include <sys/mount.h>
 #include <sys/personality.h>
 #include <sys/prctl.h>
+#include <sys/reboot.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -1348,9 +1350,118 @@ static int enter_main(void)
 	return status;
 }
 
+/* ---- init: PID 1 of the VM ---- */
+
+/*
+ * It stays in the ramdisk: the kernel runs /sbin/poweroff, the doorbell, in PID 1's root, and that must never be a
+ * program of the image.  Only enter's child goes into the container's rootfs.  Settings come from runX in /container, an
+ * archive of its own before this one.
+ */
+
+static void finish(int status) __attribute__((noreturn));
+static void finish(int status)
+{
+	char reply[XS_PAYLOAD_MAX + 1];
+
+	xs_request(XS_WRITE, "data/exit", decimal(status), reply);
+	reboot(RB_POWER_OFF);	/* never halt: on Arm that spins for ever */
+	for (;;)
+		pause();
+}
+
+/* sentence: for the user, why the container cannot be started */
+static void fail(const char *sentence)
+{
+	char reply[XS_PAYLOAD_MAX + 1], line[MESSAGE_MAX];
+
+	write(2, line, join(line, sizeof line, "init: ", sentence, "\n", NULL));
+	xs_request(XS_WRITE, "data/error", sentence, reply);
+	finish(255);
+}
+
+/* The exit status of a child as a shell has it. */
+static int wait_for(pid_t child)
+{
+	int status;
+
+	while (waitpid(child, &status, 0) < 0)
+		if (errno != EINTR)
+			return 255;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* Has the script /sbin/setup do what this word says; returns its exit status. */
+static int set_up(const char *word)
+{
+	pid_t child = fork();
+
+	if (child == 0) {
+		execl("/sbin/setup", "setup", word, NULL);
+		_exit(NOT_FOUND);
+	}
+	return wait_for(child);
+}
+
+static int is_there(const char *path)
+{
+	return access(path, F_OK) == 0;
+}
+
+/* Whether the kernel has killed a process because memory ran out. */
+static int was_short_of_memory(void)
+{
+	static char text[1 << 15];
+	int fd = open("/proc/vmstat", O_RDONLY | O_CLOEXEC);
+	char *count;
+
+	if (fd < 0 || read(fd, text, sizeof text - 1) < 0 || !(count = strstr(text, "\noom_kill ")))
+		return 0;
+	return count[sizeof "\noom_kill " - 1] != '0';
+}
+
+static int init_main(void)
+{
+	int status, modules, network;
+	pid_t child;
+
+	if (mount("dev", "/dev", "devtmpfs", 0, NULL) < 0 || mount("proc", "/proc", "proc", 0, NULL) < 0)
+		fail("cannot mount /dev and /proc");
+	/* With cache=mmap the page cache is written back late; a container that is killed should lose no more than it
+	   would under runc, so late is one second. */
+	write_at(AT_FDCWD, "/proc/sys/vm/dirty_expire_centisecs", "100");
+	write_at(AT_FDCWD, "/proc/sys/vm/dirty_writeback_centisecs", "100");
+	/* Looking for memory to compact twice a second is a third of what an idle VM does. */
+	write_at(AT_FDCWD, "/proc/sys/vm/compaction_proactiveness", "0");
+	/* A container that takes all memory must not take the VM's own end with it. */
+	write_at(AT_FDCWD, "/proc/self/oom_score_adj", "-1000");
+
+	modules = is_there("/modules"), network = is_there("/proc/sys/net/ipv4/conf/eth0");
+	if ((modules && set_up("modules")) || (network && set_up("network")))
+		finish(255);
+	/* The container's files are in the ramdisk, or dom0 exports them. */
+	if (!is_there(SHARE "/rootfs") &&
+	    mount("share", SHARE, "9p", 0, "trans=xen,version=9p2000.L,msize=131072,cache=mmap") < 0)
+		fail("cannot mount the share over 9p");
+	if (is_there("/container/disk") && set_up("disk"))
+		finish(255);
+
+	child = fork();
+	if (child == 0)
+		exit(enter_main());
+	status = wait_for(child);
+	if (was_short_of_memory())
+		set_up("oom");
+	/* The host may destroy the VM as soon as it reads the status, so what is dirty goes first; a file system that
+	   was unmounted needs no repair. */
+	sync();
+	if (is_there("/container/disk") && umount(SHARE "/rootfs") < 0)
+		mount(NULL, SHARE "/rootfs", NULL, MS_REMOUNT | MS_RDONLY, NULL);
+	finish(status);
+}
+
 int main(int argc, char **argv)
 {
 	char *slash = strrchr(argv[0], '/'), *name = slash ? slash + 1 : argv[0];
 
-	return !strcmp(name, "xs") ? xs_main(argc, argv) : !strcmp(name, "net") ? net_main() : enter_main();
+	return !strcmp(name, "xs") ? xs_main(argc, argv) : !strcmp(name, "net") ? net_main() : init_main();
 }
