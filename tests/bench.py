@@ -1,6 +1,7 @@
 """What runX costs on this dom0, each figure beside its yardstick of the same run.
 
-    bench.py [--json FILE] [--runs N]               a container's life, its processes and its memory
+    bench.py [--json FILE] [--runs N]               a container's life, its processes, memory and output
+    bench.py --smallest [--json FILE]               the smallest VMs in which `echo hello` runs
     bench.py --network [--json FILE] [--runs N]     TCP between a container and dom0, by iperf3
     bench.py --many N [--json FILE]                 how long the creation of the last of N running ones takes
 
@@ -10,6 +11,7 @@ Runs on any dom0 with Xen's tools and an installed runX; in the lab: `lab.py run
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import pathlib
@@ -74,6 +76,8 @@ INSTALLED = pathlib.Path("/usr/lib/runX")
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 MEMORY = 64  # MiB of each VM
 TYPE = runx.load_host_config()["type"] or runx.host_guest_type()
+ROOTFS = ("ramdisk", "block", "9p")
+OTHERS = ("runc", "crun", "youki", "kata-runtime", "urunc")  # where they are installed
 
 
 def processor_time(usage):
@@ -171,6 +175,9 @@ def make_hello(folder, rootfs=None, *args):
     if rootfs:
         spec = json.loads((bundle / "config.json").read_text())
         spec["annotations"] = {"org.runx.rootfs": rootfs, "org.runx.memory": str(MEMORY)}
+        if rootfs == "block":
+            call("mkfs.ext4", "-q", "-F", "-d", str(bundle / "rootfs"), str(bundle / "image"), "16m")
+            spec["root"] = {"path": "image"}
         (bundle / "config.json").write_text(json.dumps(spec))
     return bundle
 
@@ -178,12 +185,12 @@ def make_hello(folder, rootfs=None, *args):
 def measure_life(folder, runs):
     """{way: {what: median, in seconds}}, by turns."""
     ways = {"bare xl": lambda: bare_life(folder)}
-    for rootfs in ("ramdisk", "9p"):
+    for rootfs in ROOTFS:
         bundle = make_hello(folder / rootfs, rootfs)
         ways[f"runX, {rootfs}"] = lambda bundle=bundle: container_life("runX", bundle)
-    if shutil.which("runc"):
-        runc_bundle = make_hello(folder / "runc")
-        ways["runc"] = lambda: container_life("runc", runc_bundle)
+    for runtime in filter(shutil.which, OTHERS):
+        bundle = make_hello(folder / runtime)
+        ways[runtime] = lambda runtime=runtime, bundle=bundle: container_life(runtime, bundle)
     for life in ways.values():
         life()  # what is read for the first time is not in the memory yet
     found = {way: [] for way in ways}
@@ -246,11 +253,12 @@ def proportional_sizes():
 
 
 def measure_memory(folder, count=3):
-    """{way: KiB that a running container adds to dom0's processes, QEMU and all others apart}, the mean of count."""
+    """{way: KiB that a running container adds to dom0's processes, QEMU and all others apart, and that Xen gives to its
+    domain}, the mean of count."""
     results = {}
-    for rootfs in ("ramdisk", "9p"):
+    for rootfs in ROOTFS:
         bundle = make_hello(folder / f"memory-{rootfs}", rootfs, "sleep", "1000")
-        before = proportional_sizes()
+        before, free = proportional_sizes(), int(runx.xl_info("free_memory"))
         for number in range(count):
             with open(folder / "output", "wb") as output:
                 call("runX", "create", "--bundle", str(bundle), f"bench-{number}", stdout=output)
@@ -259,6 +267,7 @@ def measure_memory(folder, count=3):
         for pid, (command, size) in proportional_sizes().items():
             if pid not in before:
                 added["QEMU" if "qemu" in command else "others"] += size / count
+        added["domain"] = (free - int(runx.xl_info("free_memory")) << 10) / count
         results[rootfs] = added
         for number in range(count):
             call("runX", "delete", "--force", f"bench-{number}")
@@ -268,7 +277,111 @@ def measure_memory(folder, count=3):
 def print_memory(results):
     for rootfs, added in results.items():
         sizes = ", ".join(f"{key} {size / 1024:.1f} MiB" for key, size in added.items())
-        print(f"PSS in dom0 of a running container, {rootfs}: {sizes}")
+        print(f"memory of a running container, {rootfs}: {sizes}")
+
+
+def read_stream(fd, size):
+    """Reads until the end or size bytes; returns the data's checksum, its length, and bytes/s after the first one."""
+    digest, total, started = hashlib.sha256(), 0, None
+    while total < size and select.select([fd], [], [], 60)[0]:
+        try:
+            data = os.read(fd, 65536)
+        except OSError:  # EIO: the end of a pty
+            break
+        if not data:
+            break
+        if started is None:
+            started, first = time.monotonic(), len(data)
+        digest.update(data)
+        total += len(data)
+    return digest.hexdigest(), total, (total - first) / (time.monotonic() - started) if total else 0.0
+
+
+def xenconsoled_rate(folder, size):
+    """Bytes/s of the same kernel writing to hvc0, which xenconsoled carries, as a bare domain."""
+    script = f"mount -t devtmpfs dev /dev; stty -F /dev/hvc0 raw -echo -opost\n" \
+        f"dd if=/dev/zero of=/dev/hvc0 bs=4096 count={size >> 12} 2>/dev/null"  # fmt: skip
+    name, settings = bare_settings(folder, script, memory=128)
+    # quietly: libxc complains of a ramdisk of two archives, and takes it
+    subprocess.run(["xl", "create", "-e", "-p", "-q", settings], check=True, capture_output=True)
+    try:
+        domid = call("xl", "domid", name).decode().strip()
+        fd = os.open(runx.Xenstore().read(f"/local/domain/{domid}/console/tty"), os.O_RDONLY | os.O_NOCTTY)
+        call("xl", "unpause", domid)
+        return read_stream(fd, size)[2]
+    finally:
+        call("xl", "destroy", name)
+
+
+def measure_output(folder, size=4 << 20):
+    """{way: bytes/s} of a program's output, to a pipe and to hvc0."""
+    bundle = make_hello(folder / "output", "ramdisk", "dd", "if=/dev/zero", "bs=4096", f"count={size >> 12}")
+    command = ["runX", "run", "--bundle", str(bundle), "bench-output"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as running:
+        rate = read_stream(running.stdout.fileno(), 1 << 40)[2]
+    return {"standard output": rate, "hvc0, xenconsoled": xenconsoled_rate(folder, size >> 2)}
+
+
+def print_output(results):
+    base = results["hvc0, xenconsoled"]
+    for way, rate in results.items():
+        print(f"{way}: {rate / 1000:.0f} kB/s ({rate / base:.2f})")
+
+
+def bare_runs(folder, memory, kind):
+    """Whether a bare domain of so many MiB says hello."""
+    name, settings = bare_settings(folder, "echo hello", memory, kind)
+    if subprocess.run(["xl", "create", "-e", "-p", "-q", settings], capture_output=True).returncode:
+        return False
+    try:
+        domid = call("xl", "domid", name).decode().strip()
+        fd = os.open(runx.Xenstore().read(f"/local/domain/{domid}/console/tty"), os.O_RDONLY | os.O_NOCTTY)
+        call("xl", "unpause", domid)
+        found = b""
+        while b"hello" not in found and select.select([fd], [], [], 5)[0]:
+            found += os.read(fd, 4096)
+        return b"hello" in found
+    finally:
+        call("xl", "destroy", name)
+
+
+def container_runs(folder, memory, kind, rootfs):
+    bundle = make_hello(folder, rootfs)
+    spec = json.loads((bundle / "config.json").read_text())
+    spec["annotations"].update({"org.runx.memory": str(memory), "org.runx.type": kind})
+    (bundle / "config.json").write_text(json.dumps(spec))
+    with open(folder / "stdout", "wb") as stdout:
+        running = subprocess.Popen(
+            ["runX", "run", "--bundle", str(bundle), "bench-small"],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stdout,
+        )
+    try:
+        running.wait(20)
+    except subprocess.TimeoutExpired:  # one that is too small may hang
+        call("runX", "delete", "--force", "bench-small")
+        running.wait()
+    return (folder / "stdout").read_bytes() == b"hello\n"
+
+
+def measure_smallest(folder):
+    """{kind of guest: {way: MiB of the smallest VM that says hello}}, down from 32 in steps of 2."""
+    results = {}
+    for kind in ("pvh", "pv"):
+        ways = {"bare": lambda memory, kind=kind: bare_runs(folder, memory, kind)}
+        for rootfs in ROOTFS:
+            ways[rootfs] = lambda memory, kind=kind, rootfs=rootfs: container_runs(
+                folder / f"small-{rootfs}", memory, kind, rootfs
+            )
+        results[kind] = {}
+        for way, runs in ways.items():
+            sizes = iter(range(32, 8, -2))
+            results[kind][way] = next((size + 2 for size in sizes if not runs(size)), 10)
+        print(f"the smallest {kind} guest, MiB: {results[kind]}", flush=True)
+    return results
 
 
 def measure_many(folder, count):
@@ -361,6 +474,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="store_true")
     parser.add_argument("--many", type=int, metavar="N")
+    parser.add_argument("--smallest", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--runs", type=int, metavar="N")
     options = parser.parse_args()
@@ -376,6 +490,8 @@ def main():
             results["many"] = measure_many(folder, options.many)
             first, last = results["many"][0], results["many"][-1]
             print(f"create: the first {first:.2f} s, the last of {options.many} {last:.2f} s ({last / first:.2f})")
+        elif options.smallest:
+            results["smallest"] = measure_smallest(folder)
         else:
             # a monitor whose runX create has ended becomes our child, so that we see its end and its processor time
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -385,6 +501,8 @@ def main():
             print_commands(results["commands"])
             results["memory"] = measure_memory(folder)
             print_memory(results["memory"])
+            results["output"] = measure_output(folder)
+            print_output(results["output"])
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=1))
 

@@ -13,18 +13,14 @@ import argparse
 import hashlib
 import os
 import pathlib
-import select
 import subprocess
 import sys
 import tempfile
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import bench  # noqa: E402
 import conftest  # noqa: E402
-
-import runx  # noqa: E402
 
 DAEMONS = ("xenstored", "xenconsoled", "containerd")
 # what may differ by chance: pages in per-CPU lists, slabs that are freed later
@@ -86,23 +82,6 @@ def check_rounds(bundle, rounds):
             yield f"{name} has grown by {kibibytes} KiB in {rounds} rounds"
 
 
-def read_stream(fd, size):
-    """Reads until the end or size bytes; returns the data's checksum, its length, and bytes/s after the first one."""
-    digest, total, started = hashlib.sha256(), 0, None
-    while total < size and select.select([fd], [], [], 60)[0]:
-        try:
-            data = os.read(fd, 65536)
-        except OSError:  # EIO: the end of a pty
-            break
-        if not data:
-            break
-        if started is None:
-            started, first = time.monotonic(), len(data)
-        digest.update(data)
-        total += len(data)
-    return digest.hexdigest(), total, (total - first) / (time.monotonic() - started) if total else 0.0
-
-
 def check_stream(bundle, mebibytes):
     """A file of that size through a container's standard output."""
     digest = hashlib.sha256()
@@ -114,28 +93,11 @@ def check_stream(bundle, mebibytes):
     bundle.write_config(conftest.config("cat", "/data"))
     command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
-        received, total, rate = read_stream(running.stdout.fileno(), 1 << 40)
+        received, total, rate = bench.read_stream(running.stdout.fileno(), 1 << 40)
     if (received, total) != (digest.hexdigest(), mebibytes << 20):
         yield f"of {mebibytes} MiB through standard output {total} bytes arrived, or others"
-    beside = xenconsoled_rate(bundle, mebibytes)
+    beside = bench.xenconsoled_rate(bundle.folder, min(mebibytes, 4) << 18)  # a quarter: it is slow
     print(f"standard output: {rate / 1000:.0f} kB/s; xenconsoled's hvc0: {beside / 1000:.0f} kB/s")
-
-
-def xenconsoled_rate(bundle, mebibytes):
-    """Bytes/s of the same kernel writing to hvc0, which xenconsoled carries, as a bare domain."""
-    size = min(mebibytes, 4) << 18  # a quarter: it is slow
-    script = f"mount -t devtmpfs dev /dev; stty -F /dev/hvc0 raw -echo -opost\n" \
-        f"dd if=/dev/zero of=/dev/hvc0 bs=4096 count={size >> 12} 2>/dev/null"  # fmt: skip
-    name, settings = bench.bare_settings(bundle.folder, script, memory=128)
-    # quietly: libxc complains of a ramdisk of two archives, and takes it
-    subprocess.run(["xl", "create", "-e", "-p", "-q", settings], check=True, capture_output=True)
-    try:
-        domid = conftest.xl("domid", name).strip()
-        fd = os.open(runx.Xenstore().read(f"/local/domain/{domid}/console/tty"), os.O_RDONLY | os.O_NOCTTY)
-        conftest.xl("unpause", domid)
-        return read_stream(fd, size)[2]
-    finally:
-        conftest.xl("destroy", name)
 
 
 def main():
