@@ -65,7 +65,7 @@ import sys
 sys.path.insert(0, "$prefix/lib/runX")
 import runx
 
-sys.exit(runx.main(sys.argv[1:]))
+runx.run()
 END
 chmod 755 "$sbin/runX.new"
 mv "$sbin/runX.new" "$sbin/runX"
