@@ -650,12 +650,22 @@ def check_version(version):
     return version
 
 
+def is_image(path):
+    import stat
+
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
 def find_rootfs(bundle, root, machine):
     """The path of a folder, or of an image: a file or block device.  Raises Error."""
     path = os.path.join(bundle, machine.image or field(root, "path", str, where="config.json: root"))
     if os.path.isdir(path) and not machine.image:
         return os.path.realpath(path)
-    if not os.path.exists(path) or machine.own_init:
+    if machine.own_init or not is_image(path):
         raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
     if machine.rootfs not in ("block", "auto"):
         raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")
@@ -2409,11 +2419,14 @@ def file_system(path):
 
 
 def open_disk(disk):
-    """A descriptor of the block device; a loop device of ours goes with the last one that has it open."""
+    """A descriptor of the block device; a loop device of ours goes with who has it open last.  Raises Error."""
     import stat
 
-    if stat.S_ISBLK(os.stat(disk.path).st_mode):
-        return os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if stat.S_ISBLK(os.stat(disk.path).st_mode):
+            return os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Error(f"cannot open the block device {disk.path}: {error.strerror}") from None
     loop = attach_loop(disk.path, disk.writable)
     try:
         check_image(disk, os.fstat(loop).st_rdev)
@@ -2469,9 +2482,11 @@ def check_image(disk, ours):
 def attach_disk(container):
     """Gives a VM that does not run yet the block device of its rootfs, if it is to have one.  Raises Error."""
     state = container.state
-    if not state["disk"] or state["vbds"]:
+    if not state.get("disk") or state["vbds"]:
         return  # the latter: `start` has come further than this before
     disk, xenstore = Disk(**state["disk"]), Xenstore()
+    if xenstore.read(f"/local/domain/0/backend/vbd/{state['domid']}/{DISK}/frontend"):
+        raise Error(f"cannot give the VM its rootfs as {DISK_NAME}: its settings for xl name a disk of that name")
     device = open_disk(disk)
     try:
         if disk.mounted:
@@ -2538,8 +2553,6 @@ def announce_disk(xenstore, domid, disk, device):
                 same = xenstore.read(f"{node}/physical-device", "", transaction) == numbers
                 if same and "w" in mode + xenstore.read(f"{node}/mode", "", transaction):
                     raise Error(f"cannot give {disk.path} to the VM: domain {other} has it, and one could write")
-                if (other, number) == (str(domid), str(DISK)):
-                    raise Error(f"cannot give the VM its rootfs: its settings for xl name another {DISK_NAME}")
         announce_listed(xenstore, "vbd", domid, DISK, backend, frontend, transaction=transaction)
 
     xenstore.transaction(write)
