@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from conftest import call, config, in_memory, wait_until
 
+import runx
+
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
 
@@ -40,7 +42,7 @@ def test_config_json_broken(bundle, text):
         ({"ociVersion": "2.0.0"}, 'ociVersion "2.0.0"'),
         ({"root": {"path": "missing"}}, "rootfs"),
         ({"root": {}}, "path is missing"),
-        ({"root": {"path": "config.json"}}, "not a folder"),
+        ({"root": {"path": "config.json"}}, "holds no file system"),
         ({"process": {"args": [], "cwd": "/"}}, "args"),
         ({"process": {"args": ["true"], "cwd": "relative"}}, "cwd"),
         ({"process": {"args": [1], "cwd": "/"}}, "args"),
@@ -161,7 +163,8 @@ def test_no_xl(bundle):
     # a mount namespace in which xl is hidden behind /dev/null
     bundle.write_config(config("true"))
     create = f"runX --root {bundle.root} create --bundle {bundle.folder} {bundle.id}"
-    result = call("unshare", "-m", "sh", "-c", f"mount --bind /dev/null {shutil.which('xl')} && exec {create}")
+    hide = "".join(f"mount --bind /dev/null {path} && " for path in {shutil.which("xl"), runx.find_xl()})
+    result = call("unshare", "-m", "sh", "-c", f"{hide} exec {create}")
     assert result.returncode == 1 and b"cannot find xl" in result.stderr
     assert not bundle.root.exists() or not list(bundle.root.iterdir())
 
