@@ -1202,16 +1202,19 @@ C_LIBRARY = {}  # what system_call() has made of it
 
 
 def system_call(name, *args):
-    """A function of the C library that takes numbers, as long, and strings; raises OSError."""
+    """A function of the C library that takes numbers, as long, and strings, and returns an int; raises OSError."""
     import _ctypes  # ctypes adds to it what takes seven times as long to import
 
     if not C_LIBRARY:
+
+        class Int(_ctypes._SimpleCData):
+            _type_ = "i"
 
         class Long(_ctypes._SimpleCData):
             _type_ = "l"
 
         class Function(_ctypes.CFuncPtr):
-            _flags_, _restype_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, Long
+            _flags_, _restype_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, Int
 
         C_LIBRARY.update(long=Long, function=Function, handle=_ctypes.dlopen(None, 0))
     function = C_LIBRARY["function"](_ctypes.dlsym(C_LIBRARY["handle"], name))

@@ -89,6 +89,14 @@ def test_a_share_that_changes_while_it_is_packed(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "function", [("umount2", "/no/such/path", 0), ("syscall", -1), ("mount", None, "/no", None, 0, None)]
+)
+def test_a_function_of_the_c_library_that_fails_is_an_error(function):
+    with pytest.raises(OSError):
+        runx.system_call(*function)
+
+
+@pytest.mark.parametrize(
     "value", [None, True, 0, -1.5, 'a"\n\ud800é', [], {}, [1, [2, {}]], {"a": {"b": [False]}, "c": []}]
 )
 def test_json_is_as_the_library_writes_and_reads_it(value):
