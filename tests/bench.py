@@ -317,7 +317,7 @@ def xenconsoled_rate(folder, size):
 
 def measure_output(folder, size=4 << 20):
     """{way: bytes/s} of a program's output, to a pipe and to hvc0."""
-    bundle = make_hello(folder / "output", "ramdisk", "dd", "if=/dev/zero", "bs=4096", f"count={size >> 12}")
+    bundle = make_hello(folder / "stream", "ramdisk", "dd", "if=/dev/zero", "bs=4096", f"count={size >> 12}")
     command = ["runX", "run", "--bundle", str(bundle), "bench-output"]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
