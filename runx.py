@@ -2377,6 +2377,11 @@ def host_mounts(process="self"):
             )  # fmt: skip
 
 
+def mounted_device(target):
+    """The number of the device that is mounted at target, or None."""
+    return next((mount.device for mount in reversed(list(host_mounts())) if mount.target == target), None)
+
+
 def find_disk(config):
     """The Disk that config.rootfs is, or is mounted from.  Raises Error."""
     path, mounted, writable = config.rootfs, [], not config.readonly
@@ -2390,10 +2395,9 @@ def find_disk(config):
             flags = sum(MOUNT_OPTIONS[option][0] for option in top.options if option in MOUNT_OPTIONS)
             data = [option for option in top.of_all if option not in ("rw", "seclabel")]
             mounted = [top.target, flags, ",".join(data)]
-        writable = writable and bool(mounted)
-    status = os.stat(path)
+        writable = writable and bool(mounted) and "rw" in top.options
     kind = file_system(path)
-    writable = writable and kind == "ext4" and status.st_mode & 0o222 and os.access(path, os.W_OK)
+    writable = writable and kind == "ext4" and os.stat(path).st_mode & 0o222 and os.access(path, os.W_OK)
     return Disk(path=path, kind=kind, writable=bool(writable), mounted=mounted)
 
 
@@ -2430,13 +2434,7 @@ def open_disk(disk):
             return os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise Error(f"cannot open the block device {disk.path}: {error.strerror}") from None
-    loop = attach_loop(disk.path, disk.writable)
-    try:
-        check_image(disk, os.fstat(loop).st_rdev)
-    except BaseException:
-        os.close(loop)
-        raise
-    return loop
+    return attach_loop(disk.path, disk.writable)
 
 
 def attach_loop(path, writable):
@@ -2465,48 +2463,75 @@ def attach_loop(path, writable):
         os.close(file)
         return loop
     except OSError as error:
-        raise Error(f"cannot put {path} into a loop device: {error.strerror}; is dom0's module loop loaded?") from None
+        remedy = "is dom0's module loop loaded, of Linux 5.8 or later?"
+        raise Error(f"cannot put {path} into a loop device: {error.strerror}; {remedy}") from None
 
 
-def check_image(disk, ours):
-    """Raises Error if an image file is in another loop device too, and either of them is writable."""
-    for name in os.listdir("/sys/block"):
+def backing_file(name):
+    """The image in the loop device of that name, or None."""
+    try:
+        with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return None
+
+
+def check_image(disk, device):
+    """Raises Error if the image in a loop device is in another one too, and either of them is writable."""
+    ours = os.path.basename(device_path(device))
+    image = backing_file(ours)
+    for name in os.listdir("/sys/block") if image else ():
         try:
-            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-                same = os.path.samefile(file.read().rstrip("\n"), disk.path)
+            if name == ours or not os.path.samefile(backing_file(name) or "", image):
+                continue
             with open(f"/sys/block/{name}/ro", encoding="utf-8") as file:
                 writable = file.read().strip() == "0"
         except OSError:
-            continue  # no loop device, or none any more
-        if same and (writable or disk.writable) and os.stat(f"/dev/{name}").st_rdev != ours:
-            raise Error(f"cannot give the image {disk.path} to the VM: /dev/{name} has it too, and one could write")
+            continue  # it has just gone
+        if writable or disk.writable:
+            raise Error(f"cannot give the image {image} to the VM: /dev/{name} has it too, and one could write")
 
 
 def attach_disk(container):
-    """Gives a VM that does not run yet the block device of its rootfs, if it is to have one.  Raises Error."""
+    """Gives a VM that does not run yet the block device of its rootfs, if it is to have one; returns whether dom0 had
+    to unmount it.  Raises Error."""
     state = container.state
-    if not state.get("disk") or state["vbds"]:
-        return  # the latter: `start` has come further than this before
-    disk, xenstore = Disk(**state["disk"]), Xenstore()
-    if xenstore.read(f"/local/domain/0/backend/vbd/{state['domid']}/{DISK}/frontend"):
+    if not state.get("disk"):
+        return False
+    disk, xenstore, unmounted = Disk(**state["disk"]), Xenstore(), False
+    if state["vbds"]:  # of a `start` that was killed
+        return_disk(container, False)
+    if xenstore.read(f"/local/domain/{state['domid']}/device/vbd/{DISK}/backend"):
         raise Error(f"cannot give the VM its rootfs as {DISK_NAME}: its settings for xl name a disk of that name")
-    device = open_disk(disk)
+    fd = open_disk(disk)
+    device = os.fstat(fd).st_rdev
     try:
-        if disk.mounted:
+        if disk.mounted and mounted_device(disk.mounted[0]) == device:
             unmount(disk.mounted[0])
-        check_unused(disk, os.fstat(device).st_rdev)
+            unmounted = True
+        check_image(disk, device)
+        check_unused(disk, device)
         container.save(vbds=[DISK])
-        announce_disk(xenstore, state["domid"], disk, os.fstat(device).st_rdev)
+        announce_disk(xenstore, state["domid"], disk, device)
+        return unmounted
     except BaseException:
+        return_disk(container, unmounted)
+        raise
+    finally:
+        os.close(fd)
+
+
+def return_disk(container, unmounted):
+    """Undoes attach_disk(); no VM has seen the device yet, so dom0 may have it mounted again."""
+    state, xenstore = container.state, Xenstore()
+    if state["vbds"]:
         detach_disk(xenstore, state)
         xenstore.remove(f"/local/domain/{state['domid']}/device/vbd/{DISK}")
         container.save(vbds=[])
-        if disk.mounted and not os.path.ismount(disk.mounted[0]):  # no VM has seen it yet
-            target, flags, options = disk.mounted
-            mount(disk.path, target, flags, disk.kind, options)
-        raise
-    finally:
-        os.close(device)
+    if unmounted:
+        disk = Disk(**state["disk"])
+        target, flags, options = disk.mounted
+        mount(disk.path, target, flags, disk.kind, options)
 
 
 def unmount(target):
@@ -3965,7 +3990,8 @@ class Monitor:
             return [(None, wanted == "9p")]
         if wanted == "block" or not os.path.isdir(config.rootfs):
             # volumes are exported; the files that engines mount, such as /etc/hosts, are not worth a QEMU
-            folders = any(each.on_host() and os.path.isdir(each.source) for each in config.mounts)
+            files = [each for each in config.mounts if each.flags & MS_BIND and not os.path.isdir(each.source)]
+            folders = any(each.on_host() and each not in files for each in config.mounts)
             disk = find_disk(config)
             return [(disk, True), (disk, False)] if folders else [(disk, False)]
         try:
@@ -4603,9 +4629,14 @@ def start(container, log):
             raise Error(f"cannot start a container in the {status} state")
         if not container.state["startable"]:
             raise Error(f"cannot start container {container.id}: its config.json has no process")
-        attach_disk(container)
-        plug(container, log)
-        change_domain("unpause", container.state["domid"])
+        unmounted = attach_disk(container)
+        try:
+            plug(container, log)
+            change_domain("unpause", container.state["domid"])
+        except BaseException:
+            if container.state.get("disk"):
+                return_disk(container, unmounted)
+            raise
         container.save(status="running")
     # without the lock: a hook may call runX
     if container.state["hooks"].get("startContainer") or container.state["hooks"].get("poststart"):
@@ -5248,7 +5279,8 @@ def run():
     """main() as a whole process, which ends without Python's tidying up: that is a tenth of what `state` takes."""
     status = main(sys.argv[1:])
     try:
-        sys.stdout.flush()
+        if sys.stdout:  # None if the caller has closed it
+            sys.stdout.flush()
     except OSError as error:
         print(f"runX: cannot write to standard output: {error.strerror}", file=sys.stderr)
         status = 1

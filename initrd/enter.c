@@ -1384,9 +1384,9 @@ static int wait_for(pid_t child)
 {
 	int status;
 
-	while (waitpid(child, &status, 0) < 0)
-		if (errno != EINTR)
-			return 255;
+	while (child < 0 || waitpid(child, &status, 0) < 0)
+		if (child < 0 || errno != EINTR)
+			return 255;	/* it could not be made */
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
