@@ -69,11 +69,10 @@ CPU = "max,-smap,-smep,-rdtscp,-xsave,-erms"
 
 # dom0 gets one of the two processors.  Interrupting the other one, for each TLB flush and each
 # patch of the kernel's code, is so slow in emulation that all of dom0 is slower with two; and
-# the guests have the second one to themselves, as long as dom0 does not move there.  There is
-# nothing to protect from speculation.
+# the guests have the second one to themselves.  There is nothing to protect from speculation.
 XEN_OPTIONS = (
     f"console=com1 com1=115200,8n1 dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M "
-    "dom0_max_vcpus=1 dom0_vcpus_pin loglvl=warning guest_loglvl=warning spec-ctrl=no bootscrub=0"
+    "dom0_max_vcpus=1 loglvl=warning guest_loglvl=warning spec-ctrl=no bootscrub=0"
 )
 
 # After loglevel, each option saves a check or a wait that takes a tenth of a second or more.
