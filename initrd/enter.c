@@ -174,6 +174,11 @@ static int xs_main(int argc, char **argv)
 
 /* ---- net: interfaces, addresses and routes, as messages of rtnetlink(7) that runx.py has made ---- */
 
+static int is_there(const char *path)
+{
+	return access(path, F_OK) == 0;
+}
+
 static int write_at(int folder, const char *path, const char *value)
 {
 	int fd = openat(folder, path, O_WRONLY | O_CLOEXEC);
@@ -276,7 +281,7 @@ static void release_leases(void)
 {
 	char path[32], pid[24];
 
-	if (access("/run/dns", F_OK) < 0)
+	if (!is_there("/run/dns"))
 		return;	/* init has not set up any interface */
 	for (unsigned long number = 0; number < INTERFACES_MAX; number++) {
 		join(path, sizeof path, "/run/dhcp.", decimal(number), NULL);
@@ -1384,9 +1389,11 @@ static int wait_for(pid_t child)
 {
 	int status;
 
-	while (child < 0 || waitpid(child, &status, 0) < 0)
-		if (child < 0 || errno != EINTR)
-			return 255;	/* it could not be made */
+	if (child < 0)
+		return 255;	/* it could not be made */
+	while (waitpid(child, &status, 0) < 0)
+		if (errno != EINTR)
+			return 255;
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
@@ -1400,11 +1407,6 @@ static int set_up(const char *word)
 		_exit(NOT_FOUND);
 	}
 	return wait_for(child);
-}
-
-static int is_there(const char *path)
-{
-	return access(path, F_OK) == 0;
 }
 
 /* Whether the kernel has killed a process because memory ran out. */
@@ -1430,7 +1432,7 @@ static int init_main(void)
 	   would under runc, so late is one second. */
 	write_at(AT_FDCWD, "/proc/sys/vm/dirty_expire_centisecs", "100");
 	write_at(AT_FDCWD, "/proc/sys/vm/dirty_writeback_centisecs", "100");
-	/* Looking for memory to compact twice a second is a third of what an idle VM does. */
+	/* Looking for memory to compact twice a second is a quarter of what wakes an idle VM. */
 	write_at(AT_FDCWD, "/proc/sys/vm/compaction_proactiveness", "0");
 	/* A container that takes all memory must not take the VM's own end with it. */
 	write_at(AT_FDCWD, "/proc/self/oom_score_adj", "-1000");
