@@ -160,6 +160,10 @@ class Mount(Record):
         """Whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
         return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
 
+    def is_folder(self):
+        """Whether what dom0 mounts is a folder: all but a bind mount of a file."""
+        return not self.flags & MS_BIND or os.path.isdir(self.source)
+
 
 class Process(Record):
     args: list
@@ -2009,7 +2013,7 @@ def build_share(folder, config):
 
 def mount_on_host(entry, target):
     """Makes a mount of config.json's at target, which is to be exported."""
-    if os.path.isdir(entry.source) or not entry.flags & MS_BIND:
+    if entry.is_folder():
         os.mkdir(target)
     else:
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -2234,9 +2238,6 @@ def copy_content(file, output, size):
         size -= len(data)
 
 
-# what a kernel needs to reach its rootfs
-MODULES_9P = ("9pnet_xen", "9p")
-MODULES_BLOCK = {kind: ("xen_blkfront", kind, "overlay") for kind in ("ext4", "squashfs", "erofs")}
 MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
 
 
@@ -2377,20 +2378,24 @@ def host_mounts(process="self"):
             )  # fmt: skip
 
 
-def mounted_device(target):
-    """The number of the device that is mounted at target, or None."""
-    return next((mount.device for mount in reversed(list(host_mounts())) if mount.target == target), None)
+def top_mount(target):
+    """The HostMount that is seen at target, or None."""
+    found = None
+    for entry in host_mounts():
+        if entry.target == target:
+            found = entry
+    return found
 
 
 def find_disk(config):
     """The Disk that config.rootfs is, or is mounted from.  Raises Error."""
     path, mounted, writable = config.rootfs, [], not config.readonly
     if os.path.isdir(path):
-        found = [mount for mount in host_mounts() if mount.target == path]
-        if not found or found[-1].root != "/" or not os.major(found[-1].device):
-            what = f"a mount of {found[-1].kind}" if found else "a folder"
+        top = top_mount(path)
+        if not top or top.root != "/" or not os.major(top.device):
+            what = f"a mount of {top.kind}" if top else "a folder"
             raise Error(f"the rootfs {path} is {what}, not where a block device is mounted: use org.runx.rootfs=9p")
-        top, path = found[-1], device_path(found[-1].device)
+        path = device_path(top.device)
         if "rw" in top.of_all:
             flags = sum(MOUNT_OPTIONS[option][0] for option in top.options if option in MOUNT_OPTIONS)
             data = [option for option in top.of_all if option not in ("rw", "seclabel")]
@@ -2506,8 +2511,9 @@ def attach_disk(container):
     fd = open_disk(disk)
     device = os.fstat(fd).st_rdev
     try:
-        if disk.mounted and mounted_device(disk.mounted[0]) == device:
-            unmount(disk.mounted[0])
+        top = top_mount(disk.mounted[0]) if disk.mounted else None
+        if top and top.device == device:
+            unmount(top.target)
             unmounted = True
         check_image(disk, device)
         check_unused(disk, device)
@@ -3940,13 +3946,11 @@ class Monitor:
         if self.has_terminal():
             self.take_terminal()
         self.enter_namespace()
+        sizes = self.sizes()
         container.save(
-            domid=self.domid,
-            disk=self.disk and self.disk.__dict__,
-            resources=config.raw_resources,
-            base=config.base,
-            **self.limits,
-        )
+            domid=self.domid, disk=self.disk and self.disk.__dict__, maxmem=sizes["maxmem"],
+            maxvcpus=sizes["maxvcpus"], resources=config.raw_resources, base=config.base,
+        )  # fmt: skip
         self.debug(f"domain {self.domid} ({container.state['name']}) is built")
 
     def attach_networks(self):
@@ -3965,40 +3969,41 @@ class Monitor:
 
     def boot(self, share):
         """Builds the domain, with its rootfs where that is to be."""
-        ways, sources = self.ways(), build_share(share, self.config)
-        while ways:
-            self.disk, self.exported = ways.pop(0)
-            if self.disk:
-                detach(os.path.join(share, "rootfs"))
-            try:
-                if self.exported and ways and not has_qemu():
-                    raise Error("there is no device model")
-                self.create_domain(*self.boot_files(share, sources), share)
-                break
-            except Error as error:
-                if not ways or "device model" not in str(error).lower():
-                    raise
-            instead = "has its rootfs on a block device, the rest" if ways[0][0] else "has all of it"
-            self.warn(f"QEMU cannot export the container's files over 9p on this host: the VM {instead} in its memory")
-        if self.disk:
-            detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
-
-    def ways(self):
-        """What to try for the rootfs, in order: (its Disk or None, whether QEMU exports the rest over 9p)."""
         config, wanted = self.config, self.config.machine.rootfs
-        if wanted in ("9p", "ramdisk", "none"):
-            return [(None, wanted == "9p")]
         if wanted == "block" or not os.path.isdir(config.rootfs):
             # volumes are exported; the files that engines mount, such as /etc/hosts, are not worth a QEMU
-            files = [each for each in config.mounts if each.flags & MS_BIND and not os.path.isdir(each.source)]
-            folders = any(each.on_host() and each not in files for each in config.mounts)
-            disk = find_disk(config)
-            return [(disk, True), (disk, False)] if folders else [(disk, False)]
+            self.disk = find_disk(config)
+            self.exported = any(each.on_host() and each.is_folder() for each in config.mounts)
+        else:
+            self.exported = wanted in ("9p", "auto")
+        sources = build_share(share, config)
         try:
-            disk = find_disk(config)
-        except Error:
-            disk = None
-        return [(None, True), (disk, False)]
+            if self.exported and wanted != "9p" and not has_qemu():
+                raise Error("there is no device model")
+            self.build_domain(share, sources)
+        except Error as error:
+            if not self.exported or wanted == "9p" or "device model" not in str(error).lower():
+                raise
+            self.do_without_qemu()
+            self.build_domain(share, sources)
+        if self.disk:
+            detach(config.rootfs)  # what `start` unmounts must not go on in this namespace
+
+    def do_without_qemu(self):
+        """Finds another place for what cannot be exported over 9p."""
+        self.exported = False
+        if not self.disk:
+            try:
+                self.disk = find_disk(self.config)
+            except Error:
+                pass  # nor is it on a block device
+        instead = "has its rootfs on a block device, the rest" if self.disk else "has all of it"
+        self.warn(f"QEMU cannot export the container's files over 9p on this host: the VM {instead} in its memory")
+
+    def build_domain(self, share, sources):
+        if self.disk:
+            detach(os.path.join(share, "rootfs"))
+        self.create_domain(*self.boot_files(share, sources), share)
 
     def enter_namespace(self):
         """Our network namespace becomes the container's, which engines know by our pid.  No xl is started in it: its
@@ -4023,16 +4028,16 @@ class Monitor:
         base = self.boot_file("initrd", None, rootfs)
         if config.process and os.path.isdir(rootfs):
             check_executable(rootfs, config)
-        capabilities, modules, needed = {}, [], ()
+        capabilities, modules, needed = {}, [], ()  # the latter: modules that a kernel needs to reach its rootfs
         try:
             self.ramdisk, path = self.open_ramdisk()
             if self.exported:
-                needed = MODULES_9P
+                needed = ("9pnet_xen", "9p")
             else:
                 capabilities = pack_share(self.ramdisk, share, self.memory())
             if self.disk:
-                needed += MODULES_BLOCK[self.disk.kind]
-            if machine.kernel:
+                needed += ("xen_blkfront", self.disk.kind, "overlay")
+            if machine.kernel and needed:
                 modules = kernel_modules(rootfs, machine.kernel[0], needed)
             guest = guest_config(config, sources, self.container.state_for_hooks("created"), capabilities)
             self.write_ramdisk(base, guest, modules)
@@ -4075,6 +4080,13 @@ class Monitor:
         """MiB that the VM has at first."""
         return self.config.resources.mebibytes(self.config.resources.default_memory)
 
+    def sizes(self):
+        """What the VM has at first and what it may get, as xl.cfg has it; memory in MiB."""
+        resources, machine, memory = self.config.resources, self.config.machine, self.memory()
+        vcpus = resources.vcpus(resources.default_vcpus)
+        maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
+        return {"memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus}
+
     def open_ramdisk(self):
         """The container's ramdisk, an open file, and the path that xl gets.  One that holds the rootfs has no place
         in /run, which is dom0's memory, and no name that could be left behind."""
@@ -4102,13 +4114,10 @@ class Monitor:
 
     def create_domain(self, kernel, ramdisk, share):
         state, machine, resources = self.container.state, self.config.machine, self.config.resources
-        memory, vcpus = self.memory(), resources.vcpus(resources.default_vcpus)
-        maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
-        self.limits = {"maxmem": maxmem, "maxvcpus": maxvcpus}
         settings = {
             "name": state["name"], "uuid": state["uuid"], "type": machine.type or host_guest_type(),
             "kernel": kernel, "cmdline": command_line(machine),
-            "memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus, "cap": resources.cap(),
+            **self.sizes(), "cap": resources.cap(),
             **machine.options,
         }  # fmt: skip
         if ramdisk:
@@ -4125,7 +4134,7 @@ class Monitor:
         with open(xl_cfg, "w", encoding="utf-8") as file:
             file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
         try:
-            create_domain(xl_cfg, memory)
+            create_domain(xl_cfg, self.memory())
         finally:  # Xen has them in memory now, if it is to; /run is memory too, and the rootfs must not stay busy
             if self.ramdisk:
                 self.ramdisk.close()

@@ -276,7 +276,7 @@ def test_xlconf_is_taken_only_from_where_root_alone_writes(bundle, tmp_path, hos
 def test_the_modules_of_a_kernel_of_its_own(tmp_path):
     import lzma
 
-    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", runx.MODULES_9P) == []
+    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", ("9pnet_xen", "9p")) == []
     modules = tmp_path / "lib/modules/6.1.0/kernel"
     modules.mkdir(parents=True)
     (modules.parent / "modules.dep").write_text(
@@ -287,14 +287,14 @@ def test_the_modules_of_a_kernel_of_its_own(tmp_path):
         (modules / name).write_text(name)
     (modules / "9pnet_xen.ko.xz").write_bytes(lzma.compress(b"xen"))
     expected = [("9pnet.ko", b"9pnet.ko"), ("9pnet_xen.ko", b"xen"), ("netfs.ko", b"netfs.ko"), ("9p.ko", b"9p.ko")]
-    assert runx.kernel_modules(str(tmp_path), "/vmlinux", runx.MODULES_9P) == expected
+    assert runx.kernel_modules(str(tmp_path), "/vmlinux", ("9pnet_xen", "9p")) == expected
     (tmp_path / "lib/modules/6.1").mkdir()
-    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", runx.MODULES_9P) == expected
-    assert runx.kernel_modules(str(tmp_path), "/vmlinux", runx.MODULES_9P) == []
+    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", ("9pnet_xen", "9p")) == expected
+    assert runx.kernel_modules(str(tmp_path), "/vmlinux", ("9pnet_xen", "9p")) == []
     (modules / "9p.ko").unlink()
     (modules / "9p.ko").symlink_to("/../../../../../../etc/passwd")
     with pytest.raises(runx.Error, match="cannot read /lib/modules/6.1.0/kernel/9p.ko of the container"):
-        runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", runx.MODULES_9P)
+        runx.kernel_modules(str(tmp_path), "/boot/vmlinuz-6.1.0", ("9pnet_xen", "9p"))
 
 
 # ---- seccomp
