@@ -31,7 +31,12 @@ def on_xen():
         return False
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "crowd: many VMs at once; it comes last, when no other dom0 has anything to run")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("crowd") is not None)
     if not on_xen():
         reason = "needs a Xen dom0: `python3 tests/lab/lab.py test` boots one"
         for item in items:
