@@ -3,7 +3,7 @@
     bench.py [--json FILE] [--runs N]               a container's life, its processes, memory and output
     bench.py --smallest [--json FILE]               the smallest VMs in which `echo hello` runs
     bench.py --network [--json FILE] [--runs N]     TCP between a container and dom0, by iperf3
-    bench.py --many N [--json FILE]                 how long the creation of the last of N running ones takes
+    bench.py --many N [--json FILE]                 how long a creation takes beside N running containers
 
 Runs on any dom0 with Xen's tools and an installed runX; in the lab: `lab.py run -- python3 /repo/tests/bench.py ...`.
 """
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -339,7 +340,7 @@ def print_output(results):
         print(f"{way}: {rate / 1000:.0f} kB/s ({rate / base:.2f})")
 
 
-def bare_runs(folder, memory, kind):
+def bare_runs(memory, kind, folder):
     """Whether a bare domain of so many MiB says hello."""
     found = b""
     try:
@@ -351,7 +352,7 @@ def bare_runs(folder, memory, kind):
     return b"hello" in found
 
 
-def container_runs(folder, memory, kind, rootfs):
+def container_runs(memory, kind, folder, rootfs):
     bundle = make_hello(folder, rootfs)
     spec = json.loads((bundle / "config.json").read_text())
     spec["annotations"].update({"org.runx.memory": str(memory), "org.runx.type": kind})
@@ -371,38 +372,60 @@ def container_runs(folder, memory, kind, rootfs):
     return (folder / "stdout").read_bytes() == b"hello\n"
 
 
+def smallest(lowest, runs, *args):
+    """MiB of the smallest VM that says hello, down from 32 in steps of 2; None: it must be larger."""
+    return min(itertools.takewhile(lambda size: runs(size, *args), range(32, lowest - 1, -2)), default=None)
+
+
 def measure_smallest(folder):
-    """{kind of guest: {way: MiB of the smallest VM that says hello}}, down from 32 in steps of 2."""
+    """{kind of guest: {way: MiB}}; no container is tried below what runX gives to each VM."""
     results = {}
     for kind in ("pvh", "pv"):
-        ways = {"bare": lambda memory, kind=kind: bare_runs(folder, memory, kind)}
+        results[kind] = {"bare": smallest(10, bare_runs, kind, folder)}
         for rootfs in ROOTFS:
-            ways[rootfs] = lambda memory, kind=kind, rootfs=rootfs: container_runs(
-                folder / f"small-{rootfs}", memory, kind, rootfs
-            )
-        results[kind] = {}
-        for way, runs in ways.items():
-            sizes = iter(range(32, 8, -2))
-            results[kind][way] = next((size + 2 for size in sizes if not runs(size)), 10)
+            results[kind][rootfs] = smallest(runx.MINIMUM_MEMORY, container_runs, kind, folder / rootfs, rootfs)
         print(f"the smallest {kind} guest, MiB: {results[kind]}", flush=True)
     return results
 
 
+ENDS = 5  # how many creations at the begin and at the end are compared
+
+
 def measure_many(folder, count):
-    """Seconds that each of count creations takes, while all before it are running."""
-    bundle, found = make_hello(folder / "many", "ramdisk", "sleep", "1000"), []
-    names = [f"bench-{number}" for number in range(count)]
-    try:
-        for name in names:
-            started = time.monotonic()
-            with open(folder / "output", "wb") as output:
-                call("runX", "create", "--bundle", str(bundle), name, stdout=output)
-            found.append(time.monotonic() - started)
-            call("runX", "start", name)
-    finally:
-        for name in names[: len(found)]:
-            call("runX", "delete", "--force", name)
-    return found
+    """{way: seconds of each creation}: of count containers, each of which goes on running, and of bare domains, of
+    which there are some before the first and some after the last container."""
+    bundle = make_hello(folder / "many", "ramdisk", "sh", "-c", "echo hello; sleep 100000")
+    results = {"bare xl": [], "runX": []}
+
+    def bare():
+        _, settings = bare_settings(folder, "echo hello", memory=24)
+        name, started = f"bench-bare-{len(results['bare xl'])}", time.monotonic()
+        call("xl", "create", "-e", "-p", "-q", settings, f'name="{name}"', stderr=subprocess.DEVNULL)
+        results["bare xl"].append(time.monotonic() - started)
+        stack.callback(call, "xl", "destroy", name)
+
+    def container():
+        name, (reader, writer) = f"bench-{len(results['runX'])}", os.pipe()
+        stack.callback(os.close, reader)
+        started = time.monotonic()
+        call("runX", "create", "--bundle", str(bundle), name, stdout=writer)
+        results["runX"].append(time.monotonic() - started)
+        stack.callback(call, "runX", "delete", "--force", name)
+        os.close(writer)
+        call("runX", "start", name)
+        first_byte(reader)
+
+    with contextlib.ExitStack() as stack:
+        bare_life(folder)  # what is read for the first time is not in the memory yet
+        for way in (*[bare] * ENDS, *[container] * count, *[bare] * ENDS):
+            way()
+    return results
+
+
+def print_many(results):
+    for way, found in results.items():
+        first, last = (statistics.median(each) for each in (found[:ENDS], found[-ENDS:]))
+        print(f"{way}, create: the first {first:.2f} s, the last {last:.2f} s ({last / first:.2f})")
 
 
 # ---- network
@@ -492,8 +515,7 @@ def main():
             print_network(results["network"])
         elif options.many:
             results["many"] = measure_many(folder, options.many)
-            first, last = results["many"][0], results["many"][-1]
-            print(f"create: the first {first:.2f} s, the last of {options.many} {last:.2f} s ({last / first:.2f})")
+            print_many(results["many"])
         elif options.smallest:
             results["smallest"] = measure_smallest(folder)
         else:
