@@ -21,6 +21,7 @@ import time
 
 VERSION = "0.1.0"
 DEFAULT_ROOT = "/run/runX"
+LIVING_FILE = "/run/runX-domains"  # see seen_alive()
 HOST_CONFIG = "/etc/runX/config.json"
 # An engine may call with an empty environment (Podman's `state`), and xl needs to find its helpers.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -1569,17 +1570,60 @@ class Listing(Record):
         return "gone" if self.state[5] == "d" else self.state[4] if self.state[3] == "s" else ""
 
 
+def parse_listing(line):
+    """(domid, Listing) of a line of `xl list`; ValueError if it is none."""
+    domid, memory, _, state, seconds = line.rsplit(None, 5)[-5:]
+    if len(state) < 6:
+        raise ValueError(line)
+    return int(domid), Listing(memory=int(memory), state=state, time=float(seconds))
+
+
 def list_domain(domid):
     """The domain's Listing, or None if there is none."""
     status, output = xl("list", str(domid))
     if status != 0:
         return None
     try:
-        memory, _, state, seconds = output.splitlines()[-1].rsplit(None, 4)[1:]
-        state[5]
-        return Listing(memory=int(memory), state=state, time=float(seconds))
+        return parse_listing(output.splitlines()[-1])[1]
     except (ValueError, IndexError):
         raise Error(f"cannot understand xl list: {output}") from None
+
+
+def list_living():
+    """The domids of all domains that have not ended; without those whose lines cannot be understood."""
+    living = []
+    for line in xl("list")[1].splitlines():
+        try:
+            domid, listing = parse_listing(line)
+        except ValueError:
+            continue  # the heading, or a message
+        if not listing.end():
+            living.append(domid)
+    return living
+
+
+def seen_alive(domid):
+    """Whether a look at all domains that began after this call finds this one alive; False also if nobody could look.
+
+    The end of any domain wakes every monitor: the first one looks for all that wait, so that xl is started once or
+    twice and not as often as there are containers.
+    """
+    import fcntl
+
+    called = time.monotonic()
+    try:
+        fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # nobody else may lock it
+        with open(fd, "r+", encoding="ascii") as file:  # when the last look began; the domids
+            fcntl.flock(file, fcntl.LOCK_EX)
+            began, *living = file.read().split() or ["0"]
+            if float(began) < called:
+                began, living = time.monotonic(), list(map(str, list_living()))
+                file.seek(0)
+                file.truncate()
+                file.write(" ".join([str(began), *living]))
+            return str(domid) in living
+    except OSError:
+        return False
 
 
 def domain_end(domid):
@@ -4269,6 +4313,8 @@ class Monitor:
                 self.report_tail()
 
     def check_domain(self):
+        if seen_alive(self.domid):
+            return
         end = domain_end(self.domid)
         if not end:
             return

@@ -132,6 +132,35 @@ def test_xl_errors_are_told_without_their_position():
     assert runx.xl_errors("") == "xl gave no reason"
 
 
+HEADING = "Name                                        ID   Mem VCPUs\tState\tTime(s)\n"
+
+
+def test_monitors_share_a_look_at_all_domains_that_began_after_each_of_them_asked(tmp_path, monkeypatch):
+    looks, clock = [], iter(range(1, 100))
+    lines = (
+        "libxl: info: some message\n",
+        "a name with blanks                           5    64     1\t-b----\t   2.1\n",
+        "(null)                                       6    64     1\t--p--d\t   2.1\n",
+        "runx-crashed                                 7    64     1\t---sc-\t   2.1\n",
+    )
+    monkeypatch.setattr(runx, "LIVING_FILE", str(tmp_path / "living"))
+    monkeypatch.setattr(runx, "xl", lambda *args: (0, looks.append(args) or HEADING + "".join(lines)))
+    monkeypatch.setattr(runx.time, "monotonic", lambda: next(clock))
+    assert [runx.seen_alive(domid) for domid in (5, 6, 7, 8)] == [True, False, False, False]
+    assert looks == [("list",)] * 4
+    monkeypatch.setattr(runx.time, "monotonic", lambda: 8)  # the last look began then
+    assert runx.seen_alive(5) and not runx.seen_alive(6)
+    assert len(looks) == 4
+
+
+def test_without_a_look_no_domain_is_taken_for_alive(tmp_path, monkeypatch):
+    monkeypatch.setattr(runx, "LIVING_FILE", str(tmp_path / "living"))
+    monkeypatch.setattr(runx, "xl", lambda *args: (1, "xl: cannot say\n"))
+    assert not runx.seen_alive(5)
+    monkeypatch.setattr(runx, "LIVING_FILE", str(tmp_path / "no such folder/living"))
+    assert not runx.seen_alive(5)
+
+
 class Channels:
     def notify(self, port):
         pass

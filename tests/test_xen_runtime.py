@@ -82,13 +82,25 @@ def test_state_while_create_still_runs(bundle):
     assert bundle.state()["status"] == "created"
 
 
-def test_a_domain_destroyed_behind_our_back_stops_the_container(bundle, created):
-    pidfd = created("sleep", "1000")
-    bundle.runx("start", bundle.id)
-    xl("destroy", str(bundle.domain()))
-    wait_for(pidfd)
-    assert bundle.state()["status"] == "stopped"
-    assert bundle.runx("delete", bundle.id).returncode == 0
+def test_a_domain_destroyed_behind_our_back_stops_its_container_and_no_other(bundle, second):
+    """Both monitors are woken by either end, and share a look at which domains are alive."""
+    pidfds = {}
+    for each in (bundle, second):
+        each.write_config(in_memory(config("sleep", "1000")))
+        pidfds[each] = each.created()
+        each.runx("start", each.id)
+
+    def destroy(each):
+        xl("destroy", str(each.domain()))
+        wait_for(pidfds[each])
+        assert each.state()["status"] == "stopped"
+        assert each.runx("delete", each.id).returncode == 0
+
+    survivor, looked = str(second.domain()), pathlib.Path(runx.LIVING_FILE)
+    destroy(bundle)
+    wait_until(lambda: survivor in looked.read_text().split()[1:], "the shared look")
+    assert second.state()["status"] == "running"
+    destroy(second)
 
 
 @pytest.mark.parametrize("stage", ["running", "ending"])
