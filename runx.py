@@ -21,7 +21,7 @@ import time
 
 VERSION = "0.1.0"
 DEFAULT_ROOT = "/run/runX"
-LIVING_FILE = "/run/runX-domains"  # see seen_alive()
+LIVING_FILE = "/run/runX-domains"  # when the last look at all domains began, time.monotonic(); domids of the living
 HOST_CONFIG = "/etc/runX/config.json"
 # An engine may call with an empty environment (Podman's `state`), and xl needs to find its helpers.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -1447,6 +1447,8 @@ def find_domain(xenstore, uuid):
 # ==== xl =================================================================================================
 # The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
+LOOK_TIME_LIMIT = 5  # seconds that a monitor waits for another's look at all domains
+
 
 def xl(*args, dies_with_us=False, home=None):
     """Runs xl; returns (exit status, its stdout and stderr as text).
@@ -1612,18 +1614,39 @@ def seen_alive(domid):
 
     called = time.monotonic()
     try:
-        fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # nobody else may lock it
-        with open(fd, "r+", encoding="ascii") as file:  # when the last look began; the domids
-            fcntl.flock(file, fcntl.LOCK_EX)
-            began, *living = file.read().split() or ["0"]
-            if float(began) < called:
-                began, living = time.monotonic(), list(map(str, list_living()))
-                file.seek(0)
-                file.truncate()
-                file.write(" ".join([str(began), *living]))
-            return str(domid) in living
+        fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # who can read it can lock it
     except OSError:
         return False
+    try:
+        while time.monotonic() < called + LOOK_TIME_LIMIT:  # one that is stuck must not stop all others
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+                continue
+            return domid in (last_look(fd, called) or look(fd))
+    finally:
+        os.close(fd)
+    return False
+
+
+def last_look(fd, earliest):
+    """The domids of the last look, if it began after that time; [] if it did not, or the file is not understood."""
+    try:
+        began, *living = os.pread(fd, 1 << 16, 0).decode("ascii").split()
+        return [int(domid) for domid in living] if earliest < float(began) < time.monotonic() else []
+    except ValueError:
+        return []
+
+
+def look(fd):
+    began, living = time.monotonic(), list_living()
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, " ".join(map(str, [began, *living])).encode(), 0)
+    except OSError:
+        pass  # /run is full: the others look for themselves
+    return living
 
 
 def domain_end(domid):
@@ -4262,7 +4285,8 @@ class Monitor:
             self.end(128 + 9, abandon=True)
 
     def handle_xenstore(self):
-        for token in self.xenstore.take_events():
+        # the end of some domain comes last: if it is ours, it has told its exit status before
+        for token in sorted(self.xenstore.take_events(), key="release".__eq__):
             if token.startswith("console "):
                 self.consoles[int(token.split()[1]) - 1].follow()
             elif token == "ready" and not self.ready:

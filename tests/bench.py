@@ -373,7 +373,7 @@ def container_runs(memory, kind, folder, rootfs):
 
 
 def smallest(lowest, runs, *args):
-    """MiB of the smallest VM that says hello, down from 32 in steps of 2; None: it must be larger."""
+    """MiB of the smallest VM that says hello, down from 32 in steps of 2; None: 32 are not enough."""
     return min(itertools.takewhile(lambda size: runs(size, *args), range(32, lowest - 1, -2)), default=None)
 
 
@@ -388,12 +388,12 @@ def measure_smallest(folder):
     return results
 
 
-ENDS = 5  # how many creations at the begin and at the end are compared
+ENDS = 5  # how many of the first creations, and of the last, are compared
 
 
 def measure_many(folder, count):
-    """{way: seconds of each creation}: of count containers, each of which goes on running, and of bare domains, of
-    which there are some before the first and some after the last container."""
+    """{way: seconds of each creation}: of count containers, which all go on running, and of ENDS bare domains before
+    the first and ENDS after the last of them."""
     bundle = make_hello(folder / "many", "ramdisk", "sh", "-c", "echo hello; sleep 100000")
     results = {"bare xl": [], "runX": []}
 
@@ -507,6 +507,8 @@ def main():
     options = parser.parse_args()
     if os.geteuid():
         raise SystemExit("bench.py must run as root, in dom0")
+    if options.many is not None and options.many < 2 * ENDS:
+        parser.error(f"--many compares the first {ENDS} with the last {ENDS}: it needs {2 * ENDS} or more")
     results = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = pathlib.Path(name)

@@ -1,6 +1,8 @@
 """Bytes that others read: cpio archives, xl's configuration, console rings."""
 
+import fcntl
 import gzip
+import itertools
 import json
 import os
 import struct
@@ -132,29 +134,52 @@ def test_xl_errors_are_told_without_their_position():
     assert runx.xl_errors("") == "xl gave no reason"
 
 
-HEADING = "Name                                        ID   Mem VCPUs\tState\tTime(s)\n"
-
-
-def test_monitors_share_a_look_at_all_domains_that_began_after_each_of_them_asked(tmp_path, monkeypatch):
-    looks, clock = [], iter(range(1, 100))
+@pytest.fixture
+def looks(tmp_path, monkeypatch):
+    """The calls of xl for the domains 0 and 5, which are alive, 6, which is being destroyed, and 7, which has crashed;
+    the clock shows 9.0 when seen_alive() asks first, and half more each time."""
     lines = (
         "libxl: info: some message\n",
+        "Name                                        ID   Mem VCPUs\tState\tTime(s)\n",
+        "Domain-0                                     0  1024     1\tr-----\t  23.0\n",
         "a name with blanks                           5    64     1\t-b----\t   2.1\n",
         "(null)                                       6    64     1\t--p--d\t   2.1\n",
         "runx-crashed                                 7    64     1\t---sc-\t   2.1\n",
     )
+    found, clock = [], itertools.count(9, 0.5)
     monkeypatch.setattr(runx, "LIVING_FILE", str(tmp_path / "living"))
-    monkeypatch.setattr(runx, "xl", lambda *args: (0, looks.append(args) or HEADING + "".join(lines)))
+    monkeypatch.setattr(runx, "xl", lambda *args: (0, found.append(args) or "".join(lines)))
     monkeypatch.setattr(runx.time, "monotonic", lambda: next(clock))
+    return found
+
+
+def test_every_end_is_followed_by_a_look(looks, tmp_path):
     assert [runx.seen_alive(domid) for domid in (5, 6, 7, 8)] == [True, False, False, False]
     assert looks == [("list",)] * 4
-    monkeypatch.setattr(runx.time, "monotonic", lambda: 8)  # the last look began then
-    assert runx.seen_alive(5) and not runx.seen_alive(6)
-    assert len(looks) == 4
+    assert (tmp_path / "living").read_text().split()[1:] == ["0", "5"]
+    assert (tmp_path / "living").stat().st_mode & 0o777 == 0o600
 
 
-def test_without_a_look_no_domain_is_taken_for_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr(runx, "LIVING_FILE", str(tmp_path / "living"))
+@pytest.mark.parametrize("domid, alive", [(6, True), (5, False)])
+def test_monitors_share_a_look_that_began_after_they_asked(looks, tmp_path, domid, alive):
+    (tmp_path / "living").write_text("9.25 0 6")
+    assert runx.seen_alive(domid) is alive
+    assert not looks
+
+
+@pytest.mark.parametrize("content", [b"8.5 0 6", b"13.0 0 6", b"", b"8.", b"garbage", b"9.25 6 x", b"\xff\xfe"])
+def test_a_look_that_is_old_or_not_understood_is_not_believed(looks, tmp_path, content):
+    (tmp_path / "living").write_bytes(content)
+    assert not runx.seen_alive(6)
+    assert len(looks) == 1
+
+
+def test_without_a_look_no_domain_is_taken_for_alive(looks, tmp_path, monkeypatch):
+    monkeypatch.setattr(runx.time, "sleep", lambda _: None)
+    with open(tmp_path / "living", "w") as file:  # by somebody who does not come back
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not runx.seen_alive(5)
+        assert not looks
     monkeypatch.setattr(runx, "xl", lambda *args: (1, "xl: cannot say\n"))
     assert not runx.seen_alive(5)
     monkeypatch.setattr(runx, "LIVING_FILE", str(tmp_path / "no such folder/living"))
