@@ -1,11 +1,13 @@
 """runX called directly, as its callers call it: the life of a container, its state, and both kinds of guest."""
 
+import contextlib
 import json
 import os
 import pathlib
 import select
 import signal
 import subprocess
+import time
 
 import pytest
 from conftest import call, config, in_memory, wait_for, wait_until, xl
@@ -86,9 +88,11 @@ def test_a_domain_destroyed_behind_our_back_stops_its_container_and_no_other(bun
     """Both monitors are woken by either end, and share a look at which domains are alive."""
     pidfds = {}
     for each in (bundle, second):
-        each.write_config(in_memory(config("sleep", "1000")))
+        script = "trap 'echo still served' USR1; echo ready; while :; do sleep 1000 & wait; done"
+        each.write_config(in_memory(config("sh", "-c", script)))
         pidfds[each] = each.created()
         each.runx("start", each.id)
+        wait_until(lambda output=each.folder / "stdout": output.read_bytes() == b"ready\n", "the container's output")
 
     def destroy(each):
         xl("destroy", str(each.domain()))
@@ -96,10 +100,16 @@ def test_a_domain_destroyed_behind_our_back_stops_its_container_and_no_other(bun
         assert each.state()["status"] == "stopped"
         assert each.runx("delete", each.id).returncode == 0
 
-    survivor, looked = str(second.domain()), pathlib.Path(runx.LIVING_FILE)
+    looked, survivor, destroyed = pathlib.Path(runx.LIVING_FILE), str(second.domain()), time.monotonic()
     destroy(bundle)
-    wait_until(lambda: survivor in looked.read_text().split()[1:], "the shared look")
-    assert second.state()["status"] == "running"
+
+    def survivor_seen():
+        began, *living = looked.read_text().split() or ["0"]
+        return float(began) > destroyed and survivor in living
+
+    wait_until(survivor_seen, "the shared look")
+    assert second.runx("kill", second.id, "USR1").returncode == 0
+    wait_until(lambda: (second.folder / "stdout").read_bytes() == b"ready\nstill served\n", "what the survivor prints")
     destroy(second)
 
 
@@ -271,16 +281,21 @@ def test_a_signal_sent_before_the_process_runs_is_not_lost(bundle, created):
 
 
 def test_sigkill_ends_a_container_whose_output_nobody_reads(bundle):
-    # the unread rest is in the console's ring: the VM itself can end
-    bundle.write_config(config("sh", "-c", "dd if=/dev/zero bs=1024 count=66 2>/dev/null; echo >/tmp/full; sleep 1000"))
+    # what the full pipe does not take is in the console's ring: the VM itself can end
+    bundle.write_config(config("sh", "-c", "echo unread; echo > /tmp/written; sleep 1000"))
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
     options = ["--bundle", str(bundle.folder), "--pid-file", str(bundle.pid_file)]
     streams = {"capture_output": False, "stdout": writer, "stderr": subprocess.DEVNULL}
     bundle.runx("create", *options, bundle.id, **streams)
     os.close(writer)
     pidfd = os.pidfd_open(bundle.pid())
     bundle.runx("start", bundle.id)
-    wait_until((bundle.rootfs / "tmp/full").exists, "the pipe to be full")
+    wait_until((bundle.rootfs / "tmp/written").exists, "the output to be written")
     assert bundle.runx("kill", bundle.id, "KILL").returncode == 0
     wait_for(pidfd)
     os.close(reader)
