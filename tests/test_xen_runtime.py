@@ -100,12 +100,12 @@ def test_a_domain_destroyed_behind_our_back_stops_its_container_and_no_other(bun
         assert each.state()["status"] == "stopped"
         assert each.runx("delete", each.id).returncode == 0
 
-    looked, survivor, destroyed = pathlib.Path(runx.LIVING_FILE), str(second.domain()), time.monotonic()
+    survivor, destroyed = second.domain(), time.monotonic()
     destroy(bundle)
 
     def survivor_seen():
-        began, *living = looked.read_text().split() or ["0"]
-        return float(began) > destroyed and survivor in living
+        with open(runx.LIVING_FILE, "rb") as file:
+            return survivor in runx.last_look(file.fileno(), destroyed)
 
     wait_until(survivor_seen, "the shared look")
     assert second.runx("kill", second.id, "USR1").returncode == 0
