@@ -2,17 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """runX: an OCI runtime that runs each container as a Xen VM of its own.
 
-An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a monitor,
-whose pid is the container's pid, and the monitor builds a paused domain with `xl create`.  `start`
-unpauses it.  The monitor then carries the standard streams over PV consoles, waits for the domain
-to end, destroys it, and exits with the container's exit status.  In the VM there is an init and
+An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a holder, whose
+pid is the container's pid and whose namespaces are the container's, and a monitor, which builds a
+paused domain with `xl create`.  `start` unpauses it.  The monitor then carries the standard streams
+over PV consoles, waits for the domain to end and destroys it; the holder exits with the
+container's exit status.  In the VM there is an init and
 no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p, vif).
 
 One module, standard library only.  It is started for every operation of every container, so what
 only one operation needs is imported there: json, signal or ctypes cost more than most operations.
 
 The parts, each knowing only those above it: errors and log, OCI config, seccomp, cpio, programs, xenstore, xl,
-PV console, guest, rootfs, rtnetlink, CNI, vif, state, hooks, monitor, commands, command line.
+PV console, guest, rootfs, block device, cgroup, rtnetlink, CNI, vif, state, hooks, holder, monitor, commands, command
+line.
 """
 
 import os
@@ -273,6 +275,7 @@ class Config(Record):
     resources: Resources
     raw_resources: dict  # as in config.json: what `update` must not change
     namespace: str  # path of the network namespace to join; "": a new one; None: none
+    cgroup: str  # linux.cgroupsPath
     netconf: list  # (variable, file, name, address) of each network that process.env asks for
     netconf_folders: list  # where these files may be
     rate: str  # of the network interfaces, as netback wants it, or ""
@@ -283,7 +286,8 @@ class Config(Record):
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
 MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
-MS_BIND, MS_REC, MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 4096, 16384, 1 << 17, 1 << 18, 1 << 19, 1 << 20
+MS_BIND, MS_MOVE, MS_REC, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 17
+MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
 
@@ -401,6 +405,7 @@ def load_config(bundle):
         raw_resources=resources,
         base=base,
         namespace=network_namespace(linux, netconf),
+        cgroup=text_of(linux, "cgroupsPath", "config.json: linux"),
         netconf=netconf,
         netconf_folders=host["netconf"],
         rate=annotations["rate"] and parse_rate(annotations["rate"]),
@@ -1200,7 +1205,8 @@ def pack_initrd(folder, output):
 # System calls that Python has no function for, and programs of the host's that get JSON and have a time limit.
 
 SIGHUP, SIGKILL, SIGWINCH = 1, 9, 28  # import signal costs a tenth of what `state` takes
-CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000  # <linux/sched.h>
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000  # <linux/sched.h>
 
 
 C_LIBRARY = {}  # what system_call() has made of it
@@ -1238,11 +1244,11 @@ def default_signals():
     _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
 
 
-def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces_of=None):
+def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces=()):
     """Runs a program to its end or its timeout, in seconds; returns what went wrong, or "", its stdout and its stderr.
 
-    env: a dict, all that it gets.  folder: its working directory, if that is there.  namespaces_of: a process
-    whose network and mount namespaces it joins.
+    env: a dict, all that it gets.  folder: its working directory, if that is there.  namespaces: paths of those that it
+    joins.
     """
     import select
 
@@ -1251,7 +1257,7 @@ def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces_of
     os.lseek(files[0], 0, os.SEEK_SET)
     pid = os.fork()
     if pid == 0:
-        execute_program(argv, path, env, files, folder, namespaces_of)
+        execute_program(argv, path, env, files, folder, namespaces)
     pidfd = os.pidfd_open(pid)
     ended = bool(select.select([pidfd], [], [], timeout)[0])
     if not ended:
@@ -1267,15 +1273,14 @@ def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces_of
 OUTPUT_MAX = 1 << 20  # bytes
 
 
-def execute_program(argv, path, env, files, folder, namespaces_of):
+def execute_program(argv, path, env, files, folder, namespaces):
     """The program's side of the fork; never returns."""
     try:
         os.setsid()  # a group of its own, to be killed with its children
         for target, source in enumerate(files):
             os.dup2(source, target)
-        if namespaces_of:
-            for kind, flag in (("net", CLONE_NEWNET), ("mnt", CLONE_NEWNS)):
-                system_call("setns", os.open(f"/proc/{namespaces_of}/ns/{kind}", os.O_RDONLY), flag)
+        for namespace in [os.open(name, os.O_RDONLY) for name in namespaces]:
+            system_call("setns", namespace, 0)
         if folder and os.path.isdir(folder):
             os.chdir(folder)
         default_signals()
@@ -1450,18 +1455,17 @@ def find_domain(xenstore, uuid):
 LOOK_TIME_LIMIT = 5  # seconds that a monitor waits for another's look at all domains
 
 
-def xl(*args, dies_with_us=False, home=None):
+def xl(*args, dies_with_us=False):
     """Runs xl; returns (exit status, its stdout and stderr as text).
 
-    dies_with_us: xl does not outlive a caller that is killed.  home: a descriptor of the network namespace that its
-    scripts run in, if that is not ours.
+    dies_with_us: xl does not outlive a caller that is killed.
     """
     null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
     environment = {**os.environ, "PATH": PATH}
     try:
-        if dies_with_us or home is not None:
-            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions, home)
+        if dies_with_us:
+            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions)
         else:
             # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
             pid = os.posix_spawn(find_xl(), ["xl", *args], environment, file_actions=actions, setsigdef=[13])
@@ -1473,7 +1477,7 @@ def xl(*args, dies_with_us=False, home=None):
         os.close(output)
 
 
-def spawn_tied(path, argv, environment, actions, home):
+def spawn_tied(path, argv, environment, actions):
     """posix_spawn(3) of a process that gets SIGKILL when we die (prctl(2), PR_SET_PDEATHSIG)."""
     parent, pid = os.getpid(), os.fork()
     if pid:
@@ -1483,8 +1487,6 @@ def spawn_tied(path, argv, environment, actions, home):
         if os.getppid() == parent:
             for _, source, target in actions:
                 os.dup2(source, target)
-            if home is not None:
-                system_call("setns", home, CLONE_NEWNET)
             default_signals()
             os.execve(path, argv, environment)
     except BaseException:
@@ -1655,9 +1657,9 @@ def domain_end(domid):
     return listing.end() if listing else "gone"
 
 
-def destroy_domain(domid, home=None):
-    """Destroys a domain and what xl started for it; no error if it is gone already.  home: see xl()."""
-    status, output = xl("destroy", str(domid), home=home)
+def destroy_domain(domid):
+    """Destroys a domain and what xl started for it; no error if it is gone already."""
+    status, output = xl("destroy", str(domid))
     if status != 0 and domain_end(domid) != "gone":
         raise Error(f"xl destroy failed: {xl_errors(output)}")
 
@@ -2038,6 +2040,8 @@ SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # the same on every architecture
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4  # <linux/mount.h>
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000  # <linux/fcntl.h>
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
+LINKS_MAX = 40  # that a path may lead through, as for the kernel
+MNT_DETACH = 2  # <sys/mount.h>
 
 
 def mount(source, target, flags, kind=None, data=None):
@@ -2155,6 +2159,101 @@ def open_file_in_root(root, path, purpose):
         os.close(fd)
         raise Error(f"{purpose}: it is not a regular file")
     return fd
+
+
+def mount_of(fd):
+    """A path that leads to what a descriptor is open for, also where something else is mounted on its name."""
+    return f"/proc/self/fd/{fd}"
+
+
+def change_root(share, config, exported):
+    """Makes what dom0 knows of the container's files the root of a mount namespace of our own, in which nothing of
+    dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
+    so takes the place of what is in the VM only; if nothing is exported, that is all.  Raises Error.
+    """
+    root, sources = os.path.join(share, "rootfs"), []
+    try:
+        system_call("unshare", CLONE_NEWNS)
+        mount(None, "/", MS_REC | MS_SLAVE)
+        if exported:
+            names = (f"mounts/{number}" for number, each in enumerate(filter(Mount.on_host, config.mounts)))
+            sources = [os.open(os.path.join(share, name), os.O_PATH) for name in names]
+        empty = os.path.join(share, "mounts")
+        mount("tmpfs", empty, MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=4k")
+        sources.append(os.open(empty, os.O_PATH))
+        if exported:
+            mount_in_root(root, config.mounts, sources)
+            restrict(root, MS_RDONLY if config.readonly else 0)
+        os.chdir(root if exported else empty)
+        for fd in sources:
+            os.close(fd)
+        pivot_root()
+    except OSError as error:
+        raise Error(f"cannot make the container's files the root of its mount namespace: {error.strerror}") from None
+
+
+def mount_in_root(root, mounts, sources):
+    """Puts each of the mounts at its place below root, as the guest will do; one that has no place there is left out.
+
+    sources: descriptors of those that dom0 makes, then one of what is seen where the guest's kernel mounts something.
+    """
+    *on_host, empty = sources
+    on_host = iter(on_host)
+    for entry in mounts:
+        source = next(on_host) if entry.on_host() else empty
+        try:
+            target = find_in_root(root, entry.destination, entry.is_folder())
+        except OSError:
+            continue
+        try:
+            mount(mount_of(source), mount_of(target), MS_BIND | MS_REC)
+        except Error:
+            pass  # the image has another kind of file there
+        os.close(target)
+
+
+def find_in_root(root, path, folder):
+    """An O_PATH descriptor of path as a process would find it whose root folder is root.  What is missing is made there,
+    also what a link leads to: folders, and at the end a folder or an empty file.  Raises OSError."""
+    import errno
+
+    for _ in range(LINKS_MAX):
+        try:
+            return open_in_root(root, path)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        above, name = os.path.split(path.rstrip("/"))
+        parent = find_in_root(root, above, True)
+        try:
+            path = os.path.join(os.readlink(mount_of(parent)).removeprefix(root) or "/", name)
+            try:
+                path = os.path.join(os.path.dirname(path), os.readlink(name, dir_fd=parent))
+                continue
+            except FileNotFoundError:
+                pass
+            if folder:
+                os.mkdir(name, 0o755, dir_fd=parent)
+            else:
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=parent))
+        finally:
+            os.close(parent)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def pivot_root():
+    """Makes the working folder, a mount, the root of our mount namespace, and lets go of all else.  Raises OSError."""
+    import errno
+
+    try:
+        system_call("pivot_root", ".", ".")
+        system_call("umount2", ".", MNT_DETACH)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        system_call("mount", ".", "/", None, MS_MOVE, None)  # dom0 runs in its initramfs, which cannot be detached
+        system_call("chroot", ".")
+    os.chdir("/")
 
 
 def read_in_root(root, path, limit):
@@ -2403,7 +2502,6 @@ def check_executable(root, config):
 
 DISK, DISK_NAME = 202 << 8, "xvda"  # xen-vbd-interface.7
 DISK_TIME_LIMIT = 10.0  # seconds for dom0's kernel to open it
-MNT_DETACH = 2  # <sys/mount.h>
 # what the guest's kernel can mount: name, where its magic number is in the superblock, and that
 FILE_SYSTEMS = (("ext4", 1080, b"\x53\xef"), ("squashfs", 0, b"hsqs"), ("erofs", 1024, b"\xe2\xe1\xf5\xe0"))
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A  # <linux/loop.h>
@@ -2673,6 +2771,109 @@ def detach_disk(xenstore, state):
         xenstore.remove(f"/libxl/{state['domid']}/device/vbd/{number}")
         remove_backends(xenstore, "vbd", state["domid"], (number,))
         xenstore.remove(f"/local/domain/0/error/backend/vbd/{state['domid']}")
+
+
+# ==== cgroup =============================================================================================
+# The control group, at linux.cgroupsPath, of what runs on dom0 for a container: there engines read what it uses.  It
+# bounds these processes, not the VM, which is Xen's to bound.
+
+SERVING_MEMORY = 64 << 20  # bytes that dom0 may need for a container beside what its limit is
+
+
+def make_cgroup(path, resources, systemd, pids):
+    """Makes it in all hierarchies that dom0 has mounted, and moves processes there; returns [root, path] of each.
+
+    path: as in config.json; for systemd SLICE:PREFIX:NAME, of which it makes a scope.  Raises Error.
+    """
+    scope, cgroups, seen = None, [], set()
+    if systemd:
+        scope, path = start_scope(path)
+    path = os.path.normpath("/" + path)
+    try:
+        for entry in host_mounts():
+            # what a cpuset of version 1 holds are dom0's processors, and it takes nobody until it has some
+            if not entry.kind.startswith("cgroup") or entry.device in seen or "cpuset" in entry.of_all:
+                continue
+            seen.add(entry.device)
+            fill_cgroup(entry.target, path, resources, pids)
+            cgroups.append([entry.target, path])
+    except OSError as error:
+        remove_cgroups(cgroups)
+        raise Error(f"cannot make the cgroup {path}: {error.strerror}") from None
+    finally:
+        if scope:
+            scope.communicate()  # which ends it
+    return cgroups
+
+
+def fill_cgroup(root, path, resources, pids):
+    """Makes a cgroup in one hierarchy, with its limits and processes.  Raises OSError."""
+    folder = root
+    for name in path.split("/")[1:]:
+        enable_controllers(folder)
+        folder = os.path.join(folder, name)
+        if not os.path.isdir(folder):
+            os.mkdir(folder)
+    limits, memory = {}, resources.memory + SERVING_MEMORY
+    if resources.memory > 0:
+        limits = {"memory.max": memory, "memory.limit_in_bytes": memory}
+    if resources.shares:
+        weight = 1 + (max(2, min(resources.shares, 262144)) - 2) * 9999 // 262142  # as runc makes it of shares
+        limits.update({"cpu.weight": weight, "cpu.shares": resources.shares})
+    for name, value in limits.items():
+        if os.path.exists(os.path.join(folder, name)):
+            write_file(os.path.join(folder, name), value)
+    for pid in pids:
+        write_file(os.path.join(folder, "cgroup.procs"), pid)
+
+
+def enable_controllers(folder):
+    """Lets the cgroups below have what this one has; of version 2, where each must be asked for."""
+    try:
+        with open(os.path.join(folder, "cgroup.controllers"), encoding="ascii") as file:
+            for name in file.read().split():
+                write_file(os.path.join(folder, "cgroup.subtree_control"), f"+{name}")
+    except OSError:
+        pass  # version 1, or a cgroup that has processes of its own
+
+
+def write_file(path, value):
+    with open(path, "w", encoding="ascii") as file:
+        file.write(str(value))
+
+
+def start_scope(path):
+    """A process in a new scope of systemd, which lasts until its standard input ends or others are in it too, and the
+    scope's path.  Raises Error."""
+    import subprocess
+
+    parent, _, name = path.partition(":")
+    unit = name.replace(":", "-", 1) if name.split(":")[0] else name[1:]
+    command = ["systemd-run", "--quiet", "--scope", "--collect", "--property=Delegate=yes", f"--unit={unit}.scope"]
+    command += [f"--slice={parent or 'system.slice'}", "sh", "-c", "cat /proc/self/cgroup; echo; read -r _"]
+    try:
+        scope = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PATH": PATH},
+        )  # fmt: skip
+    except OSError as error:
+        raise Error(f"cannot make the scope {unit}: systemd-run: {error.strerror}") from None
+    lines = list(iter(lambda: scope.stdout.readline().strip(), ""))
+    paths = [line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":name=systemd:" in line]
+    if not paths:
+        scope.communicate()
+        raise Error(f"cannot make the scope {unit}: systemd-run says {printable(' '.join(lines))}")
+    return scope, paths[-1]
+
+
+def remove_cgroups(cgroups):
+    """Removes what make_cgroup() has made, with cgroups below; who is still there goes to the root.  Raises OSError."""
+    for root, path in cgroups:
+        for folder, _, _ in os.walk(root + path, topdown=False):
+            with open(os.path.join(folder, "cgroup.procs"), encoding="ascii") as file:
+                for pid in file.read().split():
+                    write_file(os.path.join(root, "cgroup.procs"), pid)
+            os.rmdir(folder)
 
 
 # ==== rtnetlink ==========================================================================================
@@ -3783,37 +3984,201 @@ def remove_empty(path):
 # Hooks".  Those of startContainer run in the guest, see enter.c.
 
 
-def run_hooks(container, kind, status, namespaces_of=None):
+def run_hooks(container, kind, status, namespaces=()):
     """Runs the container's hooks of one kind; the first that fails is an Error, and the last that runs."""
-    for error in hook_errors(container, kind, status, namespaces_of):
+    for error in hook_errors(container, kind, status, namespaces):
         raise Error(error)
 
 
-def hook_errors(container, kind, status, namespaces_of=None):
+def hook_errors(container, kind, status, namespaces=()):
     """Runs hooks one by one, and yields a sentence, in runc's words, for each that fails.
 
-    status: what the state that they read says.  namespaces_of: a process whose network and mount namespaces they join.
+    status: what the state that they read says.  namespaces: paths of those that they join.
     """
     for number, hook in enumerate(parse_hooks(container.state.get("hooks", {}), kind)):
         state = container.state_for_hooks(status).encode()
-        reason, output = run_hook(hook, state, container.state["bundle"], namespaces_of)
+        reason, output = run_hook(hook, state, container.state["bundle"], namespaces)
         if reason:
             yield f"error running {kind} hook #{number}: {reason}{output}"
 
 
-def run_hook(hook, state, bundle, namespaces_of):
+def run_hook(hook, state, bundle, namespaces):
     """Runs one hook to its end or its timeout; returns what went wrong, or "", and what it has written."""
     env = dict(variable.partition("=")[::2] for variable in hook.env)
-    reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces_of)
+    reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
     texts = [printable(output[:4096].decode("utf-8", "replace")) for output in outputs]
     if reason.startswith("ran past"):
         reason = f"hook ran past specified timeout of {hook.timeout}s"
     return reason, f", stdout: {texts[0]}, stderr: {texts[1]}"
 
 
+# ==== holder =============================================================================================
+# The process whose pid is the container's.  Engines and their tools enter its namespaces, read its cgroup, signal it
+# and reap it; so it has nothing of dom0's open and does nothing but relay signals to the monitor, which is in dom0.
+
+PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
+TITLE_MAX = 4096  # bytes of the command line that the holder shows
+
+
+class Holder:
+    """The monitor's side: the holder's pid, and a socket to it.
+
+    The monitor sends two descriptors and whether the container's files are exported, and gets "+" or an error; later
+    one byte, the exit status.  The holder sends signals, a byte each.
+    """
+
+    def __init__(self, pid, link):
+        self.pid, self.link = pid, link
+
+    def enter(self, exported):
+        """Has the holder take our mount namespace's files as its own.  Raises Error."""
+        import _socket
+        import struct
+
+        fds = [os.pidfd_open(os.getpid()), os.open("/proc/self/ns/mnt", os.O_RDONLY)]
+        try:
+            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("ii", *fds))
+            self.link.sendmsg([b"9p" if exported else b"-"], [rights])
+            answer = self.link.recv(4096)
+        except OSError:
+            answer = b""
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if answer != b"+":
+            raise Error(answer.decode() or "the process that holds its namespaces was killed")
+
+    def take_signals(self):
+        """The numbers of signals that the holder has got, as bytes; none if it is gone."""
+        try:
+            return self.link.recv(64)
+        except OSError:
+            return b""
+
+    def end(self, status):
+        try:
+            self.link.send(bytes([status]))
+        except OSError:
+            pass  # it was killed
+
+
+def start_holder(config, share):
+    """Makes the holder, as the first process of a new pid namespace; returns the Holder.  Raises Error."""
+    import _socket
+
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        system_call("unshare", CLONE_NEWPID)
+        pid = os.fork()
+        if pid:
+            system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
+    except OSError as error:
+        raise Error(f"cannot make a pid namespace: {error.strerror}") from None
+    if pid == 0:
+        run_holder(config, share, theirs)
+    os.close(home)
+    theirs.close()
+    return Holder(pid, ours)
+
+
+def run_holder(config, share, link):
+    """The holder's whole life; never returns."""
+    import select
+
+    status = 128 + SIGKILL  # if the monitor is killed
+    try:
+        os.setsid()
+        os.umask(0o022)
+        close_other_descriptors({link.fileno()})
+        signals, monitor = relay_signals(False), None
+        message, fds = receive_descriptors(link)
+        if message:
+            monitor, namespace = fds
+            try:
+                enter_namespaces(config, share, namespace, message == b"9p")
+                link.send(b"+")
+            except Error as error:
+                link.send(str(error).encode("utf-8", "replace"))
+        while message:
+            if signals in select.select([link, signals], [], [])[0]:
+                link.send(os.read(signals, 64))
+            else:
+                message = link.recv(1)
+                status = message[0] if message else status
+        if monitor is not None:  # who hears that we have ended finds nothing of ours
+            select.select([monitor], [], [])
+    finally:
+        os._exit(status)
+
+
+def receive_descriptors(link):
+    """A message from the monitor, b"" if it is gone, and the descriptors in it."""
+    import _socket
+    import struct
+
+    message, ancillary, _, _ = link.recvmsg(16, _socket.CMSG_SPACE(8))
+    return message, struct.unpack("ii", ancillary[0][2]) if ancillary else ()
+
+
+def enter_namespaces(config, share, namespace, exported):
+    """Makes the holder's namespaces the container's.  namespace: a descriptor of a mount namespace in which the share
+    is.  Raises Error."""
+    flags = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWUTS
+    name, process = config.hostname or os.uname().nodename, config.process
+    try:
+        if config.namespace:
+            fd = os.open(config.namespace, os.O_RDONLY)
+            system_call("setns", fd, CLONE_NEWNET)
+            os.close(fd)
+        else:
+            flags |= CLONE_NEWNET
+        system_call("unshare", flags)
+        system_call("sethostname", name, len(os.fsencode(name)))
+        system_call("setns", namespace, CLONE_NEWNS)
+        os.close(namespace)
+    except OSError as error:
+        raise Error(f"cannot enter the container's namespaces: {error.strerror}") from None
+    change_root(share, config, exported)
+    show_arguments(process.args if process else ["runX"])
+
+
+def show_arguments(args):
+    """What ps(1) shows for us is the container's process, as far as config.json tells."""
+    global title  # the kernel reads it as long as we live
+    title = b"".join(arg.encode("utf-8", "surrogateescape") + b"\0" for arg in args)[:TITLE_MAX]
+    start = id(title) + bytes.__basicsize__ - 1  # where CPython keeps the content
+    try:
+        system_call("prctl", PR_SET_MM, PR_SET_MM_ARG_START, start, 0, 0)
+        system_call("prctl", PR_SET_MM, PR_SET_MM_ARG_END, start + len(title), 0, 0)
+    except OSError:
+        pass  # a kernel without it shows runX
+
+
+def relay_signals(terminal):
+    """The descriptor from which arrive, a byte each, the signals that a container's own process would get."""
+    import _signal  # as in default_signals()
+
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    _signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    names = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"]
+    for name in [*names, "SIGWINCH"] if terminal else names:
+        _signal.signal(getattr(_signal, name), lambda *_: None)
+    return reader
+
+
+def close_other_descriptors(keep):
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the one that listdir had open
+
+
 # ==== monitor ============================================================================================
-# The process whose pid is the container's.  It builds the domain, carries the streams, answers the guest,
-# and takes everything down again, whatever the reason for the end.
+# The process on dom0 that builds the domain, carries the streams, answers the guest, and takes everything down again,
+# whatever the reason for the end.
 
 # quiet: hvc0 is for what went wrong.  panic=-1: end at once, and be seen ending.
 KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
@@ -3968,9 +4333,9 @@ def open_terminal(console_socket, size):
 class Monitor:
     """Builds one domain, serves it until it ends, and leaves nothing of it."""
 
-    def __init__(self, container, config, networks, bundle, log, console_socket=None):
+    def __init__(self, container, config, networks, bundle, log, console_socket=None, systemd=False):
         self.container, self.config, self.bundle, self.log = container, config, bundle, log
-        self.networks, self.home = networks, os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self.networks, self.holder, self.systemd = networks, None, systemd
         self.console_socket, self.own_init = console_socket, config.machine.own_init
         self.xenstore = self.domid = self.exit_status = self.deadline = None
         self.consoles, self.ramdisk, self.disk, self.exported = [], None, None, False
@@ -3990,12 +4355,17 @@ class Monitor:
             created=timestamp(), annotations=config.annotations, hooks=config.hooks, uuid=uuid,
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
-            pid=os.getpid(), pid_start_time=process_start_time(os.getpid()), startable=bool(config.process),
+            pid=self.holder.pid, pid_start_time=process_start_time(self.holder.pid),
+            monitor=[os.getpid(), process_start_time(os.getpid())], startable=bool(config.process),
             own_init=config.machine.own_init, namespace=config.namespace, networks=[], vifs=[], rate=config.rate,
             hostname=config.hostname or container.id[:63], disk=None, vbds=[],
+            cgroups=[],
         )  # fmt: skip
         os.mkfifo(container.path("control"), 0o600)
         self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
+        if config.cgroup:
+            pids = (self.holder.pid, os.getpid())
+            container.save(cgroups=make_cgroup(config.cgroup, config.resources, self.systemd, pids))
         self.xenstore = Xenstore()
         self.attach_networks()
         self.boot(container.path("share"))
@@ -4012,7 +4382,7 @@ class Monitor:
         self.xenstore.take_events()
         if self.has_terminal():
             self.take_terminal()
-        self.enter_namespace()
+        self.holder.enter(self.exported and not self.disk)
         sizes = self.sizes()
         container.save(
             domid=self.domid, disk=self.disk and self.disk.__dict__, maxmem=sizes["maxmem"],
@@ -4071,20 +4441,6 @@ class Monitor:
         if self.disk:
             detach(os.path.join(share, "rootfs"))
         self.create_domain(*self.boot_files(share, sources), share)
-
-    def enter_namespace(self):
-        """Our network namespace becomes the container's, which engines know by our pid.  No xl is started in it: its
-        scripts belong to dom0's own."""
-        path = self.config.namespace
-        if path is None:
-            return
-        try:
-            if path:
-                system_call("setns", os.open(path, os.O_RDONLY | os.O_CLOEXEC), CLONE_NEWNET)
-            else:
-                system_call("unshare", CLONE_NEWNET)
-        except OSError as error:
-            raise Error(f"cannot enter the network namespace {path}: {error.strerror}") from None
 
     def boot_files(self, share, sources):
         """The paths of kernel and ramdisk; the latter may be None where the VM boots a system of its own."""
@@ -4248,6 +4604,8 @@ class Monitor:
 
         for fd in (self.xenstore.fd, self.channels.fd, self.control, self.signals):
             yield fd, select.POLLIN
+        if not self.abandoned:
+            yield self.holder.link.fileno(), select.POLLIN
         if self.own_init and not self.console.ended:
             reading = 0 if self.outputs[0].pending else select.POLLIN
             yield self.tail_fd, reading | (select.POLLOUT if self.input.pending else 0)
@@ -4278,6 +4636,11 @@ class Monitor:
             self.handle_control()
         if self.signals in ready:
             self.handle_signals(os.read(self.signals, 64))
+        if self.holder.link.fileno() in ready:
+            signals = self.holder.take_signals()
+            self.handle_signals(signals)
+            if not signals:
+                self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
         self.tell_unread()
         if self.tail_fd in ready and not self.own_init:
             self.read_tail()
@@ -4453,15 +4816,12 @@ class Monitor:
             state = self.container.load().state  # `start` has added to it
         except Error:
             state = self.container.state
-        clean_up(self.xenstore, state, self.home)
+        clean_up(self.xenstore, state)
         self.debug("the domain is gone")
 
 
-def clean_up(xenstore, state, home=None):
-    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, vifs, log files.
-
-    home: dom0's network namespace, where we are not in it.
-    """
+def clean_up(xenstore, state):
+    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, vifs, log files."""
     uuid, name = state.get("uuid"), state.get("name")
     if uuid is None or xenstore is None:
         return  # it came no further
@@ -4473,7 +4833,7 @@ def clean_up(xenstore, state, home=None):
         for kind, numbers in (("vif", state.get("vifs", ())), ("vbd", state.get("vbds", ()))):
             for number in numbers:
                 xenstore.remove(f"/libxl/{domid}/device/{kind}/{number}")
-        destroy_domain(domid, home)
+        destroy_domain(domid)
     domid = domid or state.get("domid")
     if domid is not None:
         unplug(xenstore, state)
@@ -4494,6 +4854,7 @@ def destroy(container, log):
     for fields in reversed(container.state.get("networks", ())):
         detach_network(Attachment(**fields), log)
     discard(container.path("netns"))
+    remove_cgroups(container.state.get("cgroups", ()))
     container.remove()
     for error in hook_errors(container, "poststop", "stopped"):
         log.write("warning", error)
@@ -4507,18 +4868,6 @@ def new_uuid():
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def relay_signals(terminal):
-    """The descriptor from which arrive, a byte each, the signals that a container's own process would get."""
-    import _signal  # as in default_signals()
-
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    _signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    names = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"]
-    for name in [*names, "SIGWINCH"] if terminal else names:
-        _signal.signal(getattr(_signal, name), lambda *_: None)
-    return reader
-
-
 def run_monitor(monitor, report, commit):
     """The monitor's whole life; never returns.
 
@@ -4529,12 +4878,13 @@ def run_monitor(monitor, report, commit):
     try:
         os.setsid()
         os.chdir("/")
-        close_other_descriptors({0, 1, 2, report, commit, monitor.console_socket, monitor.home})
+        close_other_descriptors({0, 1, 2, report, commit, monitor.console_socket, monitor.holder.link.fileno()})
         home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         monitor.build()
         os.write(report, b"+")
         os.close(report)
         committed = bool(os.read(commit, 1))
+        return_home(home)  # the share is the holder's now, and QEMU's
         if committed:
             status = monitor.serve()
     except BaseException as error:
@@ -4544,9 +4894,8 @@ def run_monitor(monitor, report, commit):
         if os.path.exists(monitor.container.path("control")):
             os.unlink(monitor.container.path("control"))  # tells delete that nothing is left outside the folder
         if not committed:
-            if home is not None:  # poststop hooks run where the others have run
-                system_call("setns", home, CLONE_NEWNS)
-                system_call("setns", monitor.home, CLONE_NEWNET)
+            if home is not None:
+                return_home(home)  # poststop hooks run where the others have run
             destroy(monitor.container, monitor.log)
     except BaseException as error:
         monitor.log.write("error", f"cannot clean up after container {monitor.container.id}: {error}")
@@ -4554,7 +4903,14 @@ def run_monitor(monitor, report, commit):
         monitor.log.write("error", failure)
     elif failure:
         report_failure(report, failure)
+    monitor.holder.end(status)
     os._exit(status)
+
+
+def return_home(namespace):
+    """Goes back to dom0's mount namespace, a descriptor."""
+    system_call("setns", namespace, CLONE_NEWNS)
+    os.chdir("/")
 
 
 def report_failure(report, failure):
@@ -4562,15 +4918,6 @@ def report_failure(report, failure):
         os.write(report, failure.encode("utf-8", "replace"))
     except OSError:
         pass  # create is gone too
-
-
-def close_other_descriptors(keep):
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                pass  # the one that listdir had open
 
 
 # ==== commands ===========================================================================================
@@ -4590,6 +4937,7 @@ class Invocation(Record):
 
     root: str
     log: Log
+    systemd: bool  # it makes the cgroups
     options: dict  # without their dashes; flags are True
     arguments: list
 
@@ -4635,7 +4983,7 @@ def create(call, container, config, bundle, console_socket):
         try:
             for warning in config.warnings:
                 call.log.write("warning", f"container {container.id}: {warning}")
-            monitor = Monitor(container, config, networks, bundle, call.log, console_socket)
+            monitor = Monitor(container, config, networks, bundle, call.log, console_socket, call.systemd)
             return start_monitor(monitor, call.options.get("pid-file"))
         except BaseException:
             if container.is_ours():  # still there: the monitor was killed
@@ -4644,6 +4992,8 @@ def create(call, container, config, bundle, console_socket):
 
 
 def start_monitor(monitor, pid_file):
+    """Returns the pid of the holder, which is the container's.  Raises Error."""
+    holder = monitor.holder = start_holder(monitor.config, monitor.container.path("share"))
     report_reader, report_writer = os.pipe()
     commit_reader, commit_writer = os.pipe()
     pid = os.fork()
@@ -4651,6 +5001,7 @@ def start_monitor(monitor, pid_file):
         run_monitor(monitor, report_writer, commit_reader)
     os.close(report_writer)
     os.close(commit_reader)
+    holder.link.close()
     try:
         report = read_all(report_reader)
         if report != b"+":
@@ -4659,15 +5010,17 @@ def start_monitor(monitor, pid_file):
         container = monitor.container.load()
         run_hooks(container, "prestart", "creating")
         run_hooks(container, "createRuntime", "creating")
-        run_hooks(container, "createContainer", "creating", namespaces_of=pid)
+        namespaces = (f"/proc/{holder.pid}/ns/net", f"/proc/{pid}/ns/mnt")
+        run_hooks(container, "createContainer", "creating", namespaces)
         if pid_file:
-            write_pid_file(pid_file, pid)
+            write_pid_file(pid_file, holder.pid)
         container.save(status="created")
         os.write(commit_writer, b"+")
-        return pid
+        return holder.pid
     except BaseException as error:
         os.close(commit_writer)  # the monitor takes all down when it sees this
         os.waitpid(pid, 0)
+        os.waitpid(holder.pid, 0)
         if pid_file and os.path.exists(pid_file):
             os.unlink(pid_file)
         if isinstance(error, BrokenPipeError):
@@ -4918,8 +5271,7 @@ def delete(container, force, log):
             status = container.status()
             if status not in ("stopped", "created") and not force:
                 raise Error(f"cannot delete container {container.id} that is not stopped: {status}")
-            if status != "stopped":
-                stop_monitor(container)
+            stop_monitor(container)
             if container.is_ours():  # a monitor that was still creating has removed it by itself
                 destroy(container, log)
     except NoContainer:
@@ -4928,20 +5280,31 @@ def delete(container, force, log):
 
 
 def stop_monitor(container):
-    """Ends the monitor and its domain; by force if it does not do so itself in time."""
-    import select
-
-    pidfd = open_pidfd(container)
-    if pidfd is None:
-        return
+    """Ends the monitor with its domain, and the holder; by force if they do not do so themselves in time."""
+    state = container.state
     try:
         tell_monitor(container, f"destroy {SIGKILL}")
     except Error:
         pass  # it is ending already
-    if not select.select([pidfd], [], [], MONITOR_END)[0]:
-        os.kill(container.state["pid"], SIGKILL)
-        select.select([pidfd], [], [], MONITOR_END)
-    os.close(pidfd)
+    for pid, start_time in (state.get("monitor", (None, 0)), (state.get("pid"), state.get("pid_start_time"))):
+        if pid is not None:
+            end_process(pid, start_time)
+
+
+def end_process(pid, start_time):
+    """Waits for the end of a process, and kills it if that does not come in time."""
+    import select
+
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if process_start_time(pid) == start_time and not select.select([pidfd], [], [], MONITOR_END)[0]:
+            os.kill(pid, SIGKILL)
+            select.select([pidfd], [], [], MONITOR_END)
+    finally:
+        os.close(pidfd)
 
 
 def command_pause(call):
@@ -5331,7 +5694,8 @@ def run_command(words, options, log):
         raise Error(f"unknown command {command!r}: see runX --help")
     command_options, arguments = parse_options(command, words)
     root = os.path.abspath(options.get("root", DEFAULT_ROOT))
-    call = Invocation(root=root, log=log, options=command_options, arguments=arguments)
+    systemd = "systemd-cgroup" in options
+    call = Invocation(root=root, log=log, systemd=systemd, options=command_options, arguments=arguments)
     return COMMANDS[command][0](call) or 0
 
 

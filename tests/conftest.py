@@ -164,6 +164,10 @@ class Bundle:
     def pid(self):
         return int(self.pid_file.read_text())
 
+    def monitor(self):
+        """The pid of the monitor, beside the container's."""
+        return json.loads((self.root / self.id / "state.json").read_text())["monitor"][0]
+
     def last_log(self):
         return json.loads(self.log.read_text().splitlines()[-1])
 

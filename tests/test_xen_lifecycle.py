@@ -286,7 +286,7 @@ def monitor_pid(bundle):
     """The pid of the monitor, as soon as create has forked it."""
     path = bundle.root / bundle.id / "state.json"
     wait_until(path.exists, "the state file")
-    return json.loads(path.read_text())["pid"]
+    return bundle.monitor()
 
 
 def xenstore_has(path):

@@ -120,7 +120,7 @@ def test_a_killed_monitor_means_stopped_and_delete_removes_the_domain(bundle, cr
     bundle.runx("start", bundle.id)
     node += "/ready" if stage == "running" else "/exit"
     wait_until(lambda: xenstore.read(node), f"{node} in xenstore")
-    os.kill(bundle.pid(), signal.SIGKILL)
+    os.kill(bundle.monitor(), signal.SIGKILL)
     wait_for(pidfd)
     assert bundle.state()["status"] == "stopped"
     assert stage == "ending" or bundle.domain() is not None
@@ -213,7 +213,7 @@ def test_a_slow_reader_loses_nothing_and_holds_the_guest_back(bundle):
     os.close(writer)
     first = os.read(reader, 1)
     # nobody reads stdout now; stderr must not come before all of stdout fits somewhere, and it does not
-    monitor = pathlib.Path(f"/proc/{bundle.state()['pid']}/statm")
+    monitor = pathlib.Path(f"/proc/{bundle.monitor()}/statm")
     before = int(monitor.read_text().split()[1])
     assert not select.select([running.stderr], [], [], 10)[0]
     assert (int(monitor.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 128 << 10
