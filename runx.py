@@ -2213,8 +2213,8 @@ def mount_in_root(root, mounts, sources):
 
 
 def find_in_root(root, path, folder):
-    """An O_PATH descriptor of path as a process would find it whose root folder is root.  What is missing is made there,
-    also what a link leads to: folders, and at the end a folder or an empty file.  Raises OSError."""
+    """An O_PATH descriptor of path as a process would find it whose root folder is root.  What is missing is made
+    there, also what a link leads to: folders, and at the end a folder or an empty file.  Raises OSError."""
     import errno
 
     for _ in range(LINKS_MAX):
@@ -2874,6 +2874,35 @@ def remove_cgroups(cgroups):
                 for pid in file.read().split():
                     write_file(os.path.join(root, "cgroup.procs"), pid)
             os.rmdir(folder)
+
+
+OOM_MEMORY = 4 << 20  # bytes
+
+
+def show_oom(cgroups):
+    """Lets engines, which watch the container's cgroup, see that memory has run out, as the VM's kernel has told: there
+    a process of ours asks for too much, and dom0's kernel kills it and counts that.  Raises OSError."""
+    for root, path in cgroups:
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            limit, usage = os.path.join(root + path, limit), os.path.join(root + path, usage)
+            if not os.path.exists(limit):
+                continue
+            before, pid = read_file(limit), os.fork()
+            if pid == 0:
+                try:
+                    write_file("/proc/self/oom_score_adj", 1000)
+                    most = int(read_file(usage)) + OOM_MEMORY
+                    write_file(limit, most)
+                    b"\1" * (2 * most)
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+            write_file(limit, before)
+
+
+def read_file(path):
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
 
 
 # ==== rtnetlink ==========================================================================================
@@ -4698,6 +4727,14 @@ class Monitor:
             if reason:
                 self.warn(f"{what}: {printable(reason)}")
                 self.report_tail()
+            if reason and node == "oom":
+                self.show_oom()
+
+    def show_oom(self):
+        try:
+            show_oom(self.container.state["cgroups"])
+        except OSError as error:
+            self.debug(f"its cgroup does not show that memory has run out: {error}")
 
     def check_domain(self):
         if seen_alive(self.domid):
