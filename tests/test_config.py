@@ -61,7 +61,7 @@ def test_a_terminal_is_parsed_and_needs_a_devpts(bundle):
         runx.load_config(bundle(spec))
 
 
-BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_vcpus": 0}
+BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_vcpus": 0, "most_vcpus": 64}
 
 
 @pytest.mark.parametrize(
@@ -155,19 +155,22 @@ def test_the_hosts_own_configuration(bundle, host_config):
         return config.resources.mebibytes(1000), config.resources.vcpus(8)
 
     assert (load().machine.type, size(load())) == ("", (runx.DEFAULT_MEMORY, 1))
-    host_config('{"type": "pv", "memory": 72, "vcpus": 2, "cmdline": "a b"}')
+    settings = {"type": "pv", "memory": 72, "vcpus": 2, "cmdline": "a b", "annotations": list(runx.ANNOTATIONS)}
+    host_config(json.dumps(settings))
     assert (load().machine.type, load().machine.cmdline, size(load())) == ("pv", ["a", "b"], (72, 2))
     asked = {"memory": {"limit": 80 << 20}, "cpu": {"quota": 350000}}
     assert size(load(resources=asked)) == (80, 4)
-    annotations = {"type": "pvh", "memory": "90", "vcpus": "3", "maxmem": "100", "cmdline": "c=d"}
+    annotations = {"type": "pvh", "memory": "70", "vcpus": "3", "maxmem": "100", "cmdline": "c=d"}
     mine = load({f"org.runx.{key}": value for key, value in annotations.items()}, resources=asked)
-    assert (mine.machine.type, mine.machine.cmdline, size(mine)) == ("pvh", ["a", "b", "c=d"], (90, 3))
+    assert (mine.machine.type, mine.machine.cmdline, size(mine)) == ("pvh", ["a", "b", "c=d"], (70, 3))
     assert (mine.machine.maxmem, mine.resources.cap()) == (100, 350)
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"type": "hvm"}', '{"tpye": "pv"}', '{"memory": "1"}', '{"vcpus": -1}', '{"xlconf": [1]}']
-)
+    "text",
+    ["{", "[]", '{"type": "hvm"}', '{"tpye": "pv"}', '{"memory": "1"}', '{"vcpus": -1}', '{"xlconf": [1]}',
+     '{"annotations": ["xlcfg"]}', '{"environment": ["PATH"]}', '{"maxmem": -1}'],
+)  # fmt: skip
 def test_a_wrong_configuration_of_the_host(bundle, host_config, text):
     host_config(text)
     with pytest.raises(runx.Error, match="host.json"):
@@ -209,7 +212,8 @@ def test_empty_strings_in_vm_are_absent(bundle):
     assert machine.__dict__ == runx.load_config(bundle(machine_config())).machine.__dict__
 
 
-def test_a_kernel_of_its_own(bundle, tmp_path):
+def test_a_kernel_of_its_own(bundle, tmp_path, host_config):
+    host_config(json.dumps({"annotations": list(runx.ANNOTATIONS)}))
     (tmp_path / "vmlinuz").touch()
     env = ["RUNX_KERNEL=/boot/kernel", "RUNX_RAMDISK="]
     assert runx.load_config(bundle(machine_config(env=env))).machine.kernel == ("/boot/kernel", True)
@@ -245,7 +249,8 @@ def test_a_kernel_of_its_own(bundle, tmp_path):
         (None, {"xlconf": "/etc/hostname"}, "is in none of the folders"),
     ],
 )
-def test_a_vm_that_cannot_be_is_refused(bundle, vm, annotations, words):
+def test_a_vm_that_cannot_be_is_refused(bundle, vm, annotations, words, host_config):
+    host_config(json.dumps({"annotations": list(runx.ANNOTATIONS)}))
     with pytest.raises(runx.Error, match=words):
         runx.load_config(bundle(machine_config(vm, annotations)))
 
@@ -255,9 +260,11 @@ def test_xlconf_is_taken_only_from_where_root_alone_writes(bundle, tmp_path, hos
     folder.mkdir(mode=0o755)
     (folder / "extra").write_text("nomigrate=1\n")
     spec = machine_config(env=[f"XLCONF={folder}/extra"])
+    assert runx.load_config(bundle(spec)).machine.lines == []
+    host_config('{"environment": ["XLCONF"]}')
     with pytest.raises(runx.Error, match="is in none of the folders that .*host.json allows: /etc/runX/xl"):
         runx.load_config(bundle(spec))
-    host_config(json.dumps({"xlconf": [str(folder)]}))
+    host_config(json.dumps({"xlconf": [str(folder)], "environment": ["XLCONF"]}))
     assert runx.load_config(bundle(spec)).machine.lines == ["nomigrate=1\n"]
     (tmp_path / "other").write_text("x=1\n")
     (folder / "link").symlink_to("../other")
@@ -463,8 +470,8 @@ def test_id_mapped_mounts_are_refused(bundle, tmp_path):
 
 
 def parse(*words):
-    words = list(words)
-    options = runx.parse_globals(words)
+    words, options = list(words), {}
+    runx.parse_globals(words, options)
     command = words.pop(0)
     return options, command, *runx.parse_options(command, words)
 
@@ -740,7 +747,7 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
     spec["linux"] = {
         "sysctl": {"net.ipv4.ip_forward": "1", "net/ipv4/conf/eth0.1/x": "2"}, "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"], "rootfsPropagation": "shared", "personality": {"domain": "LINUX32"},
-        "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network"}],
+        "namespaces": [{"type": kind} for kind in ("pid", "mount", "network", "ipc")],
         "resources": {
             "pids": {"limit": 7}, "hugepageLimits": [{"pageSize": "2MB", "limit": 4096}], "unified": {"cpu.idle": "1"}
         },
