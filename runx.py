@@ -486,7 +486,7 @@ def not_applied(spec, linux, resources):
     for key in ("uidMappings", "gidMappings"):
         if field(linux, key, list, [], "config.json: linux"):
             raise Error(f"config.json: linux.{key} cannot be applied: the container's root is root of its own VM")
-    sections = {"process": spec.get("process") or {}, "linux": linux, "linux.resources": resources}
+    sections = {"process": field(spec, "process", dict, {}), "linux": linux, "linux.resources": resources}
     asked = (f"{name}.{key}" for name, keys in NOT_APPLIED.items() for key in keys if asks(sections[name].get(key)))
     return [f"{path} has no effect on a container in a VM of its own" for path in asked]
 
@@ -1697,7 +1697,8 @@ def xl_info(key):
 def host_processors():
     """How many the host has: dom0 may see fewer, and only on x86 its kernel knows of all."""
     folder = "/sys/devices/system/xen_cpu"
-    return len(os.listdir(folder)) if os.path.isdir(folder) else int(xl_info("nr_cpus") or 1)
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return sum(name.startswith("xen_cpu") for name in names) or int(xl_info("nr_cpus") or 1)
 
 
 def change_domain(*args):
@@ -3340,7 +3341,8 @@ def ipam_ranges(network):
     try:
         entries = [ipam, *(entry for entries in ipam.get("ranges") or [] for entry in entries)]
         for entry in [*entries, *(ipam.get("addresses") or [])]:
-            subnet, gateway = entry.get("subnet") or entry.get("address"), entry.get("gateway")
+            subnet, gateway = (text_of(entry, key, "ipam") for key in ("subnet", "gateway"))
+            subnet = subnet or text_of(entry, "address", "ipam")
             if subnet:
                 subnet = ipaddress.ip_network(subnet, strict=False)
                 ranges.append((subnet, ipaddress.ip_address(gateway) if gateway else None))
@@ -5525,6 +5527,14 @@ def resume(container):
     container.save(paused=False)
 
 
+def output_format(call):
+    """"table" or "json"; Error if --format is another."""
+    wanted = call.options.get("format", "table")
+    if wanted not in ("table", "json"):
+        raise Error(f"invalid format option {printable(wanted)}: use table or json")
+    return wanted
+
+
 def command_ps(call):
     """The container's process as dom0 sees it: the monitor.  What runs in the VM, only the VM knows."""
     import subprocess
@@ -5533,7 +5543,7 @@ def command_ps(call):
     if container.status() in ("creating", "stopped"):
         raise Error("container not running")
     pid = str(container.state["pid"])
-    if call.options.get("format", "table") == "json":
+    if output_format(call) == "json":
         print_json([int(pid)], None)
         return
     command = ["ps", *(call.arguments[1:] or ["-ef"])]
@@ -5713,16 +5723,18 @@ def apply_resources(container, new, old):
 
 def command_list(call):
     """As `runc list`: a table, --format json, or --quiet for ids alone."""
-    states = []
-    for name in sorted(os.listdir(call.root)) if os.path.isdir(call.root) else ():
+    states, made = [], os.path.isdir(call.root)
+    if not made and call.root != DEFAULT_ROOT:
+        raise Error(f"there is no root {printable(call.root)}")
+    for name in sorted(os.listdir(call.root)) if made else ():
         try:
             states.append(Container(call.root, name).load().public_state())
         except Error:
             pass  # deleted meanwhile, or not ours
     if "quiet" in call.options:
-        print("\n".join(state["id"] for state in states))
-    elif call.options.get("format", "table") == "json":
-        print_json(states)
+        print("".join(f"{state['id']}\n" for state in states), end="")
+    elif output_format(call) == "json":
+        print_json(states or None)  # null for none, as runc's
     else:
         print_table(states)
 
@@ -5797,6 +5809,7 @@ COMMANDS = {
     "features": (command_features, set(), set()),
     "pack-initrd": (command_pack_initrd, set(), set()),
 }
+ARGUMENTS_MAX = {"list": 0, "features": 0, "kill": 2, "pack-initrd": 2, "ps": 1000}  # 1 for the others
 # what other runtimes have, so that the refusal can say that it is known
 UNSUPPORTED = {"checkpoint", "exec", "restore"}
 GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
@@ -5828,6 +5841,15 @@ def split_option(word):
     return SHORT.get(name, name), value if equals else None
 
 
+def is_set(name, value):
+    """Whether a flag, such as --debug or --debug=true, is: Go's strconv.ParseBool.  Raises Error."""
+    if value is None or value in ("1", "t", "T", "true", "TRUE", "True"):
+        return True
+    if value in ("0", "f", "F", "false", "FALSE", "False"):
+        return False
+    raise Error(f"option --{name} is true or false, not {value!r}")
+
+
 def parse_globals(words, options):
     """Takes the options before the command off words, into options; one that runX does not know is passed over."""
     while words and words[0].startswith("-"):
@@ -5839,7 +5861,8 @@ def parse_globals(words, options):
         elif value is None and name not in GLOBAL_FLAGS and len(words) > 1 and words[0] not in COMMANDS:
             if not words[0].startswith("-") and words[0] not in UNSUPPORTED:
                 value = words.pop(0)
-        options[name] = True if value is None else value
+        if name not in GLOBAL_FLAGS or is_set(name, value):
+            options[name] = True if value is None else value
 
 
 def parse_options(command, words):
@@ -5860,7 +5883,7 @@ def parse_options(command, words):
         if command in ("list", "ps") and name == "force":
             name = "format"
         if name in flags or name == "help":
-            if value != "false":
+            if is_set(name, value):
                 options[name] = True
         elif name in values:
             if value is None and not words:
@@ -5875,9 +5898,11 @@ def run_command(words, options, log):
     if "version" in options:
         print(f"runX version {VERSION}\nspec: 1.3.0")
         return 0
-    if "help" in options or not words:
+    if options.get("log-format", "text") not in ("text", "json"):
+        raise Error(f"invalid log-format: {options['log-format']}")
+    if "help" in options or not words or words[0] in ("help", "h"):
         print(USAGE)
-        return 0 if words or "help" in options else 1
+        return 0
     command = words.pop(0)
     if command in UNSUPPORTED:
         raise Error(f"runX does not support {command}")
@@ -5887,6 +5912,9 @@ def run_command(words, options, log):
     if "help" in command_options:
         print(USAGE)
         return 0
+    most = ARGUMENTS_MAX.get(command, 1)
+    if len(arguments) > most:
+        raise Error(f"{command} takes no more than {most} arguments, and {printable(arguments[most])} is one more")
     root = os.path.abspath(options.get("root", DEFAULT_ROOT))
     systemd = "systemd-cgroup" in options
     call = Invocation(root=root, log=log, systemd=systemd, options=command_options, arguments=arguments)
