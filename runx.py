@@ -421,6 +421,8 @@ def load_config(bundle):
     namespaces, warnings = parse_namespaces(linux), not_applied(spec, linux, resources)
     if (hostname or domainname) and namespaces and "uts" not in namespaces:
         raise Error("config.json: hostname and domainname need a uts namespace in linux.namespaces")
+    if max(len(hostname.encode()), len(domainname.encode())) > 64:
+        raise Error("config.json: hostname and domainname must not be longer than 64 bytes")
     hooks = field(spec, "hooks", dict, {})
     for kind in HOOK_KINDS:
         parse_hooks(hooks, kind)
@@ -800,7 +802,7 @@ def check_version(version):
     """Any 1.x, pre-releases included: minor versions only add properties."""
     numbers = version.split("-")[0].split("+")[0].split(".")
     if len(numbers) != 3 or not "".join(numbers).isdecimal() or numbers[0] != "1" or len(version) > 60:
-        raise Error(f'config.json: ociVersion "{printable(version)[:60]}" is not supported: runX knows 1.0.0 to 1.3.x')
+        raise Error(f'config.json: ociVersion "{printable(version[:60])}" is not supported: runX knows 1.0.0 to 1.3.x')
     return version
 
 
@@ -1073,6 +1075,8 @@ def parse_mount(bundle, spec):
             propagation = PROPAGATIONS[option]
         else:
             data.append(option)
+    if os.path.normpath("/" + destination).strip("/") == "":
+        raise Error(f"cannot mount {source} over the rootfs at /{destination.lstrip('/')}: name it as root.path")
     if spec.get("uidMappings") or spec.get("gidMappings"):
         raise Error(f"cannot mount {source} at {destination}: ID-mapped mounts are not supported")
     if kind == "bind":
@@ -5528,7 +5532,7 @@ def resume(container):
 
 
 def output_format(call):
-    """"table" or "json"; Error if --format is another."""
+    """ "table" or "json"; Error if --format is another."""
     wanted = call.options.get("format", "table")
     if wanted not in ("table", "json"):
         raise Error(f"invalid format option {printable(wanted)}: use table or json")
@@ -5941,7 +5945,7 @@ def main(words):
 
         message = f"internal error of runX: {error!r}"
         log.debug(traceback.format_exc())
-    message = printable(message)
+    message = printable(message[:2000])
     if log.path:
         log.write("error", message)
     print(f"runX: {message}", file=sys.stderr)

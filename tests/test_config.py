@@ -1,7 +1,9 @@
 """config.json and the command line: what is accepted, what is refused, in which words."""
 
 import json
+import os
 import pathlib
+import re
 import struct
 
 import pytest
@@ -175,6 +177,181 @@ def test_a_wrong_configuration_of_the_host(bundle, host_config, text):
     host_config(text)
     with pytest.raises(runx.Error, match="host.json"):
         runx.load_config(bundle(config("true")))
+
+
+# ---- what an image may have said
+
+
+def annotated(bundle, resources=None, **annotations):
+    spec = config("true")
+    spec["annotations"] = {f"org.runx.{key}": value for key, value in annotations.items()}
+    spec["linux"] = {"resources": resources or {}}
+    return runx.load_config(bundle(spec))
+
+
+def test_an_annotation_never_asks_for_more_than_the_resources(bundle, host_config):
+    limits = {"memory": {"limit": 64 << 20}, "cpu": {"quota": 150000}}
+    parsed = annotated(bundle, limits, memory="1500", vcpus="3", maxmem="99999")
+    assert (parsed.resources.mebibytes(0), parsed.resources.vcpus(8), parsed.machine.maxmem) == (64, 2, 512)
+    assert [warning.split(" cannot ")[0] for warning in parsed.warnings] == [
+        "the annotation org.runx.maxmem", "the annotation org.runx.memory", "the annotation org.runx.vcpus"
+    ]  # fmt: skip
+    parsed = annotated(bundle, limits, memory="32", vcpus="1")
+    assert (parsed.resources.mebibytes(0), parsed.resources.vcpus(8), parsed.warnings) == (32, 1, [])
+    unlimited = {"memory": {"limit": -1}, "cpu": {"quota": -1}}
+    for resources in ({}, unlimited):
+        assert annotated(bundle, resources, memory="1500").resources.mebibytes(0) == 512
+    host_config('{"maxmem": 2000}')
+    assert annotated(bundle, memory="1500").resources.mebibytes(0) == 1500
+    vm = {"hwConfig": {"memory": 1500 << 20}}  # the engine's own word
+    assert runx.load_config(bundle({**config("true"), "vm": vm})).resources.mebibytes(0) == 1500
+
+
+def test_an_annotation_that_the_host_does_not_believe_has_no_effect(bundle, host_config):
+    unbelieved = {"type": "pv", "kernel": "/k", "ramdisk": "/r", "cmdline": "a", "xlconf": "/x"}
+    parsed = annotated(bundle, **unbelieved, memroy="1")
+    machine = parsed.machine
+    assert (machine.type, machine.kernel, machine.own_init, machine.cmdline, machine.lines) == ("", None, False, [], [])
+    assert len(parsed.warnings) == 6 and "there is no annotation org.runx.memroy" in parsed.warnings
+    assert parsed.annotations["org.runx.type"] == "pv"  # for `state`
+    host_config('{"annotations": ["cmdline"]}')
+    parsed = annotated(bundle, cmdline="a", memory="72")
+    assert (parsed.machine.cmdline, parsed.resources.mebibytes(0)) == (["a"], runx.DEFAULT_MEMORY)
+
+
+def test_a_rate_of_an_annotation_is_a_lower_one():
+    assert runx.lower_rate("100,50000", "50,50000") == runx.lower_rate("50,50000", "") == "50,50000"
+    assert runx.lower_rate("100,50000", "100,1000") == "100,50000"
+    assert runx.lower_rate("", "") == ""
+
+
+@pytest.mark.parametrize(
+    "believed, kernel, networks",
+    [(None, ("/k", True), 2), ([], None, 0), (["NETCONF"], None, 2), (["RUNX_KERNEL"], ("/k", True), 0)],
+)
+def test_variables_that_the_host_does_not_believe_have_no_effect(bundle, host_config, believed, kernel, networks):
+    host_config("{}" if believed is None else json.dumps({"environment": believed}))
+    env = ["RUNX_KERNEL=/k", "NETCONF=/a,n", "NETCONF7=/b,n", "NETCONFIG=x", "XLCONF=/etc/passwd", "RUNX_RAMDISK="]
+    parsed = runx.load_config(bundle(config("true", env=env)))
+    assert (parsed.machine.kernel, len(parsed.netconf), parsed.machine.lines) == (kernel, networks, [])
+    assert len(parsed.warnings) == 1 + (not kernel) + (2 - networks) and parsed.process.env == env
+
+
+def test_who_has_refused_a_network_gets_none_by_netconf(bundle):
+    spec = config("true", env=["NETCONF=nonsense", "NETCONF1=/a,n"])
+    spec["linux"] = {"namespaces": namespaces()}
+    spec["process"]["env"] = ["NETCONF=/a,n"]
+    assert runx.load_config(bundle(spec)).netconf  # as ctr writes it by default
+    spec["mounts"].append({"destination": runx.PODMANS_MARK, "type": "bind", "source": "rootfs", "options": ["bind"]})
+    parsed = runx.load_config(bundle(spec))
+    assert (parsed.netconf, parsed.namespace) == ([], "")
+    assert parsed.warnings == ["NETCONF has no effect, for Podman was asked for no network"]
+    del spec["linux"]["namespaces"][-1]  # network
+    assert runx.load_config(bundle(spec)).netconf
+
+
+# ---- namespaces
+
+
+def namespaces(**paths):
+    """An entry of linux.namespaces for each kind that a container usually has; paths: of those to join."""
+    kinds = ("pid", "mount", "ipc", "uts", "cgroup", "network")
+    return [{"type": kind, **({"path": paths[kind]} if kind in paths else {})} for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        (["pid"], "namespaces must hold objects"),
+        ([*namespaces(), {"type": "pid"}], "pid is there twice"),
+        ([*namespaces(), {"type": "network", "path": "/x"}], "network is there twice"),
+        ([{"type": "disk"}], "there is no type disk"),
+        ([{"type": ""}], "there is no type"),
+        ([{"path": "/x"}], "type is missing"),
+        (namespaces(network="/no/such"), "cannot join the network namespace /no/such: No such file"),
+        (namespaces(network="/proc/self/ns/uts"), "cannot join the network namespace /proc/self/ns/uts: it is none"),
+        (namespaces(network="/dev/null"), "cannot join the network namespace /dev/null: it is none"),
+        (namespaces(network="/"), "cannot join the network namespace /: it is none"),
+        (namespaces(ipc="/proc/self/ns/pid"), "cannot join the ipc namespace /proc/self/ns/pid: it is none"),
+        (namespaces(network="/proc/self/ns/net"), "asks for the host's own network, which a VM cannot have"),
+        ([*namespaces(), {"type": "user"}], "root of its own VM"),
+        *(
+            (
+                namespaces(**{kind: f"/proc/self/ns/{name}"}),
+                f"containers cannot share a VM yet, nor the {kind} of others",
+            )
+            for kind, name in [("pid", "pid"), ("ipc", "ipc"), ("uts", "uts"), ("mount", "mnt"), ("cgroup", "cgroup")]
+        ),
+        *(
+            ([entry for entry in namespaces() if entry["type"] != kind], f"asks for the host's own {kind}")
+            for kind in ("pid", "ipc", "mount", "network")
+        ),
+    ],
+)
+def test_a_namespace_that_a_vm_cannot_have_is_refused(bundle, entries, words):
+    with pytest.raises(runx.Error, match=words):
+        runx.load_config(bundle({**config("true"), "linux": {"namespaces": entries}}))
+
+
+def test_the_hosts_uts_namespace_gives_its_hostname(bundle):
+    entries = [entry for entry in namespaces() if entry["type"] not in ("uts", "cgroup")]
+    spec = {**config("true"), "linux": {"namespaces": [*entries, {"type": "time"}]}}
+    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {})
+    assert f"\0hostname\0{os.uname().nodename}\0".encode() in text
+    with pytest.raises(runx.Error, match="need a uts namespace"):
+        runx.load_config(bundle({**spec, "hostname": "x"}))
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[" * 100000, "nested too deeply"),
+        ('{"a": ' * 70 + "1" + "}" * 70, "nested too deeply at .a.a.a"),
+        ('{"process": {"args": ["x", "\\ud800"]}}', r"process.args\[1\] holds a NUL or half a character"),
+        ('{"root": {"path": "a\\u0000b"}}', "root.path holds a NUL"),
+        ('{"process": {"\\udc00": 1}}', "a name in process holds a NUL"),
+        ('{"\\u0000": 1}', "a name in it holds a NUL"),
+        ('{"annotations": {"a": 1e999}}', "1e999 is no number that JSON has"),
+        ('{"annotations": {"a": -Infinity}}', "-Infinity is no number that JSON has"),
+        ('{"annotations": {"a": NaN}}', "NaN is no number that JSON has"),
+        ('{"a": ' + "9" * 5000 + "}", "is no number that JSON has"),
+        (
+            '{"ociVersion": "1.0.' + "0" * 5000 + '", "root": {"path": "rootfs"}}',
+            'ociVersion "1.0.000.* is not supported',
+        ),
+        ('{"annotations": {"a": 1}}', "annotations must hold only strings"),
+        ('{"process": [1]}', "process must be a JSON object"),
+        (" " * ((16 << 20) + 1), "it is larger than 16 MiB"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_json_that_cannot_be_read_is_one_sentence(bundle, tmp_path, text, words):
+    bundle(config("true"))
+    (tmp_path / "config.json").write_text(text)
+    log = tmp_path / "log"
+    result = call(*RUNX, "--log", str(log), "--log-format=json", "create", "--bundle", str(tmp_path), "x")
+    sentence = result.stderr.decode()
+    assert result.returncode == 1 and re.fullmatch(rf"runX: [^\n]*{words}[^\n]*\n", sentence), sentence
+    assert json.loads(log.read_text())["msg"] == sentence[6:-1] and "internal" not in sentence
+
+
+def test_an_exception_of_ours_is_one_sentence_too(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RecursionError("too deep\nby far")
+
+    monkeypatch.setitem(runx.COMMANDS, "features", (fail, set(), set()))
+    log = tmp_path / "log"
+    assert runx.main(["--log", str(log), "--debug", "features"]) == 1
+    assert capsys.readouterr().err == "runX: internal error of runX: RecursionError('too deep\\nby far')\n"
+    assert "Traceback" in log.read_text() and log.read_text().count("level=error") == 1
+
+
+def test_paths_that_are_no_text_are_refused(tmp_path):
+    result = call(*RUNX, "--root", str(tmp_path / "\udcff"), "create", "--bundle", str(tmp_path), "x")
+    assert result.returncode == 1 and b"must be UTF-8" in result.stderr
 
 
 # ---- the VM
@@ -432,6 +609,13 @@ def test_seccomp_on_another_machine_is_refused():
 # ---- mounts
 
 
+@pytest.mark.parametrize("destination", ["/", "", "//", "/.", "/./", "a/..", "/..", ".", "/a/../"])
+@pytest.mark.parametrize("kind", ["bind", "tmpfs"])
+def test_a_mount_over_the_rootfs_is_refused(bundle, tmp_path, destination, kind):
+    with pytest.raises(runx.Error, match="over the rootfs at .*: name it as root.path"):
+        mount_of(bundle, destination=destination, type=kind, source=str(tmp_path))
+
+
 def mount_of(bundle, **mount):
     spec = config("true")
     spec["mounts"] = [{"destination": "/t", **mount}]
@@ -596,6 +780,29 @@ def test_durations(text, seconds):
 def test_wrong_durations(text):
     with pytest.raises(runx.Error, match="--interval"):
         runx.parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "processors, memory, quota, vcpus, maxvcpus",
+    [
+        (2, 64, 6400000, 2, 0),
+        (64, 64, 6400000, 8, 0),
+        (64, 24, 6400000, 3, 0),
+        (4, 256, 300000, 3, 4),
+        (1, 64, 0, 1, 1),
+    ],
+)
+def test_no_more_vcpus_than_the_host_and_the_memory_carry(
+    bundle, monkeypatch, processors, memory, quota, vcpus, maxvcpus
+):
+    monkeypatch.setattr(runx, "host_processors", lambda: processors)
+    spec = config("true")
+    spec["annotations"] = {"org.runx.maxvcpus": "99"} if maxvcpus else {}
+    spec["linux"] = {"resources": {"memory": {"limit": memory << 20}, "cpu": {"quota": quota}}}
+    parsed = runx.load_config(bundle(spec))
+    runx.fit_vcpus(parsed)
+    assert (parsed.resources.vcpus(1), parsed.machine.maxvcpus) == (vcpus, maxvcpus)
+    assert runx.parse_resources(spec["linux"]["resources"], "x", parsed.base).vcpus(1) == vcpus
 
 
 # ---- update
