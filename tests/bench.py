@@ -355,7 +355,8 @@ def bare_runs(memory, kind, folder):
 def container_runs(memory, kind, folder, rootfs):
     bundle = make_hello(folder, rootfs)
     spec = json.loads((bundle / "config.json").read_text())
-    spec["annotations"].update({"org.runx.memory": str(memory), "org.runx.type": kind})
+    spec["annotations"]["org.runx.memory"] = str(memory)
+    spec["vm"] = {"hypervisor": {"parameters": [f'type="{kind}"']}}
     (bundle / "config.json").write_text(json.dumps(spec))
     with open(folder / "stdout", "wb") as stdout:
         running = subprocess.Popen(

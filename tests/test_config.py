@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import spec as runtime_spec
-from conftest import call, config
+from conftest import call, config, namespaces
 
 import runx
 
@@ -251,12 +251,6 @@ def test_who_has_refused_a_network_gets_none_by_netconf(bundle):
 
 
 # ---- namespaces
-
-
-def namespaces(**paths):
-    """An entry of linux.namespaces for each kind that a container usually has; paths: of those to join."""
-    kinds = ("pid", "mount", "ipc", "uts", "cgroup", "network")
-    return [{"type": kind, **({"path": paths[kind]} if kind in paths else {})} for kind in kinds]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import IMAGE, Bundle, call, config, wait_for, wait_until
+from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_until
 
 import runx
 
@@ -93,8 +93,7 @@ def fill(bundle, *args, netconf=(), namespace=None, rootfs="ramdisk", **process)
     env = ["PATH=/bin", *(f"NETCONF{number or ''}={value}" for number, value in enumerate(netconf))]
     spec = config(*args, env=env, **process)
     spec["annotations"] = {"org.runx.rootfs": rootfs}
-    where = {"type": "network", **({"path": namespace} if namespace else {})}
-    spec["linux"] = {"namespaces": [{"type": "pid"}, where]}
+    spec["linux"] = {"namespaces": namespaces(network=namespace)}
     bundle.write_config(spec)
     return spec
 
@@ -405,7 +404,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(bundle, network, tmp_path,
     for reserved in (full, taken):
         reserved.unlink()
     spec = config("true")
-    spec["linux"] = {"namespaces": [{"type": "pid"}]}
+    spec["linux"] = {"namespaces": [each for each in namespaces() if each["type"] != "network"]}
     bundle.write_config(spec)
     assert b"the host's own network, which a VM cannot have" in bundle.create().stderr
 
