@@ -545,13 +545,9 @@ def parse_annotations(spec, believed, warnings):
     not there."""
     annotations, found = field(spec, "annotations", dict, {}), {}
     strings({"annotations": list(annotations.values())}, "annotations", "config.json")
-    for key in [key for key in annotations if key.startswith("org.runx.")]:
-        name = key.removeprefix("org.runx.")
-        if name not in ANNOTATIONS:
-            warnings.append(f"there is no annotation {printable(key)}")
-        elif name not in believed:
-            annotations = {other: text for other, text in annotations.items() if other != key}
-            warnings.append(f"the annotation {key} has no effect, for {HOST_CONFIG} does not believe it")
+    dropped = [key for key in annotations if key.startswith("org.runx.") and key[9:] not in believed]
+    annotations = {key: text for key, text in annotations.items() if key not in dropped}
+    warn_of_dropped("annotations", dropped, warnings)
     for key in ("memory", "vcpus", "maxmem", "maxvcpus"):
         text = annotations.get(f"org.runx.{key}") or "0"
         if not (isinstance(text, str) and text.isdecimal() and len(text) < 8):
@@ -577,15 +573,22 @@ def bound_annotations(annotations, resources, host, warnings):
 
 def believed_variables(env, believed, warnings):
     """The variables of the environment without those of VARIABLES that the host does not believe."""
-    kept = []
+    kept, dropped = [], []
     for variable in env:
         name, _, value = variable.partition("=")
         kind = name.rstrip("0123456789") if name.startswith("NETCONF") else name
         if value and kind in VARIABLES and kind not in believed:
-            warnings.append(f"the variable {printable(name)} has no effect, for {HOST_CONFIG} does not believe {kind}")
+            dropped.append(name)
         else:
             kept.append(variable)
+    warn_of_dropped("variables", dropped, warnings)
     return kept
+
+
+def warn_of_dropped(what, names, warnings):
+    if names:
+        names = printable(", ".join(names)[:400])
+        warnings.append(f"these {what} have no effect, for {HOST_CONFIG} does not believe them: {names}")
 
 
 def text_of(section, key, where):
