@@ -5401,14 +5401,14 @@ def print_json(value, indent=2):
 def parse_signal(text):
     """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
     name = text.upper().removeprefix("SIG")
-    if name.isdecimal() and int(name) <= 64:
+    if name.isdecimal() and len(name) < 10 and int(name) <= 64:
         return int(name)
     if name in SIGNALS:
         return SIGNALS.index(name) + 1
     for base, number in (("RTMIN", 34), ("RTMAX", 64)):
         if name.startswith(base):
             offset = name[len(base) :] or "+0"
-            if offset[0] in "+-" and offset[1:].isdecimal() and 34 <= number + int(offset) <= 64:
+            if offset[0] in "+-" and offset[1:].isdecimal() and len(offset) < 5 and 34 <= number + int(offset) <= 64:
                 return number + int(offset)
     raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
 
@@ -5600,7 +5600,7 @@ def parse_duration(text):
     units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
     seconds = sum(float(number) * units[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < 1e9:
         raise Error(f"option --interval of events needs a duration such as 5s, not {text!r}")
     return seconds
 

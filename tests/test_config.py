@@ -716,7 +716,7 @@ def test_signals_by_name_and_number(text, number):
     assert runx.parse_signal(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "\u00b2", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x"])
+@pytest.mark.parametrize("text", ["", "\u00b2", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x", "9" * 5000])
 def test_unknown_signals_are_refused(text):
     with pytest.raises(runx.Error, match="unknown signal"):
         runx.parse_signal(text)
@@ -773,7 +773,7 @@ def test_durations(text, seconds):
     assert runx.parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "5", "0s", "-1s", "s", "1s x"])
+@pytest.mark.parametrize("text", ["", "5", "0s", "-1s", "s", "1s x", "9" * 400 + "h"])
 def test_wrong_durations(text):
     with pytest.raises(runx.Error, match="--interval"):
         runx.parse_duration(text)
