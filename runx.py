@@ -87,11 +87,19 @@ def printable(text):
     return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
 
 
+def json_number(text):
+    """The int that a number of JSON stands for, or the float where it is one, or is larger than any of the kernel's."""
+    number = int(text) if len(text) <= 20 and text.lstrip("-").isdecimal() else float(text)
+    if number - number:  # NaN, for infinity and NaN
+        raise ValueError(f"{text[:40]} is no number that JSON has")
+    return number
+
+
 class JsonScanner:
-    """What C's half of json wants to know (Modules/_json.c): as json.loads does it."""
+    """What C's half of json wants to know (Modules/_json.c): as json.loads does it, but for numbers."""
 
     strict, memo, object_hook, object_pairs_hook = True, {}, None, None
-    parse_float, parse_int, parse_constant = float, int, float
+    parse_float = parse_int = parse_constant = json_number
 
 
 def parse_json(text):
@@ -106,9 +114,55 @@ def parse_json(text):
             return value
     except (StopIteration, SystemError):  # the latter where it would raise an exception of json's that is not imported
         pass
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     import json
 
-    return json.loads(text)  # which says what is wrong
+    return json.loads(text, parse_constant=json_number)  # which says what is wrong
+
+
+DOCUMENT_MAX, DEPTH_MAX = 16 << 20, 64  # characters and levels of JSON that others have written
+
+
+def read_text(path):
+    """A file that others have written.  Raises OSError and ValueError."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read(DOCUMENT_MAX + 1)
+    if len(text) > DOCUMENT_MAX:
+        raise ValueError(f"it is larger than {DOCUMENT_MAX >> 20} MiB")
+    return text
+
+
+def read_document(path):
+    """The JSON in such a file.  Raises OSError and ValueError."""
+    return check_document(parse_json(read_text(path)))
+
+
+def check_document(document):
+    """The document, when all its strings can be handed to the kernel and be written again.  Raises ValueError, with
+    the place."""
+    todo = [(document, "", 0)]
+    while todo:
+        value, place, depth = todo.pop()
+        if depth > DEPTH_MAX:
+            raise ValueError(f"it is nested too deeply at {printable(place[:100])}")
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError(f"{printable(place[1:])} holds a NUL or half a character")
+        if isinstance(value, dict):
+            if not all(map(is_text, value)):
+                raise ValueError(f"a name in {printable(place[1:]) or 'it'} holds a NUL or half a character")
+            todo += [(inner, f"{place}.{key}", depth + 1) for key, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [(inner, f"{place}[{number}]", depth + 1) for number, inner in enumerate(value)]
+    return document
+
+
+def is_text(text):
+    """Whether it can be a C string in UTF-8: without NUL and the surrogates that JSON and names of files can have."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def json_text(value, indent=None, margin="\n"):
@@ -207,6 +261,7 @@ class Hook(Record):
     timeout: int  # seconds, 0: none
 
 
+VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes a half
 DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
 
 
@@ -222,6 +277,7 @@ class Resources(Record):
     minimum_memory: int  # MiB
     default_vcpus: int
     fixed_vcpus: int  # whatever the quota is
+    most_vcpus: int  # whatever is asked for
 
     def mebibytes(self, unlimited):
         """Memory of the VM; unlimited: what it gets where there is no limit."""
@@ -232,8 +288,10 @@ class Resources(Record):
     def vcpus(self, unlimited):
         """As many as the quota can keep busy."""
         if self.fixed_vcpus or not self.quota:
-            return self.fixed_vcpus or self.default_vcpus
-        return unlimited if self.quota < 0 else -(-self.quota // self.period)
+            wanted = self.fixed_vcpus or self.default_vcpus
+        else:
+            wanted = unlimited if self.quota < 0 else -(-self.quota // self.period)
+        return min(wanted, self.most_vcpus)
 
     def cap(self):
         """The most that all vcpus may use together, in percent of one processor; 0: no limit."""
@@ -340,18 +398,17 @@ JSON_NAMES = {dict: "object", list: "array", str: "string", int: "integer", bool
 
 
 def strings(section, key, where):
-    """An array of strings that can be given to execve(2): none of them holds a NUL."""
+    """An array of strings."""
     values = field(section, key, list, [], where)
-    if not all(isinstance(value, str) and "\0" not in value for value in values):
-        raise Error(f"{where}: {key} must hold only strings without NUL")
+    if not all(isinstance(value, str) for value in values):
+        raise Error(f"{where}: {key} must hold only strings")
     return values
 
 
 def load_config(bundle):
     """Reads <bundle>/config.json.  Raises Error, in runc's words where engines show them."""
     try:
-        with open(os.path.join(bundle, "config.json"), encoding="utf-8") as file:
-            spec = parse_json(file.read())
+        spec = read_document(os.path.join(bundle, "config.json"))
     except FileNotFoundError:
         raise Error(f"JSON specification file config.json not found in bundle {bundle}") from None
     except (OSError, ValueError) as error:
@@ -360,11 +417,12 @@ def load_config(bundle):
         raise Error(f"config.json of bundle {bundle} must be a JSON object")
     linux = field(spec, "linux", dict, {})
     resources = field(linux, "resources", dict, {}, "config.json: linux")
-    annotations = parse_annotations(spec)
     hostname, domainname = field(spec, "hostname", str, ""), field(spec, "domainname", str, "")
-    if "\0" in hostname + domainname:
-        raise Error("config.json: hostname and domainname must not hold a NUL")
-    warnings = not_applied(spec, linux, resources)
+    namespaces, warnings = parse_namespaces(linux), not_applied(spec, linux, resources)
+    if (hostname or domainname) and namespaces and "uts" not in namespaces:
+        raise Error("config.json: hostname and domainname need a uts namespace in linux.namespaces")
+    if max(len(hostname.encode()), len(domainname.encode())) > 64:
+        raise Error("config.json: hostname and domainname must not be longer than 64 bytes")
     hooks = field(spec, "hooks", dict, {})
     for kind in HOOK_KINDS:
         parse_hooks(hooks, kind)
@@ -373,22 +431,26 @@ def load_config(bundle):
     if process and process.terminal and not any(mount.type == "devpts" for mount in mounts):
         raise Error("config.json: process.terminal needs a mount of the type devpts at /dev/pts")
     host = load_host_config()
-    hardware = parse_hardware(spec)
-    env = process.env if process else []
+    hardware, annotations = parse_hardware(spec), parse_annotations(spec, host["annotations"], warnings)
+    env = believed_variables(process.env if process else [], host["environment"], warnings)
     machine = parse_machine(spec, annotations, hardware, env, host)
     root = field(spec, "root", dict, {"path": machine.image} if machine.image else REQUIRED)
     rootfs, readonly = find_rootfs(bundle, root, machine), field(root, "readonly", bool, False, "config.json: root")
     netconf = parse_netconf(env)
+    if netconf and namespaces.get("network") == "" and any(mount.destination == PODMANS_MARK for mount in mounts):
+        netconf = warnings.append("NETCONF has no effect, for Podman was asked for no network") or []
     if machine.own_init and hooks.get("startContainer"):
         raise Error("config.json: hooks.startContainer need runX's own init, and the VM boots another one")
+    base = {
+        "default_memory": host["memory"] or DEFAULT_MEMORY, "default_vcpus": host["vcpus"] or 1,
+        "minimum_memory": 1 if machine.own_init else MINIMUM_MEMORY, "fixed_vcpus": 0, "most_vcpus": VCPUS_MAX,
+    }  # fmt: skip
+    bound_annotations(annotations, parse_resources(resources, "config.json: linux.resources", base), host, warnings)
     memory = hardware["memory"] or annotations["memory"] << 20
     if memory:
         resources = {**resources, "memory": {**field(resources, "memory", dict, {}), "limit": memory}}
-    base = {
-        "default_memory": host["memory"] or DEFAULT_MEMORY, "default_vcpus": host["vcpus"] or 1,
-        "minimum_memory": 1 if machine.own_init else MINIMUM_MEMORY,
-        "fixed_vcpus": hardware["vcpus"] or annotations["vcpus"],
-    }  # fmt: skip
+    base["fixed_vcpus"] = hardware["vcpus"] or annotations["vcpus"]
+    machine.maxmem, machine.maxvcpus = annotations["maxmem"], annotations["maxvcpus"]
     return Config(
         oci_version=check_version(field(spec, "ociVersion", str)),
         rootfs=rootfs,
@@ -396,15 +458,15 @@ def load_config(bundle):
         process=process,
         hostname=hostname,
         domainname=domainname,
-        linux=parse_linux(linux),
+        linux=parse_linux(linux, namespaces),
         warnings=warnings,
         mounts=mounts,
-        annotations=field(spec, "annotations", dict, {}),
+        annotations=field(spec, "annotations", dict, {}),  # parse_annotations() has accepted them
         hooks=hooks,
         resources=parse_resources(resources, "config.json: linux.resources", base),
         raw_resources=resources,
         base=base,
-        namespace=network_namespace(linux, netconf),
+        namespace=network_namespace(namespaces, netconf),
         cgroup=text_of(linux, "cgroupsPath", "config.json: linux"),
         netconf=netconf,
         netconf_folders=host["netconf"],
@@ -426,7 +488,7 @@ def not_applied(spec, linux, resources):
     for key in ("uidMappings", "gidMappings"):
         if field(linux, key, list, [], "config.json: linux"):
             raise Error(f"config.json: linux.{key} cannot be applied: the container's root is root of its own VM")
-    sections = {"process": spec.get("process") or {}, "linux": linux, "linux.resources": resources}
+    sections = {"process": field(spec, "process", dict, {}), "linux": linux, "linux.resources": resources}
     asked = (f"{name}.{key}" for name, keys in NOT_APPLIED.items() for key in keys if asks(sections[name].get(key)))
     return [f"{path} has no effect on a container in a VM of its own" for path in asked]
 
@@ -439,17 +501,22 @@ def asks(value):
 
 
 ROOTFS_MODES, ROOTFS_CHOICE = ("9p", "ramdisk", "block", "auto"), '"9p", "ramdisk", "block" or "auto"'
+# docs/security.md: an annotation may be the image's, and config.json does not tell whose a variable is
+ANNOTATIONS = (
+    "memory", "vcpus", "maxmem", "maxvcpus", "rootfs", "rate", "type", "kernel", "ramdisk", "cmdline", "xlconf",
+)  # fmt: skip
+VARIABLES = ("NETCONF", "RUNX_KERNEL", "RUNX_RAMDISK", "XLCONF")
 HOST_SETTINGS = {
     "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "rootfs": "auto", "xlconf": ["/etc/runX/xl"],
-    "netconf": ["/etc/cni/net.d"],
+    "netconf": ["/etc/cni/net.d"], "maxmem": 512, "annotations": list(ANNOTATIONS[:6]),
+    "environment": list(VARIABLES[:3]),
 }  # fmt: skip
 
 
 def load_host_config():
     """The host's own settings (docs/config.md), each with its default where HOST_CONFIG is silent or absent."""
     try:
-        with open(HOST_CONFIG, encoding="utf-8") as file:
-            settings = parse_json(file.read())
+        settings = read_document(HOST_CONFIG)
     except FileNotFoundError:
         return HOST_SETTINGS
     except (OSError, ValueError) as error:
@@ -458,12 +525,13 @@ def load_host_config():
         raise Error(f"{HOST_CONFIG} must be a JSON object with no other members than {', '.join(HOST_SETTINGS)}")
     found = {key: field(settings, key, type(value), value, HOST_CONFIG) for key, value in HOST_SETTINGS.items()}
     check_type(found["type"], f"{HOST_CONFIG}: type")
-    if found["memory"] < 0 or found["vcpus"] < 0:
-        raise Error(f"{HOST_CONFIG}: memory, in MiB, and vcpus must not be below 0")
+    if min(found["memory"], found["vcpus"], found["maxmem"]) < 0:
+        raise Error(f"{HOST_CONFIG}: memory and maxmem, in MiB, and vcpus must not be below 0")
     if found["rootfs"] not in ROOTFS_MODES:
         raise Error(f"{HOST_CONFIG}: rootfs is {ROOTFS_CHOICE}, not {printable(found['rootfs'])}")
-    for key in ("xlconf", "netconf"):
-        strings(found, key, HOST_CONFIG)
+    for key, known in (("xlconf", ()), ("netconf", ()), ("annotations", ANNOTATIONS), ("environment", VARIABLES)):
+        if set(strings(found, key, HOST_CONFIG)) - set(known) and known:
+            raise Error(f"{HOST_CONFIG}: {key} must hold none but {', '.join(known)}")
     return found
 
 
@@ -472,9 +540,14 @@ def check_type(text, where):
         raise Error(f'{where} is "pv" or "pvh", not {printable(text)}')
 
 
-def parse_annotations(spec):
-    """The annotations org.runx.*, without that prefix: those that are numbers as int, and 0 or "" if not there."""
+def parse_annotations(spec, believed, warnings):
+    """The annotations org.runx.* that are believed, without that prefix: those that are numbers as int, and 0 or "" if
+    not there."""
     annotations, found = field(spec, "annotations", dict, {}), {}
+    strings({"annotations": list(annotations.values())}, "annotations", "config.json")
+    dropped = [key for key in annotations if key.startswith("org.runx.") and key[9:] not in believed]
+    annotations = {key: text for key, text in annotations.items() if key not in dropped}
+    warn_of_dropped("annotations", dropped, warnings)
     for key in ("memory", "vcpus", "maxmem", "maxvcpus"):
         text = annotations.get(f"org.runx.{key}") or "0"
         if not (isinstance(text, str) and text.isdecimal() and len(text) < 8):
@@ -486,12 +559,41 @@ def parse_annotations(spec):
     return found
 
 
+def bound_annotations(annotations, resources, host, warnings):
+    """Lowers those that ask for more than config.json's resources, or for more than the host gives where these do not
+    say: they may be the image's."""
+    bounds = {"maxmem": host["maxmem"], "memory": resources.memory >> 20 if resources.memory > 0 else host["maxmem"]}
+    if resources.quota > 0:
+        bounds["vcpus"] = resources.vcpus(0)
+    for key, bound in bounds.items():
+        if annotations[key] > bound:
+            warnings.append(f"the annotation org.runx.{key} cannot be {annotations[key]}, it is {bound}")
+            annotations[key] = bound
+
+
+def believed_variables(env, believed, warnings):
+    """The variables of the environment without those of VARIABLES that the host does not believe."""
+    kept, dropped = [], []
+    for variable in env:
+        name, _, value = variable.partition("=")
+        kind = name.rstrip("0123456789") if name.startswith("NETCONF") else name
+        if value and kind in VARIABLES and kind not in believed:
+            dropped.append(name)
+        else:
+            kept.append(variable)
+    warn_of_dropped("variables", dropped, warnings)
+    return kept
+
+
+def warn_of_dropped(what, names, warnings):
+    if names:
+        names = printable(", ".join(names)[:400])
+        warnings.append(f"these {what} have no effect, for {HOST_CONFIG} does not believe them: {names}")
+
+
 def text_of(section, key, where):
     """A string, "" if it is missing: engines write both."""
-    text = field(section, key, str, "", where)
-    if "\0" in text:
-        raise Error(f"{where}: {key} must not hold a NUL")
-    return text
+    return field(section, key, str, "", where)
 
 
 def parse_hardware(spec):
@@ -557,7 +659,7 @@ def parse_machine(spec, annotations, hardware, env, host):
     lines = [check_line(line) for line in strings(sections["hypervisor"], "parameters", where + ".hypervisor")]
     words = [*host["cmdline"].split(), *annotations["cmdline"].split()]
     return Machine(
-        type=annotations["type"] or host["type"], maxmem=annotations["maxmem"], maxvcpus=annotations["maxvcpus"],
+        type=annotations["type"] or host["type"], maxmem=0, maxvcpus=0,
         rootfs=rootfs or ("none" if own_init else host["rootfs"]), image="" if own_init else image,
         kernel=kernel, ramdisk=ramdisk, own_init=own_init,
         cmdline=words + [quote_word(word) for word in strings(sections["kernel"], "parameters", where + ".kernel")],
@@ -612,8 +714,7 @@ def read_trusted(what, path, folders):
             if status.st_uid != 0 or status.st_mode & 0o022:
                 raise Error(f"{what} {path} is not to be trusted: others than root may write to {part}")
             part = os.path.dirname(part)
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_text(path)
     except (OSError, ValueError) as error:
         raise Error(f"cannot read {what} {path}: {error}") from None
 
@@ -633,17 +734,65 @@ def parse_netconf(env):
     return [found[number] for number in sorted(found)]
 
 
-def network_namespace(linux, netconf):
+# <linux/sched.h>: what NS_GET_NSTYPE of <linux/nsfs.h> says of each
+NAMESPACES = {
+    "cgroup": 0x02000000, "ipc": 0x08000000, "mount": 0x00020000, "network": 0x40000000, "pid": 0x20000000,
+    "time": 0x00000080, "user": 0x10000000, "uts": 0x04000000,
+}  # fmt: skip
+NS_GET_NSTYPE = 0xB703
+PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
+
+
+def parse_namespaces(linux):
+    """{type: path to join, or ""} of linux.namespaces; {} where there are none, and all are the VM's.  Raises Error for
+    what a VM cannot have: to share one with dom0 or with another container."""
+    where, found = "config.json: linux.namespaces", {}
+    for entry in field(linux, "namespaces", list, [], "config.json: linux"):
+        if not isinstance(entry, dict):
+            raise Error(f"{where} must hold objects")
+        kind, path = field(entry, "type", str, where=where), text_of(entry, "path", where)
+        if kind not in NAMESPACES:
+            raise Error(f"{where}: there is no type {printable(kind)}")
+        if kind in found:
+            raise Error(f"{where}: {kind} is there twice")
+        if path:
+            check_namespace(kind, path)
+        found[kind] = path
+    joined = [kind for kind, path in found.items() if path and kind != "network"]
+    if joined:
+        joined = ", ".join(joined)
+        raise Error(f"{where}: containers cannot share a VM yet, nor the {joined} of others: leave out the path")
+    for kind in ("mount", "pid", "ipc"):
+        if found and kind not in found:
+            raise Error(f"{where} asks for the host's own {kind} namespace, which a VM cannot have: add one of its own")
+    if "user" in found:
+        raise Error(f"{where}: leave out user, for the container's root is root of its own VM")
+    return found
+
+
+def check_namespace(kind, path):
+    """Raises Error unless there is a namespace of this kind at path."""
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            is_one = fcntl.ioctl(fd, NS_GET_NSTYPE) == NAMESPACES[kind]
+        except OSError:
+            is_one = False  # no namespace at all
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise Error(f"cannot join the {kind} namespace {path}: {error.strerror}") from None
+    if not is_one:
+        raise Error(f"cannot join the {kind} namespace {path}: it is none")
+
+
+def network_namespace(namespaces, netconf):
     """The path of the network namespace that the container joins, "" for one of its own, or None.  Raises Error."""
-    namespaces = field(linux, "namespaces", list, [], "config.json: linux")
-    for namespace in namespaces:
-        if isinstance(namespace, dict) and namespace.get("type") == "network":
-            path = text_of(namespace, "path", "config.json: linux.namespaces")
-            if path and not os.path.exists(path):
-                raise Error(f"cannot join the network namespace {path}: it does not exist")
-            if path and os.path.samefile(path, "/proc/self/ns/net"):
-                break
-            return path
+    path = namespaces.get("network")
+    if path is not None and not (path and os.path.samefile(path, "/proc/self/ns/net")):
+        return path
     if namespaces and not netconf:
         raise Error(
             "config.json: linux.namespaces asks for the host's own network, which a VM cannot have: give it a network "
@@ -655,8 +804,8 @@ def network_namespace(linux, netconf):
 def check_version(version):
     """Any 1.x, pre-releases included: minor versions only add properties."""
     numbers = version.split("-")[0].split("+")[0].split(".")
-    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers) or int(numbers[0]) != 1:
-        raise Error(f'config.json: ociVersion "{version}" is not supported: runX knows 1.0.0 to 1.3.x')
+    if len(numbers) != 3 or not "".join(numbers).isdecimal() or numbers[0] != "1" or len(version) > 60:
+        raise Error(f'config.json: ociVersion "{printable(version[:60])}" is not supported: runX knows 1.0.0 to 1.3.x')
     return version
 
 
@@ -731,7 +880,7 @@ def parse_process(spec, warnings):
         raise Error("config.json: process.oomScoreAdj must be from -1000 to 1000")
     if not process.args:
         raise Error("config.json: process.args must not be empty")
-    if not process.cwd.startswith("/") or "\0" in process.cwd:
+    if not process.cwd.startswith("/"):
         raise Error("config.json: process.cwd must be an absolute path")
     if not all(0 <= number < 2**16 for number in process.console_size):
         raise Error("config.json: process.consoleSize must be from 0 to 65535")
@@ -802,23 +951,20 @@ def parse_scheduler(spec):
     return (policy, flags, *numbers)
 
 
-def parse_linux(spec):
+def parse_linux(spec, namespaces):
     where = "config.json: linux"
     sysctl = field(spec, "sysctl", dict, {}, where)
     for name, value in sysctl.items():
-        if not isinstance(value, str) or "\0" in name + value or ".." in name or name.startswith("/"):
+        if not isinstance(value, str) or ".." in name or name.startswith("/"):
             raise Error(f"{where}: sysctl must be names, such as net.ipv4.ip_forward, with strings")
     propagation = field(spec, "rootfsPropagation", str, "", where)
     if propagation not in PROPAGATIONS:
         raise Error(f"{where}: there is no rootfsPropagation {printable(propagation)}")
-    namespaces = field(spec, "namespaces", list, [], where)
-    if not all(isinstance(namespace, dict) for namespace in namespaces):
-        raise Error(f"{where}: namespaces must hold objects")
     personality = field(field(spec, "personality", dict, {}, where), "domain", str, "", where + ".personality")
     if personality not in PERSONALITIES:
         raise Error(f"{where}.personality: there is no domain {printable(personality)}")
     return Linux(
-        pid_namespace=any(namespace.get("type") == "pid" for namespace in namespaces),
+        pid_namespace="pid" in namespaces,
         devices=[parse_device(device) for device in field(spec, "devices", list, [], where)],
         sysctl=sysctl,
         masked_paths=absolute_paths(spec, "maskedPaths", where),
@@ -847,7 +993,7 @@ def parse_cgroup(resources, where):
             raise Error(f"{where}.hugepageLimits: pageSize must be a size such as 2MB, not {printable(size)}")
         files[f"hugetlb.{size}.max"] = str(field(entry, "limit", int, where=where + ".hugepageLimits"))
     for name, value in field(resources, "unified", dict, {}, where).items():
-        if "/" in name or "\0" in name or not isinstance(value, str) or "\0" in value:
+        if "/" in name or not isinstance(value, str):
             raise Error(f"{where}.unified must be names of files, such as memory.high, with strings")
         files[name] = value
     return files
@@ -866,7 +1012,7 @@ def parse_device(spec):
     if not isinstance(spec, dict):
         raise Error(f"{where} must hold objects")
     path, kind = field(spec, "path", str, where=where), field(spec, "type", str, where=where)
-    if kind not in DEVICE_TYPES or not path.startswith("/") or "\0" in path:
+    if kind not in DEVICE_TYPES or not path.startswith("/"):
         raise Error(f"{where} needs an absolute path and a type of c, b, u or p")
     default = REQUIRED if kind != "p" else 0
     major, minor = (field(spec, key, int, default, where) for key in ("major", "minor"))
@@ -905,7 +1051,7 @@ def parse_hooks(hooks, kind):
         if not isinstance(spec, dict):
             raise Error(f"{where} must hold objects")
         path, timeout = field(spec, "path", str, where=where), field(spec, "timeout", int, None, where)
-        if not path.startswith("/") or "\0" in path:
+        if not path.startswith("/"):
             raise Error(f"{where}: path must be absolute")
         if timeout is not None and timeout <= 0:
             raise Error(f"{where}: timeout must be greater than 0")
@@ -932,8 +1078,8 @@ def parse_mount(bundle, spec):
             propagation = PROPAGATIONS[option]
         else:
             data.append(option)
-    if "\0" in destination + source:
-        raise Error(f"{where}: a path must not hold a NUL")
+    if os.path.normpath("/" + destination).strip("/") == "":
+        raise Error(f"cannot mount {source} over the rootfs at /{destination.lstrip('/')}: name it as root.path")
     if spec.get("uidMappings") or spec.get("gidMappings"):
         raise Error(f"cannot mount {source} at {destination}: ID-mapped mounts are not supported")
     if kind == "bind":
@@ -1553,6 +1699,13 @@ def xl_info(key):
         if name.strip() == key:
             return value.strip()
     return ""
+
+
+def host_processors():
+    """How many the host has: dom0 may see fewer, and only on x86 its kernel knows of all."""
+    folder = "/sys/devices/system/xen_cpu"
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return sum(name.startswith("xen_cpu") for name in names) or int(xl_info("nr_cpus") or 1)
 
 
 def change_domain(*args):
@@ -3066,6 +3219,22 @@ def in_namespace(path, work):
         os.close(target)
 
 
+def mark_namespace():
+    """A socket whose name says, as long as it is open, that a VM has our network namespace, whatever root or engine it
+    is of.  Raises Error where one has."""
+    import _socket
+    import errno
+
+    mark = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+    try:
+        mark.bind(b"\0runX")  # abstract names, unix(7), are a network namespace's own
+        return mark
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+    raise Error("cannot join the network namespace of another container's VM: containers cannot share a VM yet")
+
+
 def make_namespace(path):
     """Makes a network namespace that lasts as long as path, a file onto which it is mounted.  Raises Error."""
 
@@ -3163,12 +3332,14 @@ def load_network(request, folders):
     plugins = field(found[0], "plugins", list, [found[0]], where)
     if not plugins or not all(isinstance(plugin, dict) for plugin in plugins):
         raise Error(f"{where}: plugins must hold objects")
-    for plugin in plugins:
-        if "/" in field(plugin, "type", str, where=where):
-            raise Error(f"{where}: the type {printable(plugin['type'])} is not the name of a plugin")
-    network = Network(file=path, name=name, version=version, plugins=plugins, mode="", addresses=[])
     ipam = field(plugins[0], "ipam", dict, {}, where)
     kind = field(ipam, "type", str, "", where + ".ipam")
+    for name in (kind or "none", *(field(plugin, "type", str, where=where) for plugin in plugins)):
+        if "/" in name or name in ("", ".", ".."):
+            raise Error(f"{where}: the type {printable(name)} is not the name of a plugin")
+    for plugin in plugins:
+        field(field(plugin, "args", dict, {}, where), "cni", dict, {}, where + ".args")
+    network = Network(file=path, name=name, version=version, plugins=plugins, mode="", addresses=[])
     if not address:  # a bridge as RunX has always taken it; what makes a link of its own, as CNI has it
         network.mode = "dhcp" if plugins[0]["type"] == "bridge" or kind in ("", "dhcp") else "auto"
     elif address == "auto":
@@ -3184,13 +3355,14 @@ def parse_documents(path, text):
     """The JSON objects in a file, one behind the other or in an array."""
     import json
 
-    decoder, documents, place = json.JSONDecoder(), [], 0
+    number, documents = json_number, []
+    decoder = json.JSONDecoder(parse_float=number, parse_int=number, parse_constant=number)
     try:
-        while text[place:].strip():
-            place += len(text[place:]) - len(text[place:].lstrip())
-            document, place = decoder.raw_decode(text, place)
-            documents += document if isinstance(document, list) else [document]
-    except ValueError as error:
+        while text := text.lstrip():
+            document, end = decoder.raw_decode(text)
+            documents += check_document(document) if isinstance(document, list) else [check_document(document)]
+            text = text[end:]
+    except (ValueError, RecursionError) as error:
         raise Error(f"cannot read the networks in {path}: {error}") from None
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise Error(f"cannot read the networks in {path}: it must hold JSON objects")
@@ -3205,7 +3377,8 @@ def ipam_ranges(network):
     try:
         entries = [ipam, *(entry for entries in ipam.get("ranges") or [] for entry in entries)]
         for entry in [*entries, *(ipam.get("addresses") or [])]:
-            subnet, gateway = entry.get("subnet") or entry.get("address"), entry.get("gateway")
+            subnet, gateway = (text_of(entry, key, "ipam") for key in ("subnet", "gateway"))
+            subnet = subnet or text_of(entry, "address", "ipam")
             if subnet:
                 subnet = ipaddress.ip_network(subnet, strict=False)
                 ranges.append((subnet, ipaddress.ip_address(gateway) if gateway else None))
@@ -3261,7 +3434,7 @@ def plan_attachment(network, number, container, rate, log):
     attachment = Attachment(
         network=network.name, calls=[], identity=name.replace("+", "_"), interface=f"eth{number}",
         namespace=container.path("netns"), result=None, bridge="", mac=stable_mac(container.folder, number),
-        mtu=field(first, "mtu", int, 0, network.file), rate=rate or bandwidth_rate(network),
+        mtu=field(first, "mtu", int, 0, network.file), rate=lower_rate(rate, bandwidth_rate(network)),
         dhcp=network.mode == "dhcp", addresses=list(map(str, network.addresses)), routes=[],
         gateways=[str(gateway) for _, gateway in ipam_ranges(network) if gateway],
         dns=check_dns(field(first, "dns", dict, {}, network.file), network.name),
@@ -3383,6 +3556,16 @@ def parse_rate(text):
     return f"{rate * microseconds // 10**6},{microseconds}"
 
 
+def lower_rate(*rates):
+    """The lowest of some rates as netback wants them, of which "" is none."""
+
+    def speed(rate):
+        size, microseconds = rate.split(",")
+        return int(size) / int(microseconds)
+
+    return min(filter(None, rates), key=speed, default="")
+
+
 def bandwidth_rate(network):
     """What the bandwidth plugin of the network allows the VM to send, as netback wants it, or ""."""
     for plugin in network.plugins[1:]:
@@ -3401,7 +3584,7 @@ def attach_network(attachment, network):
         configuration["cniVersion"] = version
         output = call_plugin("ADD", attachment, plugin, configuration)
         try:
-            attachment.result = {**parse_json(output)}
+            attachment.result = {**check_document(parse_json(output))}
         except (ValueError, TypeError):
             raise Error(f"network {attachment.network}: the CNI plugin {plugin} has not printed a result") from None
     if attachment.result and attachment.bridge:
@@ -3463,10 +3646,10 @@ def use_result(attachment, result, network):
     """Puts what the IPAM plugin has said, or the file, into the Attachment of a bridge's port.  Raises Error."""
     import ipaddress
 
-    old = [result[key] for key in ("ip4", "ip6") if result.get(key)]  # 0.2.0
-    ips = result.get("ips") or [{"address": each["ip"], **each} for each in old]
-    routes = result.get("routes") or [route for entry in ips for route in entry.get("routes") or ()]
     try:
+        old = [result[key] for key in ("ip4", "ip6") if result.get(key)]  # 0.2.0
+        ips = result.get("ips") or [{"address": each["ip"], **each} for each in old]
+        routes = result.get("routes") or [route for entry in ips for route in entry.get("routes") or ()]
         addresses = attachment.addresses or [entry["address"] for entry in ips]
         attachment.addresses = [str(ipaddress.ip_interface(address)) for address in addresses]
         versions = {ipaddress.ip_interface(address).version for address in attachment.addresses}
@@ -3488,11 +3671,14 @@ def use_result(attachment, result, network):
 
 def check_dns(dns, network):
     """A dns object of CNI's, {} for none.  Raises Error."""
-    try:
-        resolv_conf(dns or {})
-    except (TypeError, AttributeError) as error:
-        raise Error(f"network {network}: cannot understand its dns: {error}") from None
-    return dns or {}
+    where = f"network {network}: dns"
+    dns = field({"dns": dns}, "dns", dict, {}, f"network {network}")
+    words = [text_of(dns, "domain", where)]
+    for key in ("nameservers", "search", "options"):
+        words += strings(dns, key, where)
+    if not all(word.isprintable() for word in words):
+        raise Error(f"{where} must hold words for a line of resolv.conf")
+    return dns
 
 
 def resolv_conf(dns):
@@ -4163,6 +4349,7 @@ def enter_namespaces(config, share, namespace, exported):
         else:
             flags |= CLONE_NEWNET
         system_call("unshare", flags)
+        mark_namespace().detach()  # open as long as we live
         system_call("sethostname", name, len(os.fsencode(name)))
         system_call("setns", namespace, CLONE_NEWNS)
         os.close(namespace)
@@ -4993,9 +5180,21 @@ def prepare(call):
     """What create and run begin with: the container, not made yet, its config and its bundle."""
     container = call.container()
     bundle = os.path.realpath(call.options.get("bundle", "."))
+    if not is_text(bundle + call.root):
+        raise Error(f"the paths of bundle and root must be UTF-8: {printable(bundle)}, {printable(call.root)}")
     config = load_config(bundle)
     find_xl()
+    fit_vcpus(config)
     return container, config, bundle
+
+
+def fit_vcpus(config):
+    """Has no more vcpus than the host has processors, and than the VM's memory can carry."""
+    resources, machine = config.resources, config.machine
+    if max(resources.vcpus(resources.default_vcpus), machine.maxvcpus) > 1:
+        carried = max(1, resources.mebibytes(resources.default_memory) // VCPU_MEMORY)
+        resources.most_vcpus = config.base["most_vcpus"] = most = min(host_processors(), carried)
+        machine.maxvcpus = min(machine.maxvcpus, most)
 
 
 def find_console_socket(call, config, attached):
@@ -5015,6 +5214,8 @@ def find_console_socket(call, config, attached):
 def create(call, container, config, bundle, console_socket):
     """Makes the container; returns the monitor's pid."""
     networks = [load_network(request, config.netconf_folders) for request in config.netconf]
+    if config.namespace:
+        in_namespace(config.namespace, mark_namespace)
     container.reserve()
     with container:
         try:
@@ -5237,14 +5438,14 @@ def print_json(value, indent=2):
 def parse_signal(text):
     """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
     name = text.upper().removeprefix("SIG")
-    if name.isdecimal() and int(name) <= 64:
+    if name.isdecimal() and len(name) < 10 and int(name) <= 64:
         return int(name)
     if name in SIGNALS:
         return SIGNALS.index(name) + 1
     for base, number in (("RTMIN", 34), ("RTMAX", 64)):
         if name.startswith(base):
             offset = name[len(base) :] or "+0"
-            if offset[0] in "+-" and offset[1:].isdecimal() and 34 <= number + int(offset) <= 64:
+            if offset[0] in "+-" and offset[1:].isdecimal() and len(offset) < 5 and 34 <= number + int(offset) <= 64:
                 return number + int(offset)
     raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
 
@@ -5370,6 +5571,14 @@ def resume(container):
     container.save(paused=False)
 
 
+def output_format(call):
+    """ "table" or "json"; Error if --format is another."""
+    wanted = call.options.get("format", "table")
+    if wanted not in ("table", "json"):
+        raise Error(f"invalid format option {printable(wanted)}: use table or json")
+    return wanted
+
+
 def command_ps(call):
     """The container's process as dom0 sees it: the monitor.  What runs in the VM, only the VM knows."""
     import subprocess
@@ -5378,7 +5587,7 @@ def command_ps(call):
     if container.status() in ("creating", "stopped"):
         raise Error("container not running")
     pid = str(container.state["pid"])
-    if call.options.get("format", "table") == "json":
+    if output_format(call) == "json":
         print_json([int(pid)], None)
         return
     command = ["ps", *(call.arguments[1:] or ["-ef"])]
@@ -5428,7 +5637,7 @@ def parse_duration(text):
     units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
     seconds = sum(float(number) * units[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < 1e9:
         raise Error(f"option --interval of events needs a duration such as 5s, not {text!r}")
     return seconds
 
@@ -5483,8 +5692,7 @@ def read_update(options):
     source, changes = options.get("resources"), {}
     if source:
         try:
-            with open(0 if source == "-" else source, encoding="utf-8") as file:
-                changes = parse_json(file.read())
+            changes = read_document(0 if source == "-" else source)
         except (OSError, ValueError) as error:
             raise Error(f"cannot read the resources from {source}: {error}") from None
         if not isinstance(changes, dict):
@@ -5559,16 +5767,18 @@ def apply_resources(container, new, old):
 
 def command_list(call):
     """As `runc list`: a table, --format json, or --quiet for ids alone."""
-    states = []
-    for name in sorted(os.listdir(call.root)) if os.path.isdir(call.root) else ():
+    states, made = [], os.path.isdir(call.root)
+    if not made and call.root != DEFAULT_ROOT:
+        raise Error(f"there is no root {printable(call.root)}")
+    for name in sorted(os.listdir(call.root)) if made else ():
         try:
             states.append(Container(call.root, name).load().public_state())
         except Error:
             pass  # deleted meanwhile, or not ours
     if "quiet" in call.options:
-        print("\n".join(state["id"] for state in states))
-    elif call.options.get("format", "table") == "json":
-        print_json(states)
+        print("".join(f"{state['id']}\n" for state in states), end="")
+    elif output_format(call) == "json":
+        print_json(states or None)  # null for none, as runc's
     else:
         print_table(states)
 
@@ -5622,7 +5832,9 @@ def command_pack_initrd(call):
 
 CREATE_FLAGS = {"no-pivot", "no-new-keyring", "detach", "no-subreaper", "keep"}
 CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
-SHORT = {"b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet", "r": "resources"}
+SHORT = {
+    "b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet", "r": "resources", "h": "help", "v": "version",
+}  # fmt: skip
 
 # command: (function, flags, options with a value)
 COMMANDS = {
@@ -5641,6 +5853,7 @@ COMMANDS = {
     "features": (command_features, set(), set()),
     "pack-initrd": (command_pack_initrd, set(), set()),
 }
+ARGUMENTS_MAX = {"list": 0, "features": 0, "kill": 2, "pack-initrd": 2, "ps": 1000}  # 1 for the others
 # what other runtimes have, so that the refusal can say that it is known
 UNSUPPORTED = {"checkpoint", "exec", "restore"}
 GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
@@ -5672,9 +5885,17 @@ def split_option(word):
     return SHORT.get(name, name), value if equals else None
 
 
-def parse_globals(words):
-    """Takes the options before the command off words; one that runX does not know is passed over."""
-    options = {}
+def is_set(name, value):
+    """Whether a flag, such as --debug or --debug=true, is: Go's strconv.ParseBool.  Raises Error."""
+    if value is None or value in ("1", "t", "T", "true", "TRUE", "True"):
+        return True
+    if value in ("0", "f", "F", "false", "FALSE", "False"):
+        return False
+    raise Error(f"option --{name} is true or false, not {value!r}")
+
+
+def parse_globals(words, options):
+    """Takes the options before the command off words, into options; one that runX does not know is passed over."""
     while words and words[0].startswith("-"):
         name, value = split_option(words.pop(0))
         if value is None and name in GLOBAL_VALUES and name != "rootless":
@@ -5684,8 +5905,8 @@ def parse_globals(words):
         elif value is None and name not in GLOBAL_FLAGS and len(words) > 1 and words[0] not in COMMANDS:
             if not words[0].startswith("-") and words[0] not in UNSUPPORTED:
                 value = words.pop(0)
-        options[name] = True if value is None else value
-    return options
+        if name not in GLOBAL_FLAGS or is_set(name, value):
+            options[name] = True if value is None else value
 
 
 def parse_options(command, words):
@@ -5705,8 +5926,8 @@ def parse_options(command, words):
         name, value = split_option(word)
         if command in ("list", "ps") and name == "force":
             name = "format"
-        if name in flags:
-            if value != "false":
+        if name in flags or name == "help":
+            if is_set(name, value):
                 options[name] = True
         elif name in values:
             if value is None and not words:
@@ -5721,15 +5942,23 @@ def run_command(words, options, log):
     if "version" in options:
         print(f"runX version {VERSION}\nspec: 1.3.0")
         return 0
-    if "help" in options or not words:
+    if options.get("log-format", "text") not in ("text", "json"):
+        raise Error(f"invalid log-format: {options['log-format']}")
+    if "help" in options or not words or words[0] in ("help", "h"):
         print(USAGE)
-        return 0 if words or "help" in options else 1
+        return 0
     command = words.pop(0)
     if command in UNSUPPORTED:
         raise Error(f"runX does not support {command}")
     if command not in COMMANDS:
         raise Error(f"unknown command {command!r}: see runX --help")
     command_options, arguments = parse_options(command, words)
+    if "help" in command_options:
+        print(USAGE)
+        return 0
+    most = ARGUMENTS_MAX.get(command, 1)
+    if len(arguments) > most:
+        raise Error(f"{command} takes no more than {most} arguments, and {printable(arguments[most])} is one more")
     root = os.path.abspath(options.get("root", DEFAULT_ROOT))
     systemd = "systemd-cgroup" in options
     call = Invocation(root=root, log=log, systemd=systemd, options=command_options, arguments=arguments)
@@ -5738,10 +5967,12 @@ def run_command(words, options, log):
 
 def main(words):
     """Runs one command line; returns the exit status.  The only place where an Error ends."""
-    log = Log()
+    log, options = Log(), {}
     try:
-        options = parse_globals(words)
-        log = Log(options.get("log"), options.get("log-format") == "json", "debug" in options)
+        try:
+            parse_globals(words, options)
+        finally:
+            log = Log(options.get("log"), options.get("log-format") == "json", "debug" in options)
         return run_command(words, options, log)
     except Error as error:
         message = str(error)
@@ -5749,6 +5980,12 @@ def main(words):
         message = "interrupted"
     except OSError as error:
         message = f"cannot run {' '.join(words[:1]) or 'runX'}: {error}"
+    except Exception as error:
+        import traceback
+
+        message = f"internal error of runX: {error!r}"
+        log.debug(traceback.format_exc())
+    message = printable(message[:2000])
     if log.path:
         log.write("error", message)
     print(f"runX: {message}", file=sys.stderr)

@@ -39,7 +39,7 @@ def call(*args, **options):
 # ---- bundles
 
 
-def make_bundle(folder, *args, env=(), namespace=None, programs=()):
+def make_bundle(folder, *args, env=(), namespace=None, programs=(), settings=()):
     """A bundle of busybox and these programs of dom0's, with their libraries."""
     rootfs = folder / "rootfs"
     (rootfs / "bin").mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,10 @@ def make_bundle(folder, *args, env=(), namespace=None, programs=()):
             *({"destination": path, "type": "tmpfs", "source": "tmpfs"} for path in ("/tmp", "/dev")),
         ],
         "linux": {"namespaces": [
-            {"type": "mount"}, {"type": "pid"}, {"type": "network", **({"path": namespace} if namespace else {})},
+            {"type": "mount"}, {"type": "pid"}, {"type": "ipc"},
+            {"type": "network", **({"path": namespace} if namespace else {})},
         ]},
+        "vm": {"hypervisor": {"parameters": list(settings)}},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(spec))
     return folder
@@ -355,7 +357,8 @@ def bare_runs(memory, kind, folder):
 def container_runs(memory, kind, folder, rootfs):
     bundle = make_hello(folder, rootfs)
     spec = json.loads((bundle / "config.json").read_text())
-    spec["annotations"].update({"org.runx.memory": str(memory), "org.runx.type": kind})
+    spec["annotations"]["org.runx.memory"] = str(memory)
+    spec["vm"] = {"hypervisor": {"parameters": [f'type="{kind}"']}}
     (bundle / "config.json").write_text(json.dumps(spec))
     with open(folder / "stdout", "wb") as stdout:
         running = subprocess.Popen(
@@ -436,7 +439,7 @@ BRIDGE, ADDRESS = "benchbr0", "10.74.0.1"
 
 def measure_network(folder, runs):
     """{way: {direction: Mbit/s, the median}}, in both directions between a container and dom0 on one bridge."""
-    networks, settings = pathlib.Path("/etc/cni/net.d/bench.conf"), pathlib.Path("/etc/runX/xl/bench")
+    networks = pathlib.Path("/etc/cni/net.d/bench.conf")
     with contextlib.ExitStack() as stack:
         for command in (
             f"ip link add {BRIDGE} type bridge", f"ip address add {ADDRESS}/24 dev {BRIDGE}",
@@ -446,9 +449,8 @@ def measure_network(folder, runs):
             call(*command.split())
         for command in ("ip netns del bench", f"ip link del {BRIDGE}"):
             stack.callback(subprocess.run, command.split())
-        for path in (networks, settings):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.callback(path.unlink)
+        networks.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(networks.unlink)
         ipam = {"type": "host-local", "subnet": "10.74.0.0/24", "dataDir": str(folder / "ipam")}
         network = {"cniVersion": "1.0.0", "type": "bridge", "bridge": BRIDGE, "ipam": ipam}
         limit = {"type": "bandwidth", "egressRate": 80_000_000, "egressBurst": 80_000_000}
@@ -458,7 +460,6 @@ def measure_network(folder, runs):
             {"cniVersion": "1.0.0", "name": "limited", "plugins": [{**network, "hairpinMode": True}, limit]},
         ]
         networks.write_text("\n".join(map(json.dumps, documents)))
-        settings.write_text(f'vif = [ "bridge={BRIDGE},script=vif-bridge" ]\n')
         server = subprocess.Popen(["iperf3", "-s"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         stack.callback(server.wait)
         stack.callback(server.terminate)
@@ -466,7 +467,7 @@ def measure_network(folder, runs):
             "runX, a port of the bridge": ("runX", {"env": [f"NETCONF={networks},port,10.74.0.11"]}),
             "runX, the plugin bridge": ("runX", {"env": [f"NETCONF={networks},plugin,10.74.0.12"]}),
             "runX, 80 Mbit/s of the plugin bandwidth": ("runX", {"env": [f"NETCONF={networks},limited,10.74.0.13"]}),
-            "Xen's script vif-bridge": ("runX", {"env": [f"XLCONF={settings}"]}),
+            "Xen's script vif-bridge": ("runX", {"settings": [f'vif=["bridge={BRIDGE},script=vif-bridge"]']}),
         }
         if shutil.which("runc"):
             ways["runc, a veth"] = ("runc", {"namespace": "/run/netns/bench"})

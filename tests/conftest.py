@@ -102,6 +102,12 @@ def config(*args, **process):
     }
 
 
+def namespaces(**paths):
+    """linux.namespaces with each kind that a container usually has; paths: of those to join."""
+    kinds = ("pid", "mount", "ipc", "uts", "cgroup", "network")
+    return [{"type": kind, **({"path": paths[kind]} if paths.get(kind) else {})} for kind in kinds]
+
+
 def in_memory(spec):
     """The same with its rootfs in the VM's memory: where that does not matter, a life without QEMU is shorter."""
     return {**spec, "annotations": {**spec.get("annotations", {}), "org.runx.rootfs": "ramdisk"}}

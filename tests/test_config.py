@@ -1,12 +1,14 @@
 """config.json and the command line: what is accepted, what is refused, in which words."""
 
 import json
+import os
 import pathlib
+import re
 import struct
 
 import pytest
 import spec as runtime_spec
-from conftest import call, config
+from conftest import call, config, namespaces
 
 import runx
 
@@ -61,7 +63,7 @@ def test_a_terminal_is_parsed_and_needs_a_devpts(bundle):
         runx.load_config(bundle(spec))
 
 
-BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_vcpus": 0}
+BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_vcpus": 0, "most_vcpus": 64}
 
 
 @pytest.mark.parametrize(
@@ -155,23 +157,198 @@ def test_the_hosts_own_configuration(bundle, host_config):
         return config.resources.mebibytes(1000), config.resources.vcpus(8)
 
     assert (load().machine.type, size(load())) == ("", (runx.DEFAULT_MEMORY, 1))
-    host_config('{"type": "pv", "memory": 72, "vcpus": 2, "cmdline": "a b"}')
+    settings = {"type": "pv", "memory": 72, "vcpus": 2, "cmdline": "a b", "annotations": list(runx.ANNOTATIONS)}
+    host_config(json.dumps(settings))
     assert (load().machine.type, load().machine.cmdline, size(load())) == ("pv", ["a", "b"], (72, 2))
     asked = {"memory": {"limit": 80 << 20}, "cpu": {"quota": 350000}}
     assert size(load(resources=asked)) == (80, 4)
-    annotations = {"type": "pvh", "memory": "90", "vcpus": "3", "maxmem": "100", "cmdline": "c=d"}
+    annotations = {"type": "pvh", "memory": "70", "vcpus": "3", "maxmem": "100", "cmdline": "c=d"}
     mine = load({f"org.runx.{key}": value for key, value in annotations.items()}, resources=asked)
-    assert (mine.machine.type, mine.machine.cmdline, size(mine)) == ("pvh", ["a", "b", "c=d"], (90, 3))
+    assert (mine.machine.type, mine.machine.cmdline, size(mine)) == ("pvh", ["a", "b", "c=d"], (70, 3))
     assert (mine.machine.maxmem, mine.resources.cap()) == (100, 350)
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"type": "hvm"}', '{"tpye": "pv"}', '{"memory": "1"}', '{"vcpus": -1}', '{"xlconf": [1]}']
-)
+    "text",
+    ["{", "[]", '{"type": "hvm"}', '{"tpye": "pv"}', '{"memory": "1"}', '{"vcpus": -1}', '{"xlconf": [1]}',
+     '{"annotations": ["xlcfg"]}', '{"environment": ["PATH"]}', '{"maxmem": -1}'],
+)  # fmt: skip
 def test_a_wrong_configuration_of_the_host(bundle, host_config, text):
     host_config(text)
     with pytest.raises(runx.Error, match="host.json"):
         runx.load_config(bundle(config("true")))
+
+
+# ---- what an image may have said
+
+
+def annotated(bundle, resources=None, **annotations):
+    spec = config("true")
+    spec["annotations"] = {f"org.runx.{key}": value for key, value in annotations.items()}
+    spec["linux"] = {"resources": resources or {}}
+    return runx.load_config(bundle(spec))
+
+
+def test_an_annotation_never_asks_for_more_than_the_resources(bundle, host_config):
+    limits = {"memory": {"limit": 64 << 20}, "cpu": {"quota": 150000}}
+    parsed = annotated(bundle, limits, memory="1500", vcpus="3", maxmem="99999")
+    assert (parsed.resources.mebibytes(0), parsed.resources.vcpus(8), parsed.machine.maxmem) == (64, 2, 512)
+    assert [warning.split(" cannot ")[0] for warning in parsed.warnings] == [
+        "the annotation org.runx.maxmem", "the annotation org.runx.memory", "the annotation org.runx.vcpus"
+    ]  # fmt: skip
+    parsed = annotated(bundle, limits, memory="32", vcpus="1")
+    assert (parsed.resources.mebibytes(0), parsed.resources.vcpus(8), parsed.warnings) == (32, 1, [])
+    unlimited = {"memory": {"limit": -1}, "cpu": {"quota": -1}}
+    for resources in ({}, unlimited):
+        assert annotated(bundle, resources, memory="1500").resources.mebibytes(0) == 512
+    host_config('{"maxmem": 2000}')
+    assert annotated(bundle, memory="1500").resources.mebibytes(0) == 1500
+    vm = {"hwConfig": {"memory": 1500 << 20}}  # the engine's own word
+    assert runx.load_config(bundle({**config("true"), "vm": vm})).resources.mebibytes(0) == 1500
+
+
+def test_an_annotation_that_the_host_does_not_believe_has_no_effect(bundle, host_config):
+    unbelieved = {"type": "pv", "kernel": "/k", "ramdisk": "/r", "cmdline": "a", "xlconf": "/x"}
+    parsed = annotated(bundle, **unbelieved, memroy="1")
+    machine = parsed.machine
+    assert (machine.type, machine.kernel, machine.own_init, machine.cmdline, machine.lines) == ("", None, False, [], [])
+    words = f"these annotations have no effect, for {runx.HOST_CONFIG} does not believe them: "
+    assert parsed.warnings == [words + ", ".join(f"org.runx.{name}" for name in (*unbelieved, "memroy"))]
+    assert parsed.annotations["org.runx.type"] == "pv"  # for `state`
+    host_config('{"annotations": ["cmdline"]}')
+    parsed = annotated(bundle, cmdline="a", memory="72")
+    assert (parsed.machine.cmdline, parsed.resources.mebibytes(0)) == (["a"], runx.DEFAULT_MEMORY)
+
+
+def test_a_rate_of_an_annotation_is_a_lower_one():
+    assert runx.lower_rate("100,50000", "50,50000") == runx.lower_rate("50,50000", "") == "50,50000"
+    assert runx.lower_rate("100,50000", "100,1000") == "100,50000"
+    assert runx.lower_rate("", "") == ""
+
+
+@pytest.mark.parametrize(
+    "believed, kernel, networks",
+    [(None, ("/k", True), 2), ([], None, 0), (["NETCONF"], None, 2), (["RUNX_KERNEL"], ("/k", True), 0)],
+)
+def test_variables_that_the_host_does_not_believe_have_no_effect(bundle, host_config, believed, kernel, networks):
+    host_config("{}" if believed is None else json.dumps({"environment": believed}))
+    env = ["RUNX_KERNEL=/k", "NETCONF=/a,n", "NETCONF7=/b,n", "NETCONFIG=x", "XLCONF=/etc/passwd", "RUNX_RAMDISK="]
+    parsed = runx.load_config(bundle(config("true", env=env)))
+    assert (parsed.machine.kernel, len(parsed.netconf), parsed.machine.lines) == (kernel, networks, [])
+    dropped = [*["RUNX_KERNEL"][: not kernel], *["NETCONF", "NETCONF7"][: 2 - networks], "XLCONF"]
+    assert [warning.split(": ")[1] for warning in parsed.warnings] == [", ".join(dropped)]
+    assert parsed.process.env == env
+
+
+def test_who_has_refused_a_network_gets_none_by_netconf(bundle):
+    spec = config("true", env=["NETCONF=nonsense", "NETCONF1=/a,n"])
+    spec["linux"] = {"namespaces": namespaces()}
+    spec["process"]["env"] = ["NETCONF=/a,n"]
+    assert runx.load_config(bundle(spec)).netconf  # as ctr writes it by default
+    spec["mounts"].append({"destination": runx.PODMANS_MARK, "type": "bind", "source": "rootfs", "options": ["bind"]})
+    parsed = runx.load_config(bundle(spec))
+    assert (parsed.netconf, parsed.namespace) == ([], "")
+    assert parsed.warnings == ["NETCONF has no effect, for Podman was asked for no network"]
+    del spec["linux"]["namespaces"][-1]  # network
+    assert runx.load_config(bundle(spec)).netconf
+
+
+# ---- namespaces
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        (["pid"], "namespaces must hold objects"),
+        ([*namespaces(), {"type": "pid"}], "pid is there twice"),
+        ([*namespaces(), {"type": "network", "path": "/x"}], "network is there twice"),
+        ([{"type": "disk"}], "there is no type disk"),
+        ([{"type": ""}], "there is no type"),
+        ([{"path": "/x"}], "type is missing"),
+        (namespaces(network="/no/such"), "cannot join the network namespace /no/such: No such file"),
+        (namespaces(network="/proc/self/ns/uts"), "cannot join the network namespace /proc/self/ns/uts: it is none"),
+        (namespaces(network="/dev/null"), "cannot join the network namespace /dev/null: it is none"),
+        (namespaces(network="/"), "cannot join the network namespace /: it is none"),
+        (namespaces(ipc="/proc/self/ns/pid"), "cannot join the ipc namespace /proc/self/ns/pid: it is none"),
+        (namespaces(network="/proc/self/ns/net"), "asks for the host's own network, which a VM cannot have"),
+        ([*namespaces(), {"type": "user"}], "root of its own VM"),
+        *(
+            (
+                namespaces(**{kind: f"/proc/self/ns/{name}"}),
+                f"containers cannot share a VM yet, nor the {kind} of others",
+            )
+            for kind, name in [("pid", "pid"), ("ipc", "ipc"), ("uts", "uts"), ("mount", "mnt"), ("cgroup", "cgroup")]
+        ),
+        *(
+            ([entry for entry in namespaces() if entry["type"] != kind], f"asks for the host's own {kind}")
+            for kind in ("pid", "ipc", "mount", "network")
+        ),
+    ],
+)
+def test_a_namespace_that_a_vm_cannot_have_is_refused(bundle, entries, words):
+    with pytest.raises(runx.Error, match=words):
+        runx.load_config(bundle({**config("true"), "linux": {"namespaces": entries}}))
+
+
+def test_the_hosts_uts_namespace_gives_its_hostname(bundle):
+    entries = [entry for entry in namespaces() if entry["type"] not in ("uts", "cgroup")]
+    spec = {**config("true"), "linux": {"namespaces": [*entries, {"type": "time"}]}}
+    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {})
+    assert f"\0hostname\0{os.uname().nodename}\0".encode() in text
+    with pytest.raises(runx.Error, match="need a uts namespace"):
+        runx.load_config(bundle({**spec, "hostname": "x"}))
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[" * 100000, "nested too deeply"),
+        ('{"a": ' * 70 + "1" + "}" * 70, "nested too deeply at .a.a.a"),
+        ('{"process": {"args": ["x", "\\ud800"]}}', r"process.args\[1\] holds a NUL or half a character"),
+        ('{"root": {"path": "a\\u0000b"}}', "root.path holds a NUL"),
+        ('{"process": {"\\udc00": 1}}', "a name in process holds a NUL"),
+        ('{"\\u0000": 1}', "a name in it holds a NUL"),
+        ('{"annotations": {"a": 1e999}}', "1e999 is no number that JSON has"),
+        ('{"annotations": {"a": -Infinity}}', "-Infinity is no number that JSON has"),
+        ('{"annotations": {"a": NaN}}', "NaN is no number that JSON has"),
+        ('{"a": ' + "9" * 5000 + "}", "is no number that JSON has"),
+        (
+            '{"ociVersion": "1.0.' + "0" * 5000 + '", "root": {"path": "rootfs"}}',
+            'ociVersion "1.0.000.* is not supported',
+        ),
+        ('{"annotations": {"a": 1}}', "annotations must hold only strings"),
+        ('{"process": [1]}', "process must be a JSON object"),
+        (" " * ((16 << 20) + 1), "it is larger than 16 MiB"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_json_that_cannot_be_read_is_one_sentence(bundle, tmp_path, text, words):
+    bundle(config("true"))
+    (tmp_path / "config.json").write_text(text)
+    log = tmp_path / "log"
+    result = call(*RUNX, "--log", str(log), "--log-format=json", "create", "--bundle", str(tmp_path), "x")
+    sentence = result.stderr.decode()
+    assert result.returncode == 1 and re.fullmatch(rf"runX: [^\n]*{words}[^\n]*\n", sentence), sentence
+    assert json.loads(log.read_text())["msg"] == sentence[6:-1] and "internal" not in sentence
+
+
+def test_an_exception_of_ours_is_one_sentence_too(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RecursionError("too deep\nby far")
+
+    monkeypatch.setitem(runx.COMMANDS, "features", (fail, set(), set()))
+    log = tmp_path / "log"
+    assert runx.main(["--log", str(log), "--debug", "features"]) == 1
+    assert capsys.readouterr().err == "runX: internal error of runX: RecursionError('too deep\\nby far')\n"
+    assert "Traceback" in log.read_text() and log.read_text().count("level=error") == 1
+
+
+def test_paths_that_are_no_text_are_refused(tmp_path):
+    result = call(*RUNX, "--root", str(tmp_path / "\udcff"), "create", "--bundle", str(tmp_path), "x")
+    assert result.returncode == 1 and b"must be UTF-8" in result.stderr
 
 
 # ---- the VM
@@ -209,7 +386,8 @@ def test_empty_strings_in_vm_are_absent(bundle):
     assert machine.__dict__ == runx.load_config(bundle(machine_config())).machine.__dict__
 
 
-def test_a_kernel_of_its_own(bundle, tmp_path):
+def test_a_kernel_of_its_own(bundle, tmp_path, host_config):
+    host_config(json.dumps({"annotations": list(runx.ANNOTATIONS)}))
     (tmp_path / "vmlinuz").touch()
     env = ["RUNX_KERNEL=/boot/kernel", "RUNX_RAMDISK="]
     assert runx.load_config(bundle(machine_config(env=env))).machine.kernel == ("/boot/kernel", True)
@@ -245,7 +423,8 @@ def test_a_kernel_of_its_own(bundle, tmp_path):
         (None, {"xlconf": "/etc/hostname"}, "is in none of the folders"),
     ],
 )
-def test_a_vm_that_cannot_be_is_refused(bundle, vm, annotations, words):
+def test_a_vm_that_cannot_be_is_refused(bundle, vm, annotations, words, host_config):
+    host_config(json.dumps({"annotations": list(runx.ANNOTATIONS)}))
     with pytest.raises(runx.Error, match=words):
         runx.load_config(bundle(machine_config(vm, annotations)))
 
@@ -255,9 +434,11 @@ def test_xlconf_is_taken_only_from_where_root_alone_writes(bundle, tmp_path, hos
     folder.mkdir(mode=0o755)
     (folder / "extra").write_text("nomigrate=1\n")
     spec = machine_config(env=[f"XLCONF={folder}/extra"])
+    assert runx.load_config(bundle(spec)).machine.lines == []
+    host_config('{"environment": ["XLCONF"]}')
     with pytest.raises(runx.Error, match="is in none of the folders that .*host.json allows: /etc/runX/xl"):
         runx.load_config(bundle(spec))
-    host_config(json.dumps({"xlconf": [str(folder)]}))
+    host_config(json.dumps({"xlconf": [str(folder)], "environment": ["XLCONF"]}))
     assert runx.load_config(bundle(spec)).machine.lines == ["nomigrate=1\n"]
     (tmp_path / "other").write_text("x=1\n")
     (folder / "link").symlink_to("../other")
@@ -425,6 +606,13 @@ def test_seccomp_on_another_machine_is_refused():
 # ---- mounts
 
 
+@pytest.mark.parametrize("destination", ["/", "", "//", "/.", "/./", "a/..", "/..", ".", "/a/../"])
+@pytest.mark.parametrize("kind", ["bind", "tmpfs"])
+def test_a_mount_over_the_rootfs_is_refused(bundle, tmp_path, destination, kind):
+    with pytest.raises(runx.Error, match="over the rootfs at .*: name it as root.path"):
+        mount_of(bundle, destination=destination, type=kind, source=str(tmp_path))
+
+
 def mount_of(bundle, **mount):
     spec = config("true")
     spec["mounts"] = [{"destination": "/t", **mount}]
@@ -463,8 +651,8 @@ def test_id_mapped_mounts_are_refused(bundle, tmp_path):
 
 
 def parse(*words):
-    words = list(words)
-    options = runx.parse_globals(words)
+    words, options = list(words), {}
+    runx.parse_globals(words, options)
     command = words.pop(0)
     return options, command, *runx.parse_options(command, words)
 
@@ -528,19 +716,28 @@ def test_signals_by_name_and_number(text, number):
     assert runx.parse_signal(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "\u00b2", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x"])
+@pytest.mark.parametrize("text", ["", "\u00b2", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x", "9" * 5000])
 def test_unknown_signals_are_refused(text):
     with pytest.raises(runx.Error, match="unknown signal"):
         runx.parse_signal(text)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["features"], ["--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--version"], ["-v"], ["features"], ["--help"], ["-h"], ["help"], [], ["create", "--help"], ["kill", "x", "-h"],
+     ["--help", "create"], ["list", "--help"], ["--debug=false", "--version"], ["ps", "--help"]],
+)  # fmt: skip
 def test_what_needs_no_xen(words):
     result = call(*RUNX, *words)
     assert (result.returncode, result.stderr) == (0, b"") and result.stdout
 
 
-@pytest.mark.parametrize("words", [["bogus"], [], ["exec", "x"], ["kill"], ["create", "--bundle"]])
+@pytest.mark.parametrize(
+    "words",
+    [["bogus"], ["exec", "x"], ["kill"], ["create", "--bundle"], ["--log-format", "xml", "list"], ["list", "x"],
+     ["--root", "/no/such", "list"], ["list", "--format", "xml"], ["state", "x", "y"], ["kill", "x", "9", "y"],
+     ["--debug=maybe", "list"], ["list", "--quiet=maybe"]],
+)  # fmt: skip
 def test_wrong_calls_fail(words):
     result = call(*RUNX, *words)
     assert result.returncode == 1 and result.stdout + result.stderr
@@ -561,7 +758,8 @@ def test_ids(container_id):
 
 
 def test_an_empty_list(tmp_path):
-    assert json.loads(call(*RUNX, "--root", str(tmp_path / "none"), "list", "--format", "json").stdout) == []
+    assert call(*RUNX, "--root", str(tmp_path), "list", "--format", "json").stdout == b"null\n"  # as runc's
+    assert call(*RUNX, "--root", str(tmp_path), "list", "--quiet").stdout == b""
 
 
 def test_features_are_what_the_specification_allows():
@@ -575,10 +773,33 @@ def test_durations(text, seconds):
     assert runx.parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "5", "0s", "-1s", "s", "1s x"])
+@pytest.mark.parametrize("text", ["", "5", "0s", "-1s", "s", "1s x", "9" * 400 + "h"])
 def test_wrong_durations(text):
     with pytest.raises(runx.Error, match="--interval"):
         runx.parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "processors, memory, quota, vcpus, maxvcpus",
+    [
+        (2, 64, 6400000, 2, 0),
+        (64, 64, 6400000, 8, 0),
+        (64, 24, 6400000, 3, 0),
+        (4, 256, 300000, 3, 4),
+        (1, 64, 0, 1, 1),
+    ],
+)
+def test_no_more_vcpus_than_the_host_and_the_memory_carry(
+    bundle, monkeypatch, processors, memory, quota, vcpus, maxvcpus
+):
+    monkeypatch.setattr(runx, "host_processors", lambda: processors)
+    spec = config("true")
+    spec["annotations"] = {"org.runx.maxvcpus": "99"} if maxvcpus else {}
+    spec["linux"] = {"resources": {"memory": {"limit": memory << 20}, "cpu": {"quota": quota}}}
+    parsed = runx.load_config(bundle(spec))
+    runx.fit_vcpus(parsed)
+    assert (parsed.resources.vcpus(1), parsed.machine.maxvcpus) == (vcpus, maxvcpus)
+    assert runx.parse_resources(spec["linux"]["resources"], "x", parsed.base).vcpus(1) == vcpus
 
 
 # ---- update
@@ -740,7 +961,7 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
     spec["linux"] = {
         "sysctl": {"net.ipv4.ip_forward": "1", "net/ipv4/conf/eth0.1/x": "2"}, "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"], "rootfsPropagation": "shared", "personality": {"domain": "LINUX32"},
-        "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network"}],
+        "namespaces": [{"type": kind} for kind in ("pid", "mount", "network", "ipc")],
         "resources": {
             "pids": {"limit": 7}, "hugepageLimits": [{"pageSize": "2MB", "limit": 4096}], "unified": {"cpu.idle": "1"}
         },

@@ -53,7 +53,7 @@ def test_config_json_broken(bundle, text):
         ({"hooks": {"prestart": [{"path": "true"}]}}, "hooks.prestart: path must be absolute"),
         ({"hooks": {"poststop": [{"path": "/bin/true", "timeout": 0}]}}, "hooks.poststop: timeout"),
         ({"process": {"args": ["true"], "cwd": "/", "terminal": True}}, "devpts"),
-        ({"annotations": {"org.runx.type": "hvm"}}, "org.runx.type"),
+        ({"annotations": {"org.runx.rootfs": "nfs"}}, "org.runx.rootfs"),
     ],
 )
 def test_config_invalid(bundle, change, words):

@@ -47,7 +47,7 @@ def own_system(bundle):
     shutil.copy(KERNEL, bundle.rootfs / "boot/kernel")
     (bundle.rootfs / "kernel").symlink_to("/../../boot/kernel")
     spec = config("ignored", env=["RUNX_KERNEL=/kernel", "RUNX_RAMDISK=boot/ramdisk"])
-    spec["annotations"] = {"org.runx.cmdline": "of=mine quiet", "org.runx.memory": "64"}
+    spec["annotations"], spec["vm"] = {"org.runx.memory": "64"}, {"kernel": {"parameters": ["of=mine", "quiet"]}}
     bundle.write_config(spec)
     return bundle
 
@@ -102,20 +102,20 @@ def test_a_system_of_its_own_on_a_disk(bundle):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "kernel, words",
     [
-        ({"org.runx.kernel": "/no/kernel"}, "cannot boot /no/kernel of the container: No such file"),
-        ({"org.runx.kernel": "/bin"}, "cannot boot /bin of the container: it is not a regular file"),
-        ({"org.runx.kernel": "/bin/busybox"}, "xl create failed"),
-        ({"org.runx.kernel": "/large"}, "cannot boot /large of the container: 4096 MiB do not fit into a VM of"),
-        ({"org.runx.cmdline": "x" * 1000}, "the kernel's command line is 10"),
+        ("/no/kernel", "cannot boot /no/kernel of the container: No such file"),
+        ("/bin", "cannot boot /bin of the container: it is not a regular file"),
+        ("/bin/busybox", "xl create failed"),
+        ("/large", "cannot boot /large of the container: 4096 MiB do not fit into a VM of"),
+        ("", "the kernel's command line is 10"),
     ],
 )
-def test_a_kernel_that_cannot_be_booted(bundle, change, words):
+def test_a_kernel_that_cannot_be_booted(bundle, kernel, words):
     with open(bundle.rootfs / "large", "wb") as file:
         file.truncate(1 << 32)
-    spec = config("true")
-    spec["annotations"] = change
+    spec = config("true", env=[f"RUNX_KERNEL={kernel}"])
+    spec["vm"] = {"kernel": {"parameters": ["" if kernel else "x" * 1000]}}
     bundle.write_config(spec)
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
     assert result.returncode == 1 and words in result.stderr.decode(), result
@@ -135,8 +135,8 @@ def test_debians_own_kernel_with_our_init(bundle):
         (bundle.rootfs / f"lib/modules/{version}" / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(modules / path, bundle.rootfs / f"lib/modules/{version}" / path)
     shutil.copy(modules / "modules.dep", bundle.rootfs / f"lib/modules/{version}")
-    spec = config("sh", "-c", "uname -r; echo written >/file")
-    spec["annotations"] = {"org.runx.kernel": f"/boot/{image.name}", "org.runx.memory": "160"}
+    spec = config("sh", "-c", "uname -r; echo written >/file", env=["PATH=/bin", f"RUNX_KERNEL=/boot/{image.name}"])
+    spec["annotations"] = {"org.runx.memory": "160"}
     (bundle.rootfs / "bin/uname").symlink_to("busybox")
     bundle.write_config(spec)
     result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
@@ -151,6 +151,7 @@ def test_what_xl_is_told(bundle, tmp_path):
     folder.mkdir()
     (folder / "extra").write_text("cap = 77\n")
     settings = {**json.loads(before or "{}"), "memory": 72, "cmdline": "of=host", "xlconf": [str(folder)]}
+    settings.update(annotations=["vcpus", "cmdline"], environment=["XLCONF"])
     host.write_text(json.dumps(settings))
     try:
         spec = config("sleep", "1000", env=["PATH=/bin", f"XLCONF={folder}/extra"])

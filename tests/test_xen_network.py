@@ -13,7 +13,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import IMAGE, Bundle, call, config, wait_for, wait_until
+from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_until
 
 import runx
 
@@ -93,8 +93,7 @@ def fill(bundle, *args, netconf=(), namespace=None, rootfs="ramdisk", **process)
     env = ["PATH=/bin", *(f"NETCONF{number or ''}={value}" for number, value in enumerate(netconf))]
     spec = config(*args, env=env, **process)
     spec["annotations"] = {"org.runx.rootfs": rootfs}
-    where = {"type": "network", **({"path": namespace} if namespace else {})}
-    spec["linux"] = {"namespaces": [{"type": "pid"}, where]}
+    spec["linux"] = {"namespaces": namespaces(network=namespace)}
     bundle.write_config(spec)
     return spec
 
@@ -355,7 +354,7 @@ def test_a_second_vm_in_a_namespace_is_refused_and_the_first_one_stays(bundle, n
     assert bundle.runx("start", bundle.id).returncode == 0
     wait_until(lambda: fetch("http://10.77.0.33/page") == b"hello from a VM\n", "the page", 60)
     refused = run(second, "true", namespace=namespace)
-    assert b"eth3 is another VM's, or something else classifies its traffic" in refused.stderr, refused
+    assert b"another container's VM: containers cannot share a VM yet" in refused.stderr, refused
     assert fetch("http://10.77.0.33/page") == b"hello from a VM\n"
     assert bundle.runx("delete", "--force", bundle.id).returncode == 0
 
@@ -405,7 +404,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(bundle, network, tmp_path,
     for reserved in (full, taken):
         reserved.unlink()
     spec = config("true")
-    spec["linux"] = {"namespaces": [{"type": "pid"}]}
+    spec["linux"] = {"namespaces": [each for each in namespaces() if each["type"] != "network"]}
     bundle.write_config(spec)
     assert b"the host's own network, which a VM cannot have" in bundle.create().stderr
 

@@ -161,7 +161,7 @@ def test_both_kinds_of_guest_boot(bundle, kind):
     if kind == "pvh" and not can_run_pvh():
         pytest.skip("this hypervisor cannot run PVH guests: no hardware virtualization")
     spec = config("sh", "-c", "cat; exit 4")
-    spec["annotations"] = {"org.runx.type": kind}
+    spec["vm"] = {"hypervisor": {"parameters": [f'type="{kind}"']}}
     bundle.write_config(spec)
     for _ in range(3):
         crashes = crashes_of_the_emulated_processor()

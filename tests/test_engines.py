@@ -1,0 +1,45 @@
+"""What real engines have asked of runc (tests/data/engines.jsonl.xz, one config.json a line), and what runX answers."""
+
+import json
+import lzma
+import pathlib
+
+import pytest
+
+import runx
+
+DATA = pathlib.Path(__file__).with_name("data")
+CONFIGS = dict(map(json.loads, lzma.decompress((DATA / "engines.jsonl.xz").read_bytes()).splitlines()))
+
+
+def expectations():
+    """{name: answer} of engines.txt: a line for each config, "name: answer"."""
+    lines = (DATA / "engines.txt").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines if line and not line.startswith("#"))
+
+
+def answer(spec, folder):
+    """What create says of it: "yes", the warnings, or the reason of the refusal."""
+    (folder / "rootfs").mkdir()
+    spec["root"]["path"] = "rootfs"
+    (folder / "config.json").write_text(json.dumps(spec))
+    try:
+        config = runx.load_config(str(folder))
+    except runx.Error as error:
+        return f"no, {error}"
+    sources = [f"mounts/{number}" for number in range(len(config.mounts))]
+    assert runx.guest_config(config, sources, "{}", {}).endswith(b"\0")
+    return "; ".join(["yes", *config.warnings])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_runx_answers_to_an_engine(tmp_path, monkeypatch, name):
+    # the host's files and namespaces are those of another time
+    monkeypatch.setattr(runx.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
+    monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
+    assert answer(CONFIGS[name], tmp_path) == expectations()[name]
+
+
+def test_the_table_has_all_of_them():
+    assert expectations().keys() == CONFIGS.keys()
