@@ -43,6 +43,13 @@ class NoContainer(Error):
         super().__init__(f'container "{container_id}" does not exist')
 
 
+class NotRunning(Error):
+    """The container's VM is gone, or is not there yet."""
+
+    def __init__(self):
+        super().__init__("container not running")
+
+
 class Log:
     """The engine's log file (--log, --log-format), one record a line; without one, it is standard error.
 
@@ -72,6 +79,13 @@ class Log:
     def debug(self, message):
         if self.wants_debug:
             self.write("debug", message)
+
+    def attempt(self, what, work, *args):
+        """Calls work(*args); what fails, in whatever way, is a warning: a clean-up goes on."""
+        try:
+            work(*args)
+        except Exception as error:
+            self.write("warning", str(error) if isinstance(error, Error) else f"cannot {what}: {error}")
 
 
 def timestamp():
@@ -524,6 +538,37 @@ def parse_iomem(spec, where):
 IMAGE_FORMATS = ("raw", "qcow2", "vhd")  # of those that config-vm.md names, what xl-disk-configuration.5 can
 
 
+def check_references(path, kind):
+    """Raises Error if an image names another file, which dom0's QEMU would give to the VM: its content is not trusted.
+
+    qcow2: docs/interop/qcow2.rst of QEMU's sources.  vhd: a footer with the type of the disk, and perhaps a copy first.
+    """
+    import struct
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 512))
+            tail = file.read(512)
+    except OSError as error:
+        raise Error(f"cannot read the image {path}: {error.strerror}") from None
+    reference = ""
+    if kind == "qcow2":
+        if len(head) < 80 or not head.startswith(b"QFI\xfb"):
+            raise Error(f"the image {path} is not in the format qcow2")
+        version, backing = struct.unpack_from(">IQ", head, 4)
+        features = struct.unpack_from(">Q", head, 72)[0] if version > 2 else 0
+        reference = "a backing file" if backing else "a data file outside" if features & 4 else ""
+    elif kind == "vhd":
+        types = [part[60:64] for part in (head, tail) if part.startswith(b"conectix")]
+        if not types:
+            raise Error(f"the image {path} is not in the format vhd")
+        known = (b"\0\0\0\2", b"\0\0\0\3")  # fixed, dynamic; 4 has a parent
+        reference = "" if all(each in known for each in types) else "a parent"
+    if reference:
+        raise Error(f"cannot give the image {path} to a VM, for it has {reference}: make it one that stands alone")
+
+
 def parse_machine(spec, annotations, hardware, env, host):
     """The Machine.  vm goes before annotations, these before what the image says in its environment."""
     vm, where = field(spec, "vm", dict, {}), "config.json: vm"
@@ -540,6 +585,7 @@ def parse_machine(spec, annotations, hardware, env, host):
         if kind not in IMAGE_FORMATS:
             raise Error(f"{where}.image: Xen cannot read the format {printable(kind)}: use {', '.join(IMAGE_FORMATS)}")
         if own_init:
+            check_references(image, kind)
             options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
     if not kernel and (ramdisk or image and kind != "raw"):
         raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
@@ -1244,27 +1290,48 @@ def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces_of
     env: a dict, all that it gets.  folder: its working directory, if that is there.  namespaces_of: a process
     whose network and mount namespaces it joins.
     """
-    import select
-
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
     os.write(files[0], stdin)
     os.lseek(files[0], 0, os.SEEK_SET)
     pid = os.fork()
     if pid == 0:
         execute_program(argv, path, env, files, folder, namespaces_of)
-    pidfd = os.pidfd_open(pid)
-    ended = bool(select.select([pidfd], [], [], timeout)[0])
-    if not ended:
-        os.killpg(pid, SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    ended, status = reap(pid, timeout, os.killpg)
     outputs = [os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:]]
-    for fd in (pidfd, *files):
+    for fd in files:
         os.close(fd)
     reason = f"signal {-status}" if status < 0 else f"exit status {status}" if status else ""
     return (reason if ended else f"ran past its time of {timeout} s", *outputs)
 
 
 OUTPUT_MAX = 1 << 20  # bytes
+
+
+def reap(pid, timeout, kill):
+    """Waits for a child, and kills it after a timeout, in seconds; returns whether it has ended by itself, and its exit
+    status, below 0 for a signal."""
+    import select
+
+    pidfd = os.pidfd_open(pid)
+    ended = bool(select.select([pidfd], [], [], timeout)[0])
+    os.close(pidfd)
+    if not ended:
+        kill(pid, SIGKILL)
+    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def take_ordinary_score():
+    """Lets the kernel end us and what we start like anything else when memory is short: engines have themselves
+    spared, and what unpacks an image or serves a guest must not be."""
+    path = "/proc/self/oom_score_adj"
+    try:
+        with open(path, encoding="ascii") as file:
+            score = int(file.read())
+        if score < 0:
+            with open(path, "w", encoding="ascii") as file:
+                file.write("0")
+    except OSError:
+        pass  # where there is no /proc
 
 
 def execute_program(argv, path, env, files, folder, namespaces_of):
@@ -1448,33 +1515,40 @@ def find_domain(xenstore, uuid):
 # The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
 LOOK_TIME_LIMIT = 5  # seconds that a monitor waits for another's look at all domains
+XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself, such as a QEMU, has less
+# bytes of memory that xl has to unpack a kernel, and QEMU for all that a guest asks it for: 128 requests at once are
+# 128 MiB of coroutines and 64 threads.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
+XL_DATA, XL_STACK = 384 << 20, 1 << 20
 
 
-def xl(*args, dies_with_us=False, home=None):
+def xl(*args, data_limit=None, home=None):
     """Runs xl; returns (exit status, its stdout and stderr as text).
 
-    dies_with_us: xl does not outlive a caller that is killed.  home: a descriptor of the network namespace that its
-    scripts run in, if that is not ours.
+    data_limit: bytes of memory that xl, and each program that it starts, may have; and xl does not outlive a caller
+    that is killed.  home: a descriptor of the network namespace that its scripts run in, if that is not ours.
     """
+    take_ordinary_score()
     null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
     environment = {**os.environ, "PATH": PATH}
     try:
-        if dies_with_us or home is not None:
-            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions, home)
+        if data_limit or home is not None:
+            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions, data_limit, home)
         else:
             # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
             pid = os.posix_spawn(find_xl(), ["xl", *args], environment, file_actions=actions, setsigdef=[13])
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.lseek(output, 0, os.SEEK_SET)
-        return status, os.read(output, 1 << 16).decode("utf-8", "replace")
+        ended, status = reap(pid, XL_TIME_LIMIT, os.kill)
+        text = os.pread(output, 1 << 16, 0).decode("utf-8", "replace")
+        return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
     finally:
         os.close(null)
         os.close(output)
 
 
-def spawn_tied(path, argv, environment, actions, home):
+def spawn_tied(path, argv, environment, actions, data_limit, home):
     """posix_spawn(3) of a process that gets SIGKILL when we die (prctl(2), PR_SET_PDEATHSIG)."""
+    import resource
+
     parent, pid = os.getpid(), os.fork()
     if pid:
         return pid
@@ -1485,6 +1559,9 @@ def spawn_tied(path, argv, environment, actions, home):
                 os.dup2(source, target)
             if home is not None:
                 system_call("setns", home, CLONE_NEWNET)
+            if data_limit:
+                resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+                resource.setrlimit(resource.RLIMIT_STACK, (XL_STACK, XL_STACK))
             default_signals()
             os.execve(path, argv, environment)
     except BaseException:
@@ -1535,8 +1612,9 @@ def xl_config(settings):
 
 
 def create_domain(path, memory):
-    """`xl create` of a paused domain, with no xl left behind.  memory: MiB, for the message."""
-    status, output = xl("create", "-e", "-p", "-q", path, dies_with_us=True)
+    """`xl create` of a paused domain, with no xl left behind.  memory: MiB that the VM may get."""
+    # beside what it has of its own, libxc has a few bytes for each page of the VM
+    status, output = xl("create", "-e", "-p", "-q", path, data_limit=XL_DATA + (memory << 20 >> 6))
     if status == 0:
         return
     free = xl_info("free_memory")
@@ -1581,10 +1659,12 @@ def parse_listing(line):
 
 
 def list_domain(domid):
-    """The domain's Listing, or None if there is none."""
+    """The domain's Listing, or None if there is none.  Raises Error if xl cannot tell."""
     status, output = xl("list", str(domid))
     if status != 0:
-        return None
+        if "does not exist" in output:
+            return None
+        raise Error(f"xl list failed: {xl_errors(output)}")
     try:
         return parse_listing(output.splitlines()[-1])[1]
     except (ValueError, IndexError):
@@ -1664,7 +1744,10 @@ def destroy_domain(domid, home=None):
 
 def find_half_built(uuid):
     """The domid of the domain with this uuid, or None, by the hypervisor's own word: xenstore may not have it yet."""
-    for line in xl("vm-list")[1].splitlines():
+    status, output = xl("vm-list")
+    if status != 0:
+        raise Error(f"xl vm-list failed: {xl_errors(output)}")
+    for line in output.splitlines():
         words = line.split()
         if words and words[0] == uuid:
             return int(words[1])
@@ -1990,10 +2073,11 @@ def encode_input(data):
     return data.replace(ESCAPE, ESCAPE + ESCAPE)
 
 
-def check_alive(xenstore, domid, uuid, transaction):
-    """A write below a domain that is gone would make its folder anew, for ever."""
+def check_alive(xenstore, domid, uuid, transaction=0):
+    """Raises NotRunning unless the domain is there: another one may have its number by now, and a write below one that
+    is gone would make its folder anew, for ever."""
     if xenstore.read(f"/local/domain/{domid}/vm", transaction=transaction) != f"/vm/{uuid}":
-        raise Error("container not running")
+        raise NotRunning()
 
 
 def shut_down(xenstore, domid, uuid):
@@ -2303,6 +2387,30 @@ def copy_content(file, output, size):
         data = os.read(file, min(size, 1 << 20)) or bytes(min(size, 1 << 20))
         output.write(data)
         size -= len(data)
+
+
+KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take while it is unpacked
+BZIMAGE_HEADER = 0x250  # bytes
+
+
+def unpacked_size(file):
+    """Bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be in a bzImage
+    (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.
+
+    What is packed twice, only xl's own limit of memory stops.
+    """
+    import struct
+
+    header, start, end = file.read(BZIMAGE_HEADER), 0, os.fstat(file.fileno()).st_size
+    if header[0x202:0x206] == b"HdrS" and len(header) == BZIMAGE_HEADER:
+        offset, length = struct.unpack_from("<II", header, 0x248)
+        start = 512 * (header[0x1F1] + 1) + offset
+        end = min(end, start + length)
+    elif not header.startswith(b"\x1f\x8b"):
+        return 0
+    if end - start < 4:
+        return 0  # nothing that could be unpacked
+    return struct.unpack("<I", os.pread(file.fileno(), 4, end - 4))[0]
 
 
 MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
@@ -2934,7 +3042,7 @@ def load_network(request, folders):
     if not plugins or not all(isinstance(plugin, dict) for plugin in plugins):
         raise Error(f"{where}: plugins must hold objects")
     for plugin in plugins:
-        if "/" in field(plugin, "type", str, where=where):
+        if not field(plugin, "type", str, where=where).isprintable() or "/" in plugin["type"] or not plugin["type"]:
             raise Error(f"{where}: the type {printable(plugin['type'])} is not the name of a plugin")
     network = Network(file=path, name=name, version=version, plugins=plugins, mode="", addresses=[])
     ipam = field(plugins[0], "ipam", dict, {}, where)
@@ -3195,10 +3303,8 @@ def negotiate_version(attachment):
 def detach_network(attachment, log):
     """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay."""
     for plugin, configuration in reversed(attachment.calls):
-        try:
-            call_plugin("DEL", attachment, plugin, configuration)
-        except Error as error:
-            log.write("warning", str(error))
+        what = f"give back the network {attachment.network}"
+        log.attempt(what, call_plugin, "DEL", attachment, plugin, configuration)
 
 
 def call_plugin(command, attachment, plugin, configuration):
@@ -3494,7 +3600,8 @@ def plug(container, log):
         for number, interface in zip(numbers, interfaces):
             join(interface, announce_vif(xenstore, domid, number, interface))
             if interface.namespace not in ("", container.path("netns")):  # it is to be as before afterwards
-                container.save(joined=[*state["joined"], interface.device])
+                state["joined"].append(interface.device)
+                container.save()
             xenstore.write(f"/local/domain/0/backend/vif/{domid}/{number}/hotplug-status", "connected")
         tell_guest(xenstore, container, interfaces)
     except BaseException:
@@ -3578,9 +3685,11 @@ def unplug(xenstore, state):
     for device in state["joined"] if state["namespace"] else ():  # any other namespace ends with the container
         try:
             netlink = Rtnetlink(state["namespace"])
-            link = netlink.find_link(device)
-            if link:
-                end_redirect(netlink, link.index)
+            links = {link.name: link for link in netlink.links()}
+            # that of another VM which has come after ours
+            taken = any(name.startswith("vif") and not name.startswith(f"vif{domid}.") for name in links)
+            if device in links and not taken:
+                end_redirect(netlink, links[device].index)
         except OSError:
             pass  # the engine has taken the interface or the namespace away
 
@@ -3662,6 +3771,33 @@ def process_start_time(pid):
     return None if fields[0] in b"ZX" else int(fields[19])
 
 
+def boot_id():
+    """What tells this boot of the host from all others: pids, domids and what has them begin anew with it."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+# what state.json holds from its first writing on
+STATE_TYPES = {
+    "ociVersion": str, "status": str, "bundle": str, "rootfs": str, "created": str, "annotations": dict, "hooks": dict,
+    "uuid": str, "name": str, "boot": str, "pid": int, "pid_start_time": int, "startable": bool, "own_init": bool,
+    "networks": list, "vifs": list, "rate": str, "hostname": str, "vbds": list,
+}  # fmt: skip
+# and of a container that is created
+CREATED_TYPES = {"domid": int, "maxmem": int, "maxvcpus": int, "resources": dict, "base": dict}
+
+
+def parse_state(text):
+    """The state in state.json.  Raises ValueError where runX cannot have written it."""
+    state = parse_json(text)
+    if not isinstance(state, dict) or state.get("status") not in ("creating", "created", "running"):
+        raise ValueError
+    types = STATE_TYPES if state["status"] == "creating" else {**STATE_TYPES, **CREATED_TYPES}
+    if not all(isinstance(state.get(key), kind) for key, kind in types.items()):
+        raise ValueError
+    return state
+
+
 class Container:
     """One container: its folder, its stored state, its lock."""
 
@@ -3669,6 +3805,7 @@ class Container:
         self.id = check_id(container_id)
         self.folder = os.path.join(root, self.id)
         self.state = {}
+        self.forgiving = False  # a state that cannot be read is an empty one
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -3686,22 +3823,71 @@ class Container:
     def load(self):
         try:
             with open(self.path("state.json"), encoding="utf-8") as file:
-                self.state = parse_json(file.read())
-            self.state["status"]
+                self.state = parse_state(file.read())
         except FileNotFoundError:
             if not os.path.isdir(self.folder):
                 raise NoContainer(self.id) from None
             self.state = {"status": "creating"}  # between its first two steps, or killed there
-        except (ValueError, TypeError, KeyError):
-            raise Error(f"cannot read {self.path('state.json')}: runX has not written it") from None
+        except (OSError, ValueError, RecursionError):
+            if not self.forgiving:
+                remedy = f"remove the container by `runX delete --force {self.id}`"
+                raise Error(f"cannot read {self.path('state.json')}, runX has not written it so: {remedy}") from None
+            self.state = {"status": "creating", **self.told_to_xl()}
         return self
 
+    def told_to_xl(self):
+        """name and uuid of the VM as xl.cfg has them, {} if it has not: for a container whose state is lost."""
+        try:
+            with open(self.path("xl.cfg"), encoding="utf-8", errors="replace") as file:
+                settings = dict(line.split(" = ", 1) for line in file if " = " in line)
+            return {key: settings[key].strip().strip('"') for key in ("name", "uuid")}
+        except (OSError, KeyError):
+            return {}
+
     def save(self, **changes):
+        """Stores the state with these changes, or leaves it as it was.  Raises Error."""
+        path, state = self.path("state.json"), {**self.state, **changes}
+        try:
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write(json_text(state))
+            os.rename(path + ".new", path)
+        except OSError as error:
+            raise Error(f"cannot write {path}: {error.strerror}") from None
         self.state.update(changes)
-        temporary = self.path("state.json.new")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json_text(self.state))
-        os.rename(temporary, self.path("state.json"))
+
+    def domid(self, xenstore=None):
+        """The number of its domain.  Raises NotRunning."""
+        check_alive(xenstore or Xenstore(), self.state["domid"], self.state["uuid"])
+        return self.state["domid"]
+
+    def command_domain(self, verb, **changes):
+        """Has xl `pause` or `unpause` the VM, which is not so yet, and stores what has changed by that.
+
+        The file `unsettled` is there from before to after: whoever finds it asks Xen how it is.  It is empty, so that a
+        full disk has room for it, and there the rest can wait.
+        """
+        domid = self.domid()
+        try:
+            open(self.path("unsettled"), "w", encoding="ascii").close()
+        except OSError as error:
+            raise Error(f"cannot make {self.path('unsettled')}: {error.strerror}") from None
+        change_domain(verb, domid)
+        try:
+            self.save(**changes)
+            os.unlink(self.path("unsettled"))
+        except (Error, OSError):
+            pass
+
+    def settle(self):
+        """Takes over from Xen whether the VM runs."""
+        try:
+            listing = list_domain(self.domid())
+        except NotRunning:
+            return  # its monitor is about to end
+        if listing and listing.state[2] != "p":
+            self.state.update(status="running", paused=False)
+        elif self.state["status"] == "running":
+            self.state["paused"] = True
 
     def __enter__(self):
         """`with container:` waits for other operations on it, and loads what they have stored."""
@@ -3729,9 +3915,18 @@ class Container:
 
     def status(self):
         """creating, created, running or stopped (runtime.md "State"), and runc's paused."""
-        if "pid" in self.state and process_start_time(self.state["pid"]) != self.state["pid_start_time"]:
+        if "pid" in self.state and not self.is_monitored():
             return "stopped"
+        if self.state["status"] != "creating" and os.path.exists(self.path("unsettled")):
+            self.settle()
         return "paused" if self.state.get("paused") else self.state["status"]
+
+    def is_of_this_boot(self):
+        return self.state.get("boot", "") == boot_id()
+
+    def is_monitored(self):
+        """Whether the process is still there whose pid is the container's."""
+        return process_start_time(self.state["pid"]) == self.state["pid_start_time"] and self.is_of_this_boot()
 
     def state_for_hooks(self, status):
         """The state as hooks get it, JSON: status is what it is by the runtime-spec, not yet or no more in fact."""
@@ -3759,8 +3954,9 @@ class Container:
             remove_empty(os.path.join(mounts, name))
         for name in ("share/mounts", "share/rootfs", "share"):
             remove_empty(self.path(name))
-        for name in ("control", "ready", "kernel", "initrd", "ramdisk", "xl.cfg", "state.json.new", "state.json"):
-            if os.path.lexists(self.path(name)):
+        names = sorted(os.listdir(self.folder), key="state.json".__eq__)  # that one last: it says what is to be done
+        for name in names:
+            if not os.path.isdir(self.path(name)):
                 os.unlink(self.path(name))
         remove_empty(self.folder)
 
@@ -3990,7 +4186,8 @@ class Monitor:
             created=timestamp(), annotations=config.annotations, hooks=config.hooks, uuid=uuid,
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
-            pid=os.getpid(), pid_start_time=process_start_time(os.getpid()), startable=bool(config.process),
+            boot=boot_id(), pid=os.getpid(), pid_start_time=process_start_time(os.getpid()),
+            startable=bool(config.process),
             own_init=config.machine.own_init, namespace=config.namespace, networks=[], vifs=[], rate=config.rate,
             hostname=config.hostname or container.id[:63], disk=None, vbds=[],
         )  # fmt: skip
@@ -4119,10 +4316,15 @@ class Monitor:
         path, in_rootfs = source
         if not in_rootfs:
             return path
-        fd = open_file_in_root(rootfs, path, f"cannot boot {path} of the container")
-        size, memory = os.fstat(fd).st_size >> 20, self.config.resources.mebibytes(DEFAULT_MEMORY)
+        purpose = f"cannot boot {path} of the container"
+        fd = open_file_in_root(rootfs, path, purpose)
+        with open(f"/proc/self/fd/{fd}", "rb") as file:
+            unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0  # a ramdisk is unpacked into the VM's memory
+        size, memory = max(os.fstat(fd).st_size >> 20, unpacked), self.memory()
         if size >= memory:  # xl would read all of it into dom0's memory before it finds out
-            raise Error(f"cannot boot {path} of the container: {size} MiB do not fit into a VM of {memory} MiB")
+            raise Error(f"{purpose}: {size} MiB do not fit into a VM of {memory} MiB")
+        if unpacked > KERNEL_MAX:
+            raise Error(f"{purpose}: unpacked, it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
         target = self.container.path(name)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
         mount(f"/proc/self/fd/{fd}", target, MS_BIND)
@@ -4339,7 +4541,11 @@ class Monitor:
     def check_domain(self):
         if seen_alive(self.domid):
             return
-        end = domain_end(self.domid)
+        try:
+            end = domain_end(self.domid)
+        except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
+            self.warn(str(error))
+            return
         if not end:
             return
         # the guest may have told its status just before
@@ -4453,17 +4659,19 @@ class Monitor:
             state = self.container.load().state  # `start` has added to it
         except Error:
             state = self.container.state
-        clean_up(self.xenstore, state, self.home)
+        if self.xenstore is not None:
+            clean_up(self.xenstore, state, self.log, self.home)
         self.debug("the domain is gone")
 
 
-def clean_up(xenstore, state, home=None):
+def clean_up(xenstore, state, log, home=None):
     """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, vifs, log files.
 
-    home: dom0's network namespace, where we are not in it.
+    home: dom0's network namespace, where we are not in it.  What cannot be removed is a warning; Error if that is the
+    domain, which must not be forgotten.
     """
     uuid, name = state.get("uuid"), state.get("name")
-    if uuid is None or xenstore is None:
+    if uuid is None:
         return  # it came no further
     domid = find_domain(xenstore, uuid) or find_half_built(uuid)
     if domid is not None:
@@ -4475,11 +4683,16 @@ def clean_up(xenstore, state, home=None):
                 xenstore.remove(f"/libxl/{domid}/device/{kind}/{number}")
         destroy_domain(domid, home)
     domid = domid or state.get("domid")
-    if domid is not None:
-        unplug(xenstore, state)
-        detach_disk(xenstore, state)
-        remove_backends(xenstore, "9pfs", domid, (0,))
-        remove_backends(xenstore, "console", domid, (1, 2))
+    if domid is not None and not xenstore.read(f"/local/domain/{domid}/vm"):  # else it is another VM's by now
+        what = f"remove what {name} has had in dom0"
+        log.attempt(what, unplug, xenstore, state)
+        log.attempt(what, detach_disk, xenstore, state)
+        for kind, numbers in (("9pfs", (0,)), ("console", (1, 2))):
+            log.attempt(what, remove_backends, xenstore, kind, domid, numbers)
+    log.attempt(f"remove the log files of {name}", remove_logs, name)
+
+
+def remove_logs(name):
     folder = "/var/log/xen"
     for file in os.listdir(folder) if os.path.isdir(folder) else ():
         if f"-{name}.log" in file:
@@ -4488,13 +4701,20 @@ def clean_up(xenstore, state, home=None):
 
 def destroy(container, log):
     """Removes what is left of a container that has no monitor any more, gives back its addresses, and runs its poststop
-    hooks."""
-    if os.path.exists(container.path("control")):  # a monitor that has taken all down removes it
-        clean_up(Xenstore(), container.state)
-    for fields in reversed(container.state.get("networks", ())):
-        detach_network(Attachment(**fields), log)
-    discard(container.path("netns"))
+    hooks.  What fails is a warning; Error if the VM or the folder is still there."""
+    state = container.state
+    if not container.is_of_this_boot() and "boot" in state:  # nor is anything else in Xen
+        log.attempt(f"remove the log files of {state['name']}", remove_logs, state["name"])
+    elif os.path.exists(container.path("control")):  # a monitor that has taken all down removes it
+        clean_up(Xenstore(), state, log)
+    for fields in reversed(state.get("networks", ())):
+        log.attempt(f"give back a network of {container.id}", lambda: detach_network(Attachment(**fields), log))
+    log.attempt(f"remove the network namespace of {container.id}", discard, container.path("netns"))
     container.remove()
+    log.attempt(f"run the poststop hooks of {container.id}", run_poststop, container, log)
+
+
+def run_poststop(container, log):
     for error in hook_errors(container, "poststop", "stopped"):
         log.write("warning", error)
 
@@ -4610,6 +4830,7 @@ def prepare(call):
     bundle = os.path.realpath(call.options.get("bundle", "."))
     config = load_config(bundle)
     find_xl()
+    take_ordinary_score()
     return container, config, bundle
 
 
@@ -4711,12 +4932,11 @@ def start(container, log):
         unmounted = attach_disk(container)
         try:
             plug(container, log)
-            change_domain("unpause", container.state["domid"])
+            container.command_domain("unpause", status="running")
         except BaseException:
             if container.state.get("disk"):
                 return_disk(container, unmounted)
             raise
-        container.save(status="running")
     # without the lock: a hook may call runX
     if container.state["hooks"].get("startContainer") or container.state["hooks"].get("poststart"):
         if not container.state.get("own_init"):
@@ -4726,6 +4946,7 @@ def start(container, log):
         except Error:
             with container:
                 stop_monitor(container)
+                destroy(container, log)
             raise
 
 
@@ -4871,22 +5092,30 @@ def kill(container, number, to_all=False):
         if status == "stopped" and to_all:
             return  # as runc: all of nothing is done
         if status in ("stopped", "creating"):
-            raise Error("container not running")
-        if container.state["status"] == "created":  # its process is yet to be: only the end can be had
-            if number in ENDING_SIGNALS:
-                tell_monitor(container, f"destroy {number}")
-        elif container.state.get("own_init"):
-            if number == SIGKILL:
-                tell_monitor(container, f"destroy {number}")
-            elif number in ENDING_SIGNALS:
-                shut_down(Xenstore(), container.state["domid"], container.state["uuid"])
-        elif number == SIGKILL:
-            if status == "paused":  # so that its last writes reach the host
-                resume(container)
-            tell_monitor(container, f"kill {number}")
-        elif number != 0:
-            request = f"killall {number}" if to_all else f"kill {number}"
-            send_request(Xenstore(), container.state["domid"], container.state["uuid"], request)
+            raise NotRunning()
+        try:
+            send_signal(container, number, to_all)
+        except NotRunning:
+            pass  # it is ending, and as long as its pid is there it takes signals, as any process does
+
+
+def send_signal(container, number, to_all):
+    own_init, domain = container.state["own_init"], (container.state["domid"], container.state["uuid"])
+    if container.state["status"] == "created":  # its process is yet to be: only the end can be had
+        if number in ENDING_SIGNALS:
+            tell_monitor(container, f"destroy {number}")
+    elif number == SIGKILL:
+        tell_monitor(container, f"destroy {number}" if own_init else f"kill {number}")
+        if container.state.get("paused") and not own_init:  # so that its last writes reach the host, if that can be
+            try:
+                container.command_domain("unpause", paused=False)
+            except Error:
+                pass
+    elif own_init:
+        if number in ENDING_SIGNALS:
+            shut_down(Xenstore(), *domain)
+    elif number != 0:
+        send_request(Xenstore(), *domain, f"killall {number}" if to_all else f"kill {number}")
 
 
 def open_pidfd(container):
@@ -4903,7 +5132,7 @@ def tell_monitor(container, request):
     try:
         fd = os.open(container.path("control"), os.O_WRONLY | os.O_NONBLOCK)
     except OSError:  # no such file, or nobody reads it
-        raise Error("container not running") from None
+        raise NotRunning() from None
     os.write(fd, request.encode() + b"\n")
     os.close(fd)
 
@@ -4913,6 +5142,7 @@ def command_delete(call):
 
 
 def delete(container, force, log):
+    container.forgiving = force
     try:
         with container:
             status = container.status()
@@ -4936,7 +5166,7 @@ def stop_monitor(container):
         return
     try:
         tell_monitor(container, f"destroy {SIGKILL}")
-    except Error:
+    except NotRunning:
         pass  # it is ending already
     if not select.select([pidfd], [], [], MONITOR_END)[0]:
         os.kill(container.state["pid"], SIGKILL)
@@ -4950,10 +5180,11 @@ def command_pause(call):
     with container:
         status = container.status()
         if status not in ("created", "running"):
-            raise Error("container not running")
+            raise NotRunning()
         if status == "running":
-            change_domain("pause", container.state["domid"])
-        container.save(paused=True)
+            container.command_domain("pause", status="running", paused=True)
+        else:
+            container.save(paused=True)
 
 
 def command_resume(call):
@@ -4961,26 +5192,27 @@ def command_resume(call):
     with container:
         if container.status() != "paused":
             raise Error("container not paused")
-        resume(container)
-
-
-def resume(container):
-    if container.state["status"] == "running":
-        change_domain("unpause", container.state["domid"])
-    container.save(paused=False)
+        if container.state["status"] == "running":
+            container.command_domain("unpause", paused=False)
+        else:
+            container.save(paused=False)
 
 
 def command_ps(call):
     """The container's process as dom0 sees it: the monitor.  What runs in the VM, only the VM knows."""
     import subprocess
 
-    container = call.container().load()
-    if container.status() in ("creating", "stopped"):
-        raise Error("container not running")
-    pid = str(container.state["pid"])
-    if call.options.get("format", "table") == "json":
-        print_json([int(pid)], None)
+    container, form = call.container().load(), call.options.get("format", "table")
+    status, pid = container.status(), str(container.state.get("pid"))
+    if status == "creating":
+        raise NotRunning()
+    if form not in ("table", "json"):
+        raise Error("invalid format option")
+    if form == "json":
+        print_json(None if status == "stopped" else [int(pid)], None)
         return
+    if status == "stopped":
+        pid = None  # as runc: the heading alone
     command = ["ps", *(call.arguments[1:] or ["-ef"])]
     result = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PATH": PATH}, text=True, check=False)
     head, *rows = result.stdout.splitlines() or [""]
@@ -5003,7 +5235,8 @@ def command_events(call):
     if "stats" in call.options:
         print_stats(container)
         return
-    xenstore, oom, told = Xenstore(), f"/local/domain/{container.state['domid']}/data/oom", False
+    xenstore, told = Xenstore(), False
+    oom = f"/local/domain/{container.domid(xenstore)}/data/oom"
     xenstore.watch((oom, "oom"))
     deadline = time.monotonic()
     while True:
@@ -5035,7 +5268,10 @@ def parse_duration(text):
 
 def print_stats(container):
     """What Xen has counted, in runc's shape (types/events.go): nanoseconds and bytes.  Nothing if it is gone."""
-    domain = list_domain(container.state["domid"])
+    try:
+        domain = list_domain(container.domid())
+    except NotRunning:
+        return
     if domain is None:
         return
     memory = {"limit": container.state["maxmem"] << 20, "usage": domain.memory << 20, "failcnt": 0}
@@ -5074,7 +5310,7 @@ def command_update(call):
     changes = read_update(call.options)
     with container:
         if container.status() in ("creating", "stopped"):
-            raise Error("container not running")
+            raise NotRunning()
         update(container, changes)
 
 
@@ -5134,26 +5370,31 @@ def update(container, changes):
                 f"cannot update container {container.id} to {wanted} {what}: its VM was made for {most} at most, "
                 f"see the annotations org.runx.maxmem and org.runx.maxvcpus"
             )
+    known = None if state.get("updating") else old  # an `update` that was killed has left nobody knows what
+    container.save(updating=True)
     try:
-        apply_resources(container, resources, old)
+        apply_resources(container, resources, known)
     except Error:
         apply_resources(container, old, resources)  # all or nothing; what was not reached it leaves as it is
+        container.save(updating=False)
         raise
-    container.save(resources=new)
+    container.save(resources=new, updating=False)
 
 
 def apply_resources(container, new, old):
-    domid, maxmem, maxvcpus = (container.state[key] for key in ("domid", "maxmem", "maxvcpus"))
-    if new.mebibytes(maxmem) != old.mebibytes(maxmem):
+    """Has Xen change what is new in the Resources, or all of them where the old ones are None."""
+    domid, maxmem, maxvcpus = container.domid(), container.state["maxmem"], container.state["maxvcpus"]
+    if not old or new.mebibytes(maxmem) != old.mebibytes(maxmem):
         change_domain("mem-set", domid, f"{new.mebibytes(maxmem)}m")
-    if new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
+    if not old or new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
         change_domain("vcpu-set", domid, new.vcpus(maxvcpus))
-        if new.vcpus(maxvcpus) > old.vcpus(maxvcpus):  # the kernel finds it; that it is used is userspace's to say
+        # the kernel finds one more; that it is used is userspace's to say
+        if not old or new.vcpus(maxvcpus) > old.vcpus(maxvcpus):
             send_request(Xenstore(), domid, container.state["uuid"], "cpus", "cpus")
-    if (new.shares, new.cap()) != (old.shares, old.cap()):
+    if not old or (new.shares, new.cap()) != (old.shares, old.cap()):
         scheduler = "sched-credit" if xl_info("xen_scheduler") == "credit" else "sched-credit2"
         change_domain(scheduler, "-d", domid, "-w", new.weight() if new.shares else 256, "-c", new.cap())
-    if new.cpus != old.cpus:
+    if not old or new.cpus != old.cpus:
         change_domain("vcpu-pin", domid, "all", new.cpus or "all")
 
 
