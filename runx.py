@@ -2393,9 +2393,21 @@ KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take whil
 BZIMAGE_HEADER = 0x250  # bytes
 
 
+def check_boot_file(fd, name, memory, purpose):
+    """Raises Error, that begins with purpose, if a kernel or ramdisk does not fit into a VM, or the former into dom0:
+    xl has all of it in memory before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked."""
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0
+    size = max(os.fstat(fd).st_size >> 20, unpacked)
+    if size >= memory:
+        raise Error(f"{purpose}: {size} MiB do not fit into a VM of {memory} MiB")
+    if unpacked > KERNEL_MAX:
+        raise Error(f"{purpose}: unpacked it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
+
+
 def unpacked_size(file):
-    """Bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be in a bzImage
-    (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.
+    """Bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be in a
+    bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.
 
     What is packed twice, only xl's own limit of memory stops.
     """
@@ -3121,6 +3133,8 @@ def cni_path():
 
 def find_plugin(name):
     """The path of a CNI plugin, or None."""
+    if "/" in name or "\0" in name:
+        return None
     for folder in cni_path().split(":"):
         path = os.path.join(folder, name)
         if os.access(path, os.X_OK):
@@ -3300,8 +3314,11 @@ def negotiate_version(attachment):
     return max(known, key=CNI_VERSIONS.index, default=CNI_VERSIONS[-1])
 
 
-def detach_network(attachment, log):
-    """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay."""
+def detach_network(fields, log):
+    """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay.
+
+    fields: of the Attachment, as they are in the state."""
+    attachment = Attachment(**fields)
     for plugin, configuration in reversed(attachment.calls):
         what = f"give back the network {attachment.network}"
         log.attempt(what, call_plugin, "DEL", attachment, plugin, configuration)
@@ -3792,6 +3809,7 @@ def parse_state(text):
     state = parse_json(text)
     if not isinstance(state, dict) or state.get("status") not in ("creating", "created", "running"):
         raise ValueError
+    state.setdefault("boot", boot_id())  # that of an older runX
     types = STATE_TYPES if state["status"] == "creating" else {**STATE_TYPES, **CREATED_TYPES}
     if not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise ValueError
@@ -3863,23 +3881,29 @@ class Container:
     def command_domain(self, verb, **changes):
         """Has xl `pause` or `unpause` the VM, which is not so yet, and stores what has changed by that.
 
-        The file `unsettled` is there from before to after: whoever finds it asks Xen how it is.  It is empty, so that a
-        full disk has room for it, and there the rest can wait.
+        A file `unsettled` is there from before to after: whoever finds it asks Xen how it is.  It is empty, so that a
+        full disk has room for it, and there the rest can wait; its name tells whether the VM has ever run.
         """
-        domid = self.domid()
+        domid, mark = self.domid(), self.path(f"unsettled-{self.state['status']}")
         try:
-            open(self.path("unsettled"), "w", encoding="ascii").close()
+            open(mark, "w", encoding="ascii").close()
         except OSError as error:
-            raise Error(f"cannot make {self.path('unsettled')}: {error.strerror}") from None
+            raise Error(f"cannot make {mark}: {error.strerror}") from None
         change_domain(verb, domid)
         try:
             self.save(**changes)
-            os.unlink(self.path("unsettled"))
-        except (Error, OSError):
-            pass
+        except Error:
+            return
+        for mark in self.unsettled():
+            os.unlink(mark)
+
+    def unsettled(self):
+        return list(filter(os.path.exists, map(self.path, ("unsettled-created", "unsettled-running"))))
 
     def settle(self):
         """Takes over from Xen whether the VM runs."""
+        if self.path("unsettled-running") in self.unsettled():
+            self.state["status"] = "running"
         try:
             listing = list_domain(self.domid())
         except NotRunning:
@@ -3917,12 +3941,12 @@ class Container:
         """creating, created, running or stopped (runtime.md "State"), and runc's paused."""
         if "pid" in self.state and not self.is_monitored():
             return "stopped"
-        if self.state["status"] != "creating" and os.path.exists(self.path("unsettled")):
+        if self.unsettled():
             self.settle()
         return "paused" if self.state.get("paused") else self.state["status"]
 
     def is_of_this_boot(self):
-        return self.state.get("boot", "") == boot_id()
+        return self.state.get("boot") in (boot_id(), None)
 
     def is_monitored(self):
         """Whether the process is still there whose pid is the container's."""
@@ -4318,13 +4342,7 @@ class Monitor:
             return path
         purpose = f"cannot boot {path} of the container"
         fd = open_file_in_root(rootfs, path, purpose)
-        with open(f"/proc/self/fd/{fd}", "rb") as file:
-            unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0  # a ramdisk is unpacked into the VM's memory
-        size, memory = max(os.fstat(fd).st_size >> 20, unpacked), self.memory()
-        if size >= memory:  # xl would read all of it into dom0's memory before it finds out
-            raise Error(f"{purpose}: {size} MiB do not fit into a VM of {memory} MiB")
-        if unpacked > KERNEL_MAX:
-            raise Error(f"{purpose}: unpacked, it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
+        check_boot_file(fd, name, self.memory(), purpose)
         target = self.container.path(name)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
         mount(f"/proc/self/fd/{fd}", target, MS_BIND)
@@ -4703,12 +4721,12 @@ def destroy(container, log):
     """Removes what is left of a container that has no monitor any more, gives back its addresses, and runs its poststop
     hooks.  What fails is a warning; Error if the VM or the folder is still there."""
     state = container.state
-    if not container.is_of_this_boot() and "boot" in state:  # nor is anything else in Xen
+    if not container.is_of_this_boot():  # nor is anything else in Xen
         log.attempt(f"remove the log files of {state['name']}", remove_logs, state["name"])
-    elif os.path.exists(container.path("control")):  # a monitor that has taken all down removes it
+    elif "uuid" in state and os.path.exists(container.path("control")):  # which goes when a monitor has taken all down
         clean_up(Xenstore(), state, log)
     for fields in reversed(state.get("networks", ())):
-        log.attempt(f"give back a network of {container.id}", lambda: detach_network(Attachment(**fields), log))
+        log.attempt(f"give back a network of {container.id}", detach_network, fields, log)
     log.attempt(f"remove the network namespace of {container.id}", discard, container.path("netns"))
     container.remove()
     log.attempt(f"run the poststop hooks of {container.id}", run_poststop, container, log)
@@ -5146,6 +5164,8 @@ def delete(container, force, log):
     try:
         with container:
             status = container.status()
+            if "pid" not in container.state and os.path.exists(container.path("state.json")):
+                log.write("warning", f"the state of container {container.id} is lost: its networks are not undone")
             if status not in ("stopped", "created") and not force:
                 raise Error(f"cannot delete container {container.id} that is not stopped: {status}")
             if status != "stopped":
@@ -5162,12 +5182,12 @@ def stop_monitor(container):
     import select
 
     pidfd = open_pidfd(container)
-    if pidfd is None:
-        return
     try:
         tell_monitor(container, f"destroy {SIGKILL}")
     except NotRunning:
         pass  # it is ending already
+    if pidfd is None:
+        return  # or it is one whose pid is not known
     if not select.select([pidfd], [], [], MONITOR_END)[0]:
         os.kill(container.state["pid"], SIGKILL)
         select.select([pidfd], [], [], MONITOR_END)
