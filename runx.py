@@ -3941,7 +3941,7 @@ class Container:
         """creating, created, running or stopped (runtime.md "State"), and runc's paused."""
         if "pid" in self.state and not self.is_monitored():
             return "stopped"
-        if self.unsettled():
+        if "domid" in self.state and self.unsettled():
             self.settle()
         return "paused" if self.state.get("paused") else self.state["status"]
 
