@@ -45,6 +45,13 @@ class NoContainer(Error):
         super().__init__(f'container "{container_id}" does not exist')
 
 
+class NotRunning(Error):
+    """The container's VM is gone, or is not there yet."""
+
+    def __init__(self):
+        super().__init__("container not running")
+
+
 class Log:
     """The engine's log file (--log, --log-format), one record a line; without one, it is standard error.
 
@@ -74,6 +81,13 @@ class Log:
     def debug(self, message):
         if self.wants_debug:
             self.write("debug", message)
+
+    def attempt(self, what, work, *args):
+        """Calls work(*args); what fails, in whatever way, is a warning: a clean-up goes on."""
+        try:
+            work(*args)
+        except Exception as error:
+            self.write("warning", str(error) if isinstance(error, Error) else f"cannot {what}: {error}")
 
 
 def timestamp():
@@ -631,6 +645,37 @@ def parse_iomem(spec, where):
 IMAGE_FORMATS = ("raw", "qcow2", "vhd")  # of those that config-vm.md names, what xl-disk-configuration.5 can
 
 
+def check_references(path, kind):
+    """Raises Error if an image names another file, which dom0's QEMU would give to the VM: its content is not trusted.
+
+    qcow2: docs/interop/qcow2.rst of QEMU's sources.  vhd: a footer with the type of the disk, and perhaps a copy first.
+    """
+    import struct
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 512))
+            tail = file.read(512)
+    except OSError as error:
+        raise Error(f"cannot read the image {path}: {error.strerror}") from None
+    reference = ""
+    if kind == "qcow2":
+        if len(head) < 80 or not head.startswith(b"QFI\xfb"):
+            raise Error(f"the image {path} is not in the format qcow2")
+        version, backing = struct.unpack_from(">IQ", head, 4)
+        features = struct.unpack_from(">Q", head, 72)[0] if version > 2 else 0
+        reference = "a backing file" if backing else "a data file outside" if features & 4 else ""
+    elif kind == "vhd":
+        types = [part[60:64] for part in (head, tail) if part.startswith(b"conectix")]
+        if not types:
+            raise Error(f"the image {path} is not in the format vhd")
+        known = (b"\0\0\0\2", b"\0\0\0\3")  # fixed, dynamic; 4 has a parent
+        reference = "" if all(each in known for each in types) else "a parent"
+    if reference:
+        raise Error(f"cannot give the image {path} to a VM, for it has {reference}: make it one that stands alone")
+
+
 def parse_machine(spec, annotations, hardware, env, host):
     """The Machine.  vm goes before annotations, these before what the image says in its environment."""
     vm, where = field(spec, "vm", dict, {}), "config.json: vm"
@@ -647,6 +692,7 @@ def parse_machine(spec, annotations, hardware, env, host):
         if kind not in IMAGE_FORMATS:
             raise Error(f"{where}.image: Xen cannot read the format {printable(kind)}: use {', '.join(IMAGE_FORMATS)}")
         if own_init:
+            check_references(image, kind)
             options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
     if not kernel and (ramdisk or image and kind != "raw"):
         raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
@@ -1396,27 +1442,48 @@ def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces=()
     env: a dict, all that it gets.  folder: its working directory, if that is there.  namespaces: paths of those that it
     joins.
     """
-    import select
-
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
     os.write(files[0], stdin)
     os.lseek(files[0], 0, os.SEEK_SET)
     pid = os.fork()
     if pid == 0:
         execute_program(argv, path, env, files, folder, namespaces)
-    pidfd = os.pidfd_open(pid)
-    ended = bool(select.select([pidfd], [], [], timeout)[0])
-    if not ended:
-        os.killpg(pid, SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    ended, status = reap(pid, timeout, os.killpg)
     outputs = [os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:]]
-    for fd in (pidfd, *files):
+    for fd in files:
         os.close(fd)
     reason = f"signal {-status}" if status < 0 else f"exit status {status}" if status else ""
     return (reason if ended else f"ran past its time of {timeout} s", *outputs)
 
 
 OUTPUT_MAX = 1 << 20  # bytes
+
+
+def reap(pid, timeout, kill):
+    """Waits for a child, and kills it after a timeout, in seconds; returns whether it has ended by itself, and its exit
+    status, below 0 for a signal."""
+    import select
+
+    pidfd = os.pidfd_open(pid)
+    ended = bool(select.select([pidfd], [], [], timeout)[0])
+    os.close(pidfd)
+    if not ended:
+        kill(pid, SIGKILL)
+    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def take_ordinary_score():
+    """Lets the kernel end us and what we start like anything else when memory is short: engines have themselves
+    spared, and what unpacks an image or serves a guest must not be."""
+    path = "/proc/self/oom_score_adj"
+    try:
+        with open(path, encoding="ascii") as file:
+            score = int(file.read())
+        if score < 0:
+            with open(path, "w", encoding="ascii") as file:
+                file.write("0")
+    except OSError:
+        pass  # where there is no /proc
 
 
 def execute_program(argv, path, env, files, folder, namespaces):
@@ -1599,32 +1666,40 @@ def find_domain(xenstore, uuid):
 # The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
 LOOK_TIME_LIMIT = 5  # seconds that a monitor waits for another's look at all domains
+XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself, such as a QEMU, has less
+# bytes of memory that xl has to unpack a kernel, and QEMU for all that a guest asks it for: 128 requests at once are
+# 128 MiB of coroutines and 64 threads.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
+XL_DATA, XL_STACK = 384 << 20, 1 << 20
 
 
-def xl(*args, dies_with_us=False):
+def xl(*args, data_limit=None):
     """Runs xl; returns (exit status, its stdout and stderr as text).
 
-    dies_with_us: xl does not outlive a caller that is killed.
+    data_limit: bytes of memory that xl, and each program that it starts, may have; and xl does not outlive a caller
+    that is killed.
     """
+    take_ordinary_score()
     null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
     environment = {**os.environ, "PATH": PATH}
     try:
-        if dies_with_us:
-            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions)
+        if data_limit:
+            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions, data_limit)
         else:
             # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
             pid = os.posix_spawn(find_xl(), ["xl", *args], environment, file_actions=actions, setsigdef=[13])
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.lseek(output, 0, os.SEEK_SET)
-        return status, os.read(output, 1 << 16).decode("utf-8", "replace")
+        ended, status = reap(pid, XL_TIME_LIMIT, os.kill)
+        text = os.pread(output, 1 << 16, 0).decode("utf-8", "replace")
+        return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
     finally:
         os.close(null)
         os.close(output)
 
 
-def spawn_tied(path, argv, environment, actions):
+def spawn_tied(path, argv, environment, actions, data_limit):
     """posix_spawn(3) of a process that gets SIGKILL when we die (prctl(2), PR_SET_PDEATHSIG)."""
+    import resource
+
     parent, pid = os.getpid(), os.fork()
     if pid:
         return pid
@@ -1633,6 +1708,8 @@ def spawn_tied(path, argv, environment, actions):
         if os.getppid() == parent:
             for _, source, target in actions:
                 os.dup2(source, target)
+            resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+            resource.setrlimit(resource.RLIMIT_STACK, (XL_STACK, XL_STACK))
             default_signals()
             os.execve(path, argv, environment)
     except BaseException:
@@ -1683,8 +1760,9 @@ def xl_config(settings):
 
 
 def create_domain(path, memory):
-    """`xl create` of a paused domain, with no xl left behind.  memory: MiB, for the message."""
-    status, output = xl("create", "-e", "-p", "-q", path, dies_with_us=True)
+    """`xl create` of a paused domain, with no xl left behind.  memory: MiB that the VM may get."""
+    # beside what it has of its own, libxc has a few bytes for each page of the VM
+    status, output = xl("create", "-e", "-p", "-q", path, data_limit=XL_DATA + (memory << 20 >> 6))
     if status == 0:
         return
     free = xl_info("free_memory")
@@ -1736,10 +1814,12 @@ def parse_listing(line):
 
 
 def list_domain(domid):
-    """The domain's Listing, or None if there is none."""
+    """The domain's Listing, or None if there is none.  Raises Error if xl cannot tell."""
     status, output = xl("list", str(domid))
     if status != 0:
-        return None
+        if "does not exist" in output:
+            return None
+        raise Error(f"xl list failed: {xl_errors(output)}")
     try:
         return parse_listing(output.splitlines()[-1])[1]
     except (ValueError, IndexError):
@@ -1819,7 +1899,10 @@ def destroy_domain(domid):
 
 def find_half_built(uuid):
     """The domid of the domain with this uuid, or None, by the hypervisor's own word: xenstore may not have it yet."""
-    for line in xl("vm-list")[1].splitlines():
+    status, output = xl("vm-list")
+    if status != 0:
+        raise Error(f"xl vm-list failed: {xl_errors(output)}")
+    for line in output.splitlines():
         words = line.split()
         if words and words[0] == uuid:
             return int(words[1])
@@ -2145,10 +2228,11 @@ def encode_input(data):
     return data.replace(ESCAPE, ESCAPE + ESCAPE)
 
 
-def check_alive(xenstore, domid, uuid, transaction):
-    """A write below a domain that is gone would make its folder anew, for ever."""
+def check_alive(xenstore, domid, uuid, transaction=0):
+    """Raises NotRunning unless the domain is there: another one may have its number by now, and a write below one that
+    is gone would make its folder anew, for ever."""
     if xenstore.read(f"/local/domain/{domid}/vm", transaction=transaction) != f"/vm/{uuid}":
-        raise Error("container not running")
+        raise NotRunning()
 
 
 def shut_down(xenstore, domid, uuid):
@@ -2557,6 +2641,42 @@ def copy_content(file, output, size):
         size -= len(data)
 
 
+KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take while it is unpacked
+BZIMAGE_HEADER = 0x250  # bytes
+
+
+def check_boot_file(fd, name, memory, purpose):
+    """Raises Error, that begins with purpose, if a kernel or ramdisk does not fit into a VM, or the former into dom0:
+    xl has all of it in memory before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked."""
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0
+    size = max(os.fstat(fd).st_size >> 20, unpacked)
+    if size >= memory:
+        raise Error(f"{purpose}: {size} MiB do not fit into a VM of {memory} MiB")
+    if unpacked > KERNEL_MAX:
+        raise Error(f"{purpose}: unpacked it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
+
+
+def unpacked_size(file):
+    """Bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be in a
+    bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.
+
+    What is packed twice, only xl's own limit of memory stops.
+    """
+    import struct
+
+    header, start, end = file.read(BZIMAGE_HEADER), 0, os.fstat(file.fileno()).st_size
+    if header[0x202:0x206] == b"HdrS" and len(header) == BZIMAGE_HEADER:
+        offset, length = struct.unpack_from("<II", header, 0x248)
+        start = 512 * (header[0x1F1] + 1) + offset
+        end = min(end, start + length)
+    elif not header.startswith(b"\x1f\x8b"):
+        return 0
+    if end - start < 4:
+        return 0  # nothing that could be unpacked
+    return struct.unpack("<I", os.pread(file.fileno(), 4, end - 4))[0]
+
+
 MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
 
 
@@ -2948,10 +3068,10 @@ def make_cgroup(path, resources, systemd, pids):
             if not entry.kind.startswith("cgroup") or entry.device in seen or "cpuset" in entry.of_all:
                 continue
             seen.add(entry.device)
-            fill_cgroup(entry.target, path, resources, pids)
             cgroups.append([entry.target, path])
+            fill_cgroup(entry.target, path, resources, pids)
     except OSError as error:
-        remove_cgroups(cgroups)
+        remove_cgroups(cgroups, pids)
         raise Error(f"cannot make the cgroup {path}: {error.strerror}") from None
     finally:
         if scope:
@@ -2995,12 +3115,19 @@ def write_file(path, value):
         file.write(str(value))
 
 
+def read_file(path):
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
+
+
 def start_scope(path):
     """A process in a new scope of systemd, which lasts until its standard input ends or others are in it too, and the
     scope's path.  Raises Error."""
     import subprocess
 
-    parent, _, name = path.partition(":")
+    parent, colon, name = path.partition(":")
+    if not colon:
+        raise Error(f"config.json: linux.cgroupsPath must be SLICE:PREFIX:NAME for systemd, not {printable(path)}")
     unit = name.replace(":", "-", 1) if name.split(":")[0] else name[1:]
     command = ["systemd-run", "--quiet", "--scope", "--collect", "--property=Delegate=yes", f"--unit={unit}.scope"]
     command += [f"--slice={parent or 'system.slice'}", "sh", "-c", "cat /proc/self/cgroup; echo; read -r _"]
@@ -3019,13 +3146,13 @@ def start_scope(path):
     return scope, paths[-1]
 
 
-def remove_cgroups(cgroups):
-    """Removes what make_cgroup() has made, with cgroups below; who is still there goes to the root.  Raises OSError."""
+def remove_cgroups(cgroups, pids):
+    """Removes what make_cgroup() has made, with cgroups below; of who is still there, pids go to the root.  Raises
+    OSError, such as EBUSY if others are there too."""
     for root, path in cgroups:
         for folder, _, _ in os.walk(root + path, topdown=False):
-            with open(os.path.join(folder, "cgroup.procs"), encoding="ascii") as file:
-                for pid in file.read().split():
-                    write_file(os.path.join(root, "cgroup.procs"), pid)
+            for pid in set(read_file(os.path.join(folder, "cgroup.procs")).split()) & set(map(str, pids)):
+                write_file(os.path.join(root, "cgroup.procs"), pid)
             os.rmdir(folder)
 
 
@@ -3051,11 +3178,6 @@ def show_oom(cgroups):
                     os._exit(0)
             os.waitpid(pid, 0)
             write_file(limit, before)
-
-
-def read_file(path):
-    with open(path, encoding="ascii") as file:
-        return file.read().strip()
 
 
 # ==== rtnetlink ==========================================================================================
@@ -3416,6 +3538,8 @@ def cni_path():
 
 def find_plugin(name):
     """The path of a CNI plugin, or None."""
+    if "/" in name or "\0" in name:
+        return None
     for folder in cni_path().split(":"):
         path = os.path.join(folder, name)
         if os.access(path, os.X_OK):
@@ -3605,13 +3729,14 @@ def negotiate_version(attachment):
     return max(known, key=CNI_VERSIONS.index, default=CNI_VERSIONS[-1])
 
 
-def detach_network(attachment, log):
-    """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay."""
+def detach_network(fields, log):
+    """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay.
+
+    fields: of the Attachment, as they are in the state."""
+    attachment = Attachment(**fields)
     for plugin, configuration in reversed(attachment.calls):
-        try:
-            call_plugin("DEL", attachment, plugin, configuration)
-        except Error as error:
-            log.write("warning", str(error))
+        what = f"give back the network {attachment.network}"
+        log.attempt(what, call_plugin, "DEL", attachment, plugin, configuration)
 
 
 def call_plugin(command, attachment, plugin, configuration):
@@ -3910,7 +4035,8 @@ def plug(container, log):
         for number, interface in zip(numbers, interfaces):
             join(interface, announce_vif(xenstore, domid, number, interface))
             if interface.namespace not in ("", container.path("netns")):  # it is to be as before afterwards
-                container.save(joined=[*state["joined"], interface.device])
+                state["joined"].append(interface.device)
+                container.save()
             xenstore.write(f"/local/domain/0/backend/vif/{domid}/{number}/hotplug-status", "connected")
         tell_guest(xenstore, container, interfaces)
     except BaseException:
@@ -3994,9 +4120,11 @@ def unplug(xenstore, state):
     for device in state["joined"] if state["namespace"] else ():  # any other namespace ends with the container
         try:
             netlink = Rtnetlink(state["namespace"])
-            link = netlink.find_link(device)
-            if link:
-                end_redirect(netlink, link.index)
+            links = {link.name: link for link in netlink.links()}
+            # that of another VM which has come after ours
+            taken = any(name.startswith("vif") and not name.startswith(f"vif{domid}.") for name in links)
+            if device in links and not taken:
+                end_redirect(netlink, links[device].index)
         except OSError:
             pass  # the engine has taken the interface or the namespace away
 
@@ -4078,6 +4206,34 @@ def process_start_time(pid):
     return None if fields[0] in b"ZX" else int(fields[19])
 
 
+def boot_id():
+    """What tells this boot of the host from all others: pids, domids and what has them begin anew with it."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+# what state.json holds from its first writing on
+STATE_TYPES = {
+    "ociVersion": str, "status": str, "bundle": str, "rootfs": str, "created": str, "annotations": dict, "hooks": dict,
+    "uuid": str, "name": str, "boot": str, "pid": int, "pid_start_time": int, "startable": bool, "own_init": bool,
+    "networks": list, "vifs": list, "rate": str, "hostname": str, "vbds": list,
+}  # fmt: skip
+# and of a container that is created
+CREATED_TYPES = {"domid": int, "maxmem": int, "maxvcpus": int, "resources": dict, "base": dict}
+
+
+def parse_state(text):
+    """The state in state.json.  Raises ValueError where runX cannot have written it."""
+    state = parse_json(text)
+    if not isinstance(state, dict) or state.get("status") not in ("creating", "created", "running"):
+        raise ValueError
+    state.setdefault("boot", boot_id())  # that of an older runX
+    types = STATE_TYPES if state["status"] == "creating" else {**STATE_TYPES, **CREATED_TYPES}
+    if not all(isinstance(state.get(key), kind) for key, kind in types.items()):
+        raise ValueError
+    return state
+
+
 class Container:
     """One container: its folder, its stored state, its lock."""
 
@@ -4085,6 +4241,7 @@ class Container:
         self.id = check_id(container_id)
         self.folder = os.path.join(root, self.id)
         self.state = {}
+        self.forgiving = False  # a state that cannot be read is an empty one
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -4102,22 +4259,77 @@ class Container:
     def load(self):
         try:
             with open(self.path("state.json"), encoding="utf-8") as file:
-                self.state = parse_json(file.read())
-            self.state["status"]
+                self.state = parse_state(file.read())
         except FileNotFoundError:
             if not os.path.isdir(self.folder):
                 raise NoContainer(self.id) from None
             self.state = {"status": "creating"}  # between its first two steps, or killed there
-        except (ValueError, TypeError, KeyError):
-            raise Error(f"cannot read {self.path('state.json')}: runX has not written it") from None
+        except (OSError, ValueError, RecursionError):
+            if not self.forgiving:
+                remedy = f"remove the container by `runX delete --force {self.id}`"
+                raise Error(f"cannot read {self.path('state.json')}, runX has not written it so: {remedy}") from None
+            self.state = {"status": "creating", **self.told_to_xl()}
         return self
 
+    def told_to_xl(self):
+        """name and uuid of the VM as xl.cfg has them, {} if it has not: for a container whose state is lost."""
+        try:
+            with open(self.path("xl.cfg"), encoding="utf-8", errors="replace") as file:
+                settings = dict(line.split(" = ", 1) for line in file if " = " in line)
+            return {key: settings[key].strip().strip('"') for key in ("name", "uuid")}
+        except (OSError, KeyError):
+            return {}
+
     def save(self, **changes):
+        """Stores the state with these changes, or leaves it as it was.  Raises Error."""
+        path, state = self.path("state.json"), {**self.state, **changes}
+        try:
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write(json_text(state))
+            os.rename(path + ".new", path)
+        except OSError as error:
+            raise Error(f"cannot write {path}: {error.strerror}") from None
         self.state.update(changes)
-        temporary = self.path("state.json.new")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json_text(self.state))
-        os.rename(temporary, self.path("state.json"))
+
+    def domid(self, xenstore=None):
+        """The number of its domain.  Raises NotRunning."""
+        check_alive(xenstore or Xenstore(), self.state["domid"], self.state["uuid"])
+        return self.state["domid"]
+
+    def command_domain(self, verb, **changes):
+        """Has xl `pause` or `unpause` the VM, which is not so yet, and stores what has changed by that.
+
+        A file `unsettled` is there from before to after: whoever finds it asks Xen how it is.  It is empty, so that a
+        full disk has room for it, and there the rest can wait; its name tells whether the VM has ever run.
+        """
+        domid, mark = self.domid(), self.path(f"unsettled-{self.state['status']}")
+        try:
+            open(mark, "w", encoding="ascii").close()
+        except OSError as error:
+            raise Error(f"cannot make {mark}: {error.strerror}") from None
+        change_domain(verb, domid)
+        try:
+            self.save(**changes)
+        except Error:
+            return
+        for mark in self.unsettled():
+            os.unlink(mark)
+
+    def unsettled(self):
+        return list(filter(os.path.exists, map(self.path, ("unsettled-created", "unsettled-running"))))
+
+    def settle(self):
+        """Takes over from Xen whether the VM runs."""
+        if self.path("unsettled-running") in self.unsettled():
+            self.state["status"] = "running"
+        try:
+            listing = list_domain(self.domid())
+        except NotRunning:
+            return  # its monitor is about to end
+        if listing and listing.state[2] != "p":
+            self.state.update(status="running", paused=False)
+        elif self.state["status"] == "running":
+            self.state["paused"] = True
 
     def __enter__(self):
         """`with container:` waits for other operations on it, and loads what they have stored."""
@@ -4145,9 +4357,18 @@ class Container:
 
     def status(self):
         """creating, created, running or stopped (runtime.md "State"), and runc's paused."""
-        if "pid" in self.state and process_start_time(self.state["pid"]) != self.state["pid_start_time"]:
+        if "pid" in self.state and not self.is_monitored():
             return "stopped"
+        if "domid" in self.state and self.unsettled():
+            self.settle()
         return "paused" if self.state.get("paused") else self.state["status"]
+
+    def is_of_this_boot(self):
+        return self.state.get("boot") in (boot_id(), None)
+
+    def is_monitored(self):
+        """Whether the process is still there whose pid is the container's."""
+        return process_start_time(self.state["pid"]) == self.state["pid_start_time"] and self.is_of_this_boot()
 
     def state_for_hooks(self, status):
         """The state as hooks get it, JSON: status is what it is by the runtime-spec, not yet or no more in fact."""
@@ -4175,8 +4396,9 @@ class Container:
             remove_empty(os.path.join(mounts, name))
         for name in ("share/mounts", "share/rootfs", "share"):
             remove_empty(self.path(name))
-        for name in ("control", "ready", "kernel", "initrd", "ramdisk", "xl.cfg", "state.json.new", "state.json"):
-            if os.path.lexists(self.path(name)):
+        names = sorted(os.listdir(self.folder), key="state.json".__eq__)  # that one last: it says what is to be done
+        for name in names:
+            if not os.path.isdir(self.path(name)):
                 os.unlink(self.path(name))
         remove_empty(self.folder)
 
@@ -4571,7 +4793,7 @@ class Monitor:
             created=timestamp(), annotations=config.annotations, hooks=config.hooks, uuid=uuid,
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
-            pid=self.holder.pid, pid_start_time=process_start_time(self.holder.pid),
+            boot=boot_id(), pid=self.holder.pid, pid_start_time=process_start_time(self.holder.pid),
             monitor=[os.getpid(), process_start_time(os.getpid())], startable=bool(config.process),
             own_init=config.machine.own_init, namespace=config.namespace, networks=[], vifs=[], rate=config.rate,
             hostname=config.hostname or container.id[:63], disk=None, vbds=[],
@@ -4691,10 +4913,9 @@ class Monitor:
         path, in_rootfs = source
         if not in_rootfs:
             return path
-        fd = open_file_in_root(rootfs, path, f"cannot boot {path} of the container")
-        size, memory = os.fstat(fd).st_size >> 20, self.config.resources.mebibytes(DEFAULT_MEMORY)
-        if size >= memory:  # xl would read all of it into dom0's memory before it finds out
-            raise Error(f"cannot boot {path} of the container: {size} MiB do not fit into a VM of {memory} MiB")
+        purpose = f"cannot boot {path} of the container"
+        fd = open_file_in_root(rootfs, path, purpose)
+        check_boot_file(fd, name, self.memory(), purpose)
         target = self.container.path(name)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
         mount(f"/proc/self/fd/{fd}", target, MS_BIND)
@@ -4926,7 +5147,11 @@ class Monitor:
     def check_domain(self):
         if seen_alive(self.domid):
             return
-        end = domain_end(self.domid)
+        try:
+            end = domain_end(self.domid)
+        except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
+            self.warn(str(error))
+            return
         if not end:
             return
         # the guest may have told its status just before
@@ -5040,14 +5265,18 @@ class Monitor:
             state = self.container.load().state  # `start` has added to it
         except Error:
             state = self.container.state
-        clean_up(self.xenstore, state)
+        if self.xenstore is not None:
+            clean_up(self.xenstore, state, self.log)
         self.debug("the domain is gone")
 
 
-def clean_up(xenstore, state):
-    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, vifs, log files."""
+def clean_up(xenstore, state, log):
+    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, vifs, log files.
+
+    What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
+    """
     uuid, name = state.get("uuid"), state.get("name")
-    if uuid is None or xenstore is None:
+    if uuid is None:
         return  # it came no further
     domid = find_domain(xenstore, uuid) or find_half_built(uuid)
     if domid is not None:
@@ -5059,11 +5288,16 @@ def clean_up(xenstore, state):
                 xenstore.remove(f"/libxl/{domid}/device/{kind}/{number}")
         destroy_domain(domid)
     domid = domid or state.get("domid")
-    if domid is not None:
-        unplug(xenstore, state)
-        detach_disk(xenstore, state)
-        remove_backends(xenstore, "9pfs", domid, (0,))
-        remove_backends(xenstore, "console", domid, (1, 2))
+    if domid is not None and not xenstore.read(f"/local/domain/{domid}/vm"):  # else it is another VM's by now
+        what = f"remove what {name} has had in dom0"
+        log.attempt(what, unplug, xenstore, state)
+        log.attempt(what, detach_disk, xenstore, state)
+        for kind, numbers in (("9pfs", (0,)), ("console", (1, 2))):
+            log.attempt(what, remove_backends, xenstore, kind, domid, numbers)
+    log.attempt(f"remove the log files of {name}", remove_logs, name)
+
+
+def remove_logs(name):
     folder = "/var/log/xen"
     for file in os.listdir(folder) if os.path.isdir(folder) else ():
         if f"-{name}.log" in file:
@@ -5072,14 +5306,23 @@ def clean_up(xenstore, state):
 
 def destroy(container, log):
     """Removes what is left of a container that has no monitor any more, gives back its addresses, and runs its poststop
-    hooks."""
-    if os.path.exists(container.path("control")):  # a monitor that has taken all down removes it
-        clean_up(Xenstore(), container.state)
-    for fields in reversed(container.state.get("networks", ())):
-        detach_network(Attachment(**fields), log)
-    discard(container.path("netns"))
-    remove_cgroups(container.state.get("cgroups", ()))
+    hooks.  What fails is a warning; Error if the VM or the folder is still there."""
+    state = container.state
+    if not container.is_of_this_boot():  # nor is anything else in Xen
+        log.attempt(f"remove the log files of {state['name']}", remove_logs, state["name"])
+    elif "uuid" in state and os.path.exists(container.path("control")):  # which goes when a monitor has taken all down
+        clean_up(Xenstore(), state, log)
+    for fields in reversed(state.get("networks", ())):
+        log.attempt(f"give back a network of {container.id}", detach_network, fields, log)
+    log.attempt(f"remove the network namespace of {container.id}", discard, container.path("netns"))
+    if container.is_of_this_boot():
+        pids = (state.get("pid"), *state.get("monitor", ())[:1])
+        log.attempt(f"remove the cgroup of {container.id}", remove_cgroups, state.get("cgroups", ()), pids)
     container.remove()
+    log.attempt(f"run the poststop hooks of {container.id}", run_poststop, container, log)
+
+
+def run_poststop(container, log):
     for error in hook_errors(container, "poststop", "stopped"):
         log.write("warning", error)
 
@@ -5185,6 +5428,7 @@ def prepare(call):
     config = load_config(bundle)
     find_xl()
     fit_vcpus(config)
+    take_ordinary_score()
     return container, config, bundle
 
 
@@ -5302,12 +5546,11 @@ def start(container, log):
         unmounted = attach_disk(container)
         try:
             plug(container, log)
-            change_domain("unpause", container.state["domid"])
+            container.command_domain("unpause", status="running")
         except BaseException:
             if container.state.get("disk"):
                 return_disk(container, unmounted)
             raise
-        container.save(status="running")
     # without the lock: a hook may call runX
     if container.state["hooks"].get("startContainer") or container.state["hooks"].get("poststart"):
         if not container.state.get("own_init"):
@@ -5317,6 +5560,7 @@ def start(container, log):
         except Error:
             with container:
                 stop_monitor(container)
+                destroy(container, log)
             raise
 
 
@@ -5462,22 +5706,30 @@ def kill(container, number, to_all=False):
         if status == "stopped" and to_all:
             return  # as runc: all of nothing is done
         if status in ("stopped", "creating"):
-            raise Error("container not running")
-        if container.state["status"] == "created":  # its process is yet to be: only the end can be had
-            if number in ENDING_SIGNALS:
-                tell_monitor(container, f"destroy {number}")
-        elif container.state.get("own_init"):
-            if number == SIGKILL:
-                tell_monitor(container, f"destroy {number}")
-            elif number in ENDING_SIGNALS:
-                shut_down(Xenstore(), container.state["domid"], container.state["uuid"])
-        elif number == SIGKILL:
-            if status == "paused":  # so that its last writes reach the host
-                resume(container)
-            tell_monitor(container, f"kill {number}")
-        elif number != 0:
-            request = f"killall {number}" if to_all else f"kill {number}"
-            send_request(Xenstore(), container.state["domid"], container.state["uuid"], request)
+            raise NotRunning()
+        try:
+            send_signal(container, number, to_all)
+        except NotRunning:
+            pass  # it is ending, and as long as its pid is there it takes signals, as any process does
+
+
+def send_signal(container, number, to_all):
+    own_init, domain = container.state["own_init"], (container.state["domid"], container.state["uuid"])
+    if container.state["status"] == "created":  # its process is yet to be: only the end can be had
+        if number in ENDING_SIGNALS:
+            tell_monitor(container, f"destroy {number}")
+    elif number == SIGKILL:
+        tell_monitor(container, f"destroy {number}" if own_init else f"kill {number}")
+        if container.state.get("paused") and not own_init:  # so that its last writes reach the host, if that can be
+            try:
+                container.command_domain("unpause", paused=False)
+            except Error:
+                pass
+    elif own_init:
+        if number in ENDING_SIGNALS:
+            shut_down(Xenstore(), *domain)
+    elif number != 0:
+        send_request(Xenstore(), *domain, f"killall {number}" if to_all else f"kill {number}")
 
 
 def open_pidfd(container):
@@ -5494,7 +5746,7 @@ def tell_monitor(container, request):
     try:
         fd = os.open(container.path("control"), os.O_WRONLY | os.O_NONBLOCK)
     except OSError:  # no such file, or nobody reads it
-        raise Error("container not running") from None
+        raise NotRunning() from None
     os.write(fd, request.encode() + b"\n")
     os.close(fd)
 
@@ -5504,9 +5756,12 @@ def command_delete(call):
 
 
 def delete(container, force, log):
+    container.forgiving = force
     try:
         with container:
             status = container.status()
+            if "pid" not in container.state and os.path.exists(container.path("state.json")):
+                log.write("warning", f"the state of container {container.id} is lost: its networks are not undone")
             if status not in ("stopped", "created") and not force:
                 raise Error(f"cannot delete container {container.id} that is not stopped: {status}")
             stop_monitor(container)
@@ -5522,10 +5777,10 @@ def stop_monitor(container):
     state = container.state
     try:
         tell_monitor(container, f"destroy {SIGKILL}")
-    except Error:
+    except NotRunning:
         pass  # it is ending already
     for pid, start_time in (state.get("monitor", (None, 0)), (state.get("pid"), state.get("pid_start_time"))):
-        if pid is not None:
+        if pid is not None and container.is_of_this_boot():
             end_process(pid, start_time)
 
 
@@ -5551,10 +5806,11 @@ def command_pause(call):
     with container:
         status = container.status()
         if status not in ("created", "running"):
-            raise Error("container not running")
+            raise NotRunning()
         if status == "running":
-            change_domain("pause", container.state["domid"])
-        container.save(paused=True)
+            container.command_domain("pause", status="running", paused=True)
+        else:
+            container.save(paused=True)
 
 
 def command_resume(call):
@@ -5562,13 +5818,10 @@ def command_resume(call):
     with container:
         if container.status() != "paused":
             raise Error("container not paused")
-        resume(container)
-
-
-def resume(container):
-    if container.state["status"] == "running":
-        change_domain("unpause", container.state["domid"])
-    container.save(paused=False)
+        if container.state["status"] == "running":
+            container.command_domain("unpause", paused=False)
+        else:
+            container.save(paused=False)
 
 
 def output_format(call):
@@ -5583,13 +5836,15 @@ def command_ps(call):
     """The container's process as dom0 sees it: the monitor.  What runs in the VM, only the VM knows."""
     import subprocess
 
-    container = call.container().load()
-    if container.status() in ("creating", "stopped"):
-        raise Error("container not running")
-    pid = str(container.state["pid"])
-    if output_format(call) == "json":
-        print_json([int(pid)], None)
+    container, form = call.container().load(), output_format(call)
+    status, pid = container.status(), str(container.state.get("pid"))
+    if status == "creating":
+        raise NotRunning()
+    if form == "json":
+        print_json(None if status == "stopped" else [int(pid)], None)
         return
+    if status == "stopped":
+        pid = None  # as runc: the heading alone
     command = ["ps", *(call.arguments[1:] or ["-ef"])]
     result = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PATH": PATH}, text=True, check=False)
     head, *rows = result.stdout.splitlines() or [""]
@@ -5612,7 +5867,8 @@ def command_events(call):
     if "stats" in call.options:
         print_stats(container)
         return
-    xenstore, oom, told = Xenstore(), f"/local/domain/{container.state['domid']}/data/oom", False
+    xenstore, told = Xenstore(), False
+    oom = f"/local/domain/{container.domid(xenstore)}/data/oom"
     xenstore.watch((oom, "oom"))
     deadline = time.monotonic()
     while True:
@@ -5644,7 +5900,10 @@ def parse_duration(text):
 
 def print_stats(container):
     """What Xen has counted, in runc's shape (types/events.go): nanoseconds and bytes.  Nothing if it is gone."""
-    domain = list_domain(container.state["domid"])
+    try:
+        domain = list_domain(container.domid())
+    except NotRunning:
+        return
     if domain is None:
         return
     memory = {"limit": container.state["maxmem"] << 20, "usage": domain.memory << 20, "failcnt": 0}
@@ -5683,7 +5942,7 @@ def command_update(call):
     changes = read_update(call.options)
     with container:
         if container.status() in ("creating", "stopped"):
-            raise Error("container not running")
+            raise NotRunning()
         update(container, changes)
 
 
@@ -5742,26 +6001,31 @@ def update(container, changes):
                 f"cannot update container {container.id} to {wanted} {what}: its VM was made for {most} at most, "
                 f"see the annotations org.runx.maxmem and org.runx.maxvcpus"
             )
+    known = None if state.get("updating") else old  # an `update` that was killed has left nobody knows what
+    container.save(updating=True)
     try:
-        apply_resources(container, resources, old)
+        apply_resources(container, resources, known)
     except Error:
         apply_resources(container, old, resources)  # all or nothing; what was not reached it leaves as it is
+        container.save(updating=False)
         raise
-    container.save(resources=new)
+    container.save(resources=new, updating=False)
 
 
 def apply_resources(container, new, old):
-    domid, maxmem, maxvcpus = (container.state[key] for key in ("domid", "maxmem", "maxvcpus"))
-    if new.mebibytes(maxmem) != old.mebibytes(maxmem):
+    """Has Xen change what is new in the Resources, or all of them where the old ones are None."""
+    domid, maxmem, maxvcpus = container.domid(), container.state["maxmem"], container.state["maxvcpus"]
+    if not old or new.mebibytes(maxmem) != old.mebibytes(maxmem):
         change_domain("mem-set", domid, f"{new.mebibytes(maxmem)}m")
-    if new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
+    if not old or new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
         change_domain("vcpu-set", domid, new.vcpus(maxvcpus))
-        if new.vcpus(maxvcpus) > old.vcpus(maxvcpus):  # the kernel finds it; that it is used is userspace's to say
+        # the kernel finds one more; that it is used is userspace's to say
+        if not old or new.vcpus(maxvcpus) > old.vcpus(maxvcpus):
             send_request(Xenstore(), domid, container.state["uuid"], "cpus", "cpus")
-    if (new.shares, new.cap()) != (old.shares, old.cap()):
+    if not old or (new.shares, new.cap()) != (old.shares, old.cap()):
         scheduler = "sched-credit" if xl_info("xen_scheduler") == "credit" else "sched-credit2"
         change_domain(scheduler, "-d", domid, "-w", new.weight() if new.shares else 256, "-c", new.cap())
-    if new.cpus != old.cpus:
+    if not old or new.cpus != old.cpus:
         change_domain("vcpu-pin", domid, "all", new.cpus or "all")
 
 
