@@ -1,4 +1,4 @@
-"""A container's state on disk beside Xen's own: what is believed when they differ.  Xen is a script and a dictionary."""
+"""A container's state on disk beside Xen's: what is believed when they differ.  Xen is a script and a dictionary."""
 
 import json
 import os

@@ -131,6 +131,7 @@ def test_what_serves_a_container_is_in_the_cgroup_of_config_json(bundle):
     assert names == {"runX", "xen-"}
     assert int((folder / "memory.max").read_text()) == 128 << 20
     assert (folder / "cpu.weight").read_text() == "79\n"  # 1024 shares are 39
+    assert bundle.runx("start", bundle.id).returncode == 0
     (folder / "below").mkdir()
     assert bundle.runx("delete", "--force", bundle.id).returncode == 0
     assert not folder.exists()
@@ -167,6 +168,13 @@ def podman(bundle):
     yield run
     run("rm", "--force", "--time", "0", bundle.id)
     call("umount", "/var/lib/containers/storage/overlay")  # podman's own, which it leaves mounted
+
+
+def test_podman_tells_that_a_containers_memory_has_run_out(bundle, podman):
+    options = ["--network", "none", "--name", bundle.id, "--memory", "48m"]
+    assert podman("run", *options, "--rootfs", str(bundle.rootfs), "tail", "/dev/zero").returncode == 137
+    told = podman("inspect", "--format", "{{.State.OOMKilled}} {{.State.ExitCode}}", bundle.id)
+    assert told.stdout == b"true 137\n", told
 
 
 def test_podman_copies_to_and_from_the_container_and_never_dom0(bundle, podman, tmp_path):
