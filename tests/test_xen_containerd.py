@@ -154,6 +154,17 @@ def test_a_shim_that_is_killed_leaves_nothing(stage):
     ctr("container", "rm", name)
 
 
+def test_containerd_hears_that_a_containers_memory_has_run_out():
+    with subprocess.Popen(["ctr", "events"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as events:
+        result = ctr_run("tail", "/dev/zero", options=["--memory-limit", str(48 << 20)])
+        assert result.returncode == 137, result
+        topics = [next(line.split()[-2] for line in events.stdout if b"/tasks/" in line)]
+        while topics[-1] != b"/tasks/delete":
+            topics.append(next(line.split()[-2] for line in events.stdout if b"/tasks/" in line))
+        events.kill()
+    assert topics == [b"/tasks/create", b"/tasks/start", b"/tasks/oom", b"/tasks/exit", b"/tasks/delete"]
+
+
 def test_an_unknown_command_is_named_in_containerds_error():
     result = ctr_run("no-such-command")
     assert result.returncode != 0
