@@ -309,7 +309,7 @@ class Resources(Record):
 
     def cap(self):
         """The most that all vcpus may use together, in percent of one processor; 0: no limit."""
-        return max(1, self.quota * 100 // self.period) if self.quota > 0 else 0
+        return min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0)) if self.quota > 0 else 0
 
     def weight(self):
         """For Xen's scheduler, where 256 is the usual one."""
@@ -806,8 +806,8 @@ def parse_namespaces(linux):
         found[kind] = path
     joined = [kind for kind, path in found.items() if path and kind != "network"]
     if joined:
-        joined = ", ".join(joined)
-        raise Error(f"{where}: containers cannot share a VM yet, nor the {joined} of others: leave out the path")
+        owner = f"names {', '.join(joined)} of another container or of the host"
+        raise Error(f"{where} {owner}, and containers cannot share a VM yet")
     for kind in ("mount", "pid", "ipc"):
         if found and kind not in found:
             raise Error(f"{where} asks for the host's own {kind} namespace, which a VM cannot have: add one of its own")
@@ -3354,7 +3354,7 @@ def mark_namespace():
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-    raise Error("cannot join the network namespace of another container's VM: containers cannot share a VM yet")
+    raise Error("cannot join the network namespace of another container, and containers cannot share a VM yet")
 
 
 def make_namespace(path):
