@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import call, config, in_memory, namespaces
+from conftest import call, config, in_memory, namespaces, running, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 podmans = pytest.mark.skipif(not shutil.which("podman"), reason="needs podman")
@@ -20,7 +20,8 @@ def podman(*args):
 @pytest.fixture
 def storage():
     yield
-    call("umount", "/var/lib/containers/storage/overlay")  # podman's own, which it leaves mounted
+    wait_until(lambda: "podman" not in [comm for _, comm in running()], "podman's own cleaning up")
+    call("umount", "/var/lib/containers/storage/overlay")  # which it leaves mounted
 
 
 @podmans
