@@ -924,6 +924,8 @@ def parse_process(spec, warnings):
     )
     if not -1000 <= process.oom_score_adj <= 1000:
         raise Error("config.json: process.oomScoreAdj must be from -1000 to 1000")
+    if not 0 <= process.umask <= 0o777:
+        raise Error("config.json: process.user.umask must be from 0 to 511, which is 0777")
     if not process.args:
         raise Error("config.json: process.args must not be empty")
     if not process.cwd.startswith("/"):
@@ -1099,8 +1101,8 @@ def parse_hooks(hooks, kind):
         path, timeout = field(spec, "path", str, where=where), field(spec, "timeout", int, None, where)
         if not path.startswith("/"):
             raise Error(f"{where}: path must be absolute")
-        if timeout is not None and timeout <= 0:
-            raise Error(f"{where}: timeout must be greater than 0")
+        if timeout is not None and not 0 < timeout < 1 << 31:
+            raise Error(f"{where}: timeout must be greater than 0, and fewer than 2147483648 seconds")
         args, env = strings(spec, "args", where) or [path], strings(spec, "env", where)
         parsed.append(Hook(path=path, args=args, env=env, timeout=timeout or 0))
     return parsed
