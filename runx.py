@@ -309,7 +309,7 @@ class Resources(Record):
 
     def cap(self):
         """The most that all vcpus may use together, in percent of one processor; 0: no limit."""
-        return max(1, self.quota * 100 // self.period) if self.quota > 0 else 0
+        return min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0)) if self.quota > 0 else 0
 
     def weight(self):
         """For Xen's scheduler, where 256 is the usual one."""
@@ -806,8 +806,8 @@ def parse_namespaces(linux):
         found[kind] = path
     joined = [kind for kind, path in found.items() if path and kind != "network"]
     if joined:
-        joined = ", ".join(joined)
-        raise Error(f"{where}: containers cannot share a VM yet, nor the {joined} of others: leave out the path")
+        owner = f"names {', '.join(joined)} of another container or of the host"
+        raise Error(f"{where} {owner}, and containers cannot share a VM yet")
     for kind in ("mount", "pid", "ipc"):
         if found and kind not in found:
             raise Error(f"{where} asks for the host's own {kind} namespace, which a VM cannot have: add one of its own")
@@ -924,6 +924,8 @@ def parse_process(spec, warnings):
     )
     if not -1000 <= process.oom_score_adj <= 1000:
         raise Error("config.json: process.oomScoreAdj must be from -1000 to 1000")
+    if not 0 <= process.umask <= 0o777:
+        raise Error("config.json: process.user.umask must be from 0 to 511, which is 0777")
     if not process.args:
         raise Error("config.json: process.args must not be empty")
     if not process.cwd.startswith("/"):
@@ -1099,8 +1101,8 @@ def parse_hooks(hooks, kind):
         path, timeout = field(spec, "path", str, where=where), field(spec, "timeout", int, None, where)
         if not path.startswith("/"):
             raise Error(f"{where}: path must be absolute")
-        if timeout is not None and timeout <= 0:
-            raise Error(f"{where}: timeout must be greater than 0")
+        if timeout is not None and not 0 < timeout < 1 << 31:
+            raise Error(f"{where}: timeout must be greater than 0, and fewer than 2147483648 seconds")
         args, env = strings(spec, "args", where) or [path], strings(spec, "env", where)
         parsed.append(Hook(path=path, args=args, env=env, timeout=timeout or 0))
     return parsed
@@ -3354,7 +3356,7 @@ def mark_namespace():
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-    raise Error("cannot join the network namespace of another container's VM: containers cannot share a VM yet")
+    raise Error("cannot join the network namespace of another container, and containers cannot share a VM yet")
 
 
 def make_namespace(path):

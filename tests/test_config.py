@@ -45,7 +45,8 @@ def test_hooks_are_parsed():
 @pytest.mark.parametrize(
     "hooks",
     [{"prestart": {}}, {"prestart": ["/a"]}, {"prestart": [{}]}, {"prestart": [{"path": "a"}]},
-     {"prestart": [{"path": "/a", "timeout": 0}]}, {"prestart": [{"path": "/a", "args": "x"}]}],
+     {"prestart": [{"path": "/a", "timeout": 0}]}, {"prestart": [{"path": "/a", "timeout": 1 << 31}]},
+     {"prestart": [{"path": "/a", "args": "x"}]}],
 )  # fmt: skip
 def test_wrong_hooks_are_refused(hooks):
     with pytest.raises(runx.Error, match="config.json: hooks"):
@@ -165,7 +166,7 @@ def test_the_hosts_own_configuration(bundle, host_config):
     annotations = {"type": "pvh", "memory": "70", "vcpus": "3", "maxmem": "100", "cmdline": "c=d"}
     mine = load({f"org.runx.{key}": value for key, value in annotations.items()}, resources=asked)
     assert (mine.machine.type, mine.machine.cmdline, size(mine)) == ("pvh", ["a", "b", "c=d"], (70, 3))
-    assert (mine.machine.maxmem, mine.resources.cap()) == (100, 350)
+    assert (mine.machine.maxmem, mine.resources.cap()) == (100, 300)  # no more than the vcpus can use
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_who_has_refused_a_network_gets_none_by_netconf(bundle):
         *(
             (
                 namespaces(**{kind: f"/proc/self/ns/{name}"}),
-                f"containers cannot share a VM yet, nor the {kind} of others",
+                f"names {kind} of another container or of the host",
             )
             for kind, name in [("pid", "pid"), ("ipc", "ipc"), ("uts", "uts"), ("mount", "mnt"), ("cgroup", "cgroup")]
         ),
@@ -921,6 +922,7 @@ def test_rlimits_io_priority_and_scheduler_are_numbers():
         ("process", {"rlimits": [{"type": "RLIMIT_CPU", "soft": 1, "hard": 1}] * 2}, "RLIMIT_CPU is there twice"),
         ("process", {"rlimits": [{"type": "RLIMIT_CPU", "soft": 2, "hard": 1}]}, "RLIMIT_CPU needs a soft limit"),
         ("process", {"oomScoreAdj": 1001}, "oomScoreAdj must be"),
+        ("process", {"user": {"umask": 0o1000}}, "umask must be from 0 to 511"),
         ("process", {"ioPriority": {"class": "IOPRIO_CLASS_NEW"}}, "ioPriority needs one of"),
         ("process", {"scheduler": {"policy": "SCHED_NEW"}}, "there is no policy SCHED_NEW"),
         ("process", {"scheduler": {"policy": "SCHED_OTHER", "nice": 20}}, "nice must be from -20 to 19"),

@@ -154,7 +154,9 @@ def trial(tmp_path, monkeypatch):
             assert [record["msg"] for record in records] == [sentence[6:-1]], where
         return status, stdout.getvalue(), sentence
 
-    return run
+    yield run
+    ours = {"log", "host.json", "rootfs", "networks"}
+    assert {name for name in os.listdir(tmp_path) if not name.startswith("config")} <= ours
 
 
 def test_mutated_configs(tmp_path, trial):

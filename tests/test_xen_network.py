@@ -354,7 +354,7 @@ def test_a_second_vm_in_a_namespace_is_refused_and_the_first_one_stays(bundle, n
     assert bundle.runx("start", bundle.id).returncode == 0
     wait_until(lambda: fetch("http://10.77.0.33/page") == b"hello from a VM\n", "the page", 60)
     refused = run(second, "true", namespace=namespace)
-    assert b"another container's VM: containers cannot share a VM yet" in refused.stderr, refused
+    assert b"another container, and containers cannot share a VM yet" in refused.stderr, refused
     assert fetch("http://10.77.0.33/page") == b"hello from a VM\n"
     assert bundle.runx("delete", "--force", bundle.id).returncode == 0
 
