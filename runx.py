@@ -4218,7 +4218,7 @@ def boot_id():
 STATE_TYPES = {
     "ociVersion": str, "status": str, "bundle": str, "rootfs": str, "created": str, "annotations": dict, "hooks": dict,
     "uuid": str, "name": str, "boot": str, "pid": int, "pid_start_time": int, "startable": bool, "own_init": bool,
-    "networks": list, "vifs": list, "rate": str, "hostname": str, "vbds": list,
+    "networks": list, "vifs": list, "rate": str, "hostname": str, "vbds": list, "monitor": list, "cgroups": list,
 }  # fmt: skip
 # and of a container that is created
 CREATED_TYPES = {"domid": int, "maxmem": int, "maxvcpus": int, "resources": dict, "base": dict}
@@ -4229,7 +4229,8 @@ def parse_state(text):
     state = parse_json(text)
     if not isinstance(state, dict) or state.get("status") not in ("creating", "created", "running"):
         raise ValueError
-    state.setdefault("boot", boot_id())  # that of an older runX
+    older = {"boot": boot_id(), "monitor": [state.get("pid"), state.get("pid_start_time")], "cgroups": []}
+    state = {**older, **state}  # an older runX has not written these
     types = STATE_TYPES if state["status"] == "creating" else {**STATE_TYPES, **CREATED_TYPES}
     if not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise ValueError
