@@ -3063,7 +3063,7 @@ def make_cgroup(path, resources, systemd, pids):
     scope, cgroups, seen = None, [], set()
     if systemd:
         scope, path = start_scope(path)
-    path = os.path.normpath("/" + path)
+    path = os.path.normpath("/" + path.lstrip("/"))  # two slashes would stay
     try:
         for entry in host_mounts():
             # what a cpuset of version 1 holds are dom0's processors, and it takes nobody until it has some
