@@ -4341,8 +4341,12 @@ class Container:
                 fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
             except FileNotFoundError:
                 raise NoContainer(self.id) from None
-            if self.is_ours():
-                return self.load()
+            try:
+                if self.is_ours():
+                    return self.load()
+            except Error:
+                os.close(self.lock_fd)
+                raise
             os.close(self.lock_fd)  # deleted while we waited, and perhaps made again
 
     def is_ours(self):
@@ -5288,7 +5292,8 @@ def clean_up(xenstore, state, log):
                 xenstore.remove(f"/libxl/{domid}/device/{kind}/{number}")
         destroy_domain(domid)
     domid = domid or state.get("domid")
-    if domid is not None and not xenstore.read(f"/local/domain/{domid}/vm"):  # else it is another VM's by now
+    ours = f"/vm/{uuid}"
+    if domid is not None and xenstore.read(f"/local/domain/{domid}/vm", ours) == ours:  # else it is another VM's by now
         what = f"remove what {name} has had in dom0"
         log.attempt(what, unplug, xenstore, state)
         log.attempt(what, detach_disk, xenstore, state)

@@ -1,4 +1,4 @@
-"""A container's state on disk beside Xen's: what is believed when they differ.  Xen is a script and a dictionary."""
+"""A container's state on disk beside what Xen says: which one is believed.  Xen is a script and a dictionary here."""
 
 import json
 import os
@@ -36,7 +36,13 @@ class Xenstore:
     """What runX's client offers, with the nodes in memory."""
 
     def __init__(self, nodes):
-        self.nodes = nodes
+        self.nodes, self.events = nodes, ["something is always new"]
+
+    def watch(self, *watches):
+        pass
+
+    def take_events(self):
+        pass
 
     def read(self, path, default=None, transaction=0):
         return self.nodes.get(path, default)
@@ -74,7 +80,7 @@ class Dom0:
             uuid=UUID, name="runx-c-11111111", boot=runx.boot_id(), pid=os.getpid(),
             pid_start_time=runx.process_start_time(os.getpid()), startable=True, own_init=False, namespace=None,
             networks=[], vifs=[], rate="", hostname="c", disk=None, vbds=[], domid=DOMID, maxmem=64, maxvcpus=1,
-            resources={}, base={},
+            resources={}, base=dict(default_memory=64, default_vcpus=1, minimum_memory=24, fixed_vcpus=0),
         )  # fmt: skip
 
     def call(self, name, text):
@@ -183,3 +189,248 @@ def test_with_a_full_disk_a_container_can_be_started_paused_resumed_and_killed(d
     assert (dom0.run("pause", "c"), dom0.run("kill", "c", "KILL")) == (0, 0)
     assert (dom0.calls(), dom0.asked()) == (["unpause", "pause", "unpause", "pause", "unpause"], ["kill 9"])
     assert (dom0.run("delete", "c"), dom0.status()) == (1, "running")
+
+
+def test_kill_ends_it_whatever_xl_does(dom0):
+    dom0.run("start", "c")
+    dom0.run("pause", "c")
+    (dom0.folder / "broken").touch()
+    assert (dom0.run("kill", "c", "KILL"), dom0.asked()) == (0, ["kill 9"])
+
+
+def test_as_long_as_its_pid_is_there_a_container_takes_signals(dom0):
+    dom0.run("start", "c")
+    dom0.nodes.clear()  # its domain is destroyed, its monitor has not ended yet
+    os.unlink(dom0.container.path("control"))
+    for signal in ("TERM", "KILL", "0"):
+        assert dom0.run("kill", "c", signal) == 0
+    assert dom0.status() == "running"
+    dom0.change(pid_start_time=1)
+    assert (dom0.run("kill", "c", "KILL"), dom0.status()) == (1, "stopped")
+    assert dom0.log().endswith("msg=container not running\n")
+
+
+def test_an_xl_that_hangs_is_ended(dom0, monkeypatch):
+    monkeypatch.setattr(runx, "XL_TIME_LIMIT", 0.2)
+    (dom0.folder / "stuck").touch()
+    assert dom0.run("start", "c") == 1
+    assert "xl unpause failed: xl has not ended in 0.2 s: is xenstored stuck?" in dom0.log()
+    (dom0.folder / "stuck").unlink()
+    assert (dom0.status(), dom0.run("start", "c"), dom0.status()) == ("created", 0, "running")
+
+
+BACKENDS = [
+    f"/local/domain/0/backend/{kind}/{DOMID}/{number}/state"
+    for kind, number in (("console", 1), ("console", 2), ("9pfs", 0), ("vif", 0), ("vbd", 51712))
+]
+
+
+@pytest.mark.parametrize("boot", ["another", "ours"])
+def test_another_vm_with_the_number_of_one_that_is_gone_is_left_alone(dom0, boot):
+    """The state is of before a reboot, or numbers have begun anew; its process is gone."""
+    others = {f"/local/domain/{DOMID}/vm": "/vm/other", **dict.fromkeys(BACKENDS, "4")}
+    dom0.nodes.clear()
+    dom0.nodes.update(others)
+    old = {"boot": "old"} if boot == "another" else {"pid_start_time": 1}
+    dom0.change(status="running", vifs=[0], vbds=[51712], joined=[], namespace="", **old)
+    assert dom0.status() == "stopped"
+    assert (dom0.run("kill", "c", "KILL"), dom0.run("pause", "c"), dom0.run("events", "--stats", "c")) == (1, 1, 1)
+    assert dom0.run("delete", "c") == 0
+    assert (dom0.nodes, dom0.calls(), os.listdir(dom0.root)) == (others, [], [])
+
+
+@pytest.mark.parametrize(
+    "command", [["pause"], ["start"], ["update", "--memory", "32m"], ["kill"], ["events", "--stats"]]
+)
+def test_a_number_counts_only_with_the_uuid(dom0, command):
+    """The monitor is still there, its domain is not."""
+    if command != ["start"]:
+        dom0.change(status="running")
+    dom0.nodes[f"/local/domain/{DOMID}/vm"] = "/vm/other"
+    before = dict(dom0.nodes)
+    dom0.run(*command, "c")
+    calls = dom0.folder / "calls"
+    assert (dom0.nodes, calls.exists()) == (before, False)
+
+
+def test_what_is_left_of_one_that_is_gone_is_removed(dom0):
+    dom0.nodes.clear()
+    dom0.nodes.update(dict.fromkeys(BACKENDS, "4"))
+    dom0.change(status="running", vifs=[0], vbds=[51712], joined=[], namespace=None, pid_start_time=1)
+    assert (dom0.run("delete", "c"), dom0.nodes, os.listdir(dom0.root)) == (0, {}, [])
+
+
+def test_a_domain_that_cannot_be_destroyed_is_not_forgotten(dom0):
+    dom0.change(pid_start_time=1)
+    (dom0.folder / "broken").touch()
+    assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (1, ["c"])
+    assert "xc: error: no memory" not in dom0.log() and "failed: no memory" in dom0.log()
+    (dom0.folder / "broken").unlink()
+    assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root), dom0.calls()[-1]) == (0, [], "destroy")
+
+
+ATTACHMENT = {
+    "network": "net", "calls": [["a\0b", {}]], "identity": "x", "interface": "eth0", "namespace": "/x", "result": None,
+    "bridge": "", "mac": "", "mtu": 0, "rate": "", "dhcp": False, "addresses": [], "routes": [], "gateways": [],
+    "dns": {},
+}  # fmt: skip
+STATES = {
+    "an odd plugin": {"networks": [ATTACHMENT]},
+    "an odd plugin's calls": {"networks": [{**ATTACHMENT, "calls": [1]}]},
+    "an odd network": {"networks": [1, {"x": 1}]},
+    "odd vifs": {"vifs": [{}], "joined": 5, "namespace": "/x"},
+    "odd hooks": {"hooks": {"poststop": [{"path": "x"}]}},
+    "a hook that is not there": {"hooks": {"poststop": [{"path": "/no/such\0hook"}]}, "bundle": "/no/such"},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_clean_up_goes_on_past_anything(dom0, name):
+    dom0.change(status="running", pid_start_time=1, **STATES[name])
+    assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root), dom0.calls()) == (0, [], ["destroy"])
+    assert dom0.log().startswith("time=") and " level=warning msg=" in dom0.log(), dom0.log()
+
+
+TEXTS = [
+    "", "{", "[]", "null", "1", '"x"', "{}", '{"status": 1}', '{"status": "gone"}', '{"status": "running"}',
+    '{"status": "created", "pid": "x"}', "[" * 100000, '{"status": "running", "pid": [1], "uuid": {}}', "\0" * 4096,
+    '{"status": "creating", "networks": {}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
+    with open(dom0.container.path("state.json"), "w", encoding="utf-8") as file:
+        file.write(text)
+    with open(dom0.container.path("xl.cfg"), "w", encoding="utf-8") as file:
+        file.write(f'name = "runx-c-11111111"\nuuid = "{UUID}"\ntype = "pvh"\n')
+    for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
+        assert dom0.run(command, "c") == 1
+        assert dom0.log().endswith("remove the container by `runX delete --force c`\n"), command
+    assert (dom0.run("list"), dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (0, 0, [])
+    assert (dom0.calls(), dom0.asked()) == (["destroy"], ["destroy 9"])
+    assert "the state of container c is lost" in dom0.log()
+
+
+def test_ps_of_a_container_that_has_ended(dom0, capsys):
+    """As runc 1.1 and later: the heading alone."""
+    dom0.change(pid_start_time=1)
+    assert dom0.run("ps", "c") == 0
+    assert capsys.readouterr().out.split()[:3] == ["UID", "PID", "PPID"]
+    assert (dom0.run("ps", "--format", "json", "c"), capsys.readouterr().out) == (0, "null\n")
+    assert (dom0.run("ps", "--format", "xml", "c"), dom0.run("ps", "nobody")) == (1, 1)
+
+
+def test_a_poststart_hook_that_fails_leaves_nothing(dom0):
+    """runtime-spec 1.3, lifecycle: the container is destroyed, and its poststop hooks run."""
+    hooks = {"poststart": [{"path": "/bin/false"}], "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", "cat >$0"]}]}
+    hooks["poststop"][0]["args"].append(str(dom0.folder / "stopped"))
+    pid = os.fork()
+    if pid == 0:  # the monitor: it ends when it is told to
+        os.read(os.open(dom0.container.path("control"), os.O_RDONLY), 100)
+        os._exit(0)
+    dom0.change(hooks=hooks, pid=pid, pid_start_time=runx.process_start_time(pid))
+    os.close(dom0.control)
+    try:
+        assert dom0.run("start", "c") == 1
+        assert "error running poststart hook #0: exit status 1" in dom0.log()
+        assert json.loads((dom0.folder / "stopped").read_text())["status"] == "stopped"
+        assert os.listdir(dom0.root) == []
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        dom0.control = os.open("/dev/null", os.O_RDONLY)
+
+
+# ---- what xl and QEMU get of an image
+
+
+def bzimage(payload):
+    header = bytearray(1024)
+    header[0x1F1], header[0x202:0x206] = 1, b"HdrS"
+    struct.pack_into("<II", header, 0x248, 16, len(payload))
+    return bytes(header) + b"\0" * 16 + payload
+
+
+BOMB = zlib.compress(bytes(1 << 20))[2:-4] + struct.pack("<II", 0, 900 << 20)
+KERNELS = {
+    "gzip": (b"\x1f\x8b\x08" + bytes(7) + BOMB, 900),
+    "gzip of a bzImage": (bzimage(b"\x1f\x8b\x08" + bytes(7) + BOMB), 900),
+    "xz of a bzImage": (bzimage(b"\xfd7zXZ\0" + struct.pack("<I", 1000 << 20)), 1000),
+    "zstd of a bzImage, and a tail": (bzimage(b"\x28\xb5\x2f\xfd" + struct.pack("<I", 200 << 20)) + b"tail", 200),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_a_kernel_unpacks_to_is_bounded(tmp_path, name):
+    content, size = KERNELS[name]
+    (tmp_path / "kernel").write_bytes(content)
+    fd = os.open(tmp_path / "kernel", os.O_PATH)
+    with pytest.raises(runx.Error, match=f"^no: {size} MiB do not fit into a VM of 64 MiB"):
+        runx.check_boot_file(fd, "kernel", 64, "no")
+    with pytest.raises(runx.Error, match=f"^no: unpacked it has {size} MiB, and dom0 has 128 for that"):
+        runx.check_boot_file(fd, "kernel", 4096, "no")
+    runx.check_boot_file(fd, "initrd", 64, "no")
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x1f\x8b", b"\x7fELF" + bytes(8192), bzimage(b""), bzimage(b"\x1f\x8b" + struct.pack("<I", 30 << 20)),
+     bzimage(b"x")[:0x210], b"\x1f\x8b" + struct.pack("<I", 63 << 20)],
+)  # fmt: skip
+def test_a_kernel_that_fits_is_left_to_xl(tmp_path, content):
+    (tmp_path / "kernel").write_bytes(content)
+    fd = os.open(tmp_path / "kernel", os.O_PATH)
+    runx.check_boot_file(fd, "kernel", 64, "no")
+    os.close(fd)
+
+
+def qcow2(version=3, backing=0, features=0):
+    return (
+        struct.pack(">4sIQ", b"QFI\xfb", version, backing).ljust(72, b"\0")
+        + struct.pack(">Q", features)
+        + bytes(1 << 12)
+    )
+
+
+def vhd(*types):
+    footers = [(b"conectix".ljust(60, b"\0") + struct.pack(">I", kind)).ljust(512, b"\0") for kind in types]
+    return bytes(1 << 12).join(footers) if len(footers) > 1 else bytes(1 << 12) + footers[0]
+
+
+@pytest.mark.parametrize(
+    "kind, content, words",
+    [
+        ("qcow2", qcow2(backing=0x200), "a backing file"), ("qcow2", qcow2(2, backing=1), "a backing file"),
+        ("qcow2", qcow2(features=4), "a data file outside"), ("qcow2", qcow2(features=7), "a data file outside"),
+        ("qcow2", b"x" * 1000, "not in the format qcow2"), ("qcow2", b"", "not in the format qcow2"),
+        ("vhd", vhd(4), "a parent"), ("vhd", vhd(3, 4), "a parent"), ("vhd", vhd(4, 3), "a parent"),
+        ("vhd", b"x" * 1000, "not in the format vhd"), ("vhd", b"", "not in the format vhd"),
+    ],
+)  # fmt: skip
+def test_an_image_that_names_other_files_is_refused(tmp_path, kind, content, words):
+    (tmp_path / "image").write_bytes(content)
+    with pytest.raises(runx.Error, match=words):
+        runx.check_references(str(tmp_path / "image"), kind)
+
+
+def test_an_image_that_stands_alone_is_taken(tmp_path):
+    contents = [
+        ("qcow2", qcow2()),
+        ("qcow2", qcow2(2)),
+        ("qcow2", qcow2(features=3)),
+        ("vhd", vhd(2)),
+        ("vhd", vhd(3, 3)),
+    ]
+    for kind, content in [*contents, ("raw", qcow2(backing=1)), ("raw", b"")]:
+        (tmp_path / "image").write_bytes(content)
+        runx.check_references(str(tmp_path / "image"), kind)
+
+
+def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
+    dom0.call("xl", '#!/bin/sh\ngrep -E "data|stack" /proc/$$/limits >"${0%/*}/limits"\n')
+    runx.create_domain("/x", 64)
+    lines = (dom0.folder / "limits").read_text().splitlines()
+    data, stack = ([int(word) for word in line.split()[3:5]] for line in lines)
+    assert (data, stack) == ([(384 << 20) + (1 << 20)] * 2, [1 << 20] * 2)
