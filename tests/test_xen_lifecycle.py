@@ -123,15 +123,18 @@ def test_a_start_container_hook_that_fails_ends_the_container(bundle, text, limi
     assert message in bundle.log.read_text()
 
 
-def test_a_poststart_hook_that_fails_ends_the_container(bundle, tmp_path):
+def test_a_poststart_hook_that_fails_ends_and_removes_the_container(bundle, tmp_path):
     spec = in_memory(config("sleep", "1000"))
-    spec["hooks"] = {"poststart": [{"path": script(tmp_path / "hook", "exit 3")}]}
+    spec["hooks"] = {
+        "poststart": [{"path": script(tmp_path / "hook", "exit 3")}],
+        "poststop": [{"path": script(tmp_path / "last", f"cat >{tmp_path}/state")}],
+    }
     pidfd = create(bundle, spec)
     result = bundle.runx("start", bundle.id)
     assert result.returncode == 1 and b"error running poststart hook #0: exit status 3" in result.stderr
     wait_for(pidfd, 0)
-    assert bundle.state()["status"] == "stopped"
-    succeed(bundle, "delete")
+    assert b"does not exist" in bundle.runx("state", bundle.id).stderr
+    assert json.loads((tmp_path / "state").read_text())["status"] == "stopped"
 
 
 # ---- signals
@@ -271,8 +274,9 @@ def test_pause_resume_ps_events_and_update(bundle):
     assert bundle.runx("kill", bundle.id, "KILL").returncode == 0
     wait_for(pidfd)
     assert stream.wait(60) == 0
-    for command in ("pause", "resume", "ps", "events", "update"):
+    for command in ("pause", "resume", "events", "update"):
         assert "not running" in refused(command) or command == "resume"
+    assert (succeed(bundle, "ps").count(b"\n"), succeed(bundle, "ps", "--format", "json")) == (1, b"null\n")
 
 
 def succeed_list(bundle):
