@@ -4359,11 +4359,11 @@ class Container:
     def __exit__(self, *_):
         os.close(self.lock_fd)
 
-    def status(self):
-        """creating, created, running or stopped (runtime.md "State"), and runc's paused."""
+    def status(self, ask=True):
+        """creating, created, running or stopped (runtime.md "State"), and runc's paused.  ask: Xen, if that must be."""
         if "pid" in self.state and not self.is_monitored():
             return "stopped"
-        if "domid" in self.state and self.unsettled():
+        if ask and "domid" in self.state and self.unsettled():
             self.settle()
         return "paused" if self.state.get("paused") else self.state["status"]
 
@@ -5548,6 +5548,7 @@ def start(container, log):
             raise Error(f"cannot start a container in the {status} state")
         if not container.state["startable"]:
             raise Error(f"cannot start container {container.id}: its config.json has no process")
+        container.domid()  # the number that all of this is for
         unmounted = attach_disk(container)
         try:
             plug(container, log)
@@ -5707,7 +5708,7 @@ def command_kill(call):
 def kill(container, number, to_all=False):
     """Asks for the signal and returns; whether and when the container ends is its monitor's to see."""
     with container:
-        status = container.status()
+        status = container.status(ask=number != SIGKILL)  # which must not wait for xl
         if status == "stopped" and to_all:
             return  # as runc: all of nothing is done
         if status in ("stopped", "creating"):
@@ -5720,16 +5721,17 @@ def kill(container, number, to_all=False):
 
 def send_signal(container, number, to_all):
     own_init, domain = container.state["own_init"], (container.state["domid"], container.state["uuid"])
-    if container.state["status"] == "created":  # its process is yet to be: only the end can be had
+    certain = number != SIGKILL or not container.unsettled()
+    if container.state["status"] == "created" and certain:  # its process is yet to be: only the end can be had
         if number in ENDING_SIGNALS:
             tell_monitor(container, f"destroy {number}")
     elif number == SIGKILL:
         tell_monitor(container, f"destroy {number}" if own_init else f"kill {number}")
-        if container.state.get("paused") and not own_init:  # so that its last writes reach the host, if that can be
-            try:
+        try:  # so that its last writes reach the host, if that can be
+            if container.status() == "paused" and container.state["status"] == "running" and not own_init:
                 container.command_domain("unpause", paused=False)
-            except Error:
-                pass
+        except Error:
+            pass
     elif own_init:
         if number in ENDING_SIGNALS:
             shut_down(Xenstore(), *domain)

@@ -196,6 +196,7 @@ def test_kill_ends_it_whatever_xl_does(dom0):
     dom0.run("pause", "c")
     (dom0.folder / "broken").touch()
     assert (dom0.run("kill", "c", "KILL"), dom0.asked()) == (0, ["kill 9"])
+    assert (dom0.run("state", "c"), dom0.run("kill", "c", "KILL"), dom0.asked()) == (1, 0, ["kill 9"])
 
 
 def test_as_long_as_its_pid_is_there_a_container_takes_signals(dom0):
