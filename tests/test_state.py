@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import struct
+import zlib
 
 import pytest
 
