@@ -4234,6 +4234,8 @@ def parse_state(text):
     types = STATE_TYPES if state["status"] == "creating" else {**STATE_TYPES, **CREATED_TYPES}
     if not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise ValueError
+    if "monitor" in state and list(map(type, state["monitor"])) != [int, int]:
+        raise ValueError
     return state
 
 
@@ -4267,7 +4269,7 @@ class Container:
             if not os.path.isdir(self.folder):
                 raise NoContainer(self.id) from None
             self.state = {"status": "creating"}  # between its first two steps, or killed there
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, TypeError, RecursionError):
             if not self.forgiving:
                 remedy = f"remove the container by `runX delete --force {self.id}`"
                 raise Error(f"cannot read {self.path('state.json')}, runX has not written it so: {remedy}") from None
@@ -5769,7 +5771,7 @@ def delete(container, force, log):
     container.forgiving = force
     try:
         with container:
-            status = container.status()
+            status = container.status(ask=not force)
             if "pid" not in container.state and os.path.exists(container.path("state.json")):
                 log.write("warning", f"the state of container {container.id} is lost: its networks are not undone")
             if status not in ("stopped", "created") and not force:

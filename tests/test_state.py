@@ -282,6 +282,7 @@ STATES = {
     "an odd plugin's calls": {"networks": [{**ATTACHMENT, "calls": [1]}]},
     "an odd network": {"networks": [1, {"x": 1}]},
     "odd vifs": {"vifs": [{}], "joined": 5, "namespace": "/x"},
+    "odd cgroups": {"cgroups": [1]},
     "odd hooks": {"hooks": {"poststop": [{"path": "x"}]}},
     "a hook that is not there": {"hooks": {"poststop": [{"path": "/no/such\0hook"}]}, "bundle": "/no/such"},
 }
@@ -301,10 +302,16 @@ TEXTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+CHANGES = [{"monitor": 5}, {"monitor": ["x", 1]}, {"domid": None}, {"pid": True, "boot": 1}, {"hooks": []}]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *CHANGES], ids=range(len(TEXTS + CHANGES)))
 def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
-    with open(dom0.container.path("state.json"), "w", encoding="utf-8") as file:
-        file.write(text)
+    if isinstance(text, dict):
+        dom0.change(**text)
+    else:
+        with open(dom0.container.path("state.json"), "w", encoding="utf-8") as file:
+            file.write(text)
     with open(dom0.container.path("xl.cfg"), "w", encoding="utf-8") as file:
         file.write(f'name = "runx-c-11111111"\nuuid = "{UUID}"\ntype = "pvh"\n')
     for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
