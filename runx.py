@@ -450,6 +450,7 @@ def load_config(bundle):
     machine = parse_machine(spec, annotations, hardware, env, host)
     root = field(spec, "root", dict, {"path": machine.image} if machine.image else REQUIRED)
     rootfs, readonly = find_rootfs(bundle, root, machine), field(root, "readonly", bool, False, "config.json: root")
+    check_links(spec.get("vm") or {}, {rootfs, os.path.join(bundle, root["path"])})
     netconf = parse_netconf(env)
     if netconf and namespaces.get("network") == "" and any(mount.destination == PODMANS_MARK for mount in mounts):
         netconf = warnings.append("NETCONF has no effect, for Podman was asked for no network") or []
@@ -724,6 +725,17 @@ def find_boot_file(host_path, annotation, variable):
             raise Error(f"cannot boot {host_path}: there is no such file on this host")
         return os.path.realpath(host_path), False
     return (annotation or variable, True) if annotation or variable else None
+
+
+def check_links(vm, roots):
+    """Raises Error if a file that vm names in the rootfs is elsewhere: the name is the engine's, a link in there is the
+    image's.  roots: paths of the rootfs."""
+    for section, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
+        path = (vm.get(section) or {}).get(key) or "/"
+        for root in roots:
+            inside = os.path.realpath(path).startswith(f"{os.path.realpath(root)}/")
+            if os.path.abspath(path).startswith(f"{root}/") and not inside:
+                raise Error(f"config.json: vm.{section}.{key}: a link leads from {path} out of the rootfs")
 
 
 def check_hypervisor(path):

@@ -438,6 +438,25 @@ def test_an_image_that_stands_alone_is_taken(tmp_path):
         runx.check_references(str(tmp_path / "image"), kind)
 
 
+@pytest.mark.parametrize("section, key", [("kernel", "path"), ("kernel", "initrd"), ("image", "path")])
+def test_a_link_of_the_image_leads_vm_to_no_file_of_dom0s(tmp_path, section, key):
+    """What config.json's vm names is the engine's word; where it is in the rootfs, a link there is not."""
+    root = tmp_path / "rootfs"
+    (root / "boot").mkdir(parents=True)
+    for name in ("secret", "rootfs/boot/kernel"):
+        (tmp_path / name).write_bytes(b"")
+    (root / "inside").symlink_to("boot/kernel")
+    (root / "out").symlink_to(tmp_path / "secret")
+    (root / "folder").symlink_to(tmp_path)
+    (tmp_path / "other").symlink_to(root)
+    for path in (root / "inside", root / "boot/kernel", tmp_path / "secret"):
+        runx.check_links({section: {key: str(path)}}, {str(root)})
+    roots = {str(root), str(tmp_path / "other")}
+    for path in (root / "out", root / "boot/../folder/secret", root / "folder/../inside", tmp_path / "other/out"):
+        with pytest.raises(runx.Error, match=f"vm.{section}.{key}: a link leads"):
+            runx.check_links({section: {key: str(path)}}, roots)
+
+
 def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
     dom0.call("xl", '#!/bin/sh\ngrep -E "data|stack" /proc/$$/limits >"${0%/*}/limits"\n')
     runx.create_domain("/x", 64)
