@@ -4277,7 +4277,7 @@ class Container:
         try:
             with open(self.path("state.json"), encoding="utf-8") as file:
                 self.state = parse_state(file.read())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if not os.path.isdir(self.folder):
                 raise NoContainer(self.id) from None
             self.state = {"status": "creating"}  # between its first two steps, or killed there
@@ -4356,7 +4356,7 @@ class Container:
             try:
                 self.lock_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 raise NoContainer(self.id) from None
             try:
                 if self.is_ours():
@@ -6061,8 +6061,10 @@ def command_list(call):
     for name in sorted(os.listdir(call.root)) if made else ():
         try:
             states.append(Container(call.root, name).load().public_state())
-        except Error:
-            pass  # deleted meanwhile, or not ours
+        except NoContainer:
+            pass  # deleted meanwhile, or no folder
+        except Error as error:
+            call.log.write("warning", str(error))
     if "quiet" in call.options:
         print("".join(f"{state['id']}\n" for state in states), end="")
     elif output_format(call) == "json":

@@ -317,9 +317,20 @@ def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
     for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
         assert dom0.run(command, "c") == 1
         assert dom0.log().endswith("remove the container by `runX delete --force c`\n"), command
-    assert (dom0.run("list"), dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (0, 0, [])
+    warnings = dom0.log().count("level=warning")
+    assert (dom0.run("list"), dom0.log().count("level=warning")) == (0, warnings + 1)
+    assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (0, [])
     assert (dom0.calls(), dom0.asked()) == (["destroy"], ["destroy 9"])
     assert "the state of container c is lost" in dom0.log()
+
+
+def test_what_lies_in_the_root_and_is_no_container_is_left_alone(dom0, capsys):
+    (dom0.root / "file").write_text("here")
+    assert (dom0.run("list", "--quiet"), capsys.readouterr().out) == (0, "c\n")
+    for command in (["state"], ["kill"], ["start"], ["delete"]):
+        assert dom0.run(*command, "file") == 1
+        assert dom0.log().endswith('container "file" does not exist\n')
+    assert (dom0.run("delete", "--force", "file"), (dom0.root / "file").read_text()) == (0, "here")
 
 
 def test_ps_of_a_container_that_has_ended(dom0, capsys):
