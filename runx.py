@@ -3101,6 +3101,12 @@ def fill_cgroup(root, path, resources, pids):
         folder = os.path.join(folder, name)
         if not os.path.isdir(folder):
             os.mkdir(folder)
+    limit_cgroup(folder, resources)
+    for pid in pids:
+        write_file(os.path.join(folder, "cgroup.procs"), pid)
+
+
+def limit_cgroup(folder, resources):
     limits, memory = {}, resources.memory + SERVING_MEMORY
     if resources.memory > 0:
         limits = {"memory.max": memory, "memory.limit_in_bytes": memory}
@@ -3110,8 +3116,6 @@ def fill_cgroup(root, path, resources, pids):
     for name, value in limits.items():
         if os.path.exists(os.path.join(folder, name)):
             write_file(os.path.join(folder, name), value)
-    for pid in pids:
-        write_file(os.path.join(folder, "cgroup.procs"), pid)
 
 
 def enable_controllers(folder):
@@ -6034,6 +6038,8 @@ def update(container, changes):
         container.save(updating=False)
         raise
     container.save(resources=new, updating=False)
+    for root, path in state["cgroups"]:
+        limit_cgroup(root + path, resources)
 
 
 def apply_resources(container, new, old):

@@ -132,6 +132,8 @@ def test_what_serves_a_container_is_in_the_cgroup_of_config_json(bundle):
     assert int((folder / "memory.max").read_text()) == 128 << 20
     assert (folder / "cpu.weight").read_text() == "79\n"  # 1024 shares are 39
     assert bundle.runx("start", bundle.id).returncode == 0
+    assert bundle.runx("update", "--cpu-share", "512", bundle.id).returncode == 0
+    assert (folder / "cpu.weight").read_text() == "20\n"
     (folder / "below").mkdir()
     assert bundle.runx("delete", "--force", bundle.id).returncode == 0
     assert not folder.exists()
@@ -185,6 +187,12 @@ def test_podman_copies_to_and_from_the_container_and_never_dom0(bundle, podman, 
             assert podman("cp", str(tmp_path / "f"), f"{bundle.id}:{target}").returncode == 0
         assert (bundle.rootfs / "f").read_text() == (volume / "f").read_text() == "copied\n"
         assert set(os.listdir("/")) == before
+        # links that the VM has made since: under runc they would lead to processes of the container
+        for number in (1, "self"):
+            (bundle.rootfs / "escape").symlink_to(f"/proc/{number}/root/tmp")
+            assert podman("cp", str(tmp_path / "f"), f"{bundle.id}:/escape/runx-escaped").returncode != 0
+            (bundle.rootfs / "escape").unlink()
+        assert not os.path.exists("/tmp/runx-escaped")
         assert podman("cp", f"{bundle.id}:/bin/busybox", str(tmp_path / "b")).returncode == 0
         assert (tmp_path / "b").read_bytes() == (bundle.rootfs / "bin/busybox").read_bytes()
         assert podman("cp", f"{bundle.id}:/usr/sbin/runX", str(tmp_path / "x")).returncode != 0

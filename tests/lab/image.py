@@ -53,6 +53,8 @@ PACKAGES = [
     "python3", "python3-pytest", "strace", "iperf3", "jq", "socat",
     # root file systems of containers
     "e2fsprogs", "squashfs-tools", "erofs-utils",
+    # scopes for --systemd-cgroup; it is not what boots this dom0
+    "systemd",
     # a small system around them
     "busybox-static", "iproute2", "iptables", "bridge-utils", "kmod", "mount",
     "netbase", "procps", "util-linux",
