@@ -3169,9 +3169,12 @@ def remove_cgroups(cgroups, pids):
     OSError, such as EBUSY if others are there too."""
     for root, path in cgroups:
         for folder, _, _ in os.walk(root + path, topdown=False):
-            for pid in set(read_file(os.path.join(folder, "cgroup.procs")).split()) & set(map(str, pids)):
-                write_file(os.path.join(root, "cgroup.procs"), pid)
-            os.rmdir(folder)
+            try:
+                for pid in set(read_file(os.path.join(folder, "cgroup.procs")).split()) & set(map(str, pids)):
+                    write_file(os.path.join(root, "cgroup.procs"), pid)
+                os.rmdir(folder)
+            except FileNotFoundError:
+                pass  # systemd, or the engine, was quicker
 
 
 OOM_MEMORY = 4 << 20  # bytes

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import signal
 import socket
+import subprocess
 
 import pytest
 from conftest import DEVPTS, call, config, in_memory, wait_for, wait_until
@@ -138,6 +139,56 @@ def test_what_serves_a_container_is_in_the_cgroup_of_config_json(bundle):
     assert bundle.runx("delete", "--force", bundle.id).returncode == 0
     assert not folder.exists()
     folder.parent.rmdir()
+
+
+@pytest.fixture
+def systemd():
+    """A systemd, as the first process of a pid namespace; yields the beginning of a command there."""
+    if not os.path.exists("/lib/systemd/systemd"):
+        pytest.skip("needs systemd")
+    cgroups, private = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/run/systemd/private")
+    before = set(cgroups.rglob("*/"))
+    command = ["unshare", "--fork", "--pid", "--mount-proc", "--propagation", "slave"]
+    command += ["/lib/systemd/systemd", "--system", "--unit=basic.target"]
+    pathlib.Path("/etc/machine-id").touch()
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, "container": "lab"}, start_new_session=True, **quiet)
+    wait_until(private.exists, "systemd")
+    pid = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip()
+    enter = ["nsenter", "--target", pid, "--pid", "--mount"]
+    wait_until(lambda: call(*enter, "systemd-run", "--scope", "true").returncode == 0, "scopes of systemd", 60)
+    yield enter
+    os.kill(int(pid), signal.SIGKILL)
+    process.wait()
+    for folder in sorted(set(cgroups.rglob("*/")) - before, reverse=True):
+        wait_until(lambda folder=folder: not folder.exists() or remove(folder), f"{folder} to go")
+    shutil.rmtree("/run/systemd")
+
+
+def remove(folder):
+    try:
+        folder.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def test_with_systemd_the_cgroup_is_a_scope(bundle, systemd):
+    spec = in_memory(config("true"))
+    spec["linux"] = {"cgroupsPath": f"machine.slice:runx:{bundle.id}"}
+    bundle.write_config(spec)
+    scope = pathlib.Path(f"/sys/fs/cgroup/machine.slice/runx-{bundle.id}.scope")
+    words = bundle.command("create", "--bundle", str(bundle.folder), bundle.id)
+    with open(bundle.folder / "output", "wb") as output:
+        created = call(*systemd, words[0], "--systemd-cgroup", *words[1:], capture_output=False, stdout=output)
+    assert created.returncode == 0, bundle.last_log()
+    assert len((scope / "cgroup.procs").read_text().split()) == 2
+    properties = call(*systemd, "systemctl", "show", "--property=ActiveState,Delegate,Slice", scope.name)
+    assert set(properties.stdout.split()) == {b"ActiveState=active", b"Delegate=yes", b"Slice=machine.slice"}
+    deleted = call(*systemd, *bundle.command("delete", "--force", bundle.id))
+    assert (deleted.returncode, deleted.stderr) == (0, b"")
+    wait_until(lambda: not scope.exists(), "the scope to go")
+    assert not bundle.log.exists() or not bundle.log.read_text()
 
 
 def test_a_killed_holder_ends_the_vm_and_leaves_nothing(bundle):
