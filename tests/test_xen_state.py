@@ -99,7 +99,8 @@ def test_a_state_of_before_a_reboot_hurts_no_living_vm(bundle, second):
     xenstore, domid = runx.Xenstore(), bundle.domain()
     old = runx.Container(str(second.root), second.id)
     state = json.loads((bundle.root / bundle.id / "state.json").read_text())
-    for changes in ({"boot": "of-before"}, {"pid": 2**22, "uuid": runx.new_uuid()}):
+    gone = [2**22, 1]
+    for changes in ({"boot": "of-before"}, {"pid": gone[0], "monitor": gone, "uuid": runx.new_uuid()}):
         old.reserve()
         os.mkfifo(old.path("control"))
         before = {kind: xenstore.list(f"/local/domain/0/backend/{kind}/{domid}") for kind in ("console", "9pfs")}
