@@ -266,7 +266,10 @@ def test_pause_resume_ps_events_and_update(bundle):
     assert xl("vcpu-list", str(bundle.domain())).splitlines()[1].split()[-3] == "0"
     assert "160 at most" in refused("update", "--memory", "161m")
     assert "pids.limit cannot change" in refused("update", "--pids-limit", "5")
-    assert "2 at most" in refused("update", "--cpu-quota", "300000")
+    if runx.host_processors() > 2:
+        assert "2 at most" in refused("update", "--cpu-quota", "300000")
+    else:  # as runc: a quota that nobody can use up
+        succeed(bundle, "update", "--cpu-quota", "300000")
     lines = [json.loads(stream.stdout.readline()) for _ in range(2)]
     assert [line["type"] for line in lines] == ["stats", "stats"]
     # SIGKILL does not wait for resume
