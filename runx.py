@@ -6243,7 +6243,8 @@ def run_command(words, options, log):
         return 0
     if options.get("log-format", "text") not in ("text", "json"):
         raise Error(f"invalid log-format: {options['log-format']}")
-    if "help" in options or not words or words[0] in ("help", "h"):
+    refused_help = words and words[0] in UNSUPPORTED and words[1:] in (["-h"], ["--help"])
+    if "help" in options or not words or words[0] in ("help", "h") or refused_help:
         print(USAGE)
         return 0
     command = words.pop(0)

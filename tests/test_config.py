@@ -726,7 +726,7 @@ def test_unknown_signals_are_refused(text):
 @pytest.mark.parametrize(
     "words",
     [["--version"], ["-v"], ["features"], ["--help"], ["-h"], ["help"], [], ["create", "--help"], ["kill", "x", "-h"],
-     ["--help", "create"], ["list", "--help"], ["--debug=false", "--version"], ["ps", "--help"]],
+     ["--help", "create"], ["list", "--help"], ["--debug=false", "--version"], ["ps", "--help"], ["exec", "--help"]],
 )  # fmt: skip
 def test_what_needs_no_xen(words):
     result = call(*RUNX, *words)
@@ -812,7 +812,7 @@ class Stored:
     id = "x"
 
     def __init__(self, resources):
-        self.state = {"resources": resources, "base": BASE, "maxmem": 256, "maxvcpus": 2}
+        self.state = {"resources": resources, "base": BASE, "maxmem": 256, "maxvcpus": 2, "cgroups": []}
 
     def save(self, **changes):
         self.state.update(changes)
