@@ -1,5 +1,9 @@
-"""What the guest's kernel does beyond a container's usual needs: dom0's clock."""
+"""What the guest's kernel does beyond a container's usual needs: dom0's clock, and protocols of gateways and cars."""
 
+import json
+import os
+import pathlib
+import shutil
 import subprocess
 import time
 
@@ -64,3 +68,16 @@ def test_the_clock_follows_dom0s(bundle, clock, kind):
         assert seconds() < 1000000100  # its own, from now on
     container.communicate()
     assert container.returncode == 0
+
+
+def test_protocols_of_gateways_and_cars(bundle):
+    shutil.copy(pathlib.Path(__file__).with_name("features.py"), bundle.rootfs)
+    spec = config("python3", "/features.py", env=["PATH=/bin:/usr/bin:/usr/sbin"])
+    for path in ("/usr", "/lib", "/lib64"):
+        source = os.path.realpath(path)
+        spec["mounts"].append({"destination": path, "type": "bind", "source": source, "options": ["rbind", "ro"]})
+    spec["linux"] = {"resources": {"memory": {"limit": 128 << 20}}}
+    bundle.write_config(spec)
+    command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    assert (result.returncode, json.loads(result.stdout)) == (0, {}), result
