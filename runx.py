@@ -231,6 +231,10 @@ class Mount(Record):
         """Whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
         return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
 
+    def is_sealed_late(self):
+        """Whether it is read-only memory of the guest's, in which mount points and nodes are made before."""
+        return self.type == "tmpfs" and bool(self.flags & MS_RDONLY) and not self.on_host()
+
     def is_folder(self):
         """Whether what dom0 mounts is a folder: all but a bind mount of a file."""
         return not self.flags & MS_BIND or os.path.isdir(self.source)
@@ -914,9 +918,10 @@ def parse_process(spec, warnings):
     where = "config.json: process"
     user = field(spec, "user", dict, {}, where)
     groups = field(user, "additionalGids", list, [], where + ".user")
+    env = {variable.partition("=")[0]: variable for variable in strings(spec, "env", where)}  # the last counts
     process = Process(
         args=strings(spec, "args", where),
-        env=strings(spec, "env", where),
+        env=list(env.values()),
         cwd=field(spec, "cwd", str, where=where),
         terminal=field(spec, "terminal", bool, False, where),
         console_size=tuple(
@@ -961,7 +966,21 @@ def parse_capabilities(spec, warnings):
                 unknown.append(capability)
     if unknown:
         warnings.append(f"unknown capabilities are left out: {', '.join(unknown)}")
+    asked = dict(sets)  # the rules of capset(2) and prctl(2): the kernel refuses what goes beyond
+    sets["effective"] &= sets["permitted"]
+    sets["inheritable"] &= sets["bounding"]
+    sets["ambient"] &= sets["permitted"] & sets["inheritable"]
+    left_out = [name for name in CAPABILITY_SETS if sets[name] != asked[name]]
+    if left_out:
+        warnings.append(
+            "capabilities that no process can have without others are left out of process.capabilities: "
+            + ", ".join(f"{name} {capability_names(asked[name] & ~sets[name])}" for name in left_out)
+        )
     return sets
+
+
+def capability_names(bits):
+    return " ".join(f"CAP_{name}" for number, name in enumerate(CAPABILITIES) if bits >> number & 1)
 
 
 def parse_rlimits(entries):
@@ -2171,13 +2190,19 @@ def guest_config(config, bind_sources, state, capabilities):
         words += ["node", *device]
     if config.process and config.process.terminal:
         words += ["terminal"]
+    if config.process:
+        words += ["cwd", config.process.cwd]
+    if config.netconf and not any(mount.destination.rstrip("/") == "/etc/resolv.conf" for mount in config.mounts):
+        words += ["resolv_conf"]
+    for mount in config.mounts:  # now that all is made that was to be made in them
+        if mount.is_sealed_late():
+            flags = MS_REMOUNT | MS_BIND | mount.flags & ~(MS_REC | RECURSIVE_RO)
+            words += ["mount", "", mount.destination, "", flags, ""]
     for name, value in config.linux.sysctl.items():
         words += ["sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value]
     for keyword, paths in (("readonly", config.linux.readonly_paths), ("mask", config.linux.masked_paths)):
         for path in paths:
             words += [keyword, path]
-    if config.netconf and not any(mount.destination.rstrip("/") == "/etc/resolv.conf" for mount in config.mounts):
-        words += ["resolv_conf"]
     if config.linux.propagation:
         words += ["propagation", "/", config.linux.propagation]
     if config.readonly:  # after the mounts, which may need folders to be made
@@ -2208,7 +2233,7 @@ def guest_process(config, state):
     if seccomp:
         flags, program = seccomp
         words += ["seccomp", flags, len(program), *(operand for instruction in program for operand in instruction)]
-    words += ["user", process.uid, process.gid, process.umask, "cwd", process.cwd]
+    words += ["user", process.uid, process.gid, process.umask]
     hooks = parse_hooks(config.hooks, "startContainer")
     if hooks:
         words += ["state", state]
@@ -2229,10 +2254,10 @@ def guest_mount(mount, bind_sources):
             words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
     else:
         kind = "cgroup2" if mount.type == "cgroup" else mount.type
-        keyword, now = ("copy_up", flags & ~MS_RDONLY) if mount.copy_up else ("mount", flags)
-        words = [keyword, mount.source or kind, target, kind, now, mount.data]
-        if now != flags:
-            words += ["mount", "", target, "", MS_REMOUNT | MS_BIND | flags, ""]
+        keyword = "copy_up" if mount.copy_up else "mount"
+        if mount.is_sealed_late():
+            flags &= ~MS_RDONLY
+        words = [keyword, mount.source or kind, target, kind, flags, mount.data]
     if mount.propagation:
         words += ["propagation", target, mount.propagation]
     return words
@@ -5044,7 +5069,8 @@ class Monitor:
             self.ready, self.console = True, FirstConsole(self.tail_fd)
             self.outputs, self.input = [Output(self.console, 1)], Input(self.console, 0, raw=True)
         else:
-            self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 2)]
+            # to a terminal the second one brings why init could not open it
+            self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 1 if self.has_terminal() else 2)]
             self.input = Input(self.consoles[0], 0)
         if self.has_terminal():
             self.resize()

@@ -55,6 +55,7 @@ enum { FSOPEN_CLOEXEC = 1, FSMOUNT_CLOEXEC = 1, FSCONFIG_CMD_CREATE = 6 };
 enum { CANNOT_EXECUTE = 126, NOT_FOUND = 127 };
 enum { MESSAGE_MAX = 1024 };	/* bytes; a node of xenstore holds 2048 */
 enum { INTERFACES_MAX = 64 };	/* that ask by DHCP */
+enum { HOOK_LOOK = 10 };	/* milliseconds between looks whether a hook has ended */
 enum { RELEASE_TIME = 1000 };	/* milliseconds that a DHCP client has to give its lease back */
 
 /* Joins the strings up to NULL in buffer, as far as it reaches; returns their length.  No stdio: it is half of libc. */
@@ -90,11 +91,15 @@ static char *decimal(unsigned long number)
  */
 static int parent = -1;
 
+static void tell_error(const char *message);
+
 static void die_with(int status, const char *message, size_t len)
 {
 	write(2, message, len);
 	if (parent >= 0)
 		write(parent, message, len);
+	else
+		tell_error(message);
 	_exit(status);
 }
 
@@ -147,6 +152,14 @@ static int xs_request(uint32_t type, const char *path, const char *value, char *
 failed:
 	close(fd);
 	return -1;
+}
+
+/* For the user, why the container cannot be started. */
+static void tell_error(const char *message)
+{
+	char reply[XS_PAYLOAD_MAX + 1];
+
+	xs_request(XS_WRITE, "data/error", message, reply);
 }
 
 /* xs read PATH | write PATH VALUE | rm PATH | ls PATH.  Exit status 1 where xenstore refuses, 2 for another usage. */
@@ -354,14 +367,74 @@ static void load_config(void)
 	config_end = config_next + size;
 }
 
+enum { LINKS_MAX = 40 };	/* of one path, as the kernel has it */
+
+static void *allocate(size_t size)
+{
+	void *memory = calloc(1, size);
+
+	if (!memory)
+		die(CANNOT_EXECUTE, "allocate", "memory");
+	return memory;
+}
+
+static void refuse_path(int reason, const char *path)
+{
+	errno = reason;
+	die(CANNOT_EXECUTE, "follow", path);
+}
+
+/*
+ * Where a path leads, by names that are no links: mkdir(2) and mount(2) do not go where a link leads to nothing.  Names
+ * that are missing count as folders.  "/" is the container's, so no link leads out.  *missing: whether it is not there.
+ */
+static char *resolve(const char *path, int *missing)
+{
+	char *found = allocate(PATH_MAX), *left = strdup(path), link[PATH_MAX], *name;
+	size_t len = 0, links = 0;
+
+	if (!left)
+		refuse_path(ENOMEM, path);
+	*missing = 0;
+	while (left && (name = strsep(&left, "/"))) {
+		size_t before = len;
+		if (!*name || !strcmp(name, "."))
+			continue;
+		if (!strcmp(name, "..")) {
+			while (len && found[--len] != '/')
+				;
+			found[len] = 0;
+			*missing = len && !is_there(found);
+			continue;
+		}
+		if (len + strlen(name) + 2 > PATH_MAX)
+			refuse_path(ENAMETOOLONG, path);
+		len += join(found + len, PATH_MAX - len, "/", name, NULL);
+		ssize_t n = readlink(found, link, sizeof link - 1);
+		*missing = n < 0 && errno == ENOENT;
+		if (n < 0)
+			continue;
+		if (++links > LINKS_MAX)
+			refuse_path(ELOOP, path);
+		link[n] = 0;
+		size_t size = n + (left ? strlen(left) : 0) + 2;
+		char *rest = allocate(size);
+		join(rest, size, link, "/", left ? left : "", NULL);
+		left = rest;
+		len = *link == '/' ? 0 : before;
+		found[len] = 0;
+	}
+	return len ? found : strcpy(found, "/");
+}
+
 /* mkdir -p, for the folders that mounts and cwd name and the image lacks. */
-static void make_folders(char *path)
+static int make_folders(char *path)
 {
 	for (char *slash = path; (slash = strchr(slash + 1, '/')); *slash = '/') {
 		*slash = 0;
 		mkdir(path, 0755);
 	}
-	mkdir(path, 0755);
+	return mkdir(path, 0755);
 }
 
 static void make_parent(char *path)
@@ -374,17 +447,19 @@ static void make_parent(char *path)
 	*slash = '/';
 }
 
+static int make_file(char *path)
+{
+	make_parent(path);
+	return mknod(path, S_IFREG | 0644, 0);
+}
+
 /* Where a mount goes: a folder, or an empty file if it is a file that is bound there. */
 static void make_target(char *path, const char *source, unsigned long flags)
 {
 	struct stat st;
 
-	if (!(flags & MS_BIND) || stat(source, &st) < 0 || S_ISDIR(st.st_mode)) {
-		make_folders(path);
-		return;
-	}
-	make_parent(path);
-	close(open(path, O_CREAT | O_CLOEXEC, 0644));
+	if ((!(flags & MS_BIND) || stat(source, &st) < 0 || S_ISDIR(st.st_mode) ? make_folders : make_file)(path) < 0)
+		die(CANNOT_EXECUTE, "make", path);
 }
 
 /*
@@ -428,7 +503,7 @@ static void open_terminal(void)
 	for (int fd = 0; fd <= 2; fd++)
 		dup2(slave, fd);
 	join(path, sizeof path, "/dev/pts/", decimal(number), NULL);
-	close(open("/dev/console", O_CREAT | O_CLOEXEC, 0620));
+	mknod("/dev/console", S_IFREG | 0620, 0);
 	if (mount(path, "/dev/console", NULL, MS_BIND, NULL) < 0)
 		die(CANNOT_EXECUTE, "mount", "/dev/console");
 }
@@ -474,36 +549,57 @@ static int64_t milliseconds(void)
 	return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
 }
 
-/* Waits for the hook until it has ended, and returns its status, or until its time is over: -1, it is killed then. */
-static int wait_for_hook(pid_t pid, unsigned long timeout)
-{
-	int64_t end = milliseconds() + (int64_t)timeout * 1000;
-	sigset_t chld;
-	int status;
+/* The beginning of what a hook writes, for the error that it may be; the rest is read and forgotten. */
+struct hook_output {
+	char text[384];
+	size_t len;
+};
 
-	sigemptyset(&chld);
-	sigaddset(&chld, SIGCHLD);
-	while (waitpid(pid, &status, WNOHANG) == 0) {
-		int64_t left = end - milliseconds();
-		struct timespec wait = { left / 1000, left % 1000 * 1000000 };
-		if (timeout && left <= 0) {
-			kill(-pid, SIGKILL);
-			waitpid(pid, &status, 0);
-			return -1;
-		}
-		sigtimedwait(&chld, NULL, timeout ? &wait : NULL);
-	}
-	return status;
+/* Reads what there is; returns the pipe, or -1 at its end. */
+static int keep_output(int pipe, struct hook_output *output)
+{
+	char buffer[4096];
+	ssize_t n = read(pipe, buffer, sizeof buffer);
+
+	for (ssize_t i = 0; i < n && output->len < sizeof output->text - 1; i++)
+		output->text[output->len++] = buffer[i];
+	return n == 0 ? -1 : pipe;
 }
 
-static void run_hook(const struct hook *hook, size_t number, const sigset_t *before, int output)
+/* Waits for the hook until it has ended, and returns its status, or until its time is over: -1, it is killed then. */
+static int wait_for_hook(pid_t pid, unsigned long timeout, const int *pipes, struct hook_output *outputs)
+{
+	int64_t end = milliseconds() + (int64_t)timeout * 1000;
+	struct pollfd fds[] = { { pipes[0], POLLIN, 0 }, { pipes[1], POLLIN, 0 } };
+	int status, last, ended = 0, late = 0;
+
+	do {	/* once more when it has ended, for all that it has written is there then */
+		last = ended;
+		if (timeout && !ended && milliseconds() >= end) {
+			kill(-pid, SIGKILL);
+			late = 1;
+		}
+		poll(fds, 2, ended ? 0 : HOOK_LOOK);
+		ended = ended || waitpid(pid, &status, WNOHANG) == pid;
+		for (int i = 0; i < 2; i++)
+			if (fds[i].revents)
+				fds[i].fd = keep_output(fds[i].fd, &outputs[i]);
+	} while (!last);
+	for (int i = 0; i < 2; i++)
+		while (outputs[i].len && (unsigned char)outputs[i].text[outputs[i].len - 1] <= ' ')
+			outputs[i].text[--outputs[i].len] = 0;
+	return late ? -1 : status;
+}
+
+static void run_hook(const struct hook *hook, size_t number, const sigset_t *before)
 {
 	char message[MESSAGE_MAX];
-	int stdin_pipe[2], status;
+	struct hook_output outputs[2] = { 0 };
+	int stdin_pipe[2], pipes[2][2], status;
 	const char *reason, *value;
 	pid_t pid, writer;
 
-	if (pipe2(stdin_pipe, O_CLOEXEC) < 0)
+	if (pipe2(stdin_pipe, O_CLOEXEC) < 0 || pipe2(pipes[0], O_CLOEXEC) < 0 || pipe2(pipes[1], O_CLOEXEC) < 0)
 		die(CANNOT_EXECUTE, "make", "a pipe for a hook");
 	writer = fork();
 	if (writer == 0) {	/* a hook need not read, and the state may be longer than a pipe */
@@ -518,8 +614,8 @@ static void run_hook(const struct hook *hook, size_t number, const sigset_t *bef
 		setpgid(0, 0);
 		sigprocmask(SIG_SETMASK, before, NULL);
 		dup2(stdin_pipe[0], 0);
-		dup2(output, 1);
-		dup2(output, 2);
+		dup2(pipes[0][1], 1);
+		dup2(pipes[1][1], 2);
 		if (*hook->env)
 			environ = hook->env;
 		execv(hook->path, hook->args);
@@ -529,15 +625,25 @@ static void run_hook(const struct hook *hook, size_t number, const sigset_t *bef
 	setpgid(pid, pid);
 	close(stdin_pipe[0]);
 	close(stdin_pipe[1]);
-	status = wait_for_hook(pid, hook->timeout);
+	close(pipes[0][1]);
+	close(pipes[1][1]);
+	int ends[] = { pipes[0][0], pipes[1][0] };
+	status = wait_for_hook(pid, hook->timeout, ends, outputs);
+	close(ends[0]);
+	close(ends[1]);
 	kill(writer, SIGKILL);
 	waitpid(writer, NULL, 0);
 	if (status == 0)
 		return;
-	reason = status < 0 ? "it ran past its timeout of " : WIFSIGNALED(status) ? "signal " : "exit status ";
+	reason = status < 0 ? "hook ran past specified timeout of " : WIFSIGNALED(status) ? "signal " : "exit status ";
 	value = decimal(status < 0 ? hook->timeout : WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-	die_with(1, message, join(message, sizeof message, "error running startContainer hook #", decimal(number), " ",
-				  hook->path, ": ", reason, value, status < 0 ? " s\n" : "\n", NULL));
+	size_t len = join(message, sizeof message, "error running startContainer hook #", decimal(number), ": ", reason,
+			  value, status < 0 ? "s" : "", ", stdout: ", outputs[0].text, ", stderr: ", outputs[1].text, NULL);
+	for (size_t i = 0; i < len; i++)	/* it may go to a terminal */
+		if ((unsigned char)message[i] < ' ' || message[i] == 127)
+			message[i] = ' ';
+	message[len < sizeof message - 1 ? len++ : len - 1] = '\n';
+	die_with(1, message, len);
 }
 
 /* ---- the records of the config: a function each, whose operands are named in keywords[] ---- */
@@ -572,25 +678,33 @@ static void write_proc(const char *path, const char *value)
 
 static void apply_mount(void)
 {
-	char *source = next(), *target = next(), *type = next();
+	char *source = next(), *path = next(), *type = next();
 	unsigned long flags = next_number();
-	char *data = next();
+	char *data = next(), *target;
+	int missing;
+	struct stat st;
 
-	make_target(target, source, flags);
-	if (mount(source, target, type, flags, data) < 0)
-		die(CANNOT_EXECUTE, "mount", target);
+	target = resolve(path, &missing);
+	if (missing)
+		make_target(target, source, flags);
+	/* a tmpfs of no mode has that of the folder below it */
+	int keep = !missing && !strcmp(type, "tmpfs") && !strstr(data, "mode=") && stat(target, &st) == 0;
+	if (mount(source, target, type, flags, data) < 0 || (keep && chmod(target, st.st_mode & 07777) < 0))
+		die(CANNOT_EXECUTE, "mount", path);
 }
 
 /* A tmpfs that begins with what is below it: busybox's cp has all of that in its working directory copied. */
 static void apply_copy_up(void)
 {
-	char *target = config_next + strlen(config_next) + 1;	/* the second operand of mount */
-	int below, status = 0;
+	int missing, below, status = 0;
+	struct stat st;
+	char *target = resolve(config_next + strlen(config_next) + 1, &missing);	/* the second operand of mount */
 	pid_t pid;
 
 	make_folders(target);
 	below = open(target, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	apply_mount();
+	stat(target, &st);
 	pid = below < 0 ? -1 : fork();
 	if (pid == 0) {
 		char *args[] = { "cp", "-a", ".", target, NULL };
@@ -601,14 +715,16 @@ static void apply_copy_up(void)
 			syscall(SYS_execveat, init_root, "bin/busybox", args, NULL, 0);
 		_exit(CANNOT_EXECUTE);
 	}
-	if (pid < 0 || waitpid(pid, &status, 0) != pid || status)
+	if (pid < 0 || waitpid(pid, &status, 0) != pid || status || chown(target, st.st_uid, st.st_gid) < 0 ||
+	    chmod(target, st.st_mode & 07777) < 0)	/* the folder itself is not a copy */
 		die(CANNOT_EXECUTE, "copy what is below the tmpfs at", target);
 	close(below);
 }
 
 static void apply_node(void)
 {
-	char *path = next();
+	int missing;
+	char *path = resolve(next(), &missing);
 	mode_t mode = next_number();
 	unsigned long major = next_number(), minor = next_number();
 	uid_t uid = next_number();
@@ -664,21 +780,14 @@ static void apply_readonly(void)
 /* init keeps resolv.conf, for DHCP may change it, and the image keeps its own. */
 static void apply_resolv_conf(void)
 {
-	char target[] = "/etc/resolv.conf", link[PATH_MAX];
-	int share = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	int missing, share = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	char *target;
 
 	if (faccessat(init_run, "resolv.conf", F_OK, 0) < 0)
 		return;	/* nobody has told of a server */
-	make_parent(target);
-	ssize_t len = readlink(target, link, sizeof link - 1);
-	if (len > 0 && access(target, F_OK) < 0) {	/* to what systemd would have made: that is in no image */
-		link[len] = 0;
-		if (strchr(link, '/') && chdir("/etc") == 0) {
-			make_parent(link);
-			fchdir(share);
-		}
-	}
-	close(open(target, O_CREAT | O_CLOEXEC, 0644));
+	target = resolve("/etc/resolv.conf", &missing);
+	if (missing)
+		make_file(target);
 	if (fchdir(init_run) < 0 || mount("resolv.conf", target, NULL, MS_BIND, NULL) < 0 || fchdir(share) < 0)
 		die(CANNOT_EXECUTE, "mount", target);
 	close(share);
@@ -883,7 +992,11 @@ static void apply_seccomp(void)
 
 static void apply_cwd(void)
 {
-	settings.cwd = next();
+	int missing;
+	char *folder = resolve(settings.cwd = next(), &missing);
+
+	if (missing)
+		make_folders(folder);
 }
 
 static void apply_arg(void)
@@ -1001,25 +1114,30 @@ static char *find_home(void)
 	return "/";
 }
 
-/* HOME is the user's where config.json sets none, as runc does. */
+/* HOME is the user's where config.json sets none, or an empty one, as runc does. */
 static void set_home(void)
 {
-	char *home, *variable;
+	char *home, *variable, **empty = NULL;
 
 	for (size_t i = 0; i < settings.n_env; i++)
-		if (!strncmp(settings.env[i], "HOME=", 5))
-			return;
+		if (!strncmp(settings.env[i], "HOME=", 5)) {
+			if (settings.env[i][5])
+				return;
+			empty = &settings.env[i];
+		}
 	home = find_home();
 	if (!(variable = malloc(strlen(home) + sizeof "HOME=")))
 		die(CANNOT_EXECUTE, "set", "HOME");
 	join(variable, strlen(home) + sizeof "HOME=", "HOME=", home, NULL);
-	append(&settings.env, &settings.n_env, variable);
+	if (empty)
+		*empty = variable;
+	else
+		append(&settings.env, &settings.n_env, variable);
 }
 
 /* The order is capabilities(7)'s: the bounding set while we may, the rest once the user is what it will be. */
 static void become_user(void)
 {
-	make_folders(strdup(settings.cwd));
 	umask(settings.umask);
 	for (int fd = 0; fd <= 2; fd++)	/* so that the user may open /dev/stdout again, as under runc */
 		if (fchown(fd, settings.uid, -1) < 0)
@@ -1043,8 +1161,8 @@ static void become_user(void)
 	install_filter();
 }
 
-/* before: the signal mask that the process starts with; output: of hooks, the guest's own console. */
-static void run_process(const sigset_t *before, int output)
+/* before: the signal mask that the process starts with. */
+static void run_process(const sigset_t *before)
 {
 	init_root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	write_proc("self/oom_score_adj", "0");	/* init and this program are spared when memory runs out */
@@ -1054,7 +1172,7 @@ static void run_process(const sigset_t *before, int output)
 	become_user();
 	environ = settings.env;
 	for (size_t i = 0; i < n_hooks; i++)
-		run_hook(&hooks[i], i, before, output);
+		run_hook(&hooks[i], i, before);
 	sigprocmask(SIG_SETMASK, before, NULL);
 	execvp(settings.args[0], settings.args);
 	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXECUTE, "exec", settings.args[0]);
@@ -1256,7 +1374,7 @@ static int carry(pid_t process, int signals, int master, struct stream *in, stru
 static int await_process(int child, int *master)
 {
 	union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
-	char text[MESSAGE_MAX], reply[XS_PAYLOAD_MAX + 1];
+	char text[MESSAGE_MAX];
 	size_t len = 0;
 
 	for (;;) {
@@ -1278,7 +1396,7 @@ static int await_process(int child, int *master)
 	close(child);
 	text[len] = 0;
 	if (len)
-		xs_request(XS_WRITE, "data/error", text, reply);
+		tell_error(text);
 	return !len;
 }
 
@@ -1324,13 +1442,12 @@ static int enter_main(void)
 	if (process < 0)
 		die(CANNOT_EXECUTE, "fork", "the container's process");
 	if (process == 0) {
-		int console = fcntl(2, F_DUPFD_CLOEXEC, 3);
 		setsid();
 		parent = sockets[1];
 		dup2(stdin_pipe[0], 0);
 		dup2(stdout_pipe[1], 1);
 		dup2(stderr_pipe[1], 2);
-		run_process(&before, console);
+		run_process(&before);
 	}
 	close(stdin_pipe[0]);
 	close(stdout_pipe[1]);
@@ -1374,13 +1491,12 @@ static void finish(int status)
 		pause();
 }
 
-/* sentence: for the user, why the container cannot be started */
 static void fail(const char *sentence)
 {
-	char reply[XS_PAYLOAD_MAX + 1], line[MESSAGE_MAX];
+	char line[MESSAGE_MAX];
 
 	write(2, line, join(line, sizeof line, "init: ", sentence, "\n", NULL));
-	xs_request(XS_WRITE, "data/error", sentence, reply);
+	tell_error(sentence);
 	finish(255);
 }
 
@@ -1434,6 +1550,9 @@ static int init_main(void)
 	write_at(AT_FDCWD, "/proc/sys/vm/dirty_writeback_centisecs", "100");
 	/* Looking for memory to compact twice a second is a quarter of what wakes an idle VM. */
 	write_at(AT_FDCWD, "/proc/sys/vm/compaction_proactiveness", "0");
+	/* As on a host, whose memory is larger than the container's limit: who asks for more than there is gets it, and
+	   is killed when it is used. */
+	write_at(AT_FDCWD, "/proc/sys/vm/overcommit_memory", "1");
 	/* A container that takes all memory must not take the VM's own end with it. */
 	write_at(AT_FDCWD, "/proc/self/oom_score_adj", "-1000");
 

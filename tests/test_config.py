@@ -631,9 +631,29 @@ def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
 
 def test_a_tmpfs_that_begins_with_what_is_below(bundle):
     mount = mount_of(bundle, type="tmpfs", source="tmpfs", options=["tmpcopyup", "ro", "size=1m"])
-    words = runx.guest_mount(mount, iter(()))
-    assert words[:6] == ["copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m"]
-    assert words[10] == runx.MS_REMOUNT | runx.MS_BIND | runx.MS_RDONLY
+    assert runx.guest_mount(mount, iter(())) == ["copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m"]
+
+
+def test_memory_that_is_read_only_is_so_when_all_is_made_in_it(bundle):
+    spec = config("sh", cwd="/dev/cwd", terminal=True)
+    spec["root"]["readonly"] = True
+    spec["mounts"] = [
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["rro", "ro", "nosuid"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["ro"]},
+    ]
+    spec["linux"] = {"devices": [{"path": "/dev/pipe", "type": "p"}], "readonlyPaths": ["/dev/cwd"]}
+    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
+    seal = f"mount  /dev  {runx.MS_REMOUNT | runx.MS_BIND | runx.MS_RDONLY | runx.MS_NOSUID}  "
+    made = [f"mount tmpfs /dev tmpfs {runx.MS_NOSUID}  ", "node /dev/null ", "mount devpts /dev/pts devpts 1  ",
+            "node /dev/pipe ", "terminal ", "cwd /dev/cwd ", seal, "readonly /dev/cwd ", "mount  /  "]  # fmt: skip
+    places = [text.index(record) for record in made]
+    assert places == sorted(places)
+
+
+def test_the_last_of_two_variables_of_one_name_counts(bundle):
+    spec = config("sh", env=["A=1", "B=2", "A=3", "HOME="])
+    words = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {}).split(b"\0")
+    assert words[words.index(b"env") :] == [b"env", b"A=3", b"env", b"B=2", b"env", b"HOME=", b""]
 
 
 @pytest.mark.parametrize("option, flags", [("rshared", 1 << 20 | 16384), ("slave", 1 << 19), ("rprivate", None)])
@@ -900,10 +920,27 @@ def test_what_follows_the_id_of_ps_is_for_ps():
 
 def test_capabilities_are_a_bit_each():
     warnings = []
-    spec = {"bounding": ["CAP_CHOWN", "CAP_CHECKPOINT_RESTORE", "CAP_NEW"], "ambient": ["CAP_KILL", "CAP_NEW"]}
+    spec = {"bounding": ["CAP_CHOWN", "CAP_CHECKPOINT_RESTORE", "CAP_NEW"], "permitted": ["CAP_KILL", "CAP_NEW"]}
     sets = runx.parse_capabilities(spec, warnings)
-    assert sets == {"bounding": 1 | 1 << 40, "effective": 0, "inheritable": 0, "permitted": 0, "ambient": 1 << 5}
+    assert sets == {"bounding": 1 | 1 << 40, "effective": 0, "inheritable": 0, "permitted": 1 << 5, "ambient": 0}
     assert warnings == ["unknown capabilities are left out: CAP_NEW"]
+
+
+@pytest.mark.parametrize(
+    "lacking, left_out",
+    [
+        (("inheritable",), "ambient CAP_CHOWN CAP_KILL"),
+        (("permitted",), "effective CAP_CHOWN CAP_KILL, ambient CAP_CHOWN CAP_KILL"),
+        (("bounding",), "inheritable CAP_CHOWN CAP_KILL, ambient CAP_CHOWN CAP_KILL"),
+        (("ambient", "effective"), ""),
+    ],
+)
+def test_capabilities_that_cannot_be_granted_are_left_out(lacking, left_out):
+    warnings, names = [], [name for name in runx.CAPABILITY_SETS if name not in lacking]
+    sets = runx.parse_capabilities({name: ["CAP_KILL", "CAP_CHOWN"] for name in names}, warnings)
+    assert not sets["effective"] & ~sets["permitted"] and not sets["inheritable"] & ~sets["bounding"]
+    assert not sets["ambient"] & ~(sets["permitted"] & sets["inheritable"])
+    assert [warning.split("process.capabilities: ")[1] for warning in warnings] == ([left_out] if left_out else [])
 
 
 def test_rlimits_io_priority_and_scheduler_are_numbers():

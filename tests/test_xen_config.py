@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import shutil
+import socket
+import stat
 
 import pytest
 from conftest import DEVPTS, call, config, in_memory, wait_for, wait_until
@@ -55,9 +57,10 @@ def busybox(bundle):
 
 @pytest.fixture
 def outputs(busybox):
-    """A function that runs a config under runc and under runX and returns both standard outputs."""
+    """A function that runs a config under runc and under runX and returns both standard outputs; what of the rootfs is
+    named is removed after each."""
 
-    def run(spec):
+    def run(spec, *made):
         busybox.write_config(spec)
         found = []
         for runtime in ("runc", "runX"):
@@ -65,6 +68,8 @@ def outputs(busybox):
             result = call(*command, cwd=busybox.folder)
             assert result.returncode == 0, result
             found.append(result.stdout.decode())
+            for name in made:
+                shutil.rmtree(busybox.rootfs / name, ignore_errors=True)  # a VM's memory has left none
         return found
 
     return run
@@ -323,6 +328,157 @@ def test_mounts_are_what_they_are_under_runc(outputs, busybox):
     assert runx == runc and "filled\n" in runx and runx.count("\nnew\n") == 2
     assert (busybox.folder / "plain/new").read_text() == (busybox.folder / "upper/new").read_text() == "new\n"
     assert not (busybox.folder / "plain/x").exists() and (busybox.folder / "single").read_text() == "single\n"
+
+
+# where something is mounted, and whether it can be written
+MOUNTED = "while read source where kind options rest; do echo $where ${options%%,*}; done </proc/mounts"
+
+
+def bind(destination, *options, source):
+    return mount(destination, "bind", "bind", *options, source=str(source))
+
+
+LINKS = {  # of the image, to what it has not
+    "etc/resolv.conf": "../run/systemd/resolve/stub-resolv.conf", "etc/localtime": "/usr/share/zoneinfo/UTC",
+    "etc/first": "second", "etc/second": "../../../x/third", "x/third": "/y/z/end", "etc/up": "no/../made/other",
+    "folder": "/var/data/", "below": "not/there", "memory": "/made/tmp",
+}  # fmt: skip
+
+
+@pytest.fixture
+def linked(busybox):
+    """A config that mounts files and folders onto LINKS, which are in the rootfs."""
+    for name, target in LINKS.items():
+        (busybox.rootfs / name).parent.mkdir(exist_ok=True)
+        (busybox.rootfs / name).symlink_to(target)
+    (busybox.folder / "source").write_text("file\n")
+    (busybox.folder / "sources").mkdir()
+    (busybox.folder / "sources/in").write_text("folder\n")
+    files = ["/etc/resolv.conf", "/etc/localtime", "/etc/first", "/etc/up"]
+    folders = ["/folder", "/below/deeper"]
+    script = f"""
+        cat {' '.join(files)} {'/in '.join(folders)}/in; {MOUNTED}
+        ls / /run/systemd/resolve /made /not /var; cd /etc; stat -c '%N %F' *
+    """
+    spec = config("sh", "-c", script)
+    spec["linux"] = {"namespaces": NAMESPACES}
+    spec["mounts"] += [bind(path, source=busybox.folder / "source") for path in files]
+    spec["mounts"] += [bind(path, "ro", source=busybox.folder / "sources") for path in folders]
+    spec["mounts"] += [mount("/memory", "tmpfs"), mount("/memory/more", "tmpfs", "ro")]
+    return spec
+
+
+def test_a_mount_onto_a_link_is_where_the_link_leads(linked, outputs, busybox):
+    image = busybox.folder / "image"
+    assert call("mkfs.ext4", "-q", "-d", str(busybox.rootfs), str(image), "16m").returncode == 0
+    runc, runx = outputs(linked, "run", "usr", "y", "var", "made", "not", "etc/made")
+    assert runx == runc and runx.count("file\n") == 3 and "/usr/share/zoneinfo/UTC rw\n" in runx
+    for spec in (in_memory(linked), {**linked, "root": {"path": str(image)}}):
+        busybox.write_config(spec)
+        result = busybox.runx("run", "--bundle", str(busybox.folder), busybox.id)
+        assert result.stdout.decode().replace("lost+found\n", "") == runx, result
+
+
+def test_a_mount_onto_links_without_end_is_refused(bundle):
+    (bundle.rootfs / "one").symlink_to("/two/x")
+    (bundle.rootfs / "two").symlink_to("one")
+    spec = in_memory(config("true"))
+    spec["mounts"].append(mount("/one", "tmpfs"))
+    bundle.write_config(spec)
+    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    assert (result.returncode, result.stderr) == (126, b"follow /one: Symbolic link loop\n"), result
+
+
+@pytest.mark.parametrize("rootfs", ["9p", "ramdisk"])
+def test_fifos_sockets_and_nodes_are_bound_and_bound_over(outputs, busybox, rootfs):
+    for folder in (busybox.folder, busybox.rootfs):
+        os.mkfifo(folder / "fifo")
+        os.mknod(folder / "node", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / "socket"))
+    (busybox.folder / "file").write_text("file\n")
+    script = "stat -c '%n %A %t:%T' /new/* /over/* /fifo /socket /node; cat /fifo /socket /node"
+    spec = config("sh", "-c", f"{script}; {MOUNTED}")
+    spec["linux"] = {"namespaces": NAMESPACES}
+    spec["annotations"] = {"org.runx.rootfs": rootfs}
+    (busybox.rootfs / "over").mkdir()
+    os.mkfifo(busybox.rootfs / "over/fifo")
+    for name in ("fifo", "socket", "node"):
+        source = busybox.folder / name
+        spec["mounts"] += [
+            bind(f"/new/{name}", source=source), bind(f"/new/ro-{name}", "ro", source=source),
+            bind(f"/{name}", "ro", source=busybox.folder / "file"),
+        ]  # fmt: skip
+    spec["mounts"].append(bind("/over/fifo", "ro", source=busybox.folder / "fifo"))
+    runc, runx = outputs(spec, "new")
+    assert runx == runc and runx.count("file\n") == 3 and "/new/ro-fifo prw" in runx and "/new/ro-fifo ro" in runx
+
+
+def test_what_is_read_only_has_all_that_is_made_in_it(outputs, busybox):
+    (busybox.folder / "file").write_text("file\n")
+    script = f"""
+        pwd; stat -c '%n %A %u:%g %t:%T' $(find /dev /t | sort); cat /t/file; {MOUNTED}
+        for path in / /dev /t /t/cwd /fixed; do touch $path/new; done; true
+    """
+    spec = config("sh", "-c", f"({script}) 2>&1", cwd="/t/cwd")
+    spec["root"]["readonly"] = True
+    spec["mounts"][1]["options"].append("ro")
+    spec["mounts"] += [
+        *USUAL_MOUNTS[:3], mount("/t", "tmpfs", "ro", "size=1m"), bind("/t/file", source=busybox.folder / "file"),
+        mount("/t/full", "tmpfs", "ro", "tmpcopyup"),
+    ]  # fmt: skip
+    spec["linux"] = {
+        "namespaces": NAMESPACES, "readonlyPaths": ["/fixed", "/t/cwd"], "maskedPaths": ["/t/masked", "/t/full"],
+        "devices": [
+            {"path": "/dev/deep/fifo", "type": "p", "fileMode": 0o600},
+            {"path": "/t/node", "type": "c", "major": 1, "minor": 3},
+        ],
+    }  # fmt: skip
+    (busybox.rootfs / "fixed").mkdir()
+    runc, runx = outputs(spec, "t")
+    assert runx == runc and "/t/cwd\n" in runx and runx.count("Read-only file system") == 5
+    script = "pwd; tty; ls -l /dev/console | cut -c1-10"
+    spec["process"].update(cwd="/no/such", args=["sh", "-c", script], terminal=True)
+    busybox.write_config(in_memory(spec))
+    command = f"runX --root {busybox.root} run --bundle {busybox.folder} {busybox.id}"
+    result = call("script", "-qec", command, "/dev/null")
+    assert result.stdout.split() == [b"/no/such", b"/dev/pts/0", b"crw--w----"], result
+
+
+def test_a_tmpfs_of_no_mode_has_that_of_the_folder(outputs, busybox):
+    """And, beside it, a HOME that is empty."""
+    for name, mode in (("plain", 0o750), ("sticky", 0o1770), ("setgid", 0o2711), ("filled", 0o700)):
+        (busybox.rootfs / name).mkdir()
+        os.chown(busybox.rootfs / name, 5, 6)
+        (busybox.rootfs / name).chmod(mode)
+    (busybox.rootfs / "filled/file").touch()
+    (busybox.rootfs / "etc").mkdir()
+    (busybox.rootfs / "etc/passwd").write_text("root:x:0:0::/home/of/root:/bin/sh\n")
+    names = ["plain", "sticky", "setgid", "filled", "missing"]
+    script = f"cd /; stat -c '%n %a %u:%g' {' '.join(names)} group; ls filled; env"
+    spec = in_memory(config("sh", "-c", script, env=["PATH=/none", "HOME=/x", "PATH=/bin", "HOME="]))
+    spec["linux"] = {"namespaces": NAMESPACES}
+    spec["mounts"] += [mount(f"/{name}", "tmpfs", "size=1m") for name in names if name != "filled"]
+    spec["mounts"] += [mount("/filled", "tmpfs", "tmpcopyup"), mount("/group", "tmpfs", "gid=7", "mode=2775")]
+    runc, runx = outputs(spec, "missing")
+    assert runx == runc and "plain 750 0:0\n" in runx and "HOME=/home/of/root\n" in runx
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_capabilities_that_cannot_be_granted_are_left_out(reports, busybox, uid):
+    names = ["CAP_CHOWN", "CAP_KILL"]
+    capabilities = {name: names for name in ("bounding", "effective", "permitted", "ambient")}  # as `runc spec` has it
+    spec = report_config(user={"uid": uid, "gid": 0}, capabilities=capabilities)
+    compare(*reports(spec))
+    # where this runc gives up, what can be granted is
+    spec["process"]["capabilities"] = {
+        "bounding": ["CAP_CHOWN"], "permitted": ["CAP_KILL", "CAP_CHOWN"], "effective": ["CAP_CHOWN", "CAP_SETUID"],
+        "inheritable": names, "ambient": names,
+    }  # fmt: skip
+    busybox.write_config(spec)
+    fields = json.loads(busybox.runx("run", "--bundle", str(busybox.folder), busybox.id).stdout)
+    assert {fields[name] for name in ("bounding", "permitted", "effective", "inheritable", "ambient")} == {1}
+    assert "left out of process.capabilities: effective CAP_SETUID" in busybox.log.read_text()
 
 
 @pytest.fixture

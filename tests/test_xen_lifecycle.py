@@ -107,7 +107,10 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_children(bundle, tmp_path
 
 @pytest.mark.parametrize(
     "text, limit, reason",
-    [("exit 3", {}, "exit status 3"), ("sleep 1000 & wait", {"timeout": 1}, "it ran past its timeout of 1 s")],
+    [
+        ("echo out; printf 'x\\033[1m%01000d\\n' 5 >&2; exit 3", {}, "exit status 3, stdout: out, stderr: x [1m000"),
+        ("echo out; sleep 1000 & wait", {"timeout": 1}, "hook ran past specified timeout of 1s, stdout: out, stderr:"),
+    ],
 )
 def test_a_start_container_hook_that_fails_ends_the_container(bundle, text, limit, reason):
     script(bundle.rootfs / "hook", text)
@@ -115,7 +118,7 @@ def test_a_start_container_hook_that_fails_ends_the_container(bundle, text, limi
     spec["hooks"] = {"startContainer": [{"path": "/hook", **limit}]}
     pidfd = create(bundle, spec)
     result = bundle.runx("start", bundle.id)
-    message = f"error running startContainer hook #0 /hook: {reason}"
+    message = f"error running startContainer hook #0: {reason}"
     assert result.returncode == 1 and message in result.stderr.decode()
     wait_for(pidfd)
     assert bundle.state()["status"] == "stopped"
@@ -184,6 +187,7 @@ def test_every_signal_reaches_the_process_again_and_again(bundle):
     "name, command, status, reason",
     [
         ("oom", "exec tail /dev/zero", 137, "the VM has run out of memory: Out of memory: Killed process"),
+        ("at once", "exec dd if=/dev/zero of=/x bs=1G", 137, "the VM has run out of memory: Out of memory: Killed"),
         ("panic", "echo 2 >/proc/sys/vm/panic_on_oom; exec tail /dev/zero", 255, "the VM crashed; exit status 255"),
         ("poweroff", "poweroff -f", 130, "the VM was powered off from inside; exit status 130"),
         ("reboot", "reboot -f", 129, "the VM was rebooted from inside; exit status 129"),

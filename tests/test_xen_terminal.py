@@ -181,3 +181,29 @@ def test_a_shim_that_is_killed_while_a_hook_runs_leaves_nothing(bundle, tmp_path
     call("ctr", "task", "rm", "--force", bundle.id)
     call("ctr", "container", "rm", bundle.id)
     assert (tmp_path / "poststop").read_text() == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"mounts": [{"destination": "/x", "type": "tmpfs", "options": ["no=1"]}]}, "mount /x: Invalid argument"),
+        ({"cwd": "/file/x"}, "chdir /file/x: Not a directory"),
+        ({"args": ["/broken"]}, "exec /broken: Exec format error"),
+    ],
+)
+def test_why_a_process_cannot_be_started_reaches_the_terminal(bundle, tmp_path, change, reason):
+    """Before the terminal is there, and with it."""
+    (bundle.rootfs / "file").touch()
+    (bundle.rootfs / "broken").write_text("\x7fELF")
+    (bundle.rootfs / "broken").chmod(0o755)
+    spec = in_memory(terminal_config("true"))
+    spec["mounts"] = change.pop("mounts", []) + spec["mounts"]
+    spec["process"].update(change)
+    bundle.write_config(spec)
+    console_socket = ConsoleSocket(tmp_path / "console.sock")
+    pidfd = bundle.created("--console-socket", console_socket.path)
+    terminal = console_socket.receive()
+    assert bundle.runx("start", bundle.id).returncode == 0
+    wait_for(pidfd)
+    assert reason.encode() in terminal.rest() and reason in bundle.log.read_text()
+    os.close(terminal.fd)
