@@ -6050,7 +6050,8 @@ def update(container, changes):
                 refused.append(f"{section}.{key}")
     if refused:
         raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
-    resources, old = (parse_resources(spec, "resources", state["base"]) for spec in (new, state["resources"]))
+    base = {"most_vcpus": VCPUS_MAX, **state["base"]}  # an older runX has not written it
+    resources, old = (parse_resources(spec, "resources", base) for spec in (new, state["resources"]))
     memory, vcpus = resources.mebibytes(state["maxmem"]), resources.vcpus(state["maxvcpus"])
     for wanted, most, what in ((memory, state["maxmem"], "MiB of memory"), (vcpus, state["maxvcpus"], "vcpus")):
         if wanted > most:

@@ -40,7 +40,7 @@ def test_the_clock_follows_dom0s(bundle, clock, kind):
         pytest.skip("this host runs no PVH guests")
     (bundle.rootfs / "bin/date").symlink_to("busybox")
     spec = in_memory(config("sh", "-c", "while read line; do [ -z $line ] || date -s $line >/dev/null; date +%s; done"))
-    spec["annotations"]["org.runx.type"] = kind
+    spec["vm"] = {"hypervisor": {"parameters": [f'type="{kind}"']}}
     bundle.write_config(spec)
     command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
     container = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
