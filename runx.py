@@ -454,7 +454,7 @@ def load_config(bundle):
     machine = parse_machine(spec, annotations, hardware, env, host)
     root = field(spec, "root", dict, {"path": machine.image} if machine.image else REQUIRED)
     rootfs, readonly = find_rootfs(bundle, root, machine), field(root, "readonly", bool, False, "config.json: root")
-    check_links(spec.get("vm") or {}, {rootfs, os.path.join(bundle, root["path"])})
+    check_links(spec.get("vm") or {}, {rootfs, os.path.join(bundle, text_of(root, "path", "config.json: root"))})
     netconf = parse_netconf(env)
     if netconf and namespaces.get("network") == "" and any(mount.destination == PODMANS_MARK for mount in mounts):
         netconf = warnings.append("NETCONF has no effect, for Podman was asked for no network") or []
@@ -787,7 +787,7 @@ def parse_netconf(env):
     for variable in env:
         key, _, value = variable.partition("=")
         digits = key.removeprefix("NETCONF")
-        if not key.startswith("NETCONF") or not (digits.isdecimal() or not digits) or len(digits) > 5 or not value:
+        if not key.startswith("NETCONF") or digits.strip("0123456789") or len(digits) > 5 or not value:
             continue
         path, name, address = (*value.split(",", 2), "", "")[:3]
         if not path.startswith("/") or not name:
@@ -2447,6 +2447,7 @@ def change_root(share, config, exported):
     dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
     so takes the place of what is in the VM only; if nothing is exported, that is all.  Raises Error.
     """
+    share = os.path.realpath(share)  # as the kernel names it
     root, sources = os.path.join(share, "rootfs"), []
     try:
         system_call("unshare", CLONE_NEWNS)
@@ -2479,7 +2480,7 @@ def mount_in_root(root, mounts, sources):
         source = next(on_host) if entry.on_host() else empty
         try:
             target = find_in_root(root, entry.destination, entry.is_folder())
-        except OSError:
+        except (OSError, RecursionError):
             continue
         try:
             mount(mount_of(source), mount_of(target), MS_BIND | MS_REC)
@@ -3090,67 +3091,82 @@ def detach_disk(xenstore, state):
 # bounds these processes, not the VM, which is Xen's to bound.
 
 SERVING_MEMORY = 64 << 20  # bytes that dom0 may need for a container beside what its limit is
+SCOPE_TIME_LIMIT, CGROUP_TIME_LIMIT = 30.0, 2.0  # seconds to make a scope, and to end the last process in a cgroup
 
 
-def make_cgroup(path, resources, systemd, pids):
-    """Makes it in all hierarchies that dom0 has mounted, and moves processes there; returns [root, path] of each.
+def find_cgroups(path, scope):
+    """[root, path] of a cgroup in each of the hierarchies that dom0 has mounted.  Raises Error if others are in it.
 
-    path: as in config.json; for systemd SLICE:PREFIX:NAME, of which it makes a scope.  Raises Error.
+    scope: whether it is one that systemd has just made for us.
     """
-    scope, cgroups, seen = None, [], set()
-    if systemd:
-        scope, path = start_scope(path)
-    path = os.path.normpath("/" + path.lstrip("/"))  # two slashes would stay
-    try:
-        for entry in host_mounts():
-            # what a cpuset of version 1 holds are dom0's processors, and it takes nobody until it has some
-            if not entry.kind.startswith("cgroup") or entry.device in seen or "cpuset" in entry.of_all:
-                continue
-            seen.add(entry.device)
-            cgroups.append([entry.target, path])
-            fill_cgroup(entry.target, path, resources, pids)
-    except OSError as error:
-        remove_cgroups(cgroups, pids)
-        raise Error(f"cannot make the cgroup {path}: {error.strerror}") from None
-    finally:
-        if scope:
-            scope.communicate()  # which ends it
+    path, cgroups, seen = os.path.normpath("/" + path.lstrip("/")), [], set()  # two slashes would stay
+    for entry in host_mounts():
+        # what a cpuset of version 1 holds are dom0's processors, and it takes nobody until it has some
+        if not entry.kind.startswith("cgroup") or entry.device in seen or "cpuset" in entry.of_all:
+            continue
+        seen.add(entry.device)
+        cgroups.append([entry.target, path])
+        if path == "/" or not scope and any(map(cgroup_processes, cgroup_folders(entry.target + path))):
+            raise Error(f"cannot make the cgroup {path}: others are in it; name another one by linux.cgroupsPath")
     return cgroups
 
 
-def fill_cgroup(root, path, resources, pids):
-    """Makes a cgroup in one hierarchy, with its limits and processes.  Raises OSError."""
-    folder = root
-    for name in path.split("/")[1:]:
-        enable_controllers(folder)
-        folder = os.path.join(folder, name)
-        if not os.path.isdir(folder):
-            os.mkdir(folder)
-    limit_cgroup(folder, resources)
-    for pid in pids:
-        write_file(os.path.join(folder, "cgroup.procs"), pid)
+def cgroup_folders(folder):
+    """The folder of a cgroup behind all below it, none if it is not there."""
+    return (each for each, _, _ in os.walk(folder, topdown=False))
+
+
+def cgroup_processes(folder):
+    try:
+        return read_file(os.path.join(folder, "cgroup.procs")).split()
+    except FileNotFoundError:
+        return []
+
+
+def make_cgroups(cgroups, resources, pids):
+    """Makes them, with their limits, and moves processes there.  Raises Error."""
+    for root, path in cgroups:
+        folder = root
+        try:
+            for name in path.split("/")[1:]:
+                enable_controllers(folder)
+                folder = os.path.join(folder, name)
+                if not os.path.isdir(folder):
+                    os.mkdir(folder)
+            limit_cgroup(folder, resources)
+            for pid in pids:
+                write_file(os.path.join(folder, "cgroup.procs"), pid)
+        except OSError as error:
+            raise Error(f"cannot make the cgroup {path} in {root}: {error.strerror}") from None
+
+
+def cgroup_limits(resources):
+    """{file of either version: its content}."""
+    memory, limits = str(resources.memory + SERVING_MEMORY), {}
+    if resources.memory:
+        unlimited = resources.memory < 0
+        limits = {"memory.max": "max" if unlimited else memory, "memory.limit_in_bytes": "-1" if unlimited else memory}
+    if resources.shares:
+        weight = 1 + (max(2, min(resources.shares, 262144)) - 2) * 9999 // 262142  # as runc makes it of shares
+        limits.update({"cpu.weight": str(weight), "cpu.shares": str(resources.shares)})
+    return limits
 
 
 def limit_cgroup(folder, resources):
-    limits, memory = {}, resources.memory + SERVING_MEMORY
-    if resources.memory > 0:
-        limits = {"memory.max": memory, "memory.limit_in_bytes": memory}
-    if resources.shares:
-        weight = 1 + (max(2, min(resources.shares, 262144)) - 2) * 9999 // 262142  # as runc makes it of shares
-        limits.update({"cpu.weight": weight, "cpu.shares": resources.shares})
-    for name, value in limits.items():
+    """Raises OSError."""
+    for name, value in cgroup_limits(resources).items():
         if os.path.exists(os.path.join(folder, name)):
             write_file(os.path.join(folder, name), value)
 
 
 def enable_controllers(folder):
     """Lets the cgroups below have what this one has; of version 2, where each must be asked for."""
-    try:
-        with open(os.path.join(folder, "cgroup.controllers"), encoding="ascii") as file:
-            for name in file.read().split():
-                write_file(os.path.join(folder, "cgroup.subtree_control"), f"+{name}")
-    except OSError:
-        pass  # version 1, or a cgroup that has processes of its own
+    controllers = os.path.join(folder, "cgroup.controllers")
+    for name in read_file(controllers).split() if os.path.exists(controllers) else ():
+        try:
+            write_file(os.path.join(folder, "cgroup.subtree_control"), f"+{name}")
+        except OSError:
+            pass  # the cgroup has processes of its own, or those below could not have it
 
 
 def write_file(path, value):
@@ -3163,46 +3179,69 @@ def read_file(path):
         return file.read().strip()
 
 
-def start_scope(path):
+def start_scope(path, resources):
     """A process in a new scope of systemd, which lasts until its standard input ends or others are in it too, and the
     scope's path.  Raises Error."""
+    import select
     import subprocess
 
     parent, colon, name = path.partition(":")
     if not colon:
         raise Error(f"config.json: linux.cgroupsPath must be SLICE:PREFIX:NAME for systemd, not {printable(path)}")
-    unit = name.replace(":", "-", 1) if name.split(":")[0] else name[1:]
-    command = ["systemd-run", "--quiet", "--scope", "--collect", "--property=Delegate=yes", f"--unit={unit}.scope"]
-    command += [f"--slice={parent or 'system.slice'}", "sh", "-c", "cat /proc/self/cgroup; echo; read -r _"]
+    unit, limits = name.replace(":", "-", 1) if name.split(":")[0] else name[1:], cgroup_limits(resources)
+    # systemd would put its own limits there again
+    properties = (("MemoryMax", "memory.max"), ("CPUWeight", "cpu.weight"))
+    properties = [f"{key}={limits[file].replace('max', 'infinity')}" for key, file in properties if file in limits]
+    command = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={unit}.scope"]
+    command += [f"--slice={parent or 'system.slice'}", "--property=Delegate=yes"]
+    command += [f"--property={each}" for each in properties]
     try:
         scope = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PATH": PATH},
+            [*command, "sh", "-c", "cat /proc/self/cgroup; read -r _"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, "PATH": PATH},
         )  # fmt: skip
     except OSError as error:
         raise Error(f"cannot make the scope {unit}: systemd-run: {error.strerror}") from None
-    lines = list(iter(lambda: scope.stdout.readline().strip(), ""))
+    answered = select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]
+    lines = os.read(scope.stdout.fileno(), 4096).decode("utf-8", "replace").splitlines() if answered else ["nothing"]
     paths = [line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":name=systemd:" in line]
     if not paths:
+        scope.kill()
         scope.communicate()
         raise Error(f"cannot make the scope {unit}: systemd-run says {printable(' '.join(lines))}")
     return scope, paths[-1]
 
 
 def remove_cgroups(cgroups, pids):
-    """Removes what make_cgroup() has made, with cgroups below; of who is still there, pids go to the root.  Raises
-    OSError, such as EBUSY if others are there too."""
+    """Removes what make_cgroups() has made, with cgroups below; of who is still there, pids go to the root.  Raises
+    Error if others are there too."""
+    left, deadline = [], time.monotonic() + CGROUP_TIME_LIMIT
     for root, path in cgroups:
-        for folder, _, _ in os.walk(root + path, topdown=False):
-            try:
-                for pid in set(read_file(os.path.join(folder, "cgroup.procs")).split()) & set(map(str, pids)):
-                    write_file(os.path.join(root, "cgroup.procs"), pid)
-                os.rmdir(folder)
-            except FileNotFoundError:
-                pass  # systemd, or the engine, was quicker
+        for folder in cgroup_folders(root + path):
+            while not remove_cgroup(root, folder, pids):
+                if time.monotonic() > deadline:
+                    left.append(folder)
+                    break
+                time.sleep(0.01)  # who was killed has not quite ended
+    if left:
+        raise Error(f"cannot remove the cgroup {', '.join(left)}: others are in it")
 
 
-OOM_MEMORY = 4 << 20  # bytes
+def remove_cgroup(root, folder, pids):
+    """Whether it is gone."""
+    try:
+        for pid in set(cgroup_processes(folder)) & set(map(str, pids)):
+            write_file(os.path.join(root, "cgroup.procs"), pid)
+        os.rmdir(folder)
+    except FileNotFoundError:
+        pass  # systemd, or the engine, was quicker
+    except OSError:
+        return False
+    return True
+
+
+MCL_FUTURE = 2  # <sys/mman.h>
+OOM_MEMORY, OOM_MEMORY_MAX = 4 << 20, 128 << 20  # bytes that the process asks for, beside what is used and with it
 
 
 def show_oom(cgroups):
@@ -3213,11 +3252,14 @@ def show_oom(cgroups):
             limit, usage = os.path.join(root + path, limit), os.path.join(root + path, usage)
             if not os.path.exists(limit):
                 continue
-            before, pid = read_file(limit), os.fork()
+            before, most = read_file(limit), int(read_file(usage)) + OOM_MEMORY
+            if most > OOM_MEMORY_MAX or read_file("/proc/sys/vm/panic_on_oom") == "2":
+                continue  # the guest's word is not worth that
+            pid = os.fork()
             if pid == 0:
                 try:
                     write_file("/proc/self/oom_score_adj", 1000)
-                    most = int(read_file(usage)) + OOM_MEMORY
+                    system_call("mlockall", MCL_FUTURE)  # dom0 must not swap instead
                     write_file(limit, most)
                     b"\1" * (2 * most)
                 finally:
@@ -4278,7 +4320,7 @@ def parse_state(text):
     types = STATE_TYPES if state["status"] == "creating" else {**STATE_TYPES, **CREATED_TYPES}
     if not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise ValueError
-    if "monitor" in state and list(map(type, state["monitor"])) != [int, int]:
+    if list(map(type, state["monitor"])) != [int, int]:
         raise ValueError
     return state
 
@@ -4377,7 +4419,7 @@ class Container:
             return  # its monitor is about to end
         if listing and listing.state[2] != "p":
             self.state.update(status="running", paused=False)
-        elif self.state["status"] == "running":
+        elif listing and self.state["status"] == "running":
             self.state["paused"] = True
 
     def __enter__(self):
@@ -4574,7 +4616,9 @@ def start_holder(config, share):
 
 def run_holder(config, share, link):
     """The holder's whole life; never returns."""
+    import _socket
     import select
+    import struct
 
     status = 128 + SIGKILL  # if the monitor is killed
     try:
@@ -4582,15 +4626,15 @@ def run_holder(config, share, link):
         os.umask(0o022)
         close_other_descriptors({link.fileno()})
         signals, monitor = relay_signals(False), None
-        message, fds = receive_descriptors(link)
-        if message:
-            monitor, namespace = fds
+        message, rights, _, _ = link.recvmsg(16, _socket.CMSG_SPACE(8))
+        if rights:  # else the monitor has failed before
+            monitor, namespace = struct.unpack("ii", rights[0][2])
             try:
                 enter_namespaces(config, share, namespace, message == b"9p")
                 link.send(b"+")
-            except Error as error:
-                link.send(str(error).encode("utf-8", "replace"))
-        while message:
+            except Exception as error:
+                link.send(str(error).encode("utf-8", "replace")[:4000])
+        while rights and message:
             if signals in select.select([link, signals], [], [])[0]:
                 link.send(os.read(signals, 64))
             else:
@@ -4600,15 +4644,6 @@ def run_holder(config, share, link):
             select.select([monitor], [], [])
     finally:
         os._exit(status)
-
-
-def receive_descriptors(link):
-    """A message from the monitor, b"" if it is gone, and the descriptors in it."""
-    import _socket
-    import struct
-
-    message, ancillary, _, _ = link.recvmsg(16, _socket.CMSG_SPACE(8))
-    return message, struct.unpack("ii", ancillary[0][2]) if ancillary else ()
 
 
 def enter_namespaces(config, share, namespace, exported):
@@ -4855,8 +4890,7 @@ class Monitor:
         os.mkfifo(container.path("control"), 0o600)
         self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
         if config.cgroup:
-            pids = (self.holder.pid, os.getpid())
-            container.save(cgroups=make_cgroup(config.cgroup, config.resources, self.systemd, pids))
+            self.enter_cgroup()
         self.xenstore = Xenstore()
         self.attach_networks()
         self.boot(container.path("share"))
@@ -4880,6 +4914,19 @@ class Monitor:
             maxvcpus=sizes["maxvcpus"], resources=config.raw_resources, base=config.base,
         )  # fmt: skip
         self.debug(f"domain {self.domid} ({container.state['name']}) is built")
+
+    def enter_cgroup(self):
+        """Has the holder and us, and what we start, in the container's cgroup; kept in the state before it is made."""
+        path, resources, scope = self.config.cgroup, self.config.resources, None
+        if self.systemd:
+            scope, path = start_scope(path, resources)
+        try:
+            cgroups = find_cgroups(path, bool(scope))
+            self.container.save(cgroups=cgroups)
+            make_cgroups(cgroups, resources, (self.holder.pid, os.getpid()))
+        finally:
+            if scope:
+                scope.communicate()  # which ends it
 
     def attach_networks(self):
         """Has each network of NETCONF made or reserved, by its plugins; kept in the state before it is done."""
@@ -5234,7 +5281,7 @@ class Monitor:
                 self.resize()
             elif number == SIGHUP and self.has_terminal():
                 self.outputs[0].unread = True  # the kernel tells us, as the pty's owner, that the engine has hung up
-            elif self.container.load().state["status"] == "created":
+            elif self.container.load().state["status"] == "created" and not self.container.unsettled():
                 self.end(128 + number)
             else:
                 self.signal(number)
@@ -5539,6 +5586,7 @@ def start_monitor(monitor, pid_file):
     os.close(report_writer)
     os.close(commit_reader)
     holder.link.close()
+    written = None
     try:
         report = read_all(report_reader)
         if report != b"+":
@@ -5551,6 +5599,7 @@ def start_monitor(monitor, pid_file):
         run_hooks(container, "createContainer", "creating", namespaces)
         if pid_file:
             write_pid_file(pid_file, holder.pid)
+            written = pid_file
         container.save(status="created")
         os.write(commit_writer, b"+")
         return holder.pid
@@ -5558,8 +5607,8 @@ def start_monitor(monitor, pid_file):
         os.close(commit_writer)  # the monitor takes all down when it sees this
         os.waitpid(pid, 0)
         os.waitpid(holder.pid, 0)
-        if pid_file and os.path.exists(pid_file):
-            os.unlink(pid_file)
+        if written:
+            os.unlink(written)
         if isinstance(error, BrokenPipeError):
             raise Error(f"cannot create container {monitor.container.id}: its monitor was killed") from None
         raise
@@ -5818,7 +5867,7 @@ def delete(container, force, log):
         with container:
             status = container.status(ask=not force)
             if "pid" not in container.state and os.path.exists(container.path("state.json")):
-                log.write("warning", f"the state of container {container.id} is lost: its networks are not undone")
+                log.write("warning", f"the state of container {container.id} is lost: its networks and cgroup stay")
             if status not in ("stopped", "created") and not force:
                 raise Error(f"cannot delete container {container.id} that is not stopped: {status}")
             stop_monitor(container)
@@ -5847,8 +5896,8 @@ def end_process(pid, start_time):
 
     try:
         pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
+    except OSError:
+        return  # it has ended, and the number may be a thread's
     try:
         if process_start_time(pid) == start_time and not select.select([pidfd], [], [], MONITOR_END)[0]:
             os.kill(pid, SIGKILL)
@@ -6069,7 +6118,10 @@ def update(container, changes):
         raise
     container.save(resources=new, updating=False)
     for root, path in state["cgroups"]:
-        limit_cgroup(root + path, resources)
+        try:
+            limit_cgroup(root + path, resources)
+        except OSError:
+            pass  # of version 1, it has more than that; the VM's own memory is not there
 
 
 def apply_resources(container, new, old):

@@ -4,10 +4,8 @@ import pytest
 
 import runx
 
-RESOURCES = runx.parse_resources(
-    {"memory": {"limit": 80 << 20}, "cpu": {"shares": 2048}}, "resources",
-    {"default_memory": 64, "minimum_memory": 24, "default_vcpus": 1, "fixed_vcpus": 0, "most_vcpus": 4},
-)  # fmt: skip
+BASE = {"default_memory": 64, "minimum_memory": 24, "default_vcpus": 1, "fixed_vcpus": 0, "most_vcpus": 4}
+RESOURCES = runx.parse_resources({"memory": {"limit": 80 << 20}, "cpu": {"shares": 2048}}, "resources", BASE)
 
 
 @pytest.fixture
@@ -37,8 +35,9 @@ def test_all_hierarchies_get_the_processes_and_each_its_own_limits(hierarchy):
         (root / "a/b").mkdir(parents=True)
         for name in names:
             (root / "a/b" / name).touch()
-    cgroups = runx.make_cgroup("a//../a/b", RESOURCES, False, [7, 8])
+    cgroups = runx.find_cgroups("a//../a/b", False)
     assert cgroups == [[str(root), "/a/b"] for root in (unified, memory, cpu)]
+    runx.make_cgroups(cgroups, RESOURCES, [7, 8])
     assert (unified / "cgroup.subtree_control").read_text() == "+memory"  # the last word that was written
     assert (unified / "a/b/memory.max").read_text() == str(144 << 20)
     assert (unified / "a/b/cpu.weight").read_text() == "79"
@@ -50,8 +49,26 @@ def test_all_hierarchies_get_the_processes_and_each_its_own_limits(hierarchy):
 
 def test_a_hierarchy_that_takes_no_group_is_an_error(hierarchy):
     (hierarchy("cgroup", "memory") / "a").write_text("no folder")
-    with pytest.raises(runx.Error, match="cannot make the cgroup /a/b: "):
-        runx.make_cgroup("/a/b", RESOURCES, False, [])
+    with pytest.raises(runx.Error, match="cannot make the cgroup /a/b in "):
+        runx.make_cgroups(runx.find_cgroups("//a/b", False), RESOURCES, [])
+
+
+@pytest.mark.parametrize("path", ["/", "/a/../..", "/busy", "/busy/"])
+def test_a_group_of_others_is_refused(hierarchy, path):
+    (hierarchy("cgroup2") / "busy/below").mkdir(parents=True)
+    (hierarchy("cgroup", "memory") / "busy/below").mkdir(parents=True)
+    for mount in runx.host_mounts():
+        with open(f"{mount.target}/busy/below/cgroup.procs", "w", encoding="ascii") as file:
+            file.write("1\n")
+    with pytest.raises(runx.Error, match="others are in it"):
+        runx.find_cgroups(path, False)
+    assert path != "/busy" or runx.find_cgroups(path, True)
+
+
+def test_limits_that_end_are_no_limits():
+    unlimited = runx.cgroup_limits(runx.parse_resources({"memory": {"limit": -1}}, "resources", BASE))
+    assert unlimited == {"memory.max": "max", "memory.limit_in_bytes": "-1"}
+    assert runx.cgroup_limits(runx.parse_resources({}, "resources", BASE)) == {}
 
 
 @pytest.mark.parametrize(
@@ -64,24 +81,25 @@ def test_a_hierarchy_that_takes_no_group_is_an_error(hierarchy):
 )
 def test_systemd_makes_a_scope(tmp_path, monkeypatch, path, options):
     program = tmp_path / "systemd-run"
-    program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/args\necho 1:name=systemd:/old\necho 0::/x.slice/y.scope\n'
-                       f"echo\nread -r _\necho ended >>{tmp_path}/args\n")  # fmt: skip
+    program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/args\nprintf "1:name=systemd:/old\n0::/x.slice/y.scope\n"\n'
+                       f"read -r _\necho ended >>{tmp_path}/args\n")  # fmt: skip
     program.chmod(0o755)
     monkeypatch.setattr(runx, "PATH", f"{tmp_path}:{runx.PATH}")
-    scope, place = runx.start_scope(path)
+    scope, place = runx.start_scope(path, RESOURCES)
     assert place == "/x.slice/y.scope" and scope.poll() is None
     scope.communicate()
     args, ended = (tmp_path / "args").read_text().splitlines()
-    assert ended == "ended" and set(options) <= set(args.split()) and "--property=Delegate=yes" in args
+    options += [f"--property={each}" for each in ("Delegate=yes", f"MemoryMax={144 << 20}", "CPUWeight=79")]
+    assert ended == "ended" and set(options) <= set(args.split())
 
 
 def test_a_scope_that_systemd_does_not_make_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(runx.Error, match="must be SLICE:PREFIX:NAME for systemd, not /a/b"):
-        runx.start_scope("/a/b")
+        runx.start_scope("/a/b", RESOURCES)
     monkeypatch.setattr(runx, "PATH", str(tmp_path))
     with pytest.raises(runx.Error, match="cannot make the scope a-b: systemd-run: No such file"):
-        runx.start_scope("s.slice:a:b")
+        runx.start_scope("s.slice:a:b", RESOURCES)
     (tmp_path / "systemd-run").write_text("#!/bin/sh\necho Failed to connect to bus >&2\nexit 1\n")
     (tmp_path / "systemd-run").chmod(0o755)
     with pytest.raises(runx.Error, match="cannot make the scope a-b: systemd-run says Failed to connect to bus"):
-        runx.start_scope("s.slice:a:b")
+        runx.start_scope("s.slice:a:b", RESOURCES)
