@@ -405,6 +405,15 @@ def test_a_kernel_of_its_own(bundle, tmp_path, host_config):
     assert runx.command_line(machine) == runx.KERNEL_PARAMETERS + ' x y a=b "c=d e"'
 
 
+def test_an_image_of_vm_stands_for_root_path(bundle, tmp_path):
+    (tmp_path / "image").write_bytes(bytes(4096))
+    spec = {**config("true"), "vm": {"image": {"path": str(tmp_path / "image"), "format": "raw"}}}
+    for root in ({}, {"path": ""}, None):
+        assert runx.load_config(bundle({**spec, "root": root})).rootfs == str(tmp_path / "image")
+    with pytest.raises(runx.Error, match="config.json: root: path must be a JSON string"):
+        runx.load_config(bundle({**spec, "root": {"path": 1}}))
+
+
 @pytest.mark.parametrize(
     "vm, annotations, words",
     [

@@ -26,6 +26,7 @@ BRIDGE = '{"name": "net", "type": "bridge", "ipam": {"type": "host-local", "subn
 
 def test_netconf_variables_are_taken_in_order():
     env = ["NETCONF2=/c,n", "NETCONF=/a,n,10.0.0.1", "NETCONFIG=x", "NETCONF1=/b,n,auto", "NETCONF10=", "PATH=/bin"]
+    env += ["NETCONF\u0663=/d,n", "NETCONF\uff11=/e,n", "NETCONF\u00b2=/f,n"]  # digits of others
     assert runx.parse_netconf(env) == [
         ("NETCONF", "/a", "n", "10.0.0.1"), ("NETCONF1", "/b", "n", "auto"), ("NETCONF2", "/c", "n", ""),
     ]  # fmt: skip

@@ -1,9 +1,11 @@
 """A container's state on disk beside what Xen says: which one is believed.  Xen is a script and a dictionary here."""
 
+import concurrent.futures
 import json
 import os
 import resource
 import struct
+import threading
 import zlib
 
 import pytest
@@ -474,3 +476,9 @@ def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
     lines = (dom0.folder / "limits").read_text().splitlines()
     data, stack = ([int(word) for word in line.split()[3:5]] for line in lines)
     assert (data, stack) == ([(384 << 20) + (1 << 20)] * 2, [1 << 20] * 2)
+
+
+def test_a_pid_that_is_a_threads_by_now_is_nobodys():
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(threading.get_native_id).result()
+        runx.end_process(thread, runx.process_start_time(thread))

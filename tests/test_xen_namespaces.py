@@ -89,6 +89,9 @@ def test_nothing_of_dom0_is_reachable_through_the_containers_pid(bundle, tmp_pat
 def test_entering_the_container_shows_its_files_its_name_and_no_process_of_dom0(bundle, tmp_path):
     data, spec = full(bundle, tmp_path)
     bundle.write_config({**spec, "root": {"path": "rootfs", "readonly": True}})
+    (tmp_path / "real").mkdir()
+    bundle.root = tmp_path / "link"  # as Docker's is, in /var/run
+    bundle.root.symlink_to("real")
     bundle.created()
     pid = bundle.pid()
     assert bundle.runx("start", bundle.id).returncode == 0
