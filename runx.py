@@ -2447,7 +2447,6 @@ def change_root(share, config, exported):
     dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
     so takes the place of what is in the VM only; if nothing is exported, that is all.  Raises Error.
     """
-    share = os.path.realpath(share)  # as the kernel names it
     root, sources = os.path.join(share, "rootfs"), []
     try:
         system_call("unshare", CLONE_NEWNS)
@@ -2475,12 +2474,15 @@ def mount_in_root(root, mounts, sources):
     sources: descriptors of those that dom0 makes, then one of what is seen where the guest's kernel mounts something.
     """
     *on_host, empty = sources
-    on_host = iter(on_host)
+    on_host, missing = iter(on_host), []
     for entry in mounts:
         source = next(on_host) if entry.on_host() else empty
+        if entry.destination.startswith(tuple(missing)):
+            continue  # it is in a file system of the guest's, for which nothing is made here
         try:
-            target = find_in_root(root, entry.destination, entry.is_folder())
-        except (OSError, RecursionError):
+            target = find_in_root(root, entry.destination, entry.is_folder(), make=entry.on_host())
+        except OSError:
+            missing += [] if entry.on_host() else [entry.destination.rstrip("/") + "/"]
             continue
         try:
             mount(mount_of(source), mount_of(target), MS_BIND | MS_REC)
@@ -2489,33 +2491,50 @@ def mount_in_root(root, mounts, sources):
         os.close(target)
 
 
-def find_in_root(root, path, folder):
-    """An O_PATH descriptor of path as a process would find it whose root folder is root.  What is missing is made
-    there, also what a link leads to: folders, and at the end a folder or an empty file.  Raises OSError."""
+def find_in_root(root, path, folder, make):
+    """An O_PATH descriptor of path as a process finds it whose root folder is root.  make: what is missing is made, a
+    folder or an empty file, and folders above it; where a link leads to nothing, that is made.  Raises OSError."""
+    names = resolve_in_root(root, path)
+    fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    try:
+        for number, name in enumerate(names, 1):
+            try:
+                if make and (folder or number < len(names)):
+                    os.mkdir(name, 0o755, dir_fd=fd)
+                elif make:
+                    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=fd))
+            except FileExistsError:
+                pass
+            above, fd = fd, os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(above)
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def resolve_in_root(root, path):
+    """The names, none of them a link's, by which path leads below root.  What is missing counts as a folder, as for
+    runc.  Raises OSError if links lead on without end."""
     import errno
 
-    for _ in range(LINKS_MAX):
-        try:
-            return open_in_root(root, path)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        above, name = os.path.split(path.rstrip("/"))
-        parent = find_in_root(root, above, True)
-        try:
-            path = os.path.join(os.readlink(mount_of(parent)).removeprefix(root) or "/", name)
+    names, left, links = [], path.split("/"), 0
+    while left:
+        name = left.pop(0)
+        if name == "..":
+            names = names[:-1]
+        elif name not in ("", "."):
             try:
-                path = os.path.join(os.path.dirname(path), os.readlink(name, dir_fd=parent))
+                link = os.readlink(os.path.join(root, *names, name))
+            except OSError:
+                names.append(name)
                 continue
-            except FileNotFoundError:
-                pass
-            if folder:
-                os.mkdir(name, 0o755, dir_fd=parent)
-            else:
-                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=parent))
-        finally:
-            os.close(parent)
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            links += 1
+            if links > LINKS_MAX:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            left = link.split("/") + left
+            names = [] if link.startswith("/") else names
+    return names
 
 
 def pivot_root():
