@@ -3563,9 +3563,9 @@ def load_network(request, folders):
         raise Error(f"{where}: plugins must hold objects")
     ipam = field(plugins[0], "ipam", dict, {}, where)
     kind = field(ipam, "type", str, "", where + ".ipam")
-    for name in (kind or "none", *(field(plugin, "type", str, where=where) for plugin in plugins)):
-        if "/" in name or name in ("", ".", ".."):
-            raise Error(f"{where}: the type {printable(name)} is not the name of a plugin")
+    for program in (kind or "none", *(field(plugin, "type", str, where=where) for plugin in plugins)):
+        if "/" in program or program in ("", ".", "..") or not program.isprintable():
+            raise Error(f"{where}: the type {printable(program)} is not the name of a plugin")
     for plugin in plugins:
         field(field(plugin, "args", dict, {}, where), "cni", dict, {}, where + ".args")
     network = Network(file=path, name=name, version=version, plugins=plugins, mode="", addresses=[])

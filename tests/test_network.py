@@ -47,7 +47,7 @@ def test_netconf_variables_are_taken_in_order():
 )
 def test_where_an_address_comes_from(tmp_path, text, address, mode):
     network = load_network(tmp_path, text, address=address)
-    assert network.mode == mode
+    assert (network.name, network.mode) == ("net", mode)
     assert [str(each) for each in network.addresses] == (["10.1.2.3/16"] if address == "10.1.2.3" else [])
 
 
@@ -61,6 +61,7 @@ def test_where_an_address_comes_from(tmp_path, text, address, mode):
         ('{"name": "net", "type": "../x"}', "", "not the name of a plugin"),
         ('{"name": "net", "type": ""}', "", "not the name of a plugin"),
         ('{"name": "net", "type": ".."}', "", "not the name of a plugin"),
+        ('{"name": "net", "type": "a\\nb"}', "", "not the name of a plugin"),
         (r'{"name": "net", "type": "a\u0000b"}', "", "type holds a NUL or half a character"),
         (r'{"name": "net", "type": "a\ud800b"}', "", "type holds a NUL or half a character"),
         ('{"name": "net", "type": 1}', "", "type must be a JSON string"),
