@@ -120,17 +120,30 @@ def test_entering_the_container_shows_its_files_its_name_and_no_process_of_dom0(
 
 
 def cgroup_of(pid):
-    return pathlib.Path(f"/proc/{pid}/cgroup").read_text().strip()
+    """{hierarchy's controllers, or its name: path}; those of version 2 are ""."""
+    lines = pathlib.Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    return {controllers: path for _, controllers, path in (line.split(":") for line in lines)}
 
 
-def test_what_serves_a_container_is_in_the_cgroup_of_config_json(bundle):
+@pytest.fixture
+def version_1(tmp_path):
+    """A hierarchy of version 1 beside dom0's own."""
+    folder = tmp_path / "cgroup"
+    folder.mkdir()
+    assert call("mount", "-t", "cgroup", "-o", "none,name=runx-test", "none", str(folder)).returncode == 0
+    yield folder
+    assert call("umount", str(folder)).returncode == 0
+
+
+def test_what_serves_a_container_is_in_the_cgroup_of_config_json(bundle, version_1):
     spec = config(*SLEEP)
     spec["linux"] = {"cgroupsPath": f"/runx-tests/../runx-tests/{bundle.id}"}
     spec["linux"]["resources"] = {"memory": {"limit": 64 << 20}, "cpu": {"shares": 2048}}
     bundle.write_config(spec)
     bundle.created()
     folder = pathlib.Path(f"/sys/fs/cgroup/runx-tests/{bundle.id}")
-    assert cgroup_of(bundle.pid()) == cgroup_of(bundle.monitor()) == f"0::/runx-tests/{bundle.id}"
+    path = f"/runx-tests/{bundle.id}"
+    assert cgroup_of(bundle.pid()) == cgroup_of(bundle.monitor()) == {"": path, "name=runx-test": path}
     names = {pathlib.Path(f"/proc/{pid}/comm").read_text()[:4] for pid in (folder / "cgroup.procs").read_text().split()}
     assert names == {"runX", "xen-"}
     assert int((folder / "memory.max").read_text()) == 128 << 20
@@ -140,8 +153,9 @@ def test_what_serves_a_container_is_in_the_cgroup_of_config_json(bundle):
     assert (folder / "cpu.weight").read_text() == "20\n"
     (folder / "below").mkdir()
     assert bundle.runx("delete", "--force", bundle.id).returncode == 0
-    assert not folder.exists()
-    folder.parent.rmdir()
+    for root in (folder.parents[1], version_1):
+        assert not (root / "runx-tests" / bundle.id).exists()
+        (root / "runx-tests").rmdir()
 
 
 @pytest.fixture
