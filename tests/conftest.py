@@ -289,6 +289,20 @@ def processes():
     return {(pid, comm) for pid, comm in running() if comm in names or comm.startswith(prefixes)}
 
 
+def can_run_pvh():
+    return "hvm" in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text()
+
+
+@pytest.fixture
+def podman():
+    """Runs podman, with runX as its runtime; afterwards, what podman leaves running or mounted is gone."""
+    if not shutil.which("podman"):
+        pytest.skip("needs podman")
+    yield lambda *args: call("podman", "--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX", *args)
+    wait_until(lambda: "podman" not in [comm for _, comm in running()], "podman's own cleaning up")
+    call("umount", "/var/lib/containers/storage/overlay")
+
+
 def shim_pid(name):
     """The pid of a container's containerd-shim."""
     for pid, comm in running():

@@ -2,55 +2,44 @@
 
 import json
 import pathlib
-import shutil
 import subprocess
 
 import pytest
-from conftest import call, config, in_memory, namespaces, running, wait_until
+from conftest import call, config, in_memory, namespaces
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
-podmans = pytest.mark.skipif(not shutil.which("podman"), reason="needs podman")
 
 
-def podman(*args):
-    result = call("podman", "--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX", *args)
+def told(result):
     return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 
-@pytest.fixture
-def storage():
-    yield
-    wait_until(lambda: "podman" not in [comm for _, comm in running()], "podman's own cleaning up")
-    call("umount", "/var/lib/containers/storage/overlay")  # which it leaves mounted
-
-
-@podmans
-def test_podman_is_told_what_a_vm_cannot_share(bundle, storage):
+def test_podman_is_told_what_a_vm_cannot_share(bundle, podman):
     run = ["run", "--rm", "--annotation", "org.runx.rootfs=ramdisk"]
     network, rootfs = ["--network", "none"], ["--rootfs", str(bundle.rootfs)]
-    status, first, errors = podman(*run, "-d", *network, "--ipc", "shareable", *rootfs, "sleep", "1000")
+    status, first, errors = told(podman(*run, "-d", *network, "--ipc", "shareable", *rootfs, "sleep", "1000"))
     assert status == 0, errors
     first = first.strip()
     try:
         for kind in ("pid", "ipc", "uts"):
-            status, _, errors = podman(*run, *network, f"--{kind}", f"container:{first}", *rootfs, "true")
+            status, _, errors = told(podman(*run, *network, f"--{kind}", f"container:{first}", *rootfs, "true"))
             assert (
                 status != 0
                 and f"names {kind} of another container or of the host, and containers cannot share a VM yet" in errors
             )
-        status, _, errors = podman(*run, "--network", f"container:{first}", *rootfs, "true")
+        status, _, errors = told(podman(*run, "--network", f"container:{first}", *rootfs, "true"))
         assert status != 0 and "another container, and containers cannot share a VM yet" in errors
         for kind in ("pid", "ipc"):
-            status, _, errors = podman(*run, *network, f"--{kind}", "host", *rootfs, "true")
+            status, _, errors = told(podman(*run, *network, f"--{kind}", "host", *rootfs, "true"))
             assert status != 0 and f"asks for the host's own {kind} namespace, which a VM cannot have" in errors
         host = pathlib.Path("/proc/sys/kernel/hostname").read_text()
-        assert podman(*run, *network, "--uts", "host", *rootfs, "cat", "/proc/sys/kernel/hostname") == (0, host, "")
+        result = podman(*run, *network, "--uts", "host", *rootfs, "cat", "/proc/sys/kernel/hostname")
+        assert told(result) == (0, host, "")
     finally:
         podman("rm", "-f", "-t", "0", first)
 
 
-@podmans
-def test_an_image_gets_no_more_than_its_user_gave(bundle, storage, tmp_path):
+def test_an_image_gets_no_more_than_its_user_gave(bundle, podman):
     """Annotations, which Podman 4.3 takes from the image, and NETCONF of its environment."""
     said = {"memory": "1500", "vcpus": "3", "cmdline": "of=image", "type": "hvm", "kernel": "/k"}
     annotations = [word for key, value in said.items() for word in ("--annotation", f"org.runx.{key}={value}")]
@@ -59,7 +48,7 @@ def test_an_image_gets_no_more_than_its_user_gave(bundle, storage, tmp_path):
     try:
         script = "grep MemTotal /proc/meminfo; nproc; cat /proc/cmdline; ls /sys/class/net"
         limits = ["-m", "64m", "--cpus", "1", "--network", "none"]
-        status, output, errors = podman("run", "--rm", *limits, "greedy", "sh", "-c", script)
+        status, output, errors = told(podman("run", "--rm", *limits, "greedy", "sh", "-c", script))
         assert status == 0, errors
         memory, processors, words, *interfaces = output.splitlines()
         assert int(memory.split()[1]) < 64 << 10 and processors == "1"

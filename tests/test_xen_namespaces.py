@@ -225,21 +225,6 @@ def test_a_killed_holder_ends_the_vm_and_leaves_nothing(bundle):
 # ---- through engines
 
 
-@pytest.fixture
-def podman(bundle):
-    """Runs podman; its containers of these tests have the bundle's rootfs."""
-    if not shutil.which("podman"):
-        pytest.skip("needs podman")
-    options = ["--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX"]
-
-    def run(*args):
-        return call("podman", *options, *args)
-
-    yield run
-    run("rm", "--force", "--time", "0", bundle.id)
-    call("umount", "/var/lib/containers/storage/overlay")  # podman's own, which it leaves mounted
-
-
 def test_podman_copies_to_and_from_the_container_and_never_dom0(bundle, podman, tmp_path):
     (bundle.rootfs / "etc").mkdir()
     (bundle.rootfs / "etc/hostname").write_text("of the image\n")

@@ -10,7 +10,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import call, config, in_memory, wait_for, wait_until, xl
+from conftest import call, can_run_pvh, config, in_memory, wait_for, wait_until, xl
 from spec import check_state
 
 import runx
@@ -145,10 +145,6 @@ def test_writes_survive_sigkill(bundle, created):
     bundle.runx("kill", bundle.id, "9")
     wait_for(pidfd)
     assert (bundle.rootfs / "tmp/open").read_text() == "written\n"
-
-
-def can_run_pvh():
-    return "hvm" in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text()
 
 
 def crashes_of_the_emulated_processor():
