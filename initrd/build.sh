@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Builds the base ramdisk of RunX's VMs and prints its path. busybox, which takes the time, is kept in the cache; the
 # rest is made anew by each call.
 #
@@ -214,7 +215,7 @@ fi
 
 # --- the ramdisk ---
 
-say "compiling enter"
+say "compiling init"
 root=$work/root
 mkdir "$root"
 (cd "$root" && mkdir bin sbin dev proc sys mnt run etc tmp)
@@ -227,18 +228,20 @@ rm "$root/bin/poweroff"
 
 # shellcheck disable=SC2086 # a compiler and its options
 $compiler -Os -Wall -Wextra -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
-    -static -s -Wl,--gc-sections -o "$root/sbin/enter" "$here/enter.c" >&2 || fail "cannot compile $here/enter.c."
-ln -s sbin/enter "$root/init"
-ln -s enter "$root/sbin/xs"
-ln -s enter "$root/sbin/net"
+    -static -s -Wl,--gc-sections -o "$root/sbin/init" "$here/init.c" "$here/container.c" "$here/streams.c" >&2 ||
+    fail "cannot compile init in $here; the compiler's messages stand above."
+ln -s sbin/init "$root/init"
+ln -s init "$root/sbin/xs"
+ln -s init "$root/sbin/net"
 
-# Names and numbers of system calls, for seccomp filters: enter looks them up.  "-": those of 32-bit programs.
+# Names and numbers of system calls, for seccomp filters: container.c looks them up.  "-": those of 32-bit programs.
 syscalls() { # HEADER PREFIX
     echo "#include <asm/$1>" >"$work/names.h"
     $compiler -E -dM "$work/names.h" | sed -n 's/^#define __NR_\([a-z_][a-z0-9_]*\) .*/= \1 __NR_\1/p' >"$work/numbers"
     cat "$work/names.h" "$work/numbers" >"$work/syscalls.h"
     $compiler -E -P "$work/syscalls.h" | sed -n 's/^= //p' | while read -r name number; do
-        echo "$2$name $((number))"
+        # shellcheck disable=SC2004 # on Arm it is a sum, which dash adds up only here
+        echo "$2$name $(($number))"
     done
 }
 {

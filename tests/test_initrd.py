@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's init: it builds with any libc, and its parts that need no VM do what they say, in a root folder that the
+test makes."""
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import threading
+
+import pytest
+from conftest import REPOSITORY
+
+INITRD = REPOSITORY / "initrd"
+PARTS = ("init.c", "container.c", "streams.c")
+WARNINGS = (
+    "-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Wmissing-prototypes", "-Wwrite-strings", "-Wcast-qual",
+    "-Wpointer-arith", "-Wvla", "-Wundef", "-Werror",
+)  # fmt: skip
+COMPILERS = {
+    "x86_64, musl": "musl-gcc",
+    "x86_64, glibc": "x86_64-linux-gnu-gcc",
+    "arm64, glibc": "aarch64-linux-gnu-gcc",
+    "arm, glibc": "arm-linux-gnueabihf-gcc",
+}
+
+
+@pytest.mark.parametrize("target", COMPILERS)
+def test_init_compiles_without_a_warning(target, tmp_path):
+    compiler = COMPILERS[target]
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler} here")
+    headers = []
+    if compiler == "musl-gcc":  # it has none of the kernel's; see initrd/build.sh
+        for path in ("linux", "asm-generic", f"{sysconfig.get_config_var('MULTIARCH')}/asm"):
+            (tmp_path / path.rpartition("/")[2]).symlink_to(f"/usr/include/{path}")
+        headers = ["-idirafter", tmp_path]
+    # fortified, glibc wants more results to be looked at
+    options = ["-Os", "-D_FORTIFY_SOURCE=2", *WARNINGS, "-static", *headers, "-o", tmp_path / "init"]
+    command = [compiler, *options, *(INITRD / part for part in PARTS)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "target, header, number",
+    [("x86_64, glibc", "unistd.h", 59), ("x86_64, glibc", "unistd_32.h", 11), ("arm64, glibc", "unistd.h", 221),
+     ("arm, glibc", "unistd.h", 11)],
+)  # fmt: skip
+def test_the_ramdisk_lists_the_system_calls_of_its_architecture(target, header, number, tmp_path):
+    compiler = COMPILERS[target]
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler} here")
+    function = re.search(r"^syscalls\(\) \{.*?^\}\n", (INITRD / "build.sh").read_text(), re.M | re.S).group()
+    script = f"set -eu\ncompiler={compiler} work={tmp_path}\n{function}syscalls {header} -"
+    result = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert len(lines) > 250 and all(re.fullmatch(r"-[a-z0-9_]+ [0-9]+", line) for line in lines)
+    assert f"-execve {number}" in lines
+
+
+def test_one_function_allocates_and_it_checks():
+    text = "".join((INITRD / part).read_text() for part in (*PARTS, "init.h"))
+    calls = re.findall(r"\b(?:[mc]alloc|realloc\w*|str\w*dup\w*|v?asprintf|getline|getdelim|scandir)\b *\(", text)
+    assert calls == ["calloc("]
+    assert re.search(r"= calloc\(count, size\);\n\n\tif \(!memory\)\n\t\tdie\(", text)
+
+
+# ---- parts of init as programs of their own
+
+
+@pytest.fixture(scope="session")
+def compile_part(tmp_path_factory):
+    """Makes a program of a part, with a main() of the test's."""
+    if not shutil.which("gcc"):
+        pytest.skip("there is no gcc here")
+    folder = tmp_path_factory.mktemp("init")
+
+    def compile_part(part, main):
+        program, source = folder / part.replace(".c", ""), folder / f"test_{part}"
+        source.write_text(f'#include "{part}"\n#undef main\n{main}')
+        others = [INITRD / other for other in PARTS if other != part]
+        command = ["gcc", "-O1", "-static", "-Dmain=main_of_init", "-I", INITRD, "-o", program, source, *others]
+        subprocess.run(command, check=True)
+        return program
+
+    return compile_part
+
+
+def run_in(root, program, *words):
+    """Runs a static program whose "/" is root."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can change its root folder")
+    shutil.copy(program, root / "program")
+    return subprocess.run(["chroot", root, "/program", *words], capture_output=True, text=True)
+
+
+CONTAINER_MAIN = r"""
+#include <stdio.h>
+
+int main(int argc, char **argv)
+{
+	const char *what = argv[1];
+	char **word = argv + 2;
+	int missing;
+
+	if (!strcmp(what, "resolve")) {
+		char *found = resolve(word[0], &missing);
+		printf("%s %d", found, missing);
+	} else if (!strcmp(what, "mask")) {
+		apply_mask(word);
+	} else if (!strcmp(what, "home")) {
+		settings.env = allocate(argc, sizeof *settings.env);
+		settings.uid = number(word[0]);
+		while (*++word)
+			apply_env(word);
+		set_home();
+		for (char **variable = settings.env; *variable; variable++)
+			printf("%s\n", *variable);
+	} else if (!strcmp(what, "seccomp")) {
+		init_root = open("/", O_PATH);
+		next_word = word[2];
+		words_end = argv[argc - 1] + strlen(argv[argc - 1]);
+		apply_seccomp(word);
+		for (int i = 0; i < settings.filter.len; i++)
+			printf("%u ", settings.filter.filter[i].k);
+	}
+	return 0;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def container(compile_part):
+    return compile_part("container.c", CONTAINER_MAIN)
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "etc").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "link, path, found",
+    [
+        ("x", "/", "/ 0"),
+        ("x", "/folder/./../folder//", "/folder 0"),
+        ("x", "/no/such", "/no/such 1"),
+        ("x", "/no/../folder", "/folder 0"),
+        ("x", "/file", "/file 0"),
+        ("folder", "/link", "/folder 0"),
+        ("folder/../folder", "/folder/../link/in", "/folder/in 1"),
+        ("/no/such", "/link/in", "/no/such/in 1"),
+        ("../../../../etc", "/link", "/etc 0"),
+        ("../../../../out", "/link/../../..", "/ 0"),
+        ("../../../../out", "/link", "/out 1"),
+    ],
+)
+def test_a_path_leads_to_names_that_are_no_links_and_below_the_root(container, root, link, path, found):
+    (root / "link").symlink_to(link)
+    assert run_in(root, container, "resolve", path).stdout == found
+
+
+@pytest.mark.parametrize(
+    "link, path, reason",
+    [("link", "/link", "Too many levels of symbolic links"), ("a/" * 2000, "/link/" + "b/" * 99, "File name too long")],
+)
+def test_a_path_without_an_end_is_refused(container, root, link, path, reason):
+    (root / "link").symlink_to(link)
+    result = run_in(root, container, "resolve", path)
+    assert (result.returncode, result.stderr) == (126, f"follow {path}: {reason}\n")
+
+
+def test_what_is_to_be_masked_may_be_missing_but_not_unknown(container, root):
+    assert run_in(root, container, "mask", "/no/such").returncode == 0
+    result = run_in(root, container, "mask", "/file/below")
+    assert (result.returncode, result.stderr) == (126, "mask /file/below: Not a directory\n")
+
+
+PASSWD = "root:x:0:0::/root:/bin/sh\nshort:x:7\nlong:x:7:7::/long:/bin/sh:more\nuser:x:7:7::/home/user:\nno:x:8:8:::\n"
+
+
+@pytest.mark.parametrize(
+    "words, environment",
+    [
+        (["7"], ["HOME=/home/user"]),
+        (["0", "A=b"], ["A=b", "HOME=/root"]),
+        (["7", "HOME=", "A=b"], ["HOME=/home/user", "A=b"]),
+        (["7", "HOME=/mine", "A=b"], ["HOME=/mine", "A=b"]),
+        (["8"], ["HOME=/"]),
+        (["9"], ["HOME=/"]),
+    ],
+)
+def test_home_is_that_of_the_images_passwd_unless_it_is_set(container, root, words, environment):
+    (root / "etc/passwd").write_text(PASSWD)
+    assert run_in(root, container, "home", *words).stdout.splitlines() == environment
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "endless"])
+def test_home_is_the_root_folder_where_the_image_has_no_passwd_to_be_read(container, root, kind):
+    path = root / "etc/passwd"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "endless":  # a hole, of more than there is memory
+        path.touch()
+        os.truncate(path, 2**42)
+    assert run_in(root, container, "home", "7").stdout == "HOME=/\n"
+
+
+def test_a_seccomp_filter_gets_numbers_for_names(container, root):
+    (root / "etc/syscalls").write_text("-exit 1\n-read 3\nclose 3\nread 0\nwrite 1\n")
+    names = ["read", "write", "-read", "-exit", "unknown", "close", "7", "max", "-max"]
+    instructions = [word for name in names for word in ("1", "2", "3", name)]
+    result = run_in(root, container, "seccomp", "0", str(len(names)), *instructions)
+    assert result.stdout.split() == ["0", "1", "3", "1", str(2**32 - 1), "3", "7", "3", "3"]
+
+
+STREAMS_MAIN = r"""
+int main(int argc, char **argv)
+{
+	struct stream *s = &streams[0];
+	int ended = 0;
+
+	(void)argc;
+	s->from = 0;
+	while (!ended && (s->end = read(0, s->buffer, strtoul(argv[1], NULL, 10)))) {
+		ended = decode(s);
+		if (write(1, s->buffer, s->end) < 0)
+			return 2;
+	}
+	return ended;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def streams(compile_part):
+    return compile_part("streams.c", STREAMS_MAIN)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4096])
+@pytest.mark.parametrize(
+    "sent, received, ended",
+    [
+        (b"plain \x04 \x00\xff", b"plain \x04 \x00\xff", 0),
+        (b"\x10\x10\x10\x10\x04x", b"\x10\x10\x04x", 0),
+        (b"all\x10\x04", b"all", 1),
+        (b"\x10\x10\x10\x04", b"\x10", 1),
+        (b"\x10\x04", b"", 1),
+        (bytes(range(16)) + b"\x10" + bytes(range(16, 256)) + b"\x10\x04", bytes(range(256)), 1),
+    ],
+)
+def test_input_arrives_with_every_byte_however_it_is_cut(streams, sent, received, ended, size):
+    result = subprocess.run([streams, str(size)], input=sent, capture_output=True)
+    assert (result.stdout, result.returncode) == (received, ended)
+
+
+F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ since Python 3.10
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+@pytest.fixture(scope="session")
+def memory(compile_part):
+    return compile_part("init.c", "int main(void)\n{\n\treturn was_short_of_memory();\n}\n")
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_process_that_was_killed_for_lack_of_memory_is_seen_in_several_reads(memory, root, count):
+    """/proc gives a page at a time, as a pipe of one page does."""
+    text = "".join(f"nr_something_{n} {n}\n" for n in range(500)) + f"oom_kill {count}\nlast 1\n"
+    (root / "proc").mkdir()
+    os.mkfifo(root / "proc/vmstat")
+
+    def feed():
+        fd = os.open(root / "proc/vmstat", os.O_WRONLY)
+        fcntl.fcntl(fd, F_SETPIPE_SZ, PAGE)
+        os.write(fd, text.encode())
+        os.close(fd)
+
+    writer = threading.Thread(target=feed)
+    writer.start()
+    assert len(text) > 2 * PAGE and run_in(root, memory).returncode == bool(count)
+    writer.join()
