@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Builds the kernel of RunX's VMs and prints the path of the image. It is kept in the cache, so that the next call with
 # the same inputs only prints it.
 #
