@@ -1,10 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab itself: its protocol without a boot, then a booted dom0, and what an end of any kind leaves behind."""
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import pty
+import re
 import select
 import shutil
 import signal
@@ -20,9 +23,13 @@ LAB = REPOSITORY / "tests/lab/lab.py"
 sys.path.insert(0, str(LAB.parent))
 
 import agent  # noqa: E402
+import cache  # noqa: E402
+import common  # noqa: E402
 import frames  # noqa: E402
 import image  # noqa: E402
-import lab as lab_module  # noqa: E402
+import machine  # noqa: E402
+import pythons  # noqa: E402
+import suite  # noqa: E402
 
 pytestmark = pytest.mark.skipif(on_xen(), reason="the lab does not run inside the lab")
 
@@ -90,7 +97,7 @@ def test_data_behind_a_control_message_waits_for_the_next_step(links):
 
 def test_a_source_stops_at_the_window_and_goes_on_with_credit(links):
     content = os.urandom(3 * frames.WINDOW)
-    with lab_module.in_memory(content) as file:
+    with machine.in_memory(content) as file:
         source = frames.Source(links[0], frames.STDOUT, file.fileno())
         sender = frames.Pump(links[0], [source])
         taken = []
@@ -124,7 +131,7 @@ def test_a_stuck_stream_does_not_hold_up_the_other(links):
         links[1],
         sinks=[frames.Sink(links[1], frames.STDOUT, writer), frames.Sink(links[1], frames.STDERR, taken.append)],
     )
-    with lab_module.in_memory(bytes(2 * frames.WINDOW)) as stdout, lab_module.in_memory(b"hello") as stderr:
+    with machine.in_memory(bytes(2 * frames.WINDOW)) as stdout, machine.in_memory(b"hello") as stderr:
         sender = frames.Pump(
             links[0],
             [
@@ -143,36 +150,115 @@ def test_a_stuck_stream_does_not_hold_up_the_other(links):
 # ---- the arguments of `test`
 
 
-def test_divide_tests_sends_files_where_they_belong(monkeypatch):
+def test_divide_sends_files_where_they_belong(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     name = "tests/test_lab.py"
-    assert lab_module.divide_tests(["-x"]) == (["-x", str(REPOSITORY / "tests")], ["-x", "/repo/tests"])
-    assert lab_module.divide_tests([f"{name}::test_x", "-k", "y"]) == (
+    assert suite.divide(["-x"]) == (["-x", str(REPOSITORY / "tests")], ["-x", "/repo/tests"])
+    assert suite.divide([f"{name}::test_x", "-k", "y"]) == (
         ["-k", "y", f"{REPOSITORY}/{name}::test_x"],
         [],
     )
     xen = next(REPOSITORY.glob("tests/test_xen_*.py"))
-    assert lab_module.divide_tests([str(xen)]) == ([], [f"/repo/tests/{xen.name}"])
+    assert suite.divide([str(xen)]) == ([], [f"/repo/tests/{xen.name}"])
 
 
 # ---- several runs of pytest
 
 
-def test_a_test_that_another_run_has_claimed_is_not_run_again(tmp_path):
-    (tmp_path / "1").mkdir()
-    nine = f"{REPOSITORY}/tests/test_formats.py::test_members_are_aligned_whatever_their_size"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", nine]
-    for words in (b"8 passed", b"no tests ran"):
-        done = call(*command, env={**os.environ, "TEST_CLAIMS": str(tmp_path)})
-        assert done.returncode == 0 and words in done.stdout, done
-    assert len(os.listdir(tmp_path)) == 9
+TESTS = """
+import pytest
+
+@pytest.fixture(scope="module")
+def shared():
+    return []
+
+def test_short():
+    pass
+
+def test_long():
+    assert 1 == 2, "why"
+
+@pytest.mark.crowd
+def test_many():
+    pass
+
+class TestTogether:
+    def test_a(self):
+        pass
+
+    def test_b(self):
+        pass
+
+def test_first_of_two(shared):
+    shared.append(1)
+
+def test_second_of_two(shared):
+    assert shared == [1]
+"""
 
 
-def test_jobs_side_by_side_have_their_statuses_and_their_output_in_order(capfdbinary):
+@pytest.fixture
+def run_tests(tmp_path):
+    """Runs pytest with the lab's plugin on TESTS; the results, and the ids in the order in which they ran."""
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = crowd\n")
+    seconds = {"test_it.py::test_long": ["passed", 9.5], "test_it.py::TestTogether::test_b": ["passed", 15.0]}
+    (tmp_path / "seconds.json").write_text(json.dumps({**seconds, "test_it.py::test_short": ["passed", 1.0]}))
+
+    def run(*words):
+        names = {"LAB_CLAIMS": "claims", "LAB_RESULTS": "results", "LAB_SECONDS": "seconds.json"}
+        env = {**os.environ, **{name: str(tmp_path / path) for name, path in names.items()}}
+        env.update(PYTHONPATH=str(LAB.parent), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        done = call(
+            sys.executable,
+            "-m",
+            "pytest",
+            "-pplugin",
+            "-pno:cacheprovider",
+            *words,
+            str(tmp_path),
+            env=env,
+            cwd=tmp_path,
+        )
+        (path,) = tmp_path.glob("results.*.json")
+        results = json.loads(path.read_text())
+        path.unlink()
+        return done, results, [name.split("::")[-1].split("_", 1)[1] for name in results]
+
+    return run
+
+
+def test_what_took_longest_begins_and_what_belongs_together_stays_together(run_tests):
+    _, _, order = run_tests()
+    assert order == ["a", "b", "first_of_two", "second_of_two", "long", "short", "many"]
+
+
+def test_a_test_that_another_run_has_claimed_is_not_run_again(run_tests):
+    assert run_tests("-k", "Together or short")[2] == ["a", "b", "short"]
+    assert run_tests()[2] == ["first_of_two", "second_of_two", "long", "many"]
+    assert run_tests()[2] == []
+
+
+def test_a_run_that_is_to_stop_at_the_first_failure_does(run_tests):
+    assert run_tests("-x")[2] == ["a", "b", "first_of_two", "second_of_two", "long"]
+
+
+def test_a_failure_is_printed_when_it_happens_and_is_in_the_results(run_tests):
+    done, results, _ = run_tests()
+    at_once, _, at_the_end = done.stdout.partition(b"= FAILURES =")
+    assert b"test_it.py::test_long failed (call)" in at_once and b"assert 1 == 2" in at_once and at_the_end
+    assert done.returncode == 1
+    assert [name for name, (outcome, _) in results.items() if outcome != "passed"] == ["test_it.py::test_long"]
+
+
+def test_jobs_side_by_side_have_their_statuses_and_each_line_comes_at_once(capfdbinary):
     reader, writer = os.pipe()
 
     def first():
-        os.write(1, b"first\n" + os.read(reader, 1))  # which the second one writes
+        os.write(1, b"first\n")
+        os.read(reader, 1)  # which the second one writes
+        os.write(1, b"and last")
         return 0
 
     def second():
@@ -181,12 +267,74 @@ def test_jobs_side_by_side_have_their_statuses_and_their_output_in_order(capfdbi
         return 3
 
     def third():
-        raise lab_module.LabError("third")
+        raise common.LabError("third")
 
-    assert lab_module.side_by_side([first, second, third]) == [0, 3, 1]
-    assert capfdbinary.readouterr().out == b"first\n\nsecond\n"
+    jobs = [suite.Job(work.__name__, work) for work in (first, second, third)]
+    assert suite.side_by_side(jobs) == [0, 3, 1]
+    lines = [re.sub(rb"after \d+ s", b"", line) for line in capfdbinary.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith(b"first")] == [
+        b"first   | first", b"first   | and last", b"first   | status 0 ",
+    ]  # fmt: skip
+    assert {b"second  | second", b"second  | status 3 ", b"third   | status 1 "} < set(lines)
     os.close(reader)
     os.close(writer)
+
+
+def test_a_job_ends_though_what_it_has_started_keeps_its_output_open():
+    reader, writer = os.pipe()
+
+    def work():
+        subprocess.Popen(["cat"], stdin=reader)  # ends when the writer is closed
+        return 0
+
+    assert suite.side_by_side([suite.Job("work", work)]) == [0]
+    os.close(writer)
+    os.close(reader)
+
+
+def test_a_program_that_does_not_end_is_killed_and_fails(capfd):
+    assert suite.call(["sleep", "1000"], time_limit=0.1, quiet=True) == 124
+    assert "sleep has not ended" in capfd.readouterr().out
+
+
+# ---- what is kept
+
+
+def test_what_is_kept_is_made_once_for_the_same_inputs_and_one_older_one_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def make(folder, target):
+        made.append(target)
+        (folder / "file").touch()
+
+    one, same, two, three = (cache.kept("x", inputs, make) for inputs in ([b"1", b"2"], [b"1", b"2"], [b"12"], [b"3"]))
+    assert one == same and made == [one, two, three]
+    assert sorted(path.name for path in (tmp_path / "runx").glob("x-*")) == sorted([two.name, three.name])
+    assert (three / "file").exists()
+
+
+def test_what_could_not_be_made_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            cache.kept("x", [b"1"], lambda folder, target: 1 / 0)
+    assert not list((tmp_path / "runx").glob("x-*"))
+
+
+def test_of_each_python_the_first_is_found_and_nothing_else(tmp_path, monkeypatch):
+    for name, text in [
+        ("3.9", "cpython 3 9"),
+        ("3.14", "pypy 3 14"),
+        ("3.15", "cpython 3 15 t"),
+        ("3.8", "cpython 3 8"),
+    ]:
+        program = tmp_path / f"python{name}"
+        program.write_text(f"#!/bin/sh\necho {text}\n")
+        program.chmod(0o755)
+    (tmp_path / "python3.7").write_text("no program")
+    monkeypatch.setattr(pythons, "candidates", lambda folder: sorted(tmp_path.iterdir()) + [pathlib.Path("/python3.9")])
+    assert pythons.find(None) == {9: tmp_path / "python3.9"}
 
 
 # ---- the busybox image
@@ -247,7 +395,7 @@ def lab(temporary, tmp_path_factory):
     """One boot for all the tests that only run commands."""
     share = tmp_path_factory.mktemp("share")
     before = image_state()
-    with lab_module.Lab(share=share) as lab:
+    with machine.Lab(share=share) as lab:
         yield lab
     assert image_state() == before, "the boot has changed the cached image"
     assert not lab_processes() and not os.listdir(temporary), "something is left of the lab"
@@ -334,7 +482,7 @@ class TestCommands:
         assert stdout.decode().splitlines() == ["/tmp", "1 2", *[f"<{word}>" for word in words]]
 
     def test_a_terminal_has_its_size_and_learns_of_a_new_one(self, lab, monkeypatch):
-        monkeypatch.setattr(lab_module, "window_size", lambda: [50, 132])
+        monkeypatch.setattr(machine, "window_size", lambda: [50, 132])
         reader, writer = os.pipe2(os.O_NONBLOCK)
         stdout = []
 

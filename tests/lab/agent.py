@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's hand inside its dom0: run commands for lab.py, one after another.
 
     agent.py PORT       PORT is a virtio-serial device; frames.py says how bytes travel on it
@@ -24,8 +25,9 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterable, Mapping, Sequence
 
-from frames import STDERR, STDIN, STDOUT, Link, Pump, Sink, Source
+from frames import STDERR, STDIN, STDOUT, Link, Message, Pump, Sink, Source
 
 STATE = "/run/lab"  # dom0-init notes there what it has done
 
@@ -39,7 +41,7 @@ def lines_of(name: str) -> list[str]:
         return []
 
 
-def report() -> dict:
+def report() -> Message:
     """What lab.py wants to know about the boot."""
     steps = [line.split(" ", 2) for line in lines_of("steps")]
     return {
@@ -49,13 +51,13 @@ def report() -> dict:
     }
 
 
-def set_window(fd: int, window: list[int]) -> None:
+def set_window(fd: int, window: Sequence[int]) -> None:
     """Tell a terminal its size; its foreground processes get SIGWINCH from the kernel."""
     rows, columns = window
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
-def close_all(fds) -> None:
+def close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
 
@@ -63,8 +65,8 @@ def close_all(fds) -> None:
 class Command:
     """One command, its standard streams joined to the link."""
 
-    def __init__(self, link: Link, argv, env, cwd, window):
-        self.terminal = None
+    def __init__(self, link: Link, argv: Sequence[str], env: Mapping[str, str], cwd: str, window: Sequence[int] | None):
+        self.terminal: int | None = None
         if window:
             to_command, *from_command = self.start_on_terminal(argv, env, cwd, window)
         else:
@@ -74,7 +76,7 @@ class Command:
         self.pump = Pump(link, self.outputs, [self.stdin])
         self.open_fds = {to_command, *from_command}
 
-    def start_on_pipes(self, argv, env, cwd) -> list[int]:
+    def start_on_pipes(self, argv: Sequence[str], env: Mapping[str, str], cwd: str) -> list[int]:
         """Start it with three pipes; return our ends of them."""
         (stdin, to_command), (from_stdout, stdout), (from_stderr, stderr) = (os.pipe() for _ in range(3))
         ours, theirs = [to_command, from_stdout, from_stderr], [stdin, stdout, stderr]
@@ -91,7 +93,9 @@ class Command:
             os.set_blocking(fd, False)
         return ours
 
-    def start_on_terminal(self, argv, env, cwd, window) -> list[int]:
+    def start_on_terminal(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str, window: Sequence[int]
+    ) -> list[int]:
         """Start it with a controlling terminal; return our end of it, for both directions."""
         self.terminal, slave = pty.openpty()
         set_window(slave, window)
@@ -117,7 +121,7 @@ class Command:
     def run(self) -> int:
         """Move bytes until the command has ended; return its status."""
         ended = os.pidfd_open(self.process.pid)
-        ready = ()
+        ready: set[int] = set()
         while ended not in ready:
             message, ready = self.pump.step(also=[ended])
             if message and "window" in message and self.terminal is not None:
@@ -142,7 +146,7 @@ class Command:
             self.stdin.broken = True  # should more come, drop it
 
 
-def execute(link: Link, request: dict) -> int:
+def execute(link: Link, request: Message) -> int:
     """Run one command; a status as a shell would give it when it cannot even start."""
     try:
         command = Command(link, **request)

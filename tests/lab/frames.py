@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The byte stream between lab.py and the agent in its dom0.
 
 One virtio-serial port carries everything.  A frame on it is
@@ -19,12 +20,17 @@ import json
 import os
 import select
 import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable, Union
 
 CONTROL, STDIN, STDOUT, STDERR = range(4)
 
 HEADER = struct.Struct("!BI")
 PAYLOAD = 16 << 10  # bytes at most in one data frame
 WINDOW = 256 << 10  # bytes of one stream that may be under way
+
+Message = dict[str, Any]  # a control message
+Target = Union[int, Callable[[bytes], object]]  # where bytes go: a descriptor, or a function
 
 
 class Link:
@@ -40,7 +46,7 @@ class Link:
         """Queue one frame; flush() sends it."""
         self.outgoing += HEADER.pack(stream, len(payload)) + payload
 
-    def control(self, **message) -> None:
+    def control(self, **message: object) -> None:
         """Queue one control message."""
         self.send(CONTROL, json.dumps(message).encode())
 
@@ -71,11 +77,13 @@ class Link:
         """Whether a complete frame has been read."""
         if len(self.incoming) < HEADER.size:
             return False
-        _, length = HEADER.unpack_from(self.incoming)
+        length: int = HEADER.unpack_from(self.incoming)[1]
         return len(self.incoming) >= HEADER.size + length
 
     def next_frame(self) -> tuple[int, bytes]:
         """Take the first frame; has_frame() must be true."""
+        stream: int
+        length: int
         stream, length = HEADER.unpack_from(self.incoming)
         end = HEADER.size + length
         payload = bytes(self.incoming[HEADER.size : end])
@@ -119,16 +127,16 @@ class Source:
 class Sink:
     """Bytes from one stream of a link to a descriptor, or to a function that takes bytes."""
 
-    def __init__(self, link: Link, stream: int, target):
+    def __init__(self, link: Link, stream: int, target: Target):
         self.link, self.stream = link, stream
-        self.fd = None if callable(target) else target
+        self.fd = -1 if callable(target) else target
         self.function = target if callable(target) else None
         self.pending = bytearray()
         self.ended = False  # the stream's end has arrived
         self.broken = False  # nobody reads the descriptor any more
         self.owed = 0  # bytes passed on, for which credit has yet to be returned
         # What poll() calls writable takes PIPE_BUF bytes; more could block.
-        if self.fd is not None:
+        if self.fd >= 0:
             self.chunk = select.PIPE_BUF if os.get_blocking(self.fd) else 4 * PAYLOAD
 
     def accept(self, payload: bytes) -> None:
@@ -166,12 +174,12 @@ class Sink:
 class Pump:
     """Moves bytes between a link and the sources and sinks of one command."""
 
-    def __init__(self, link: Link, sources=(), sinks=()):
+    def __init__(self, link: Link, sources: Iterable[Source] = (), sinks: Iterable[Sink] = ()):
         self.link = link
         self.sources = {source.stream: source for source in sources}
         self.sinks = {sink.stream: sink for sink in sinks}
 
-    def step(self, also=(), timeout=None) -> tuple[dict | None, set[int]]:
+    def step(self, also: Sequence[int] = (), timeout: float | None = None) -> tuple[Message | None, set[int]]:
         """Wait until something can move, or one of the descriptors `also` is readable; move it.
 
         `timeout` is in seconds.  Returns a control message, if one has come, and those of `also`
@@ -193,13 +201,13 @@ class Pump:
         self.link.flush()
         return message, ready.keys() & set(also)
 
-    def dispatch(self, stream: int, payload: bytes) -> dict | None:
+    def dispatch(self, stream: int, payload: bytes) -> Message | None:
         """Take one frame; return it if it is a control message that is not credit."""
         if stream != CONTROL:
             if stream in self.sinks:
                 self.sinks[stream].accept(payload)
             return None
-        message = json.loads(payload)
+        message: Message = json.loads(payload)
         if "credit" not in message:
             return message
         stream, count = message["credit"]
@@ -207,7 +215,7 @@ class Pump:
             self.sources[stream].credit += count
         return None
 
-    def wait(self, also, timeout) -> dict[int, int]:
+    def wait(self, also: Sequence[int], timeout: float | None) -> dict[int, int]:
         """poll() for all that could move now; a dict of descriptors and their events."""
         wanted = {fd: select.POLLIN for fd in also}
         wanted[self.link.fd] = select.POLLIN | (select.POLLOUT if self.link.outgoing else 0)

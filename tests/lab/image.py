@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
 """Make the disk image of the lab's dom0, and what QEMU needs to boot it.
 
     image.py        print the folder that holds the image, making it first if need be
@@ -37,6 +38,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parent / "report.c"
@@ -133,9 +135,9 @@ def image_folder() -> Path:
     return cache_root() / f"dom0-{digest.hexdigest()[:16]}"
 
 
-def run(*argv, **options) -> str:
+def run(*argv: str | Path, **options: Any) -> str:
     """Run a program to its end and return its stdout; stderr is shown only when it fails."""
-    done = subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [str(word) for word in argv],
         capture_output=True,
         text=True,
@@ -263,7 +265,7 @@ def busybox_layer(busybox: Path) -> bytes:
     blob = io.BytesIO()
     with tarfile.open(fileobj=blob, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
-        def add(name, kind=tarfile.REGTYPE, mode=0o755, data=b"", link=""):
+        def add(name: str, kind: bytes = tarfile.REGTYPE, mode: int = 0o755, data: bytes = b"", link: str = "") -> None:
             member = tarfile.TarInfo(name)  # its times and owners are 0
             member.type, member.mode, member.size, member.linkname = kind, mode, len(data), link
             tar.addfile(member, io.BytesIO(data))
@@ -287,9 +289,9 @@ def busybox_layer(busybox: Path) -> bytes:
 
 def make_busybox_image(busybox: Path) -> bytes:
     """An OCI image layout in a tar archive, as `ctr image import` takes it."""
-    blobs = {}
+    blobs: dict[str, bytes] = {}
 
-    def describe(content, media_type):
+    def describe(content: object, media_type: str) -> dict[str, Any]:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         digest = hashlib.sha256(data).hexdigest()
         blobs[f"blobs/sha256/{digest}"] = data
