@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Installs runX on a Xen dom0, or below DESTDIR for an image that will become one.
 set -eu
 

@@ -2,26 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """runX: an OCI runtime that runs each container as a Xen VM of its own.
 
-An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a holder, whose
-pid is the container's pid and whose namespaces are the container's, and a monitor, which builds a
-paused domain with `xl create`.  `start` unpauses it.  The monitor then carries the standard streams
-over PV consoles, waits for the domain to end and destroys it; the holder exits with the
-container's exit status.  In the VM there is an init and
-no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p, vif).
+An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a holder, whose pid is the
+container's pid and whose namespaces are the container's, and a monitor, which builds a paused domain with `xl create`.
+`start` unpauses it.  The monitor then carries the standard streams over PV consoles, waits for the domain to end and
+destroys it; the holder exits with the container's exit status.  In the VM there is an init and no agent; host and guest
+meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p, vif).
 
-One module, standard library only.  It is started for every operation of every container, so what
-only one operation needs is imported there: json, signal or ctypes cost more than most operations.
+One module, standard library only.  It is started for every operation of every container, so what only one operation
+needs is imported there: json, signal or ctypes cost more than most operations.
 
-The parts, each knowing only those above it: errors and log, OCI config, seccomp, cpio, programs, xenstore, xl,
-PV console, guest, rootfs, block device, cgroup, rtnetlink, CNI, vif, state, hooks, holder, monitor, commands, command
-line.
+The parts, each using only names of those above it: head, programs, xenstore, domain and xl, devices, container, config,
+seccomp, guest protocol, rootfs, cgroup, network (rtnetlink, CNI, vif), hooks, holder, builder, streams, monitor,
+commands, command line.
 """
 
+from __future__ import annotations
+
+import errno
+import fcntl
 import os
+import select
+import stat
+import struct
 import sys
 import time
 
-VERSION = "0.1.0"
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # annotations are never evaluated
+    import mmap
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+    from subprocess import Popen
+    from typing import Any, BinaryIO, NoReturn, TypeVar, Union
+
+VERSION = "0.2.0"
 DEFAULT_ROOT = "/run/runX"
 LIVING_FILE = "/run/runX-domains"  # when the last look at all domains began, time.monotonic(); domids of the living
 HOST_CONFIG = "/etc/runX/config.json"
@@ -30,8 +44,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 # ==== errors and log =====================================================================================
-# An error is one sentence for the user.  The command line alone turns it into stderr, log and exit status.
-# Beside them what all parts use: JSON, and plain records.
+# An error is one sentence for the user; main() alone turns it into stderr, log and exit status.  Here is also what all
+# parts use: undoing, plain records, and what stands in for slow modules of the standard library.
 
 
 class Error(Exception):
@@ -41,30 +55,36 @@ class Error(Exception):
 class NoContainer(Error):
     """There is no container of that id."""
 
-    def __init__(self, container_id):
+    def __init__(self, container_id: str) -> None:
         super().__init__(f'container "{container_id}" does not exist')
 
 
 class NotRunning(Error):
     """The container's VM is gone, or is not there yet."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("container not running")
 
 
 class Log:
     """The engine's log file (--log, --log-format), one record a line; without one, it is standard error.
 
-    Podman reads the file as a single JSON object and containerd looks for the last "error", so
-    nothing is written but what a user must learn; `debug` adds what a developer wants.
+    Podman reads the file as a single JSON object and containerd looks for the last "error", so nothing is written but
+    what a user must learn; `debug` adds what a developer wants.
     """
 
-    def __init__(self, path=None, as_json=False, debug=False):
+    def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False) -> None:
         self.path = path and os.path.abspath(path)  # the monitor leaves this folder
-        self.as_json, self.wants_debug = as_json, debug
+        self.as_json, self.wants_debug, self.subject = as_json, debug, ""
 
-    def write(self, level, message):
-        now = timestamp()
+    def about(self, container_id: str) -> Log:
+        """The same log, for messages that name the container first."""
+        log = Log.__new__(Log)
+        log.__dict__.update(self.__dict__, subject=f"container {container_id}: ")
+        return log
+
+    def write(self, level: str, message: str) -> None:
+        now, message = timestamp(), self.subject + message
         if self.as_json:
             line = json_text({"level": level, "msg": message, "time": now})
         else:
@@ -78,30 +98,149 @@ class Log:
         except OSError:
             pass  # an unwritable log must not hide the error
 
-    def debug(self, message):
+    def warn(self, message: str) -> None:
+        self.write("warning", message)
+
+    def debug(self, message: str) -> None:
         if self.wants_debug:
             self.write("debug", message)
 
-    def attempt(self, what, work, *args):
-        """Calls work(*args); what fails, in whatever way, is a warning: a clean-up goes on."""
+    def attempt(self, what: str, work: Callable[..., Any], *args: Any) -> bool:
+        """Call work(*args); what fails, in whatever way, is a warning.  Return whether nothing did."""
         try:
             work(*args)
+            return True
         except Exception as error:
-            self.write("warning", str(error) if isinstance(error, Error) else f"cannot {what}: {error}")
+            self.warn(str(error) if isinstance(error, Error) else f"cannot {what}: {error}")
+            return False
 
 
-def timestamp():
+class Undo:
+    """What has been acquired: each thing is registered where it is acquired, with how it is given back.
+
+    `with Undo(log) as undo:` gives all back, the last one first, when an exception leaves the block.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.steps: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
+
+    def add(self, what: str, work: Callable[..., Any], *args: Any) -> None:
+        """what: the words behind "cannot" if that fails, which is a warning."""
+        self.steps.append((what, work, args))
+
+    def run(self) -> None:
+        while self.steps:
+            what, work, args = self.steps.pop()
+            self.log.attempt(what, work, *args)
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.run()
+
+
+class Record:
+    """Base of plain records: the fields are the class's annotations, by name, all required that have no default.
+
+    The job of dataclasses, whose import alone would double the time that `state` takes.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        names = type(self).__annotations__
+        required = {name for name in names if not hasattr(type(self), name)}
+        if fields.keys() - names.keys() or required - fields.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(names)}")
+        self.__dict__.update(fields)
+
+
+def timestamp() -> str:
     """Now, in RFC 3339 with nanoseconds: what Go's time.Time parses."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds:09d}Z"
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Text of the guest's for the log: a hostile guest must not write control characters to a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
 
 
-def json_number(text):
+# ---- instead of slow modules, each with that module where anything is not as expected
+
+
+def import_socket() -> Any:
+    """C's half of socket, which adds enums and selectors to it that take longer to import than `state` takes."""
+    try:
+        import _socket
+
+        return _socket
+    except ImportError:
+        import socket
+
+        return socket
+
+
+def import_signal() -> Any:
+    """C's half of signal, which adds enums to it."""
+    try:
+        import _signal  # type: ignore[import-not-found]
+
+        return _signal
+    except ImportError:
+        import signal
+
+        return signal
+
+
+C_LIBRARY: dict[str, Any] = {}  # what c_library() has made
+
+
+def c_library() -> dict[str, Any]:
+    """How to call the C library: {"long": a type, "find": function by name, "errno": function}."""
+    try:
+        import _ctypes  # ctypes adds to it what takes seven times as long to import
+
+        core: Any = _ctypes
+
+        class Int(core._SimpleCData):  # type: ignore[misc]
+            _type_ = "i"
+
+        class Long(core._SimpleCData):  # type: ignore[misc]
+            _type_ = "l"
+
+        class Function(core.CFuncPtr):  # type: ignore[misc]
+            _flags_, _restype_ = core.FUNCFLAG_CDECL | core.FUNCFLAG_USE_ERRNO, Int
+
+        handle = core.dlopen(None, 0)
+
+        def find(name: str) -> Any:
+            function: Any = Function
+            return function(core.dlsym(handle, name))
+
+        find("getpid")
+        return {"long": Long, "find": find, "errno": core.get_errno}
+    except Exception:
+        import ctypes
+
+        library = ctypes.CDLL(None, use_errno=True)
+        return {"long": ctypes.c_long, "find": library.__getitem__, "errno": ctypes.get_errno}
+
+
+def system_call(name: str, *args: int | str | bytes | None) -> int:
+    """Call a function of the C library that takes numbers, as long, and strings.  Return its int.  Raise OSError."""
+    if not C_LIBRARY:
+        C_LIBRARY.update(c_library())
+    values = [C_LIBRARY["long"](arg) if isinstance(arg, int) else arg and os.fsencode(arg) for arg in args]
+    result: int = C_LIBRARY["find"](name)(*values)
+    if result < 0:
+        number = C_LIBRARY["errno"]()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def json_number(text: str) -> int | float:
     """The int that a number of JSON stands for, or the float where it is one, or is larger than any of the kernel's."""
     number = int(text) if len(text) <= 20 and text.lstrip("-").isdecimal() else float(text)
     if number - number:  # NaN, for infinity and NaN
@@ -112,34 +251,68 @@ def json_number(text):
 class JsonScanner:
     """What C's half of json wants to know (Modules/_json.c): as json.loads does it, but for numbers."""
 
-    strict, memo, object_hook, object_pairs_hook = True, {}, None, None
+    strict = True
+    memo: dict[str, str] = {}
+    object_hook = object_pairs_hook = array_hook = None
     parse_float = parse_int = parse_constant = json_number
 
 
-def parse_json(text):
-    """json.loads, without the import of json, which compiles regular expressions: `state` would take twice
-    as long.  Raises ValueError."""
-    from _json import make_scanner
+def parse_json(text: str) -> Any:
+    """json.loads, without the import of json, which compiles regular expressions: `state` would take twice as long.
 
-    start = len(text) - len(text.lstrip(" \t\n\r"))
+    Raise ValueError.
+    """
     try:
-        value, end = make_scanner(JsonScanner)(text, start)
+        import _json
+
+        start = len(text) - len(text.lstrip(" \t\n\r"))
+        scanner: Any = JsonScanner
+        value, end = _json.make_scanner(scanner)(text, start)
         if not text[end:].strip(" \t\n\r"):
             return value
-    except (StopIteration, SystemError):  # the latter where it would raise an exception of json's that is not imported
-        pass
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except Exception:
+        pass  # it is not JSON, or this Python's scanner is not like those that we know
     import json
 
-    return json.loads(text, parse_constant=json_number)  # which says what is wrong
+    try:
+        return json.loads(text, parse_float=json_number, parse_int=json_number, parse_constant=json_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def json_text(value: Any, indent: int | None = None, margin: str = "\n") -> str:
+    """json.dumps, for the same reason."""
+    if isinstance(value, str):
+        return json_string(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    inner, brackets = margin + " " * (indent or 0), "{}" if isinstance(value, dict) else "[]"
+    if isinstance(value, dict):
+        parts = [f"{json_string(str(key))}: {json_text(item, indent, inner)}" for key, item in value.items()]
+    else:
+        parts = [json_text(item, indent, inner) for item in value]
+    if not parts or indent is None:
+        return ", ".join(parts).join(brackets)
+    return (inner + f",{inner}".join(parts) + margin).join(brackets)
+
+
+def json_string(text: str) -> str:
+    try:
+        from _json import encode_basestring_ascii
+    except ImportError:
+        from json import dumps as encode_basestring_ascii
+    return encode_basestring_ascii(text)
 
 
 DOCUMENT_MAX, DEPTH_MAX = 16 << 20, 64  # characters and levels of JSON that others have written
 
 
-def read_text(path):
-    """A file that others have written.  Raises OSError and ValueError."""
+def read_text(path: str | int) -> str:
+    """A file that others have written.  Raise OSError and ValueError."""
     with open(path, encoding="utf-8") as file:
         text = file.read(DOCUMENT_MAX + 1)
     if len(text) > DOCUMENT_MAX:
@@ -147,14 +320,14 @@ def read_text(path):
     return text
 
 
-def read_document(path):
-    """The JSON in such a file.  Raises OSError and ValueError."""
+def read_document(path: str | int) -> Any:
+    """The JSON in such a file.  Raise OSError and ValueError."""
     return check_document(parse_json(read_text(path)))
 
 
-def check_document(document):
-    """The document, when all its strings can be handed to the kernel and be written again.  Raises ValueError, with
-    the place."""
+def check_document(document: Any) -> Any:
+    """The document, when all its strings can be handed to the kernel and be written again.  Raise ValueError, with the
+    place."""
     todo = [(document, "", 0)]
     while todo:
         value, place, depth = todo.pop()
@@ -171,7 +344,7 @@ def check_document(document):
     return document
 
 
-def is_text(text):
+def is_text(text: str) -> bool:
     """Whether it can be a C string in UTF-8: without NUL and the surrogates that JSON and names of files can have."""
     try:
         return b"\0" not in text.encode()
@@ -179,1301 +352,57 @@ def is_text(text):
         return False
 
 
-def json_text(value, indent=None, margin="\n"):
-    """json.dumps, for the same reason."""
-    from _json import encode_basestring_ascii
-
-    if isinstance(value, str):
-        return encode_basestring_ascii(value)
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, (int, float)):
-        return repr(value)
-    inner, brackets = margin + " " * (indent or 0), "{}" if isinstance(value, dict) else "[]"
-    if isinstance(value, dict):
-        parts = [f"{json_text(str(key))}: {json_text(item, indent, inner)}" for key, item in value.items()]
-    else:
-        parts = [json_text(item, indent, inner) for item in value]
-    if not parts or indent is None:
-        return ", ".join(parts).join(brackets)
-    return (inner + f",{inner}".join(parts) + margin).join(brackets)
-
-
-class Record:
-    """Base of plain records: the fields are the class's annotations, all required, by name.
-
-    The job of dataclasses, whose import alone would double the time that `state` takes.
-    """
-
-    def __init__(self, **fields):
-        names = type(self).__annotations__
-        if fields.keys() != names.keys():
-            raise TypeError(f"{type(self).__name__} takes {', '.join(names)}")
-        self.__dict__.update(fields)
-
-
-# ==== OCI config =========================================================================================
-# config.json of the bundle (runtime-spec config.md), checked and parsed once into Config.
-
-
-class Mount(Record):
-    """An entry of `mounts`; flags are those of mount(2), data what the file system gets."""
-
-    destination: str
-    type: str
-    source: str
-    flags: int
-    data: str
-    propagation: int  # flags of mount(2), 0: private
-    copy_up: bool  # a tmpfs that begins with what is below it
-
-    def on_host(self):
-        """Whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
-        return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
-
-    def is_sealed_late(self):
-        """Whether it is read-only memory of the guest's, in which mount points and nodes are made before."""
-        return self.type == "tmpfs" and bool(self.flags & MS_RDONLY) and not self.on_host()
-
-    def is_folder(self):
-        """Whether what dom0 mounts is a folder: all but a bind mount of a file."""
-        return not self.flags & MS_BIND or os.path.isdir(self.source)
-
-
-class Process(Record):
-    args: list
-    env: list
-    cwd: str
-    terminal: bool
-    console_size: tuple  # rows, columns; 0, 0: not said
-    uid: int
-    gid: int
-    groups: list
-    umask: int
-    capabilities: dict  # set's name: a bit for each capability
-    no_new_privileges: bool
-    rlimits: list  # (number, soft, hard)
-    oom_score_adj: int
-    io_priority: int  # as ioprio_set(2) takes it, or None
-    scheduler: tuple  # policy, flags, nice, priority, runtime, deadline, period, or None
-
-
-class Linux(Record):
-    """What of config-linux.md the guest applies to itself."""
-
-    pid_namespace: bool
-    devices: list  # (path, mode, major, minor, uid, gid)
-    sysctl: dict
-    masked_paths: list
-    readonly_paths: list
-    propagation: int  # flags of mount(2), 0: private as it is
-    personality: int  # as personality(2) takes it, or None
-    cgroup: dict  # file of the container's cgroup: what is written to it
-    seccomp: dict  # as in config.json, or None
-
-
-class Hook(Record):
-    path: str
-    args: list  # argv
-    env: list
-    timeout: int  # seconds, 0: none
-
-
-VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes a half
-DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
-
-
-class Resources(Record):
-    """What Xen can give a VM, of linux.resources; 0 or "": not said."""
-
-    memory: int  # bytes; -1: no limit
-    quota: int  # microseconds of processor time in each period, of all processors together; -1: no limit
-    period: int  # microseconds
-    shares: int  # cgroup v1's weight: 1024 is the usual one
-    cpus: str  # physical processors, such as 0-3,7
-    default_memory: int  # MiB
-    minimum_memory: int  # MiB
-    default_vcpus: int
-    fixed_vcpus: int  # whatever the quota is
-    most_vcpus: int  # whatever is asked for
-
-    def mebibytes(self, unlimited):
-        """Memory of the VM; unlimited: what it gets where there is no limit."""
-        if self.memory < 0:
-            return unlimited
-        return max(self.memory >> 20, self.minimum_memory) if self.memory else self.default_memory
-
-    def vcpus(self, unlimited):
-        """As many as the quota can keep busy."""
-        if self.fixed_vcpus or not self.quota:
-            wanted = self.fixed_vcpus or self.default_vcpus
-        else:
-            wanted = unlimited if self.quota < 0 else -(-self.quota // self.period)
-        return min(wanted, self.most_vcpus)
-
-    def cap(self):
-        """The most that all vcpus may use together, in percent of one processor; 0: no limit."""
-        return min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0)) if self.quota > 0 else 0
-
-    def weight(self):
-        """For Xen's scheduler, where 256 is the usual one."""
-        return min(65535, max(1, self.shares * 256 // 1024))
-
-
-class Machine(Record):
-    """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
-
-    type: str  # "pv" or "pvh"; "": what the host offers
-    maxmem: int  # MiB, 0: no more than memory
-    maxvcpus: int  # 0: no more than vcpus
-    rootfs: str  # "9p", "ramdisk", "block", "auto" (what works here) or "none"
-    image: str  # of a disk that is the rootfs; "": root.path says where that is
-    kernel: tuple  # path, whether that is in the rootfs; or None: ours
-    ramdisk: tuple  # the same
-    own_init: bool  # the VM boots a system of its own, and nothing of ours is in it
-    cmdline: list  # words for its kernel
-    options: dict  # of xl.cfg
-    lines: list  # of xl.cfg, as they are
-
-
-class Config(Record):
-    oci_version: str
-    rootfs: str  # absolute
-    readonly: bool
-    process: Process  # or None: such a container can be created but not started
-    hostname: str
-    domainname: str
-    linux: Linux
-    warnings: list  # what is asked for and cannot be had in a VM, a sentence each
-    mounts: list
-    annotations: dict
-    hooks: dict  # as in config.json: parse_hooks() has accepted it
-    resources: Resources
-    raw_resources: dict  # as in config.json: what `update` must not change
-    namespace: str  # path of the network namespace to join; "": a new one; None: none
-    cgroup: str  # linux.cgroupsPath
-    netconf: list  # (variable, file, name, address) of each network that process.env asks for
-    netconf_folders: list  # where these files may be
-    rate: str  # of the network interfaces, as netback wants it, or ""
-    base: dict  # what parse_resources() needs beside them
-    machine: Machine
-
-
-# <sys/mount.h>; bind mounts are told from others by these, not by their type
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
-MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
-MS_BIND, MS_MOVE, MS_REC, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 17
-MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
-RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
-MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
-
-# option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
-MOUNT_OPTIONS = {
-    "defaults": (0, 0), "async": (0, MS_SYNCHRONOUS), "sync": (MS_SYNCHRONOUS, 0), "dirsync": (MS_DIRSYNC, 0),
-    "ro": (MS_RDONLY, 0), "rw": (0, MS_RDONLY),
-    "suid": (0, MS_NOSUID), "nosuid": (MS_NOSUID, 0), "dev": (0, MS_NODEV), "nodev": (MS_NODEV, 0),
-    "exec": (0, MS_NOEXEC), "noexec": (MS_NOEXEC, 0), "bind": (MS_BIND, 0), "rbind": (MS_BIND | MS_REC, 0),
-    "atime": (0, MS_NOATIME), "noatime": (MS_NOATIME, 0),
-    "diratime": (0, MS_NODIRATIME), "nodiratime": (MS_NODIRATIME, 0),
-    "relatime": (MS_RELATIME, 0), "norelatime": (0, MS_RELATIME),
-    "strictatime": (MS_STRICTATIME, 0), "nostrictatime": (0, MS_STRICTATIME),
-    "lazytime": (MS_LAZYTIME, 0), "nolazytime": (0, MS_LAZYTIME),
-    # what is mounted below a bind mount is part of it in the VM, so there these are the same as those without r
-    "rro": (MS_RDONLY | RECURSIVE_RO, 0), "rrw": (0, MS_RDONLY), "rsuid": (0, MS_NOSUID), "rnosuid": (MS_NOSUID, 0),
-    "rdev": (0, MS_NODEV), "rnodev": (MS_NODEV, 0), "rexec": (0, MS_NOEXEC), "rnoexec": (MS_NOEXEC, 0),
-    "ratime": (0, MS_NOATIME), "rnoatime": (MS_NOATIME, 0), "rdiratime": (0, MS_NODIRATIME),
-    "rnodiratime": (MS_NODIRATIME, 0), "rrelatime": (MS_RELATIME, 0), "rnorelatime": (0, MS_RELATIME),
-    "rstrictatime": (MS_STRICTATIME, 0), "rnostrictatime": (0, MS_STRICTATIME),
-}  # fmt: skip
-PROPAGATIONS = {
-    "": 0, "private": MS_PRIVATE, "rprivate": MS_PRIVATE | MS_REC, "slave": MS_SLAVE, "rslave": MS_SLAVE | MS_REC,
-    "shared": MS_SHARED, "rshared": MS_SHARED | MS_REC,
-    "unbindable": MS_UNBINDABLE, "runbindable": MS_UNBINDABLE | MS_REC,
-}  # fmt: skip
-DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}  # <sys/stat.h>
-# what the guest's kernel makes by itself; any other type is for dom0's kernel to mount
-GUEST_FILESYSTEMS = {
-    "proc", "sysfs", "tmpfs", "ramfs", "devpts", "mqueue", "cgroup", "cgroup2", "securityfs", "hugetlbfs",
-    "binfmt_misc",
-}  # fmt: skip
-
-REQUIRED = object()
-
-
-def field(section, key, kind, default=REQUIRED, where="config.json"):
-    """section[key], checked to be of the type kind; a missing or null one is the default, or an Error."""
-    value = section.get(key)
-    if value is None:
-        if default is REQUIRED:
-            raise Error(f"{where}: {key} is missing")
-        return default
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise Error(f"{where}: {key} must be a JSON {JSON_NAMES[kind]}")
-    return value
-
-
-JSON_NAMES = {dict: "object", list: "array", str: "string", int: "integer", bool: "boolean"}
-
-
-def strings(section, key, where):
-    """An array of strings."""
-    values = field(section, key, list, [], where)
-    if not all(isinstance(value, str) for value in values):
-        raise Error(f"{where}: {key} must hold only strings")
-    return values
-
-
-def load_config(bundle):
-    """Reads <bundle>/config.json.  Raises Error, in runc's words where engines show them."""
-    try:
-        spec = read_document(os.path.join(bundle, "config.json"))
-    except FileNotFoundError:
-        raise Error(f"JSON specification file config.json not found in bundle {bundle}") from None
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read config.json of bundle {bundle}: {error}") from None
-    if not isinstance(spec, dict):
-        raise Error(f"config.json of bundle {bundle} must be a JSON object")
-    linux = field(spec, "linux", dict, {})
-    resources = field(linux, "resources", dict, {}, "config.json: linux")
-    hostname, domainname = field(spec, "hostname", str, ""), field(spec, "domainname", str, "")
-    namespaces, warnings = parse_namespaces(linux), not_applied(spec, linux, resources)
-    if (hostname or domainname) and namespaces and "uts" not in namespaces:
-        raise Error("config.json: hostname and domainname need a uts namespace in linux.namespaces")
-    if max(len(hostname.encode()), len(domainname.encode())) > 64:
-        raise Error("config.json: hostname and domainname must not be longer than 64 bytes")
-    hooks = field(spec, "hooks", dict, {})
-    for kind in HOOK_KINDS:
-        parse_hooks(hooks, kind)
-    process = parse_process(field(spec, "process", dict, None), warnings)
-    mounts = [parse_mount(bundle, mount) for mount in field(spec, "mounts", list, [])]
-    if process and process.terminal and not any(mount.type == "devpts" for mount in mounts):
-        raise Error("config.json: process.terminal needs a mount of the type devpts at /dev/pts")
-    host = load_host_config()
-    hardware, annotations = parse_hardware(spec), parse_annotations(spec, host["annotations"], warnings)
-    env = believed_variables(process.env if process else [], host["environment"], warnings)
-    machine = parse_machine(spec, annotations, hardware, env, host)
-    root = field(spec, "root", dict, {"path": machine.image} if machine.image else REQUIRED)
-    rootfs, readonly = find_rootfs(bundle, root, machine), field(root, "readonly", bool, False, "config.json: root")
-    check_links(spec.get("vm") or {}, {rootfs, os.path.join(bundle, text_of(root, "path", "config.json: root"))})
-    netconf = parse_netconf(env)
-    if netconf and namespaces.get("network") == "" and any(mount.destination == PODMANS_MARK for mount in mounts):
-        netconf = warnings.append("NETCONF has no effect, for Podman was asked for no network") or []
-    if machine.own_init and hooks.get("startContainer"):
-        raise Error("config.json: hooks.startContainer need runX's own init, and the VM boots another one")
-    base = {
-        "default_memory": host["memory"] or DEFAULT_MEMORY, "default_vcpus": host["vcpus"] or 1,
-        "minimum_memory": 1 if machine.own_init else MINIMUM_MEMORY, "fixed_vcpus": 0, "most_vcpus": VCPUS_MAX,
-    }  # fmt: skip
-    bound_annotations(annotations, parse_resources(resources, "config.json: linux.resources", base), host, warnings)
-    memory = hardware["memory"] or annotations["memory"] << 20
-    if memory:
-        resources = {**resources, "memory": {**field(resources, "memory", dict, {}), "limit": memory}}
-    base["fixed_vcpus"] = hardware["vcpus"] or annotations["vcpus"]
-    machine.maxmem, machine.maxvcpus = annotations["maxmem"], annotations["maxvcpus"]
-    return Config(
-        oci_version=check_version(field(spec, "ociVersion", str)),
-        rootfs=rootfs,
-        readonly=readonly,
-        process=process,
-        hostname=hostname,
-        domainname=domainname,
-        linux=parse_linux(linux, namespaces),
-        warnings=warnings,
-        mounts=mounts,
-        annotations=field(spec, "annotations", dict, {}),  # parse_annotations() has accepted them
-        hooks=hooks,
-        resources=parse_resources(resources, "config.json: linux.resources", base),
-        raw_resources=resources,
-        base=base,
-        namespace=network_namespace(namespaces, netconf),
-        cgroup=text_of(linux, "cgroupsPath", "config.json: linux"),
-        netconf=netconf,
-        netconf_folders=host["netconf"],
-        rate=annotations["rate"] and parse_rate(annotations["rate"]),
-        machine=machine,
-    )
-
-
-# what a VM cannot have or does not need, and an engine may ask for: docs/config.md gives the reasons
-NOT_APPLIED = {
-    "process": ("apparmorProfile", "selinuxLabel", "execCPUAffinity"),
-    "linux": ("mountLabel", "intelRdt", "timeOffsets", "memoryPolicy", "netDevices"),
-    "linux.resources": ("blockIO", "network", "rdma"),
-}
-
-
-def not_applied(spec, linux, resources):
-    """A sentence for each property that is asked for and has no effect.  Raises Error for what must not be ignored."""
-    for key in ("uidMappings", "gidMappings"):
-        if field(linux, key, list, [], "config.json: linux"):
-            raise Error(f"config.json: linux.{key} cannot be applied: the container's root is root of its own VM")
-    sections = {"process": field(spec, "process", dict, {}), "linux": linux, "linux.resources": resources}
-    asked = (f"{name}.{key}" for name, keys in NOT_APPLIED.items() for key in keys if asks(sections[name].get(key)))
-    return [f"{path} has no effect on a container in a VM of its own" for path in asked]
-
-
-def asks(value):
-    """Whether a property asks for anything: engines write many that are empty, or say that there is no limit."""
-    if isinstance(value, dict):
-        return any(asks(inner) for inner in value.values())
-    return bool(value) and value != -1
-
-
-ROOTFS_MODES, ROOTFS_CHOICE = ("9p", "ramdisk", "block", "auto"), '"9p", "ramdisk", "block" or "auto"'
-# docs/security.md: an annotation may be the image's, and config.json does not tell whose a variable is
-ANNOTATIONS = (
-    "memory", "vcpus", "maxmem", "maxvcpus", "rootfs", "rate", "type", "kernel", "ramdisk", "cmdline", "xlconf",
-)  # fmt: skip
-VARIABLES = ("NETCONF", "RUNX_KERNEL", "RUNX_RAMDISK", "XLCONF")
-HOST_SETTINGS = {
-    "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "rootfs": "auto", "xlconf": ["/etc/runX/xl"],
-    "netconf": ["/etc/cni/net.d"], "maxmem": 512, "annotations": list(ANNOTATIONS[:6]),
-    "environment": list(VARIABLES[:3]),
-}  # fmt: skip
-
-
-def load_host_config():
-    """The host's own settings (docs/config.md), each with its default where HOST_CONFIG is silent or absent."""
-    try:
-        settings = read_document(HOST_CONFIG)
-    except FileNotFoundError:
-        return HOST_SETTINGS
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read {HOST_CONFIG}: {error}") from None
-    if not isinstance(settings, dict) or settings.keys() - HOST_SETTINGS.keys():
-        raise Error(f"{HOST_CONFIG} must be a JSON object with no other members than {', '.join(HOST_SETTINGS)}")
-    found = {key: field(settings, key, type(value), value, HOST_CONFIG) for key, value in HOST_SETTINGS.items()}
-    check_type(found["type"], f"{HOST_CONFIG}: type")
-    if min(found["memory"], found["vcpus"], found["maxmem"]) < 0:
-        raise Error(f"{HOST_CONFIG}: memory and maxmem, in MiB, and vcpus must not be below 0")
-    if found["rootfs"] not in ROOTFS_MODES:
-        raise Error(f"{HOST_CONFIG}: rootfs is {ROOTFS_CHOICE}, not {printable(found['rootfs'])}")
-    for key, known in (("xlconf", ()), ("netconf", ()), ("annotations", ANNOTATIONS), ("environment", VARIABLES)):
-        if set(strings(found, key, HOST_CONFIG)) - set(known) and known:
-            raise Error(f"{HOST_CONFIG}: {key} must hold none but {', '.join(known)}")
-    return found
-
-
-def check_type(text, where):
-    if text not in ("", "pv", "pvh"):
-        raise Error(f'{where} is "pv" or "pvh", not {printable(text)}')
-
-
-def parse_annotations(spec, believed, warnings):
-    """The annotations org.runx.* that are believed, without that prefix: those that are numbers as int, and 0 or "" if
-    not there."""
-    annotations, found = field(spec, "annotations", dict, {}), {}
-    strings({"annotations": list(annotations.values())}, "annotations", "config.json")
-    dropped = [key for key in annotations if key.startswith("org.runx.") and key[9:] not in believed]
-    annotations = {key: text for key, text in annotations.items() if key not in dropped}
-    warn_of_dropped("annotations", dropped, warnings)
-    for key in ("memory", "vcpus", "maxmem", "maxvcpus"):
-        text = annotations.get(f"org.runx.{key}") or "0"
-        if not (isinstance(text, str) and text.isdecimal() and len(text) < 8):
-            raise Error(f"config.json: the annotation org.runx.{key} must be a number")
-        found[key] = int(text)
-    for key in ("type", "rootfs", "kernel", "ramdisk", "cmdline", "xlconf", "rate"):
-        found[key] = text_of(annotations, f"org.runx.{key}", "config.json: annotations")
-    check_type(found["type"], "config.json: the annotation org.runx.type")
-    return found
-
-
-def bound_annotations(annotations, resources, host, warnings):
-    """Lowers those that ask for more than config.json's resources, or for more than the host gives where these do not
-    say: they may be the image's."""
-    bounds = {"maxmem": host["maxmem"], "memory": resources.memory >> 20 if resources.memory > 0 else host["maxmem"]}
-    if resources.quota > 0:
-        bounds["vcpus"] = resources.vcpus(0)
-    for key, bound in bounds.items():
-        if annotations[key] > bound:
-            warnings.append(f"the annotation org.runx.{key} cannot be {annotations[key]}, it is {bound}")
-            annotations[key] = bound
-
-
-def believed_variables(env, believed, warnings):
-    """The variables of the environment without those of VARIABLES that the host does not believe."""
-    kept, dropped = [], []
-    for variable in env:
-        name, _, value = variable.partition("=")
-        kind = name.rstrip("0123456789") if name.startswith("NETCONF") else name
-        if value and kind in VARIABLES and kind not in believed:
-            dropped.append(name)
-        else:
-            kept.append(variable)
-    warn_of_dropped("variables", dropped, warnings)
-    return kept
-
-
-def warn_of_dropped(what, names, warnings):
-    if names:
-        names = printable(", ".join(names)[:400])
-        warnings.append(f"these {what} have no effect, for {HOST_CONFIG} does not believe them: {names}")
-
-
-def text_of(section, key, where):
-    """A string, "" if it is missing: engines write both."""
-    return field(section, key, str, "", where)
-
-
-def parse_hardware(spec):
-    """vm.hwConfig (config-vm.md) with "memory" in bytes, "vcpus", and "options" of xl.cfg for the rest."""
-    vm, where = field(spec, "vm", dict, {}), "config.json: vm.hwConfig"
-    key = "hwConfig" if vm.get("hwConfig") is not None else "hwconfig"  # the document's spelling and Go's
-    hardware, options = field(vm, key, dict, {}, "config.json: vm"), {}
-    numbers = {key: field(hardware, key, int, 0, where) for key in ("memory", "vcpus")}
-    irqs, iomems = (field(hardware, key, list, [], where) for key in ("irqs", "iomems"))
-    if not all(isinstance(number, int) and number >= 0 for number in [*numbers.values(), *irqs]):
-        raise Error(f"{where}: memory, vcpus and irqs must be integers not below 0")
-    device_tree, dtdevs = text_of(hardware, "deviceTree", where), strings(hardware, "dtdevs", where)
-    if device_tree:
-        options["device_tree"] = device_tree
-    if dtdevs:
-        options["dtdev"] = dtdevs
-    if iomems:
-        options["iomem"] = [parse_iomem(iomem, where + ".iomems") for iomem in iomems]
-    if irqs:
-        options["irqs"] = [str(number) for number in irqs]
-    return {**numbers, "options": options}
-
-
-def parse_iomem(spec, where):
-    """A range of page frames as xl.cfg.5 wants it, in hexadecimal: MFN,NUMBER[@GFN]."""
-    if not isinstance(spec, dict):
-        raise Error(f"{where} must hold objects")
-    first, count = (field(spec, key, int, where=where) for key in ("firstMFN", "nrMFNs"))
-    guest = field(spec, "firstGFN", int, None, where)
-    if first < 0 or count <= 0 or (guest or 0) < 0:
-        raise Error(f"{where}: the numbers must not be below 0")
-    return f"{first:x},{count:x}" + ("" if guest is None else f"@{guest:x}")
-
-
-IMAGE_FORMATS = ("raw", "qcow2", "vhd")  # of those that config-vm.md names, what xl-disk-configuration.5 can
-
-
-def check_references(path, kind):
-    """Raises Error if an image names another file, which dom0's QEMU would give to the VM: its content is not trusted.
-
-    qcow2: docs/interop/qcow2.rst of QEMU's sources.  vhd: a footer with the type of the disk, and perhaps a copy first.
-    """
-    import struct
-
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 512))
-            tail = file.read(512)
-    except OSError as error:
-        raise Error(f"cannot read the image {path}: {error.strerror}") from None
-    reference = ""
-    if kind == "qcow2":
-        if len(head) < 80 or not head.startswith(b"QFI\xfb"):
-            raise Error(f"the image {path} is not in the format qcow2")
-        version, backing = struct.unpack_from(">IQ", head, 4)
-        features = struct.unpack_from(">Q", head, 72)[0] if version > 2 else 0
-        reference = "a backing file" if backing else "a data file outside" if features & 4 else ""
-    elif kind == "vhd":
-        types = [part[60:64] for part in (head, tail) if part.startswith(b"conectix")]
-        if not types:
-            raise Error(f"the image {path} is not in the format vhd")
-        known = (b"\0\0\0\2", b"\0\0\0\3")  # fixed, dynamic; 4 has a parent
-        reference = "" if all(each in known for each in types) else "a parent"
-    if reference:
-        raise Error(f"cannot give the image {path} to a VM, for it has {reference}: make it one that stands alone")
-
-
-def parse_machine(spec, annotations, hardware, env, host):
-    """The Machine.  vm goes before annotations, these before what the image says in its environment."""
-    vm, where = field(spec, "vm", dict, {}), "config.json: vm"
-    sections = {key: field(vm, key, dict, {}, where) for key in ("hypervisor", "kernel", "image")}
-    variables = dict(variable.partition("=")[::2] for variable in env)
-    kernel, ramdisk = (
-        find_boot_file(text_of(sections["kernel"], key, where + ".kernel"), annotations[name], variables.get(variable))
-        for key, name, variable in (("path", "kernel", "RUNX_KERNEL"), ("initrd", "ramdisk", "RUNX_RAMDISK"))
-    )
-    options, image = dict(hardware["options"]), text_of(sections["image"], "path", where + ".image")
-    own_init = bool(ramdisk or image and kernel)
-    if image:
-        kind = text_of(sections["image"], "format", where + ".image") or "raw"
-        if kind not in IMAGE_FORMATS:
-            raise Error(f"{where}.image: Xen cannot read the format {printable(kind)}: use {', '.join(IMAGE_FORMATS)}")
-        if own_init:
-            check_references(image, kind)
-            options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
-    if not kernel and (ramdisk or image and kind != "raw"):
-        raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
-    rootfs = annotations["rootfs"]
-    if rootfs and rootfs not in (("9p", "none") if own_init else ROOTFS_MODES):
-        choice = '"9p" or "none" for a VM with its own ramdisk' if own_init else ROOTFS_CHOICE
-        raise Error(f"config.json: the annotation org.runx.rootfs is {choice}, not {printable(rootfs)}")
-    check_hypervisor(text_of(sections["hypervisor"], "path", where + ".hypervisor"))
-    xlconf = annotations["xlconf"] or variables.get("XLCONF")
-    lines = [check_line(line) for line in strings(sections["hypervisor"], "parameters", where + ".hypervisor")]
-    words = [*host["cmdline"].split(), *annotations["cmdline"].split()]
-    return Machine(
-        type=annotations["type"] or host["type"], maxmem=0, maxvcpus=0,
-        rootfs=rootfs or ("none" if own_init else host["rootfs"]), image="" if own_init else image,
-        kernel=kernel, ramdisk=ramdisk, own_init=own_init,
-        cmdline=words + [quote_word(word) for word in strings(sections["kernel"], "parameters", where + ".kernel")],
-        options=options, lines=lines + ([read_trusted("XLCONF", xlconf, host["xlconf"])] if xlconf else []),
-    )  # fmt: skip
-
-
-def find_boot_file(host_path, annotation, variable):
-    """Which file to boot: (path, whether it is in the rootfs), or None for ours.
-
-    Only the vm object, which is the engine's, names files of dom0's; annotations and the image's own
-    environment name files in the rootfs.
-    """
-    if host_path:
-        if not os.path.isfile(host_path):
-            raise Error(f"cannot boot {host_path}: there is no such file on this host")
-        return os.path.realpath(host_path), False
-    return (annotation or variable, True) if annotation or variable else None
-
-
-def check_links(vm, roots):
-    """Raises Error if a file that vm names in the rootfs is elsewhere: the name is the engine's, a link in there is the
-    image's.  roots: paths of the rootfs."""
-    for section, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
-        path = (vm.get(section) or {}).get(key) or "/"
-        for root in roots:
-            inside = os.path.realpath(path).startswith(f"{os.path.realpath(root)}/")
-            if os.path.abspath(path).startswith(f"{root}/") and not inside:
-                raise Error(f"config.json: vm.{section}.{key}: a link leads from {path} out of the rootfs")
-
-
-def check_hypervisor(path):
-    if path and os.path.basename(path) != "xl":
-        raise Error(f"config.json: vm.hypervisor.path cannot be {path}: runX drives Xen with xl")
-
-
-def check_line(line):
-    """A setting for xl.cfg, as `xl create` takes it behind the file's name."""
-    key, equals, _ = line.partition("=")
-    if not equals or not key.strip().rstrip("+").strip().replace("_", "").isalnum() or "\n" in line:
-        raise Error(f"config.json: vm.hypervisor.parameters must hold settings of xl.cfg, not {printable(line)}")
-    return line
-
-
-def quote_word(word):
-    """A word for the kernel's command line, which knows quotes and no escapes (lib/cmdline.c)."""
-    if '"' in word or "\n" in word:
-        raise Error(f"config.json: vm.kernel.parameters cannot hold quotes or line ends: {printable(word)}")
-    return word if word.split() == [word] else f'"{word}"'
-
-
-def read_trusted(what, path, folders):
-    """The text of a file that the variable `what` names.  The image may have set it, so it must be where only root
-    puts files."""
-    path = os.path.realpath(path)
-    folder = next((folder for folder in map(os.path.realpath, folders) if path.startswith(folder + "/")), None)
-    if folder is None:
-        raise Error(f"{what} {path} is in none of the folders that {HOST_CONFIG} allows: {', '.join(folders)}")
-    try:
-        part = path
-        while len(part) >= len(folder):
-            status = os.stat(part)
-            if status.st_uid != 0 or status.st_mode & 0o022:
-                raise Error(f"{what} {path} is not to be trusted: others than root may write to {part}")
-            part = os.path.dirname(part)
-        return read_text(path)
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read {what} {path}: {error}") from None
-
-
-def parse_netconf(env):
-    """(variable, file, name, address or "") of NETCONF, NETCONF1, NETCONF2, …, in that order."""
-    found = {}
-    for variable in env:
-        key, _, value = variable.partition("=")
-        digits = key.removeprefix("NETCONF")
-        if not key.startswith("NETCONF") or digits.strip("0123456789") or len(digits) > 5 or not value:
-            continue
-        path, name, address = (*value.split(",", 2), "", "")[:3]
-        if not path.startswith("/") or not name:
-            raise Error(f'{key} must be "/path/to/cni/file,name" with ",IP" or without, not {printable(value)}')
-        found[int(digits or 0)] = (key, path, name, address)
-    return [found[number] for number in sorted(found)]
-
-
-# <linux/sched.h>: what NS_GET_NSTYPE of <linux/nsfs.h> says of each
-NAMESPACES = {
-    "cgroup": 0x02000000, "ipc": 0x08000000, "mount": 0x00020000, "network": 0x40000000, "pid": 0x20000000,
-    "time": 0x00000080, "user": 0x10000000, "uts": 0x04000000,
-}  # fmt: skip
-NS_GET_NSTYPE = 0xB703
-PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
-
-
-def parse_namespaces(linux):
-    """{type: path to join, or ""} of linux.namespaces; {} where there are none, and all are the VM's.  Raises Error for
-    what a VM cannot have: to share one with dom0 or with another container."""
-    where, found = "config.json: linux.namespaces", {}
-    for entry in field(linux, "namespaces", list, [], "config.json: linux"):
-        if not isinstance(entry, dict):
-            raise Error(f"{where} must hold objects")
-        kind, path = field(entry, "type", str, where=where), text_of(entry, "path", where)
-        if kind not in NAMESPACES:
-            raise Error(f"{where}: there is no type {printable(kind)}")
-        if kind in found:
-            raise Error(f"{where}: {kind} is there twice")
-        if path:
-            check_namespace(kind, path)
-        found[kind] = path
-    joined = [kind for kind, path in found.items() if path and kind != "network"]
-    if joined:
-        owner = f"names {', '.join(joined)} of another container or of the host"
-        raise Error(f"{where} {owner}, and containers cannot share a VM yet")
-    for kind in ("mount", "pid", "ipc"):
-        if found and kind not in found:
-            raise Error(f"{where} asks for the host's own {kind} namespace, which a VM cannot have: add one of its own")
-    if "user" in found:
-        raise Error(f"{where}: leave out user, for the container's root is root of its own VM")
-    return found
-
-
-def check_namespace(kind, path):
-    """Raises Error unless there is a namespace of this kind at path."""
-    import fcntl
-
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            is_one = fcntl.ioctl(fd, NS_GET_NSTYPE) == NAMESPACES[kind]
-        except OSError:
-            is_one = False  # no namespace at all
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise Error(f"cannot join the {kind} namespace {path}: {error.strerror}") from None
-    if not is_one:
-        raise Error(f"cannot join the {kind} namespace {path}: it is none")
-
-
-def network_namespace(namespaces, netconf):
-    """The path of the network namespace that the container joins, "" for one of its own, or None.  Raises Error."""
-    path = namespaces.get("network")
-    if path is not None and not (path and os.path.samefile(path, "/proc/self/ns/net")):
-        return path
-    if namespaces and not netconf:
-        raise Error(
-            "config.json: linux.namespaces asks for the host's own network, which a VM cannot have: give it a network "
-            "namespace of its own, or a network by NETCONF"
-        )
-    return None
-
-
-def check_version(version):
-    """Any 1.x, pre-releases included: minor versions only add properties."""
-    numbers = version.split("-")[0].split("+")[0].split(".")
-    if len(numbers) != 3 or not "".join(numbers).isdecimal() or numbers[0] != "1" or len(version) > 60:
-        raise Error(f'config.json: ociVersion "{printable(version[:60])}" is not supported: runX knows 1.0.0 to 1.3.x')
-    return version
-
-
-def is_image(path):
-    import stat
-
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
-def find_rootfs(bundle, root, machine):
-    """The path of a folder, or of an image: a file or block device.  Raises Error."""
-    path = os.path.join(bundle, machine.image or field(root, "path", str, where="config.json: root"))
-    if os.path.isdir(path) and not machine.image:
-        return os.path.realpath(path)
-    if machine.own_init or not is_image(path):
-        raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
-    if machine.rootfs not in ("block", "auto"):
-        raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")
-    return os.path.realpath(path)
-
-
-# <linux/capability.h>: the number of each is its place
-CAPABILITIES = (
-    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
-    "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
-    "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
-    "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
-).split()
-CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
-# <asm-generic/resource.h>
-RLIMITS = "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
-# <linux/ioprio.h>, <linux/sched.h>
-IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
-POLICIES = {"OTHER": 0, "FIFO": 1, "RR": 2, "BATCH": 3, "ISO": 4, "IDLE": 5, "DEADLINE": 6}
-SCHEDULER_FLAGS = {
-    "RESET_ON_FORK": 1, "RECLAIM": 2, "DL_OVERRUN": 4, "KEEP_POLICY": 8, "KEEP_PARAMS": 16,
-    "UTIL_CLAMP_MIN": 32, "UTIL_CLAMP_MAX": 64,
-}  # fmt: skip
-
-
-def parse_process(spec, warnings):
-    if spec is None:
-        return None
-    where = "config.json: process"
-    user = field(spec, "user", dict, {}, where)
-    groups = field(user, "additionalGids", list, [], where + ".user")
-    env = {variable.partition("=")[0]: variable for variable in strings(spec, "env", where)}  # the last counts
-    process = Process(
-        args=strings(spec, "args", where),
-        env=list(env.values()),
-        cwd=field(spec, "cwd", str, where=where),
-        terminal=field(spec, "terminal", bool, False, where),
-        console_size=tuple(
-            field(field(spec, "consoleSize", dict, {}, where), key, int, 0, where + ".consoleSize")
-            for key in ("height", "width")
-        ),
-        uid=field(user, "uid", int, 0, where + ".user"),
-        gid=field(user, "gid", int, 0, where + ".user"),
-        groups=groups,
-        umask=field(user, "umask", int, 0o022, where + ".user"),
-        capabilities=parse_capabilities(field(spec, "capabilities", dict, {}, where), warnings),
-        no_new_privileges=field(spec, "noNewPrivileges", bool, False, where),
-        rlimits=parse_rlimits(field(spec, "rlimits", list, [], where)),
-        oom_score_adj=field(spec, "oomScoreAdj", int, 0, where),
-        io_priority=parse_io_priority(field(spec, "ioPriority", dict, None, where)),
-        scheduler=parse_scheduler(field(spec, "scheduler", dict, None, where)),
-    )
-    if not -1000 <= process.oom_score_adj <= 1000:
-        raise Error("config.json: process.oomScoreAdj must be from -1000 to 1000")
-    if not 0 <= process.umask <= 0o777:
-        raise Error("config.json: process.user.umask must be from 0 to 511, which is 0777")
-    if not process.args:
-        raise Error("config.json: process.args must not be empty")
-    if not process.cwd.startswith("/"):
-        raise Error("config.json: process.cwd must be an absolute path")
-    if not all(0 <= number < 2**16 for number in process.console_size):
-        raise Error("config.json: process.consoleSize must be from 0 to 65535")
-    if not all(isinstance(gid, int) and 0 <= gid < 2**32 for gid in [process.uid, process.gid, *groups]):
-        raise Error("config.json: the ids in process.user must be integers from 0 to 4294967295")
-    return process
-
-
-def parse_capabilities(spec, warnings):
-    """A bit set for each of CAPABILITY_SETS; without any the process has no capability, as under runc."""
-    sets, unknown = {}, []
-    for name in CAPABILITY_SETS:
-        sets[name] = 0
-        for capability in strings(spec, name, "config.json: process.capabilities"):
-            if capability.removeprefix("CAP_") in CAPABILITIES:
-                sets[name] |= 1 << CAPABILITIES.index(capability.removeprefix("CAP_"))
-            elif capability not in unknown:
-                unknown.append(capability)
-    if unknown:
-        warnings.append(f"unknown capabilities are left out: {', '.join(unknown)}")
-    asked = dict(sets)  # the rules of capset(2) and prctl(2): the kernel refuses what goes beyond
-    sets["effective"] &= sets["permitted"]
-    sets["inheritable"] &= sets["bounding"]
-    sets["ambient"] &= sets["permitted"] & sets["inheritable"]
-    left_out = [name for name in CAPABILITY_SETS if sets[name] != asked[name]]
-    if left_out:
-        warnings.append(
-            "capabilities that no process can have without others are left out of process.capabilities: "
-            + ", ".join(f"{name} {capability_names(asked[name] & ~sets[name])}" for name in left_out)
-        )
-    return sets
-
-
-def capability_names(bits):
-    return " ".join(f"CAP_{name}" for number, name in enumerate(CAPABILITIES) if bits >> number & 1)
-
-
-def parse_rlimits(entries):
-    where, limits = "config.json: process.rlimits", {}
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise Error(f"{where} must hold objects")
-        name = field(entry, "type", str, where=where)
-        soft, hard = (field(entry, key, int, where=where) for key in ("soft", "hard"))
-        if name.removeprefix("RLIMIT_") not in RLIMITS or not name.startswith("RLIMIT_"):
-            raise Error(f"{where}: there is no type {printable(name)}")
-        number = RLIMITS.index(name.removeprefix("RLIMIT_"))
-        if number in limits:
-            raise Error(f"{where}: {name} is there twice")
-        if not 0 <= soft <= hard < 2**64:
-            raise Error(f"{where}: {name} needs a soft limit from 0 to the hard one")
-        limits[number] = (number, soft, hard)
-    return list(limits.values())
-
-
-def parse_io_priority(spec):
-    if spec is None:
-        return None
-    where = "config.json: process.ioPriority"
-    name, priority = field(spec, "class", str, where=where), field(spec, "priority", int, 0, where)
-    if name not in IO_CLASSES or not 0 <= priority <= 7:
-        raise Error(f"{where} needs one of {', '.join(IO_CLASSES)} and a priority from 0 to 7")
-    return IO_CLASSES[name] << 13 | priority
-
-
-def parse_scheduler(spec):
-    """The fields of struct sched_attr, sched_setattr(2)."""
-    if spec is None:
-        return None
-    where = "config.json: process.scheduler"
-    name, flags = field(spec, "policy", str, where=where), 0
-    if not name.startswith("SCHED_") or name.removeprefix("SCHED_") not in POLICIES:
-        raise Error(f"{where}: there is no policy {printable(name)}")
-    policy = POLICIES[name.removeprefix("SCHED_")]
-    for name in strings(spec, "flags", where):
-        if name.removeprefix("SCHED_FLAG_") not in SCHEDULER_FLAGS:
-            raise Error(f"{where}: there is no flag {printable(name)}")
-        flags |= SCHEDULER_FLAGS[name.removeprefix("SCHED_FLAG_")]
-    numbers = [field(spec, key, int, 0, where) for key in ("nice", "priority", "runtime", "deadline", "period")]
-    if not -20 <= numbers[0] <= 19 or not all(0 <= number < 2**63 for number in numbers[1:]):
-        raise Error(f"{where}: nice must be from -20 to 19, the other numbers not below 0")
-    return (policy, flags, *numbers)
-
-
-def parse_linux(spec, namespaces):
-    where = "config.json: linux"
-    sysctl = field(spec, "sysctl", dict, {}, where)
-    for name, value in sysctl.items():
-        if not isinstance(value, str) or ".." in name or name.startswith("/"):
-            raise Error(f"{where}: sysctl must be names, such as net.ipv4.ip_forward, with strings")
-    propagation = field(spec, "rootfsPropagation", str, "", where)
-    if propagation not in PROPAGATIONS:
-        raise Error(f"{where}: there is no rootfsPropagation {printable(propagation)}")
-    personality = field(field(spec, "personality", dict, {}, where), "domain", str, "", where + ".personality")
-    if personality not in PERSONALITIES:
-        raise Error(f"{where}.personality: there is no domain {printable(personality)}")
-    return Linux(
-        pid_namespace="pid" in namespaces,
-        devices=[parse_device(device) for device in field(spec, "devices", list, [], where)],
-        sysctl=sysctl,
-        masked_paths=absolute_paths(spec, "maskedPaths", where),
-        readonly_paths=absolute_paths(spec, "readonlyPaths", where),
-        propagation=PROPAGATIONS[propagation] and PROPAGATIONS[propagation] | MS_REC,
-        personality=PERSONALITIES[personality],
-        cgroup=parse_cgroup(field(spec, "resources", dict, {}, where), where + ".resources"),
-        seccomp=field(spec, "seccomp", dict, None, where),
-    )
-
-
-PERSONALITIES = {"": None, "LINUX": 0, "LINUX32": 8}  # <sys/personality.h>
-
-
-def parse_cgroup(resources, where):
-    """What of linux.resources becomes a limit of the guest's kernel: file of cgroup v2 and its content."""
-    files = {}
-    pids = field(field(resources, "pids", dict, {}, where), "limit", int, 0, where + ".pids")
-    if pids > 0:
-        files["pids.max"] = str(pids)
-    for entry in field(resources, "hugepageLimits", list, [], where):
-        if not isinstance(entry, dict):
-            raise Error(f"{where}.hugepageLimits must hold objects")
-        size = field(entry, "pageSize", str, where=where + ".hugepageLimits")
-        if not (size[:-2].isdecimal() and size[-2:] in ("KB", "MB", "GB")):
-            raise Error(f"{where}.hugepageLimits: pageSize must be a size such as 2MB, not {printable(size)}")
-        files[f"hugetlb.{size}.max"] = str(field(entry, "limit", int, where=where + ".hugepageLimits"))
-    for name, value in field(resources, "unified", dict, {}, where).items():
-        if "/" in name or not isinstance(value, str):
-            raise Error(f"{where}.unified must be names of files, such as memory.high, with strings")
-        files[name] = value
-    return files
-
-
-def absolute_paths(spec, key, where):
-    paths = strings(spec, key, where)
-    if not all(path.startswith("/") for path in paths):
-        raise Error(f"{where}: {key} must hold absolute paths")
-    return paths
-
-
-def parse_device(spec):
-    """config-linux.md "Devices": a node for the guest's kernel, which knows only the devices of its VM."""
-    where = "config.json: linux.devices"
-    if not isinstance(spec, dict):
-        raise Error(f"{where} must hold objects")
-    path, kind = field(spec, "path", str, where=where), field(spec, "type", str, where=where)
-    if kind not in DEVICE_TYPES or not path.startswith("/"):
-        raise Error(f"{where} needs an absolute path and a type of c, b, u or p")
-    default = REQUIRED if kind != "p" else 0
-    major, minor = (field(spec, key, int, default, where) for key in ("major", "minor"))
-    mode = field(spec, "fileMode", int, 0o666, where) & 0o7777
-    uid, gid = (field(spec, key, int, 0, where) for key in ("uid", "gid"))
-    if not all(0 <= number < 2**32 for number in (major, minor, uid, gid)):
-        raise Error(f"{where}: the numbers of {path} must be from 0 to 4294967295")
-    return (path, DEVICE_TYPES[kind] | mode, major, minor, uid, gid)
-
-
-def parse_resources(spec, where, base):
-    """Resources of runtime-spec config-linux.md; base: those fields of ours that are not in spec."""
-    memory, cpu = field(spec, "memory", dict, {}, where), field(spec, "cpu", dict, {}, where)
-
-    def number(section, name, key):
-        return max(-1, field(section, key, int, 0, f"{where}.{name}"))
-
-    cpus = field(cpu, "cpus", str, "", where + ".cpu")
-    if cpus.strip("0123456789,-"):
-        raise Error(f"{where}.cpu: cpus must be a list such as 0-3,7")
-    return Resources(
-        memory=number(memory, "memory", "limit"), quota=number(cpu, "cpu", "quota"),
-        period=max(0, number(cpu, "cpu", "period")) or 100000,
-        shares=max(0, number(cpu, "cpu", "shares")), cpus=cpus, **base,
-    )  # fmt: skip
-
-
-# in the order of a container's life; runtime-spec config.md "POSIX-platform Hooks"
-HOOK_KINDS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
-
-
-def parse_hooks(hooks, kind):
-    """The Hooks of one kind of config.json's hooks object."""
-    parsed, where = [], f"config.json: hooks.{kind}"
-    for spec in field(hooks, kind, list, [], "config.json: hooks"):
-        if not isinstance(spec, dict):
-            raise Error(f"{where} must hold objects")
-        path, timeout = field(spec, "path", str, where=where), field(spec, "timeout", int, None, where)
-        if not path.startswith("/"):
-            raise Error(f"{where}: path must be absolute")
-        if timeout is not None and not 0 < timeout < 1 << 31:
-            raise Error(f"{where}: timeout must be greater than 0, and fewer than 2147483648 seconds")
-        args, env = strings(spec, "args", where) or [path], strings(spec, "env", where)
-        parsed.append(Hook(path=path, args=args, env=env, timeout=timeout or 0))
-    return parsed
-
-
-def parse_mount(bundle, spec):
-    where = "config.json: mounts"
-    if not isinstance(spec, dict):
-        raise Error(f"{where} must hold objects")
-    destination = field(spec, "destination", str, where=where)
-    kind = field(spec, "type", str, "", where)
-    source = field(spec, "source", str, "", where)
-    flags, data, propagation, copy_up = 0, [], 0, False
-    for option in strings(spec, "options", where):
-        if option in ("tmpcopyup", "notmpcopyup") and kind == "tmpfs":
-            copy_up = option == "tmpcopyup"  # not the kernel's, but container engines'
-        elif option in MOUNT_OPTIONS:
-            add, remove = MOUNT_OPTIONS[option]
-            flags = (flags | add) & ~remove
-        elif option in PROPAGATIONS:
-            propagation = PROPAGATIONS[option]
-        else:
-            data.append(option)
-    if os.path.normpath("/" + destination).strip("/") == "":
-        raise Error(f"cannot mount {source} over the rootfs at /{destination.lstrip('/')}: name it as root.path")
-    if spec.get("uidMappings") or spec.get("gidMappings"):
-        raise Error(f"cannot mount {source} at {destination}: ID-mapped mounts are not supported")
-    if kind == "bind":
-        flags |= MS_BIND
-    if flags & MS_BIND:
-        source = os.path.join(bundle, source)
-        if not os.path.exists(source):
-            raise Error(f"cannot mount {source} at {destination}: the source does not exist")
-        if destination.rstrip("/") == "/dev/shm" and is_empty_memory(source):
-            # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
-            kind, flags, data = "tmpfs", flags & ~(MS_BIND | MS_REC), ["mode=1777", f"size={size_of(source) >> 10}k"]
-            source = "shm"
-    if flags & MS_BIND:
-        if data:
-            raise Error(f"cannot mount {source} at {destination}: a bind mount has no option {data[0]} here")
-    elif not kind:
-        raise Error(f"cannot mount at {destination}: the mount has no type")
-    if kind == "cgroup":
-        data = []  # controllers of version 1
-    return Mount(
-        destination="/" + destination.lstrip("/"), type=kind, source=source, flags=flags, data=",".join(data),
-        propagation=0 if propagation & MS_PRIVATE else propagation, copy_up=copy_up,
-    )  # fmt: skip
-
-
-def is_empty_memory(path):
-    """Whether an engine has mounted a tmpfs there for one container."""
-    return os.path.ismount(path) and os.major(os.stat(path).st_dev) == 0 and not os.listdir(path)
-
-
-def size_of(path):
-    """Bytes of the file system at path."""
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize
-
-
-# ==== seccomp ============================================================================================
-# linux.seccomp (runtime-spec config-linux.md) as a program of seccomp(2), with the meaning that runc and
-# libseccomp give it.  System calls are named in it: the guest knows the numbers of its architecture.
-
-# <linux/audit.h>: of the machine, and of its 32-bit programs
-SECCOMP_ARCHITECTURES = {
-    "x86_64": (("SCMP_ARCH_X86_64", 0xC000003E), ("SCMP_ARCH_X86", 0x40000003)),
-    "aarch64": (("SCMP_ARCH_AARCH64", 0xC00000B7),),
-    "armv7l": (("SCMP_ARCH_ARM", 0x40000028),),
-}  # fmt: skip
-# <linux/seccomp.h>; those with data carry it in the lower half
-SECCOMP_ACTIONS = {
-    "SCMP_ACT_KILL": 0, "SCMP_ACT_KILL_THREAD": 0, "SCMP_ACT_KILL_PROCESS": 0x80000000,
-    "SCMP_ACT_TRAP": 0x00030000, "SCMP_ACT_ERRNO": 0x00050000, "SCMP_ACT_TRACE": 0x7FF00000,
-    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000,
-}  # fmt: skip
-SECCOMP_WITH_DATA = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
-# of <linux/seccomp.h>; 0: what has no object here, with one thread and no listener
-SECCOMP_FLAGS = {
-    "SECCOMP_FILTER_FLAG_TSYNC": 0, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
-    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 0,
-}  # fmt: skip
-EPERM, ENOSYS = 1, 38
-# <linux/bpf_common.h>: BPF_LD|W|ABS, BPF_ALU|AND|K, BPF_RET|K, BPF_JMP|..|K
-LOAD, AND, RETURN, JUMP, IF_EQUAL, IF_GREATER, IF_NOT_LESS = 0x20, 0x54, 0x06, 0x05, 0x15, 0x25, 0x35
-NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # struct seccomp_data, little-endian
-FILTER_MAX = 4096  # instructions, BPF_MAXINSNS
-
-
-def compile_seccomp(spec, machine):
-    """The flags of seccomp(2) and the program: instructions (code, jt, jf, k), k a number or a system call's name.
-
-    None if there is nothing to filter.  machine: as uname(2) names it.  Raises Error.
-    """
-    where = "config.json: linux.seccomp"
-    flags, default = 0, seccomp_action(spec, "defaultAction", "defaultErrnoRet", where)
-    for flag in strings(spec, "flags", where):
-        if flag not in SECCOMP_FLAGS:
-            raise Error(f"{where}: there is no flag {printable(flag)}")
-        flags |= SECCOMP_FLAGS[flag]
-    if field(spec, "listenerPath", str, "", where):
-        raise Error(f"{where}: listenerPath cannot be served, for no process on this host sees into the VM")
-    if machine not in SECCOMP_ARCHITECTURES:
-        raise Error(f"{where} cannot be applied on {machine}: leave it out")
-    rules = seccomp_rules(field(spec, "syscalls", list, [], where), default, where)
-    if not rules and default == SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
-        return None
-    wanted, program = strings(spec, "architectures", where), [(LOAD, 0, 0, ARCHITECTURE_OFFSET)]
-    for place, (name, number) in enumerate(SECCOMP_ARCHITECTURES[machine]):
-        if place == 0 or name in wanted:
-            block = seccomp_block(rules, default, "-" if place else "")
-            program += [(IF_EQUAL, 1, 0, number), (JUMP, 0, 0, len(block)), *block]
-    program.append((RETURN, 0, 0, SECCOMP_ACTIONS["SCMP_ACT_KILL"]))  # programs of an architecture that is not named
-    if len(program) > FILTER_MAX:
-        raise Error(f"{where} has too many rules: they make {len(program)} instructions, and {FILTER_MAX} are possible")
-    return flags, program
-
-
-def seccomp_action(spec, key, errno_key, where):
-    """The value that the filter returns."""
-    name = field(spec, key, str, where=where)
-    if name not in SECCOMP_ACTIONS:
-        raise Error(f"{where}: the {key} {printable(name)} is not possible in a VM")
-    data = field(spec, errno_key, int, EPERM, where)
-    if not 0 <= data < 1 << 16:
-        raise Error(f"{where}: {errno_key} must be from 0 to 65535")
-    return SECCOMP_ACTIONS[name] | (data if name in SECCOMP_WITH_DATA else 0)
-
-
-def seccomp_rules(entries, default, where):
-    """System call's name: [(conditions, action)].  One without conditions stands alone."""
-    rules = {}
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise Error(f"{where}.syscalls must hold objects")
-        action = seccomp_action(entry, "action", "errnoRet", where + ".syscalls")
-        args = [seccomp_condition(arg, where) for arg in field(entry, "args", list, [], where + ".syscalls")]
-        # of several conditions on one argument one is enough, as runc has it
-        repeated = len({index for index, *_ in args}) < len(args)
-        alternatives = [[arg] for arg in args] if repeated else [args]
-        for name in strings(entry, "names", where + ".syscalls"):
-            if not name.isidentifier():
-                raise Error(f"{where}.syscalls: {printable(name)} is not the name of a system call")
-            if action == default:
-                continue
-            if not args:
-                rules[name] = [([], action)]
-            elif rules.get(name, [([None], 0)])[0][0]:
-                rules.setdefault(name, []).extend((conditions, action) for conditions in alternatives)
-    return rules
-
-
-SECCOMP_OPERATORS = ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ")
-
-
-def seccomp_condition(spec, where):
-    """(index, operator, value, mask) of an entry of args."""
-    where += ".syscalls.args"
-    if not isinstance(spec, dict):
-        raise Error(f"{where} must hold objects")
-    operator = field(spec, "op", str, where=where).removeprefix("SCMP_CMP_")
-    index, value, second = (field(spec, key, int, 0, where) for key in ("index", "value", "valueTwo"))
-    if operator not in SECCOMP_OPERATORS or not 0 <= index < 6 or not all(0 <= n < 1 << 64 for n in (value, second)):
-        raise Error(f"{where}: need an op such as SCMP_CMP_EQ, an index from 0 to 5 and values of 64 bits")
-    if operator == "MASKED_EQ":
-        return index, "EQ", second & value, value
-    return index, operator, value, (1 << 64) - 1
-
-
-def seccomp_block(rules, default, prefix):
-    """The instructions for the programs of one architecture."""
-    block = [(LOAD, 0, 0, NUMBER_OFFSET)]
-    if default not in (SECCOMP_ACTIONS["SCMP_ACT_ALLOW"], SECCOMP_ACTIONS["SCMP_ACT_LOG"]):
-        # as runc: what is newer than all that the filter names is not there, and the C library does without
-        block += [(IF_GREATER, 0, 1, prefix + "max"), (RETURN, 0, 0, SECCOMP_ACTIONS["SCMP_ACT_ERRNO"] | ENOSYS)]
-    for name in sorted(rules):
-        code = []
-        for conditions, action in rules[name]:
-            tests = [instruction for condition in conditions for instruction in seccomp_test(condition)]
-            # a test jumps to its end to pass, and past the action to fail
-            code += [
-                (operation, *(len(tests) - at if jump == FAIL else jump for jump in jumps), operand)
-                for at, (operation, *jumps, operand) in enumerate(tests)
-            ]
-            code.append((RETURN, 0, 0, action))
-        if rules[name][0][0]:
-            code.append((RETURN, 0, 0, default))
-        far = len(code) > 255
-        jump = (
-            [(IF_EQUAL, 1, 0, prefix + name), (JUMP, 0, 0, len(code))]
-            if far
-            else [(IF_EQUAL, 0, len(code), prefix + name)]
-        )
-        block += [*jump, *code]
-    return [*block, (RETURN, 0, 0, default)]
-
-
-FAIL = -1
-
-
-def seccomp_test(condition):
-    """Instructions that go on behind the last one if the condition holds; FAIL: where to jump if not."""
-    index, operator, value, mask = condition
-    low = ARGUMENTS_OFFSET + 8 * index
-    (high_value, low_value), (high_mask, low_mask) = divmod(value, 1 << 32), divmod(mask, 1 << 32)
-
-    def load(offset, mask):
-        return [(LOAD, 0, 0, offset)] + ([(AND, 0, 0, mask)] if mask != 0xFFFFFFFF else [])
-
-    low_test = {
-        "EQ": (IF_EQUAL, 0, FAIL), "NE": (IF_EQUAL, FAIL, 0), "GT": (IF_GREATER, 0, FAIL), "LE": (IF_GREATER, FAIL, 0),
-        "GE": (IF_NOT_LESS, 0, FAIL), "LT": (IF_NOT_LESS, FAIL, 0),
-    }[operator]  # fmt: skip
-    end = [*load(low, low_mask), (*low_test, low_value)]
-    skip = len(end)  # past the lower half, where the upper one decides
-    high_test = {
-        "EQ": [(IF_EQUAL, 0, FAIL, high_value)],
-        "NE": [(IF_EQUAL, 0, skip, high_value)],
-        "GT": [(IF_GREATER, skip + 1, 0, high_value), (IF_EQUAL, 0, FAIL, high_value)],
-        "LT": [(IF_NOT_LESS, 0, skip + 1, high_value), (IF_EQUAL, 0, FAIL, high_value)],
-    }
-    high_test["GE"], high_test["LE"] = high_test["GT"], high_test["LT"]
-    return [*load(low + 4, high_mask), *high_test[operator], *end]
-
-
-# ==== cpio ===============================================================================================
-# The archive that the kernel unpacks as its initramfs: "newc", Documentation/driver-api/early-userspace
-# in the kernel sources.  Archives may follow one another; an uncompressed one starts at a multiple of 4.
-
-PATH_MAX = 4096  # bytes with the NUL, <linux/limits.h>
-
-
-def cpio_header(name, mode, size, inode=0, rdev=0, owner=(0, 0), links=1, mtime=0):
-    """What stands before a member's content; mode as in st_mode, owner: uid and gid, mtime: seconds."""
-    raw = os.fsencode(name) + b"\0"
-    if size >= 2**32:
-        raise Error(f"cannot pack {name}: the archive format ends at 4 GiB")
-    if len(raw) > PATH_MAX:
-        raise Error(f"cannot pack {name[:100]}...: its path is longer than the {PATH_MAX} bytes that a kernel takes")
-    devices = (0, 0, os.major(rdev), os.minor(rdev))
-    fields = (inode, mode, *owner, links, max(0, mtime) & 0xFFFFFFFF, size, *devices, len(raw), 0)
-    header = b"070701" + b"".join(b"%08X" % number for number in fields) + raw
-    return header + padding(len(header))
-
-
-def padding(size):
-    """What follows a header or content of that size."""
-    return b"\0" * (-size % 4)
-
-
-def cpio_entry(name, mode, data=b"", inode=0, rdev=0):
-    """One member.  Owner root, time 0: the same input gives the same bytes."""
-    return cpio_header(name, mode, len(data), inode, rdev) + data + padding(len(data))
-
-
-def cpio_archive(entries):
-    """entries: (name, mode, data[, rdev]), folders before what is in them."""
-    members = [cpio_entry(*entry[:3], inode, *entry[3:]) for inode, entry in enumerate(entries, 1)]
-    return b"".join(members) + cpio_entry("TRAILER!!!", 0)
-
-
-def folder_entries(folder, prefix=""):
-    """What cpio_archive needs of a folder, sorted by name; hard links become copies."""
-    import stat
-
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        status = os.lstat(path)
-        if stat.S_ISLNK(status.st_mode):
-            data = os.fsencode(os.readlink(path))
-        elif stat.S_ISREG(status.st_mode):
-            with open(path, "rb") as file:
-                data = file.read()
-        else:
-            data = b""
-        yield (prefix + name, status.st_mode, data, status.st_rdev)
-        if stat.S_ISDIR(status.st_mode):
-            yield from folder_entries(path, f"{prefix}{name}/")
-
-
-def pack_initrd(folder, output):
-    """Packs folder into the gzip'ed archive output, replacing it in one step."""
-    import gzip
-
-    packed = gzip.compress(cpio_archive(folder_entries(folder)), 9, mtime=0)
-    temporary = f"{output}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(packed)
-    os.rename(temporary, output)
-
-
 # ==== programs ===========================================================================================
-# System calls that Python has no function for, and programs of the host's that get JSON and have a time limit.
+# Files and processes of dom0's kernel: small files of /proc and /sys, programs that get JSON and have a time limit, and
+# the waiting for processes.
 
-SIGHUP, SIGKILL, SIGWINCH = 1, 9, 28  # import signal costs a tenth of what `state` takes
+SIGHUP, SIGKILL, SIGPIPE, SIGWINCH = 1, 9, 13, 28  # <signal.h>
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
-CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000  # <linux/sched.h>
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80  # <linux/sched.h>
+OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
 
 
-C_LIBRARY = {}  # what system_call() has made of it
+def read_file(path: str) -> str:
+    """A small file of the kernel's, without the white space around it.  Raise OSError."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read().strip()
 
 
-def system_call(name, *args):
-    """A function of the C library that takes numbers, as long, and strings, and returns an int; raises OSError."""
-    import _ctypes  # ctypes adds to it what takes seven times as long to import
-
-    if not C_LIBRARY:
-
-        class Int(_ctypes._SimpleCData):
-            _type_ = "i"
-
-        class Long(_ctypes._SimpleCData):
-            _type_ = "l"
-
-        class Function(_ctypes.CFuncPtr):
-            _flags_, _restype_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, Int
-
-        C_LIBRARY.update(long=Long, function=Function, handle=_ctypes.dlopen(None, 0))
-    function = C_LIBRARY["function"](_ctypes.dlsym(C_LIBRARY["handle"], name))
-    args = [C_LIBRARY["long"](arg) if isinstance(arg, int) else arg and os.fsencode(arg) for arg in args]
-    result = function(*args)
-    if result < 0:
-        number = _ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
+def write_file(path: str, value: str | int) -> None:
+    """Raise OSError."""
+    with open(path, "w", encoding="ascii") as file:
+        file.write(str(value))
 
 
-def default_signals():
+def boot_id() -> str:
+    """What tells this boot of the host from all others: pids, domids and what has them begin anew with it."""
+    return read_file("/proc/sys/kernel/random/boot_id")
+
+
+def default_signals() -> None:
     """Python ignores SIGPIPE, and so would a program that it executes."""
-    import _signal  # signal adds enums to it, which take longer than all else that a child does
+    signal = import_signal()
+    signal.signal(SIGPIPE, signal.SIG_DFL)
 
-    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
+
+def take_ordinary_score() -> None:
+    """Let the kernel end us and what we start like anything else when memory is short: engines have themselves spared,
+    and what unpacks an image or serves a guest must not be."""
+    path = "/proc/self/oom_score_adj"
+    try:
+        if int(read_file(path)) < 0:
+            write_file(path, 0)
+    except OSError:
+        pass  # where there is no /proc
 
 
-def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces=()):
-    """Runs a program to its end or its timeout, in seconds; returns what went wrong, or "", its stdout and its stderr.
+def run_program(
+    argv: list[str], path: str, env: dict[str, str], stdin: bytes, timeout: float | None = None,
+    folder: str | None = None, namespaces: Sequence[str] = (),
+) -> tuple[str, bytes, bytes]:  # fmt: skip
+    """Run a program to its end or its timeout, in seconds.  Return what went wrong, or "", its stdout and its stderr.
 
-    env: a dict, all that it gets.  folder: its working directory, if that is there.  namespaces: paths of those that it
-    joins.
+    env: all that it gets.  folder: its working directory, if that is there.  namespaces: paths of those that it joins.
     """
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
     os.write(files[0], stdin)
@@ -1482,45 +411,17 @@ def run_program(argv, path, env, stdin, timeout=None, folder=None, namespaces=()
     if pid == 0:
         execute_program(argv, path, env, files, folder, namespaces)
     ended, status = reap(pid, timeout, os.killpg)
-    outputs = [os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:]]
+    stdout, stderr = (os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:])
     for fd in files:
         os.close(fd)
     reason = f"signal {-status}" if status < 0 else f"exit status {status}" if status else ""
-    return (reason if ended else f"ran past its time of {timeout} s", *outputs)
+    return (reason if ended else f"ran past its time of {timeout} s"), stdout, stderr
 
 
-OUTPUT_MAX = 1 << 20  # bytes
-
-
-def reap(pid, timeout, kill):
-    """Waits for a child, and kills it after a timeout, in seconds; returns whether it has ended by itself, and its exit
-    status, below 0 for a signal."""
-    import select
-
-    pidfd = os.pidfd_open(pid)
-    ended = bool(select.select([pidfd], [], [], timeout)[0])
-    os.close(pidfd)
-    if not ended:
-        kill(pid, SIGKILL)
-    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def take_ordinary_score():
-    """Lets the kernel end us and what we start like anything else when memory is short: engines have themselves
-    spared, and what unpacks an image or serves a guest must not be."""
-    path = "/proc/self/oom_score_adj"
-    try:
-        with open(path, encoding="ascii") as file:
-            score = int(file.read())
-        if score < 0:
-            with open(path, "w", encoding="ascii") as file:
-                file.write("0")
-    except OSError:
-        pass  # where there is no /proc
-
-
-def execute_program(argv, path, env, files, folder, namespaces):
-    """The program's side of the fork; never returns."""
+def execute_program(
+    argv: list[str], path: str, env: dict[str, str], files: list[int], folder: str | None, namespaces: Sequence[str]
+) -> NoReturn:
+    """The program's side of the fork."""
     try:
         os.setsid()  # a group of its own, to be killed with its children
         for target, source in enumerate(files):
@@ -1536,6 +437,64 @@ def execute_program(argv, path, env, files, folder, namespaces):
     os._exit(127)
 
 
+def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
+    """Wait for a child, and kill it after a timeout, in seconds.  Return whether it has ended by itself, and its exit
+    status, below 0 for a signal."""
+    pidfd = os.pidfd_open(pid)
+    ended = bool(select.select([pidfd], [], [], timeout)[0])
+    os.close(pidfd)
+    if not ended:
+        kill(pid, SIGKILL)
+    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def process_start_time(pid: int) -> int | None:
+    """Clock ticks since boot at which process pid was started, None if it has ended: proc(5) /proc/pid/stat."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def end_process(pid: int, start_time: int, timeout: float) -> None:
+    """Wait for the end of a process, and kill it if that does not come in time, in seconds."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return  # it has ended, and the number may be a thread's
+    try:
+        if process_start_time(pid) == start_time and not select.select([pidfd], [], [], timeout)[0]:
+            os.kill(pid, SIGKILL)
+            select.select([pidfd], [], [], timeout)
+    finally:
+        os.close(pidfd)
+
+
+def close_other_descriptors(keep: set[int | None]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the one that listdir had open
+
+
+def close_standard(fd: int) -> None:
+    """Close one of 0, 1, 2, so that the other end sees it, and keep the number taken."""
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def read_all(fd: int) -> bytes:
+    data = b""
+    while chunk := os.read(fd, 65536):
+        data += chunk
+    return data
+
+
 # ==== xenstore ===========================================================================================
 # A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
 
@@ -1545,12 +504,13 @@ XS_WRITE, XS_RM, XS_SET_PERMS, XS_WATCH_EVENT, XS_ERROR = 11, 13, 14, 15, 16
 XS_HEADER = "<IIII"  # type, req_id, tx_id, length of the payload
 XENSTORED_SOCKET = "/run/xenstored/socket"
 XENBUS_DEVICE = "/dev/xen/xenbus"  # the way where xenstored is a VM of its own
+TRANSACTION_ATTEMPTS = 100  # a guest that makes changes without end is refused in the end
 
 
 class XenstoreError(Error):
     """xenstored's refusal; code is its name, such as ENOENT."""
 
-    def __init__(self, operation, path, code):
+    def __init__(self, operation: str, path: str, code: str) -> None:
         super().__init__(f"cannot {operation} {path} in xenstore: {code}")
         self.code = code
 
@@ -1558,11 +518,10 @@ class XenstoreError(Error):
 class Xenstore:
     """A connection.  Watch events that come between request and reply wait in `events`."""
 
-    def __init__(self):
-        import _socket  # socket adds enums and selectors to it, which take longer to import than this takes
-
+    def __init__(self) -> None:
+        socket = import_socket()
         try:
-            self.socket = _socket.socket(_socket.AF_UNIX)
+            self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(XENSTORED_SOCKET)
             self.fd = self.socket.fileno()
         except OSError:
@@ -1570,20 +529,16 @@ class Xenstore:
                 self.fd = os.open(XENBUS_DEVICE, os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
                 raise Error(f"cannot connect to xenstored ({error.strerror}): is this a Xen dom0?") from None
-        self.events = []
+        self.events: list[bytes] = []
 
-    def request(self, kind, operation, path, payload, transaction=0):
+    def request(self, kind: int, operation: str, path: str, payload: bytes, transaction: int = 0) -> bytes:
         return self.exchange([(kind, operation, path, payload)], transaction)[0]
 
-    def exchange(self, requests, transaction=0):
-        """Sends requests (type, operation, path, payload) one behind the other, and then takes their replies, which
-        are returned: a round trip for all.  Raises the first XenstoreError among them."""
-        import struct
-
+    def exchange(self, requests: list[tuple[int, str, str, bytes]], transaction: int = 0) -> list[bytes]:
+        """Send requests (type, operation, path, payload) one behind the other, and then take their replies, which are
+        returned: a round trip for all.  Raise the first XenstoreError among them."""
         for kind, _, _, payload in requests:  # a write each: /dev/xen/xenbus takes no more at once
-            message = struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload
-            while message:
-                message = message[os.write(self.fd, message) :]
+            self._send(struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload)
         replies, failure = [], None
         for _, operation, path, _ in requests:
             reply, body = self._receive()
@@ -1598,22 +553,30 @@ class Xenstore:
             raise failure
         return replies
 
-    def _receive(self):
-        import struct
+    def _send(self, message: bytes) -> None:
+        try:
+            while message:
+                message = message[os.write(self.fd, message) :]
+        except OSError as error:
+            raise Error(f"cannot write to xenstored: {error.strerror}") from None
 
+    def _receive(self) -> tuple[int, bytes]:
         kind, _, _, length = struct.unpack(XS_HEADER, self._receive_exactly(16))
         return kind, self._receive_exactly(length)
 
-    def _receive_exactly(self, length):
+    def _receive_exactly(self, length: int) -> bytes:
         data = b""
         while len(data) < length:
-            chunk = os.read(self.fd, length - len(data))
+            try:
+                chunk = os.read(self.fd, length - len(data))
+            except OSError as error:
+                raise Error(f"cannot read from xenstored: {error.strerror}") from None
             if not chunk:
                 raise Error("xenstored has closed the connection")
             data += chunk
         return data
 
-    def read(self, path, default=None, transaction=0):
+    def read(self, path: str, default: str = "", transaction: int = 0) -> str:
         """The value as text (never trusted, so undecodable bytes are replaced); default where there is no node."""
         try:
             body = self.request(XS_READ, "read", path, path.encode() + b"\0", transaction)
@@ -1623,20 +586,10 @@ class Xenstore:
                 return default
             raise
 
-    def list(self, path, transaction=0):
-        """Names of the nodes below path, [] where there is none."""
-        try:
-            body = self.request(XS_DIRECTORY, "list", path, path.encode() + b"\0", transaction)
-        except XenstoreError as error:
-            if error.code == "ENOENT":
-                return []
-            raise
-        return [name.decode("ascii", "replace") for name in body.split(b"\0") if name]
-
-    def write(self, path, value, transaction=0):
+    def write(self, path: str, value: str, transaction: int = 0) -> None:
         self.write_all([(path, value)], transaction)
 
-    def write_all(self, steps, transaction=0):
+    def write_all(self, steps: Iterable[tuple[str, str | tuple[str, ...]]], transaction: int = 0) -> None:
         """Each step is (path, value), which makes a node with its parent's permissions, or (path, permissions) of a
         node, such as ("n0", "r5"): xenstore.txt "Permissions"."""
         requests = []
@@ -1648,20 +601,20 @@ class Xenstore:
                 requests.append((XS_SET_PERMS, "set the permissions of", path, listed.encode()))
         self.exchange(requests, transaction)
 
-    def remove(self, path, transaction=0):
-        """Removes path and all below it; no error where there is none."""
+    def remove(self, path: str, transaction: int = 0) -> None:
+        """Remove path and all below it; no error where there is none."""
         try:
             self.request(XS_RM, "remove", path, path.encode() + b"\0", transaction)
         except XenstoreError as error:
             if error.code != "ENOENT":
                 raise
 
-    def watch(self, *watches):
+    def watch(self, *watches: tuple[str, str]) -> None:
         """watches: (path, token)."""
         self.exchange([(XS_WATCH, "watch", path, f"{path}\0{token}\0".encode()) for path, token in watches])
 
-    def take_events(self):
-        """The tokens of the watches that have fired, each once; blocks if there is none yet."""
+    def take_events(self) -> list[str]:
+        """The tokens of the watches that have fired, each once; block if there is none yet."""
         while not self.events:
             kind, body = self._receive()
             if kind == XS_WATCH_EVENT:
@@ -1669,10 +622,9 @@ class Xenstore:
         events, self.events = self.events, []
         return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
 
-    def transaction(self, work):
-        """Runs work(transaction id), again if somebody else's change came between; a guest that makes changes
-        without end is refused in the end."""
-        for attempt in range(100):
+    def transaction(self, work: Callable[[int], Any]) -> None:
+        """Run work(transaction id), again if somebody else's change came between."""
+        for attempt in range(1, TRANSACTION_ATTEMPTS + 1):
             number = int(self.request(XS_TRANSACTION_START, "start a transaction", "", b"\0").rstrip(b"\0"))
             try:
                 work(number)
@@ -1683,44 +635,50 @@ class Xenstore:
                 self.request(XS_TRANSACTION_END, "end a transaction", "", b"T\0", number)
                 return
             except XenstoreError as error:
-                if error.code != "EAGAIN" or attempt == 99:
+                if error.code != "EAGAIN" or attempt == TRANSACTION_ATTEMPTS:
                     raise
 
+    def list(self, path: str, transaction: int = 0) -> list[str]:
+        """Names of the nodes below path, [] where there is none."""
+        try:
+            body = self.request(XS_DIRECTORY, "list", path, path.encode() + b"\0", transaction)
+        except XenstoreError as error:
+            if error.code == "ENOENT":
+                return []
+            raise
+        return [name.decode("ascii", "replace") for name in body.split(b"\0") if name]
 
-def find_domain(xenstore, uuid):
-    """The domid of the domain with this uuid, or None."""
-    for domid in reversed(xenstore.list("/local/domain")):
-        if xenstore.read(f"/local/domain/{domid}/vm") == f"/vm/{uuid}":
-            return int(domid)
-    return None
 
-
-# ==== xl =================================================================================================
-# The only place where xl is called, and where its configuration grammar (libxlu) is written.
+# ==== domain and xl ======================================================================================
+# A VM as dom0 has it.  The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
 LOOK_TIME_LIMIT = 5  # seconds that a monitor waits for another's look at all domains
 XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself, such as a QEMU, has less
 # bytes of memory that xl has to unpack a kernel, and QEMU for all that a guest asks it for: 128 requests at once are
 # 128 MiB of coroutines and 64 threads.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
 XL_DATA, XL_STACK = 384 << 20, 1 << 20
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+MOST_REQUESTS = 150
+LOG_FOLDER = "/var/log/xen"  # where xl and QEMU write
 
 
-def xl(*args, data_limit=None):
-    """Runs xl; returns (exit status, its stdout and stderr as text).
+def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
+    """Run xl.  Return its exit status, and its stdout and stderr as text.
 
     data_limit: bytes of memory that xl, and each program that it starts, may have; and xl does not outlive a caller
     that is killed.
     """
     take_ordinary_score()
+    argv = ["xl", *map(str, args)]
     null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
     environment = {**os.environ, "PATH": PATH}
     try:
         if data_limit:
-            pid = spawn_tied(find_xl(), ["xl", *args], environment, actions, data_limit)
+            pid = spawn_tied(find_xl(), argv, environment, actions, data_limit)
         else:
             # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
-            pid = os.posix_spawn(find_xl(), ["xl", *args], environment, file_actions=actions, setsigdef=[13])
+            pid = os.posix_spawn(find_xl(), argv, environment, file_actions=actions, setsigdef=[SIGPIPE])
         ended, status = reap(pid, XL_TIME_LIMIT, os.kill)
         text = os.pread(output, 1 << 16, 0).decode("utf-8", "replace")
         return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
@@ -1729,15 +687,17 @@ def xl(*args, data_limit=None):
         os.close(output)
 
 
-def spawn_tied(path, argv, environment, actions, data_limit):
-    """posix_spawn(3) of a process that gets SIGKILL when we die (prctl(2), PR_SET_PDEATHSIG)."""
+def spawn_tied(
+    path: str, argv: list[str], environment: dict[str, str], actions: list[tuple[int, int, int]], data_limit: int
+) -> int:
+    """posix_spawn(3) of a process that gets SIGKILL when we die."""
     import resource
 
     parent, pid = os.getpid(), os.fork()
     if pid:
         return pid
     try:
-        system_call("prctl", 1, SIGKILL)
+        system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
         if os.getppid() == parent:
             for _, source, target in actions:
                 os.dup2(source, target)
@@ -1750,10 +710,10 @@ def spawn_tied(path, argv, environment, actions, data_limit):
     os._exit(127)
 
 
-def find_xl():
+def find_xl() -> str:
     """The path of xl.  On Debian the one in PATH is a script that starts that of the running Xen: we do it as well."""
     try:
-        version = ".".join(open(f"/sys/hypervisor/version/{part}").read().strip() for part in ("major", "minor"))
+        version = ".".join(read_file(f"/sys/hypervisor/version/{part}") for part in ("major", "minor"))
     except OSError:
         version = "?"
     for folder in (f"/usr/lib/xen-{version}/bin", *PATH.split(":")):
@@ -1763,7 +723,7 @@ def find_xl():
     raise Error("cannot find xl: install the Xen tools (Debian: xen-utils), runX drives Xen with it")
 
 
-def xl_errors(output):
+def xl_errors(output: str) -> str:
     """The sentences of libxl's messages, without the source positions that it puts before them."""
     import re
 
@@ -1772,7 +732,7 @@ def xl_errors(output):
     return "; ".join(dict.fromkeys(filter(None, sentences))) or "xl gave no reason"
 
 
-def quote(text):
+def quote(text: str) -> str:
     """A string of xl.cfg: libxlu_cfg_l.l knows these escapes and no numeric ones."""
     if "\0" in text:
         raise Error("a string for xl must not hold a NUL")
@@ -1781,8 +741,7 @@ def quote(text):
     return f'"{text}"'
 
 
-def xl_config(settings):
-    """settings: key → str, int or list of str."""
+def xl_config(settings: dict[str, str | int | list[str]]) -> str:
     lines = []
     for key, value in settings.items():
         if isinstance(value, list):
@@ -1792,19 +751,7 @@ def xl_config(settings):
     return "\n".join(lines) + "\n"
 
 
-def create_domain(path, memory):
-    """`xl create` of a paused domain, with no xl left behind.  memory: MiB that the VM may get."""
-    # beside what it has of its own, libxc has a few bytes for each page of the VM
-    status, output = xl("create", "-e", "-p", "-q", path, data_limit=XL_DATA + (memory << 20 >> 6))
-    if status == 0:
-        return
-    free = xl_info("free_memory")
-    if free.isdigit() and int(free) < memory:
-        raise Error(f"Xen has not enough memory for a VM of {memory} MiB: {free} MiB are free")
-    raise Error(f"xl create failed: {xl_errors(output)}")
-
-
-def xl_info(key):
+def xl_info(key: str) -> str:
     for line in xl("info")[1].splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
@@ -1812,16 +759,26 @@ def xl_info(key):
     return ""
 
 
-def host_processors():
+def host_processors() -> int:
     """How many the host has: dom0 may see fewer, and only on x86 its kernel knows of all."""
     folder = "/sys/devices/system/xen_cpu"
-    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    names = os.listdir(folder) if os.path.isdir(folder) else []
     return sum(name.startswith("xen_cpu") for name in names) or int(xl_info("nr_cpus") or 1)
 
 
-def change_domain(*args):
+def host_guest_type() -> str:
+    """PVH where the hypervisor can run it: it needs hardware support, PV does not; on Arm there is only PVH."""
+    if os.uname().machine not in ("x86_64", "i686"):
+        return "pvh"
+    try:
+        return "pvh" if "hvm-3.0-x86_64" in read_file("/sys/hypervisor/properties/capabilities") else "pv"
+    except OSError:
+        return "pv"
+
+
+def change_domain(*args: str | int) -> None:
     """An xl command that changes a domain.  Some exit with 0 whatever happens, and only their messages tell."""
-    status, output = xl(*map(str, args))
+    status, output = xl(*args)
     if status != 0 or output.strip():
         raise Error(f"xl {args[0]} failed: {xl_errors(output)}")
 
@@ -1833,33 +790,23 @@ class Listing(Record):
     state: str  # such as "r-----"; the 4th is s once it is shut down, the 5th why, the 6th d while it is destroyed
     time: float  # seconds of processor time, in tenths
 
-    def end(self):
+    def end(self) -> str:
         """How the domain ended: a letter, or "" while it lives."""
         return "gone" if self.state[5] == "d" else self.state[4] if self.state[3] == "s" else ""
 
+    def is_paused(self) -> bool:
+        return self.state[2] == "p"
 
-def parse_listing(line):
-    """(domid, Listing) of a line of `xl list`; ValueError if it is none."""
+
+def parse_listing(line: str) -> tuple[int, Listing]:
+    """The domid and Listing of a line of `xl list`.  Raise ValueError if it is none."""
     domid, memory, _, state, seconds = line.rsplit(None, 5)[-5:]
     if len(state) < 6:
         raise ValueError(line)
     return int(domid), Listing(memory=int(memory), state=state, time=float(seconds))
 
 
-def list_domain(domid):
-    """The domain's Listing, or None if there is none.  Raises Error if xl cannot tell."""
-    status, output = xl("list", str(domid))
-    if status != 0:
-        if "does not exist" in output:
-            return None
-        raise Error(f"xl list failed: {xl_errors(output)}")
-    try:
-        return parse_listing(output.splitlines()[-1])[1]
-    except (ValueError, IndexError):
-        raise Error(f"cannot understand xl list: {output}") from None
-
-
-def list_living():
+def list_living() -> list[int]:
     """The domids of all domains that have not ended; without those whose lines cannot be understood."""
     living = []
     for line in xl("list")[1].splitlines():
@@ -1872,14 +819,117 @@ def list_living():
     return living
 
 
-def seen_alive(domid):
+class Domain:
+    """A VM: its number, and the uuid that tells it from another one that has got the number since."""
+
+    def __init__(self, xenstore: Xenstore, domid: int, uuid: str) -> None:
+        self.xenstore, self.domid, self.uuid = xenstore, domid, uuid
+        self.path = f"/local/domain/{domid}"
+
+    def check(self, transaction: int = 0) -> None:
+        """Raise NotRunning unless it is there: a write below one that is gone would make its folder anew, for ever."""
+        if self.xenstore.read(f"{self.path}/vm", transaction=transaction) != f"/vm/{self.uuid}":
+            raise NotRunning()
+
+    def told(self, node: str) -> str:
+        """What the guest has written below data/, "" if nothing."""
+        return self.xenstore.read(f"{self.path}/data/{node}")
+
+    def listing(self) -> Listing | None:
+        """None if there is none.  Raise Error if xl cannot tell."""
+        status, output = xl("list", self.domid)
+        if status != 0:
+            if "does not exist" in output:
+                return None
+            raise Error(f"xl list failed: {xl_errors(output)}")
+        try:
+            return parse_listing(output.splitlines()[-1])[1]
+        except (ValueError, IndexError):
+            raise Error(f"cannot understand xl list: {output}") from None
+
+    def end(self) -> str:
+        """How it ended: a letter of its Listing, "gone", or "" while it lives."""
+        listing = self.listing()
+        return listing.end() if listing else "gone"
+
+    def destroy(self) -> None:
+        """Destroy it and what xl started for it; no error if it is gone already."""
+        status, output = xl("destroy", self.domid)
+        if status != 0 and self.end() != "gone":
+            raise Error(f"xl destroy failed: {xl_errors(output)}")
+
+    def shut_down(self) -> None:
+        """Ask a VM that boots a system of its own to power off, as `xl shutdown` does."""
+
+        def write(transaction: int) -> None:
+            self.check(transaction)
+            self.xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
+
+        self.xenstore.transaction(write)
+
+    def request(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
+        """Queue what the guest's init is asked for, and ring; one that is not ready yet looks at the queue by itself.
+
+        request: "kill N", "killall N", "look" or "cpus", see initrd/poweroff.  key: of two requests with one key the
+        guest gets the last.  data: nodes to be written with it, below data/.
+        """
+        xenstore, queue = self.xenstore, f"{self.path}/data/request"
+
+        def write(transaction: int) -> None:
+            self.check(transaction)
+            for name, value in (data or {}).items():
+                xenstore.write(f"{self.path}/data/{name}", value, transaction)
+            # one reply must hold all their names, or the guest cannot list them any more (XENSTORE_PAYLOAD_MAX)
+            if len(xenstore.list(queue, transaction)) >= MOST_REQUESTS:
+                raise Error("the container's VM does not take its signals: kill it with SIGKILL")
+            xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request, transaction)
+            if xenstore.read(f"{self.path}/data/ready", transaction=transaction):
+                xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
+
+        xenstore.transaction(write)
+
+
+def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int) -> Domain:
+    """`xl create` of a paused domain, with no xl left behind.  path: of its settings, with that uuid.  memory: MiB that
+    the VM may get."""
+    # beside what it has of its own, libxc has a few bytes for each page of the VM
+    status, output = xl("create", "-e", "-p", "-q", path, data_limit=XL_DATA + (memory << 20 >> 6))
+    if status == 0:
+        domain = find_domain(xenstore, uuid)
+        if not domain:
+            raise Error(f"xl create made no domain with the uuid {uuid}")
+        return domain
+    free = xl_info("free_memory")
+    if free.isdigit() and int(free) < memory:
+        raise Error(f"Xen has not enough memory for a VM of {memory} MiB: {free} MiB are free")
+    raise Error(f"xl create failed: {xl_errors(output)}")
+
+
+def find_domain(xenstore: Xenstore, uuid: str) -> Domain | None:
+    for domid in reversed(xenstore.list("/local/domain")):
+        if xenstore.read(f"/local/domain/{domid}/vm") == f"/vm/{uuid}":
+            return Domain(xenstore, int(domid), uuid)
+    return None
+
+
+def find_half_built(xenstore: Xenstore, uuid: str) -> Domain | None:
+    """As find_domain(), by the hypervisor's own word: xenstore may not have it yet."""
+    status, output = xl("vm-list")
+    if status != 0:
+        raise Error(f"xl vm-list failed: {xl_errors(output)}")
+    for line in output.splitlines():
+        words = line.split()
+        if words and words[0] == uuid:
+            return Domain(xenstore, int(words[1]), uuid)
+    return None
+
+
+def seen_alive(domid: int) -> bool:
     """Whether a look at all domains that began after this call finds this one alive; False also if nobody could look.
 
     The end of any domain wakes every monitor: the first one looks for all that wait, so that xl is started once or
     twice and not as often as there are containers.
     """
-    import fcntl
-
     called = time.monotonic()
     try:
         fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # who can read it can lock it
@@ -1898,7 +948,7 @@ def seen_alive(domid):
     return False
 
 
-def last_look(fd, earliest):
+def last_look(fd: int, earliest: float) -> list[int]:
     """The domids of the last look, if it began after that time; [] if it did not, or the file is not understood."""
     try:
         began, *living = os.pread(fd, 1 << 16, 0).decode("ascii").split()
@@ -1907,7 +957,7 @@ def last_look(fd, earliest):
         return []
 
 
-def look(fd):
+def look(fd: int) -> list[int]:
     began, living = time.monotonic(), list_living()
     try:
         os.ftruncate(fd, 0)
@@ -1917,44 +967,84 @@ def look(fd):
     return living
 
 
-def domain_end(domid):
-    """How the domain ended: a letter of its Listing, "gone", or "" while it lives."""
-    listing = list_domain(domid)
-    return listing.end() if listing else "gone"
+def remove_logs(name: str) -> None:
+    """Remove what xl and QEMU have written of the domain of that name."""
+    for file in os.listdir(LOG_FOLDER) if os.path.isdir(LOG_FOLDER) else ():
+        if f"-{name}.log" in file:
+            os.unlink(os.path.join(LOG_FOLDER, file))
 
 
-def destroy_domain(domid):
-    """Destroys a domain and what xl started for it; no error if it is gone already."""
-    status, output = xl("destroy", str(domid))
-    if status != 0 and domain_end(domid) != "gone":
-        raise Error(f"xl destroy failed: {xl_errors(output)}")
+def new_uuid() -> str:
+    """A random uuid (RFC 4122, version 4) as text."""
+    number = bytearray(os.urandom(16))
+    number[6], number[8] = number[6] & 0x0F | 0x40, number[8] & 0x3F | 0x80
+    digits = number.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def find_half_built(uuid):
-    """The domid of the domain with this uuid, or None, by the hypervisor's own word: xenstore may not have it yet."""
-    status, output = xl("vm-list")
-    if status != 0:
-        raise Error(f"xl vm-list failed: {xl_errors(output)}")
-    for line in output.splitlines():
-        words = line.split()
-        if words and words[0] == uuid:
-            return int(words[1])
-    return None
+# ==== devices ============================================================================================
+# What a VM has of dom0: a frontend and a backend that find one another in xenstore (xen/include/public/io/xenbus.h),
+# announced without xl.  Disks and network interfaces have backends in dom0's kernel, and `start` announces them; that
+# of a console is here, and the monitor announces it.
+
+XENBUS_INITIALISING, XENBUS_INITIALISED, XENBUS_CONNECTED, XENBUS_CLOSING, XENBUS_CLOSED = "1", "3", "4", "5", "6"
 
 
-def host_guest_type():
-    """PVH where the hypervisor can run it: it needs hardware support, PV does not; on Arm there is only PVH."""
-    if os.uname().machine not in ("x86_64", "i686"):
-        return "pvh"
-    try:
-        with open("/sys/hypervisor/properties/capabilities", encoding="utf-8") as file:
-            return "pvh" if "hvm-3.0-x86_64" in file.read() else "pv"
-    except OSError:
-        return "pv"
+class Device:
+    """Device `number` of a kind ("console", "vif", "vbd", "9pfs") of a domain."""
+
+    def __init__(self, domain: Domain, kind: str, number: int) -> None:
+        self.domain, self.xenstore, self.kind, self.number = domain, domain.xenstore, kind, number
+        self.frontend = f"{domain.path}/device/{kind}/{number}"
+        self.backends = f"/local/domain/0/backend/{kind}"
+        self.backend = f"{self.backends}/{domain.domid}/{number}"
+        self.listed = f"/libxl/{domain.domid}/device/{kind}/{number}"
+
+    def announce(
+        self, backend: dict[str, str], frontend: dict[str, str], transaction: int, listed: bool = True
+    ) -> None:
+        """Write both ends into xenstore, with these keys for each.  listed: xl knows it too.
+
+        In one transaction: the guest must see them whole, with their permissions, or not at all.
+        """
+        domid, state = self.domain.domid, XENBUS_INITIALISING
+        ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
+        back = {"frontend": self.frontend, "frontend-id": str(domid), "online": "1", "state": state, **backend}
+        front = {"backend": self.backend, "backend-id": "0", **frontend, "state": state}
+        steps: list[tuple[str, str | tuple[str, ...]]] = [(self.backend, ""), (self.backend, ours)]
+        steps += [(f"{self.backend}/{key}", value) for key, value in back.items()]
+        # what the guest is told is not the guest's to change, though it adds more there
+        steps += [(self.frontend, ""), (self.frontend, ours)]
+        steps += [(f"{self.frontend}/{key}", value) for key, value in front.items()]
+        steps += [(f"{self.frontend}/state", theirs), (self.frontend, theirs)]
+        if listed:
+            steps += [(f"{self.listed}/{key}", value) for key, value in {**back, "backend": self.backend}.items()]
+        self.xenstore.write_all(steps, transaction)
+
+    def unlist(self) -> None:
+        """xl knows it no more.  For each device that it knows, `xl destroy` may wait seconds."""
+        self.xenstore.remove(self.listed)
+
+    def withdraw(self) -> None:
+        """Take the backend out of xenstore, and the folders above once nothing else is in them."""
+        self.unlist()
+        self.xenstore.remove(f"/local/domain/0/error/backend/{self.kind}/{self.domain.domid}")
+
+        def remove(transaction: int) -> None:
+            self.xenstore.remove(self.backend, transaction)
+            for folder in (f"{self.backends}/{self.domain.domid}", self.backends):
+                if not self.xenstore.list(folder, transaction):
+                    self.xenstore.remove(folder, transaction)
+
+        self.xenstore.transaction(remove)
+
+    def forget(self) -> None:
+        """Withdraw it from a VM that has never run, and so never seen it."""
+        self.withdraw()
+        self.xenstore.remove(self.frontend)
 
 
-# ==== PV console =========================================================================================
-# The backend of a console (xen/include/public/io/console.h): one shared page, granted by the guest.
+# ---- the backend of a console (xen/include/public/io/console.h): one shared page, granted by the guest
 #
 #     0 ..1023   in    host → guest       3072 in_cons   3076 in_prod    indexes run freely modulo 2^32;
 #     1024..3071 out   guest → host       3080 out_cons  3084 out_prod   prod - cons bytes wait in the ring
@@ -1962,8 +1052,8 @@ def host_guest_type():
 # The page stays mapped, and so readable, when the domain has ended: the last output is never lost.
 
 CONSOLE_IN, CONSOLE_OUT = 1024, 2048  # bytes
+EVENT_CHANNELS = "/dev/xen/evtchn"
 CONSOLE_DELAY = 0.1  # seconds that xenconsoled has for what a VM has written last
-XENBUS_INITIALISED, XENBUS_CONNECTED, XENBUS_CLOSING, XENBUS_CLOSED = "3", "4", "5", "6"
 # <xen/gntdev.h>, <xen/evtchn.h>: _IOC(_IOC_NONE, letter, number, size)
 IOCTL_GNTDEV_MAP_GRANT_REF = (24 << 16) | (ord("G") << 8) | 0
 IOCTL_EVTCHN_BIND_INTERDOMAIN = (8 << 16) | (ord("E") << 8) | 1
@@ -1971,100 +1061,100 @@ IOCTL_EVTCHN_NOTIFY = (4 << 16) | (ord("E") << 8) | 4
 
 
 class EventChannels:
-    """/dev/xen/evtchn: readable when one of the bound channels has fired."""
+    """Readable when one of the bound channels has fired."""
 
-    def __init__(self):
-        self.fd = os.open("/dev/xen/evtchn", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    def __init__(self) -> None:
+        try:
+            self.fd = os.open(EVENT_CHANNELS, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            reason = f"{error.strerror}; is dom0's module xen-evtchn loaded?"
+            raise Error(f"cannot open {EVENT_CHANNELS}: {reason}") from None
 
-    def bind(self, domid, port):
-        """Returns our number for the guest's channel port."""
-        import fcntl
-        import struct
-
+    def bind(self, domid: int, port: int) -> int:
+        """Return our number for the guest's channel port.  Raise OSError."""
         request = bytearray(struct.pack("=II", domid, port))  # for bytes, ioctl would not return the number
-        return fcntl.ioctl(self.fd, IOCTL_EVTCHN_BIND_INTERDOMAIN, request)
+        return int(fcntl.ioctl(self.fd, IOCTL_EVTCHN_BIND_INTERDOMAIN, request))
 
-    def notify(self, port):
-        import fcntl
-        import struct
-
+    def notify(self, port: int) -> None:
         fcntl.ioctl(self.fd, IOCTL_EVTCHN_NOTIFY, struct.pack("=I", port))
 
-    def acknowledge(self):
-        """Takes what has fired, and lets it fire again: before the rings are looked at, so no event is lost."""
+    def acknowledge(self) -> None:
+        """Take what has fired, and let it fire again: before the rings are looked at, so no event is lost."""
         try:
             os.write(self.fd, os.read(self.fd, 64))
         except BlockingIOError:
             pass
 
 
-def announce_device(xenstore, kind, domid, number, backend, frontend, transaction):
-    """Writes both ends of a new device into xenstore, with more keys for each; returns all of the backend's.
+def map_grant(domid: int, reference: int) -> mmap.mmap:
+    """A page that the guest has granted.  Raise OSError."""
+    import mmap
 
-    In one transaction: the guest must see them whole, with their permissions, or not at all.
+    grants = os.open("/dev/xen/gntdev", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        request = bytearray(struct.pack("=IIQII", 1, 0, 0, domid, reference))
+        fcntl.ioctl(grants, IOCTL_GNTDEV_MAP_GRANT_REF, request)
+        offset = struct.unpack("=IIQII", request)[2]
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(grants, mmap.PAGESIZE, mmap.MAP_SHARED, protection, offset=offset)
+    finally:
+        os.close(grants)
+
+
+class Barrier:
+    """A full memory barrier, as xenconsoled has it (xen_mb()) between the ring's bytes and its indexes.
+
+    Python has none, and the kernel gives none to a system call.  But to give up a lock is a release, and to take it an
+    acquire (POSIX 4.12 "Memory Synchronization"; C's atomics in CPython), and these two stay in this order: what
+    stands before is seen by all before what stands behind.  The other way round they would not do: both sides could
+    move to between them.
     """
-    ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
-    front, back = f"/local/domain/{domid}/device/{kind}/{number}", f"/local/domain/0/backend/{kind}/{domid}/{number}"
-    backend = {"frontend": front, "frontend-id": str(domid), "online": "1", "state": "1", **backend}
-    frontend = {"backend": back, "backend-id": "0", **frontend, "state": "1"}
-    steps = [(back, ""), (back, ours), *((f"{back}/{key}", value) for key, value in backend.items())]
-    # what the guest is told is not the guest's to change, though it adds more there
-    steps += [(front, ""), (front, ours), *((f"{front}/{key}", value) for key, value in frontend.items())]
-    xenstore.write_all([*steps, (f"{front}/state", theirs), (front, theirs)], transaction)
-    return {**backend, "backend": back}
+
+    def __init__(self) -> None:
+        import _thread
+
+        self.lock = _thread.allocate_lock()
+        self.lock.acquire()
+
+    def __call__(self) -> None:
+        self.lock.release()
+        self.lock.acquire()
 
 
-def announce_listed(xenstore, kind, domid, number, *ends, transaction):
-    """announce_device(), and xl lists it too."""
-    listed = announce_device(xenstore, kind, domid, number, *ends, transaction)
-    node = f"/libxl/{domid}/device/{kind}/{number}"
-    xenstore.write_all([(f"{node}/{key}", value) for key, value in listed.items()], transaction)
-
-
-class Console:
+class Console(Device):
     """Console `number` of a domain: /dev/hvc<number> in the guest."""
 
-    def __init__(self, xenstore, channels, domid, number):
-        self.xenstore, self.channels, self.domid, self.number = xenstore, channels, domid, number
-        self.frontend = f"/local/domain/{domid}/device/console/{number}"
-        self.backend = f"/local/domain/0/backend/console/{domid}/{number}"
-        self.page = None
+    def __init__(self, domain: Domain, number: int, channels: EventChannels) -> None:
+        super().__init__(domain, "console", number)
+        self.channels, self.barrier = channels, Barrier()
+        self.page: memoryview | None = None
 
-    def announce(self, transaction):
+    def introduce(self, transaction: int) -> None:
         # a type of our own, so that neither QEMU ("ioemu") nor xenconsoled takes it
-        frontend = {"type": "runx", "limit": "0"}
-        announce_device(self.xenstore, "console", self.domid, self.number, {}, frontend, transaction)
+        self.announce({}, {"type": "runx", "limit": "0"}, transaction, listed=False)
 
-    def follow(self):
-        """Answers a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
-        state = self.xenstore.read(self.frontend + "/state")
+    def follow(self) -> None:
+        """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
+        state = self.xenstore.read(f"{self.frontend}/state")
         if state == XENBUS_INITIALISED and self.page is None:
-            self._connect()
-            self.xenstore.write(self.backend + "/state", XENBUS_CONNECTED)
+            self.connect()
+            self.xenstore.write(f"{self.backend}/state", XENBUS_CONNECTED)
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
-            self.xenstore.write(self.backend + "/state", state)
+            self.xenstore.write(f"{self.backend}/state", state)
 
-    def _connect(self):
-        import fcntl
-        import mmap
-        import struct
-
+    def connect(self) -> None:
+        domid = self.domain.domid
         try:
-            reference = int(self.xenstore.read(self.frontend + "/ring-ref"))
-            port = int(self.xenstore.read(self.frontend + "/port"))
-            grants = os.open("/dev/xen/gntdev", os.O_RDWR | os.O_CLOEXEC)
-            request = bytearray(struct.pack("=IIQII", 1, 0, 0, self.domid, reference))
-            fcntl.ioctl(grants, IOCTL_GNTDEV_MAP_GRANT_REF, request)
-            offset = struct.unpack("=IIQII", request)[2]
-            page = mmap.mmap(grants, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
-            os.close(grants)
-            self.port = self.channels.bind(self.domid, port)
-        except (OSError, ValueError, TypeError, struct.error) as error:
-            raise Error(f"cannot connect to console {self.number} of domain {self.domid}: {error}") from None
-        self.page = memoryview(page)
-        self.indexes = self.page[3072:3088].cast("I")  # in_cons, in_prod, out_cons, out_prod
+            reference = int(self.xenstore.read(f"{self.frontend}/ring-ref"))
+            port = int(self.xenstore.read(f"{self.frontend}/port"))
+            page = memoryview(map_grant(domid, reference))
+            self.port = self.channels.bind(domid, port)
+        except (OSError, ValueError, struct.error) as error:
+            raise Error(f"cannot connect to console {self.number} of domain {domid}: {error}") from None
+        self.page = page
+        self.indexes = page[3072:3088].cast("I")  # in_cons, in_prod, out_cons, out_prod
 
-    def take(self):
+    def take(self) -> bytes:
         """What the guest has written, at most one ring full; b"" if nothing."""
         if self.page is None:
             return b""
@@ -2073,30 +1163,33 @@ class Console:
         if count == 0:
             return b""
         if count > CONSOLE_OUT:  # only a guest that means no good writes such an index
-            raise Error(f"console {self.number} of domain {self.domid}: the ring's indexes are impossible")
-        start = cons % CONSOLE_OUT
-        ring = self.page[1024:3072]
+            raise Error(f"console {self.number} of domain {self.domain.domid}: the ring's indexes are impossible")
+        self.barrier()  # the index is read before what it counts
+        start, ring = cons % CONSOLE_OUT, self.page[CONSOLE_IN : CONSOLE_IN + CONSOLE_OUT]
         data = bytes(ring[start : start + count]) + bytes(ring[: max(0, start + count - CONSOLE_OUT)])
+        self.barrier()  # all is read before the guest may write there again
         self.indexes[2] = prod
         self.channels.notify(self.port)
         return data
 
-    def room(self):
+    def room(self) -> int:
         """How many bytes the guest's side can take now."""
         if self.page is None:
             return 0
         cons, prod = self.indexes[0], self.indexes[1]
         return max(0, CONSOLE_IN - ((prod - cons) & 0xFFFFFFFF))
 
-    def put(self, data):
-        """Writes what fits; returns how many bytes that were."""
+    def put(self, data: bytes) -> int:
+        """Write what fits.  Return how many bytes that were."""
         data = data[: self.room()]
-        if data:
+        if data and self.page is not None:
+            self.barrier()  # the guest has read all that is overwritten
             prod = self.indexes[1]
             start = prod % CONSOLE_IN
             first = min(len(data), CONSOLE_IN - start)
             self.page[start : start + first] = data[:first]
             self.page[0 : len(data) - first] = data[first:]
+            self.barrier()  # what the index counts is there before it
             self.indexes[1] = (prod + len(data)) & 0xFFFFFFFF
             self.channels.notify(self.port)
         return len(data)
@@ -2105,10 +1198,10 @@ class Console:
 class FirstConsole:
     """The VM's first console, of which xenconsoled makes a pty: for a VM that boots a system of its own."""
 
-    def __init__(self, fd):
+    def __init__(self, fd: int) -> None:
         self.fd, self.ended = fd, False
 
-    def take(self):
+    def take(self) -> bytes:
         """What the guest has written, b"" if nothing."""
         try:
             data = os.read(self.fd, CONSOLE_OUT)
@@ -2119,14 +1212,12 @@ class FirstConsole:
         self.ended = not data
         return data
 
-    def waits(self):
+    def waits(self) -> bool:
         """Whether something more comes in time: what the VM has written last may be on its way through xenconsoled."""
-        import select
-
         return not self.ended and bool(select.select([self.fd], [], [], CONSOLE_DELAY)[0])
 
-    def put(self, data):
-        """Writes what fits; returns how many bytes that were."""
+    def put(self, data: bytes) -> int:
+        """Write what fits.  Return how many bytes that were."""
         try:
             return os.write(self.fd, data) if data else 0
         except BlockingIOError:
@@ -2135,23 +1226,1594 @@ class FirstConsole:
             return len(data)  # nobody is there
 
 
-def remove_backends(xenstore, kind, domid, numbers):
-    """Takes backend nodes of a domain out of xenstore, and the folders above once nothing else is in them."""
-    folder = f"/local/domain/0/backend/{kind}"
+# ==== container ==========================================================================================
+# A container is the folder <root>/<id>; the folder is made by create and removed by delete.  state.json is written here
+# only, and flock(2) on the folder keeps operations on one container apart.
 
-    def remove(transaction):
-        for number in numbers:
-            xenstore.remove(f"{folder}/{domid}/{number}", transaction)
-        for empty in (f"{folder}/{domid}", folder):
-            if not xenstore.list(empty, transaction):
-                xenstore.remove(empty, transaction)
-
-    xenstore.transaction(remove)
+STATE_VERSION = 1
+ESSENTIAL = ("status", "bundle", "uuid", "name", "pid", "pid_start_time")  # no state.json is without these
 
 
-# ==== guest ==============================================================================================
-# What runX and the guest's init (initrd/) agree on: /container/config in the ramdisk, and nodes below
-# the domain's data/ in xenstore.  All of it is written before the domain runs, but for requests.
+class State(Record):
+    """What state.json holds: each key with what it is as long as nothing is written, or was by an older runX."""
+
+    version: int = STATE_VERSION
+    status: str = "creating"  # or created, running; what else there is follows from the processes and from Xen
+    paused: bool = False
+    oci_version: str = "1.0.0"
+    bundle: str = ""
+    rootfs: str = ""
+    created: str = ""  # RFC 3339
+    annotations: dict[str, str] = {}
+    hooks: dict[str, Any] = {}  # as in config.json
+    hostname: str = ""  # that a DHCP server is told
+    startable: bool = True  # config.json has a process
+    own_init: bool = False
+    # what is there of it
+    boot: str = ""  # of which boot_id() all of it is
+    pid: int = 0  # the container's: the holder's
+    pid_start_time: int = 0
+    monitor: list[int] = [0, 0]  # pid, start time
+    cgroups: list[list[str]] = []  # [root, path] of each
+    uuid: str = ""  # of the domain
+    name: str = ""
+    domid: int = 0  # 0 until it is built
+    devices: list[list[Any]] = []  # [kind, number] of each that runX has announced
+    joined: list[str] = []  # links in the engine's network namespace that a vif is joined to
+    # what the VM is made from
+    namespace: str | None = None  # path of the engine's network namespace; "": one of its own, None: none
+    networks: list[dict[str, Any]] = []  # an Attachment each
+    rate: str = ""  # of the interfaces in namespace
+    disk: dict[str, Any] | None = None  # a Disk
+    maxmem: int = 0  # MiB
+    maxvcpus: int = 0
+    resources: dict[str, Any] = {}  # linux.resources of config.json, as `update` has changed it
+    base: dict[str, int] = {}  # what Resources has beside these
+    updating: bool = False  # an `update` has begun, and Xen may have anything
+
+    def __init__(self, **fields: Any) -> None:
+        kind = type(self)
+        defaults = {name: getattr(kind, name) for name in kind.__annotations__}
+        super().__init__(**{n: v.copy() if isinstance(v, (dict, list)) else v for n, v in defaults.items()} | fields)
+
+
+class NewerState(Error):
+    """A newer runX has made the container."""
+
+
+def parse_state(text: str) -> State:
+    """The State in state.json.  Raise Error for one of a newer runX, and ValueError where runX cannot have written
+    it."""
+    found = parse_json(text)
+    if not isinstance(found, dict) or not all(key in found for key in ESSENTIAL):
+        raise ValueError("something is missing")
+    version = found.get("version", 0)
+    if version not in range(STATE_VERSION + 1):
+        if isinstance(version, int) and version > 0:
+            raise NewerState(f"its state has version {version}, and this runX knows {STATE_VERSION}: use the newer one")
+        raise ValueError("version")
+    if version == 0:
+        fill_up(found)
+    state = State(**{key: value for key, value in found.items() if key in State.__annotations__})
+    for key, value in state.__dict__.items():
+        kinds = {"namespace": (str, type(None)), "disk": (dict, type(None))}.get(key, (type(getattr(State, key)),))
+        if type(value) not in kinds:
+            raise ValueError(key)
+    numbers = [*state.monitor, *(number for _, number in state.devices)]
+    if state.status not in ("creating", "created", "running") or set(map(type, numbers)) != {int}:
+        raise ValueError("status, monitor or devices")
+    return state
+
+
+STANDARD_DEVICES = [["console", 1], ["console", 2], ["9pfs", 0]]  # which a VM may have from the beginning
+
+
+def fill_up(found: dict[str, Any]) -> None:
+    """Give the state of a runX before 0.2 today's keys, as far as their defaults would not do."""
+    found["oci_version"] = found.pop("ociVersion", State.oci_version)
+    found.setdefault("boot", boot_id())
+    found.setdefault("monitor", [found.get("pid"), found.get("pid_start_time")])
+    found["devices"] = STANDARD_DEVICES + [["vif", number] for number in found.pop("vifs", [])]
+    found["devices"] += [["vbd", number] for number in found.pop("vbds", [])]
+
+
+def check_id(container_id: str) -> str:
+    allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-."
+    if container_id in ("", ".", "..") or len(container_id) > 200 or container_id.strip(allowed):
+        raise Error(f"invalid container ID format: {container_id!r}: use up to 200 of A-Z a-z 0-9 _ + - .")
+    return container_id
+
+
+def told_to_xl(path: str) -> dict[str, str]:
+    """name and uuid of the VM as xl.cfg has them, {} if it has not: for a container whose state is lost."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            settings = dict(line.split(" = ", 1) for line in file if " = " in line)
+        return {key: settings[key].strip().strip('"') for key in ("name", "uuid")}
+    except (OSError, KeyError):
+        return {}
+
+
+class Container:
+    """One container: its folder, its stored state, its lock."""
+
+    def __init__(self, root: str, container_id: str) -> None:
+        self.id = check_id(container_id)
+        self.folder = os.path.join(root, self.id)
+        self.state = State()
+        self.forgiving = False  # a state that cannot be read is an empty one
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def reserve(self) -> None:
+        """Make the folder: the step of which two creates of one id can do only one."""
+        try:
+            os.makedirs(os.path.dirname(self.folder), 0o711, exist_ok=True)
+            os.mkdir(self.folder, 0o700)
+        except FileExistsError:
+            raise Error(f"container with given ID already exists: {self.id}") from None
+        except OSError as error:
+            raise Error(f"cannot make {self.folder}: {error.strerror}") from None
+
+    # ---- state.json
+
+    def load(self) -> Container:
+        path = self.path("state.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                self.state = parse_state(file.read())
+        except (FileNotFoundError, NotADirectoryError):
+            if not os.path.isdir(self.folder):
+                raise NoContainer(self.id) from None
+            self.state = State()  # between its first two steps, or killed there
+        except (NewerState, OSError, ValueError, TypeError) as error:
+            if self.forgiving:
+                self.state = State(**told_to_xl(self.path("xl.cfg")), devices=STANDARD_DEVICES)
+            elif isinstance(error, NewerState):
+                raise Error(f"cannot read {path}: {error}") from None
+            else:
+                remedy = f"remove the container by `runX delete --force {self.id}`"
+                raise Error(f"cannot read {path}, runX has not written it so: {remedy}") from None
+        return self
+
+    def save(self, **changes: Any) -> None:
+        """Store the state with these changes, or leave it as it was.  Raise Error."""
+        path, state = self.path("state.json"), State(**{**self.state.__dict__, **changes})
+        try:
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write(json_text(state.__dict__))
+            os.rename(path + ".new", path)
+        except OSError as error:
+            raise Error(f"cannot write {path}: {error.strerror}") from None
+        self.state = state
+
+    def public_state(self, status: str = "") -> dict[str, Any]:
+        """The state as runtime.md and `runc state` give it.  status: what hooks are told, where it is not that yet."""
+        status, state = status or self.status(), self.state
+        return {
+            "ociVersion": state.oci_version,
+            "id": self.id,
+            "pid": state.pid if status != "stopped" else 0,
+            "status": status,
+            "bundle": state.bundle,
+            "rootfs": state.rootfs,
+            "created": state.created,
+            "annotations": state.annotations,
+            "owner": "",
+        }
+
+    def remove(self) -> None:
+        """Remove the folder, by name and only what create made: below `share` there may be mounts of others' files."""
+        mounts = self.path("share/mounts")
+        for name in os.listdir(mounts) if os.path.isdir(mounts) else ():
+            remove_empty(os.path.join(mounts, name))
+        for name in ("share/mounts", "share/rootfs", "share"):
+            remove_empty(self.path(name))
+        names = sorted(os.listdir(self.folder), key="state.json".__eq__)  # that one last: it says what is to be done
+        for name in names:
+            if not os.path.isdir(self.path(name)):
+                os.unlink(self.path(name))
+        remove_empty(self.folder)
+
+    # ---- the lock
+
+    def __enter__(self) -> Container:
+        """`with container:` waits for other operations on it, and loads what they have stored."""
+        while True:
+            try:
+                self.lock_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
+            except (FileNotFoundError, NotADirectoryError):
+                raise NoContainer(self.id) from None
+            try:
+                if self.is_ours():
+                    return self.load()
+            except Error:
+                os.close(self.lock_fd)
+                raise
+            os.close(self.lock_fd)  # deleted while we waited, and perhaps made again
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.lock_fd)
+
+    def is_ours(self) -> bool:
+        """Whether the folder that we have locked is still the container's."""
+        try:
+            return os.path.samestat(os.fstat(self.lock_fd), os.stat(self.folder))
+        except FileNotFoundError:
+            return False
+
+    # ---- what is there of it
+
+    def status(self, ask: bool = True) -> str:
+        """creating, created, running or stopped (runtime.md "State"), and runc's paused.  ask: Xen, if that must be."""
+        if self.state.pid and not self.is_held():
+            return "stopped"
+        if ask and self.state.domid and self.unsettled():
+            self.settle()
+        return "paused" if self.state.paused else self.state.status
+
+    def is_of_this_boot(self) -> bool:
+        return self.state.boot in ("", boot_id())
+
+    def is_held(self) -> bool:
+        """Whether the process is still there whose pid is the container's."""
+        return process_start_time(self.state.pid) == self.state.pid_start_time and self.is_of_this_boot()
+
+    def domain(self) -> Domain:
+        """Its VM.  Raise NotRunning."""
+        domain = Domain(Xenstore(), self.state.domid, self.state.uuid)
+        domain.check()
+        return domain
+
+    def switch(self, verb: str, **changes: Any) -> None:
+        """Have xl `pause` or `unpause` the VM, which is not so yet, and store what has changed by that.
+
+        A file `unsettled` is there from before to after: whoever finds it asks Xen how it is.  It is empty, so that a
+        full disk has room for it, and there the rest can wait; its name tells whether the VM has ever run.
+        """
+        domain, mark = self.domain(), self.path(f"unsettled-{self.state.status}")
+        try:
+            open(mark, "w", encoding="ascii").close()
+        except OSError as error:
+            raise Error(f"cannot make {mark}: {error.strerror}") from None
+        change_domain(verb, domain.domid)
+        try:
+            self.save(**changes)
+        except Error:
+            return
+        for mark in self.unsettled():
+            os.unlink(mark)
+
+    def unsettled(self) -> list[str]:
+        return list(filter(os.path.exists, map(self.path, ("unsettled-created", "unsettled-running"))))
+
+    def settle(self) -> None:
+        """Take over from Xen whether the VM runs."""
+        if self.path("unsettled-running") in self.unsettled():
+            self.state.status = "running"
+        try:
+            listing = self.domain().listing()
+        except NotRunning:
+            return  # its monitor is about to end
+        if listing and not listing.is_paused():
+            self.state.status, self.state.paused = "running", False
+        elif listing and self.state.status == "running":
+            self.state.paused = True
+
+    def acquire(self, device: Device, undo: Undo) -> None:
+        """Note a device before it is announced: whoever ends the container withdraws it."""
+        self.save(devices=[*self.state.devices, [device.kind, device.number]])
+        undo.add(f"withdraw the VM's {device.kind} {device.number}", self.release, device)
+
+    def release(self, device: Device) -> None:
+        """Take it away from a VM that has never run."""
+        device.forget()
+        self.save(devices=[each for each in self.state.devices if each != [device.kind, device.number]])
+
+    def tell_monitor(self, request: str) -> None:
+        """request: "kill N" or "destroy N", see Monitor.  Raise NotRunning."""
+        try:
+            fd = os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # no such file, or nobody reads it
+            raise NotRunning() from None
+        os.write(fd, request.encode() + b"\n")
+        os.close(fd)
+
+    def open_pidfd(self) -> int | None:
+        """A descriptor that is readable once the container has ended; None if it has."""
+        if not self.state.pid or self.status() == "stopped":
+            return None
+        try:
+            return os.pidfd_open(self.state.pid)
+        except ProcessLookupError:
+            return None
+
+
+def remove_empty(path: str) -> None:
+    """Remove an empty folder or file, if it is there; what has content stays, and that is an Error."""
+    try:
+        if os.path.isdir(path):
+            os.rmdir(path)
+        elif os.path.lexists(path):
+            if os.path.getsize(path):
+                raise OSError(0, "it is not empty")
+            os.unlink(path)
+    except OSError as error:
+        raise Error(f"cannot remove {path}: {error.strerror}") from None
+
+
+# ==== OCI config =========================================================================================
+# config.json of the bundle (runtime-spec config.md), checked and parsed once into Config.
+
+if TYPE_CHECKING:
+    T = TypeVar("T")
+    BootFile = tuple[str, bool]  # its path, whether that is in the rootfs
+    Netconf = tuple[str, str, str, str]  # variable, file, name of the network, address or ""
+    Namespaces = dict[str, str]  # path of the one to join, or "", by type
+    Options = dict[str, Union[str, list[str]]]  # of xl.cfg
+
+REQUIRED: Any = object()  # in place of a default
+JSON_NAMES = {"dict": "object", "list": "array", "str": "string", "int": "integer", "bool": "boolean"}
+ANY = float("inf")
+
+
+class Section:
+    """A JSON object that knows its place in a document, and a method for each type that a member may have.
+
+    A member that is null is as good as missing, for engines write both: the default is returned, whatever the
+    bounds are.  What is missing without a default, of another type or out of bounds raises Error.
+    """
+
+    def __init__(self, values: Any, where: str, separator: str = ".", warnings: list[str] | None = None) -> None:
+        if type(values) is not dict:
+            raise Error(f"{where} must be a JSON object")
+        self.values: dict[str, Any] = values
+        self.where = where
+        self.separator = separator  # between that and the name of a member
+        self.warnings: list[str] = [] if warnings is None else warnings  # the whole document's
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def place(self, key: str) -> str:
+        return f"{self.where}{self.separator}{key}"
+
+    def refuse(self, reason: str, key: str = "") -> NoReturn:
+        """Raise Error, of the member if there is a key."""
+        raise Error(f"{self.place(key) if key else self.where} {reason}")
+
+    def member(self, key: str, kind: type[T], default: T = REQUIRED) -> T:
+        value = self.values.get(key)
+        if value is None:
+            if default is REQUIRED:
+                self.refuse("is missing", key)
+            return default
+        if type(value) is not kind:  # exactly: to Python, true is an int
+            self.refuse(f"must be a JSON {JSON_NAMES[kind.__name__]}", key)
+        return value
+
+    def flag(self, key: str) -> bool:
+        return self.member(key, bool, False)
+
+    def number(self, key: str, default: int = REQUIRED, least: float = -ANY, most: float = ANY) -> int:
+        number = self.member(key, int, default)
+        if key in self and not least <= number <= most:
+            self.refuse(f"must not be below {least}" if most == ANY else f"must be from {least} to {most}", key)
+        return number
+
+    def unsigned(self, key: str, bits: int, default: int = 0) -> int:
+        return self.number(key, default, 0, 2**bits - 1)
+
+    def text(self, key: str, default: str = REQUIRED) -> str:
+        return self.member(key, str, default)
+
+    def path(self, key: str) -> str:
+        path = self.text(key)
+        if not path.startswith("/"):
+            self.refuse("must be an absolute path", key)
+        return path
+
+    def choice(self, key: str, known: Collection[str], default: str = REQUIRED, prefix: str = "") -> str:
+        """Return the one of known that it names, with the prefix or without."""
+        text = self.text(key, default)
+        name = text.removeprefix(prefix)
+        if name not in known:
+            names = ", ".join(prefix + name for name in known if name)
+            self.refuse(f"must be one of {names}, not {printable(text)}", key)
+        return name
+
+    def section(self, key: str) -> Section:
+        """Return an empty one where it is missing."""
+        return Section(self.member(key, dict, {}), self.place(key), ".", self.warnings)
+
+    def each(self, key: str, read: Callable[..., T], *args: Any, default: Sequence[T] = ()) -> list[T]:
+        """Return what a method of Section makes of each item of an array."""
+        items = self.member(key, list, list(default))
+        array = {f"[{number}]": item for number, item in enumerate(items)}
+        section = Section(array, self.place(key), "", self.warnings)
+        return [read(section, place, *args) for place in array]
+
+    def sections(self, key: str) -> list[Section]:
+        return self.each(key, Section.section)
+
+    def texts(self, key: str, default: Sequence[str] = ()) -> list[str]:
+        return self.each(key, Section.text, default=default)
+
+    def table(self, key: str) -> dict[str, str]:
+        """Return an object that holds only strings."""
+        section = self.section(key)
+        return {name: section.text(name) for name in section.values}
+
+
+# ---- records
+
+
+class Mount(Record):
+    """An entry of `mounts`; flags are those of mount(2), data what the file system gets."""
+
+    destination: str
+    type: str
+    source: str
+    flags: int
+    data: str
+    propagation: int  # flags of mount(2), 0: private
+    copy_up: bool  # a tmpfs that begins with what is below it
+
+    def on_host(self) -> bool:
+        """Return whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
+        return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
+
+    def is_sealed_late(self) -> bool:
+        """Return whether it is read-only memory of the guest's, in which mount points and nodes are made before."""
+        return self.type == "tmpfs" and bool(self.flags & MS_RDONLY) and not self.on_host()
+
+    def is_folder(self) -> bool:
+        """Return whether what dom0 mounts is a folder: all but a bind mount of a file."""
+        return not self.flags & MS_BIND or os.path.isdir(self.source)
+
+
+class Process(Record):
+    args: list[str]
+    env: list[str]
+    cwd: str
+    terminal: bool
+    console_size: tuple[int, int]  # rows, columns; 0, 0: not said
+    uid: int
+    gid: int
+    groups: list[int]
+    umask: int
+    capabilities: dict[str, int]  # set's name: a bit for each capability
+    no_new_privileges: bool
+    rlimits: list[tuple[int, int, int]]  # number, soft, hard
+    oom_score_adj: int
+    io_priority: int | None  # as ioprio_set(2) takes it
+    scheduler: tuple[int, ...] | None  # policy, flags, nice, priority, runtime, deadline, period
+
+
+class Linux(Record):
+    """What of config-linux.md the guest applies to itself."""
+
+    pid_namespace: bool
+    devices: list[tuple[str, int, int, int, int, int]]  # path, mode, major, minor, uid, gid
+    sysctl: dict[str, str]
+    masked_paths: list[str]
+    readonly_paths: list[str]
+    propagation: int  # flags of mount(2), 0: private as it is
+    personality: int | None  # as personality(2) takes it
+    cgroup: dict[str, str]  # file of the container's cgroup: what is written to it
+    seccomp: dict[str, Any] | None  # as in config.json
+
+
+class Hook(Record):
+    path: str
+    args: list[str]  # argv
+    env: list[str]
+    timeout: int  # seconds, 0: none
+
+
+VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes a half
+DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
+
+
+class Resources(Record):
+    """What Xen can give a VM, of linux.resources; 0 or "": not said."""
+
+    memory: int  # bytes; -1: no limit
+    quota: int  # microseconds of processor time in each period, of all processors together; -1: no limit
+    period: int  # microseconds
+    shares: int  # cgroup v1's weight: 1024 is the usual one
+    cpus: str  # physical processors, such as 0-3,7
+    # what is not said there; an older runX has not kept all of it
+    default_memory: int = DEFAULT_MEMORY  # MiB
+    minimum_memory: int = MINIMUM_MEMORY  # MiB
+    default_vcpus: int = 1
+    fixed_vcpus: int = 0  # whatever the quota is
+    most_vcpus: int = VCPUS_MAX  # whatever is asked for
+
+    def mebibytes(self, unlimited: int) -> int:
+        """Return the memory of the VM; unlimited: what it gets where there is no limit."""
+        if self.memory < 0:
+            return unlimited
+        return max(self.memory >> 20, self.minimum_memory) if self.memory else self.default_memory
+
+    def vcpus(self, unlimited: int) -> int:
+        """Return as many as the quota can keep busy."""
+        if self.fixed_vcpus or not self.quota:
+            wanted = self.fixed_vcpus or self.default_vcpus
+        else:
+            wanted = unlimited if self.quota < 0 else -(-self.quota // self.period)
+        return min(wanted, self.most_vcpus)
+
+    def cap(self) -> int:
+        """Return the most that all vcpus may use together, in percent of one processor; 0: no limit."""
+        if self.quota <= 0:
+            return 0
+        return min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0))
+
+    def weight(self) -> int:
+        """Return the weight for Xen's scheduler, where 256 is the usual one."""
+        return min(65535, max(1, self.shares * 256 // 1024))
+
+
+class Machine(Record):
+    """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
+
+    type: str  # "pv" or "pvh"; "": what the host offers
+    maxmem: int  # MiB, 0: no more than memory
+    maxvcpus: int  # 0: no more than vcpus
+    rootfs: str  # "9p", "ramdisk", "block", "auto" (what works here) or "none"
+    image: str  # of a disk that is the rootfs; "": root.path says where that is
+    kernel: BootFile | None  # None: ours
+    ramdisk: BootFile | None
+    own_init: bool  # the VM boots a system of its own, and nothing of ours is in it
+    cmdline: list[str]  # words for its kernel
+    options: Options
+    lines: list[str]  # of xl.cfg, as they are
+
+
+class Config(Record):
+    oci_version: str
+    rootfs: str  # absolute
+    readonly: bool
+    process: Process | None  # None: such a container can be created but not started
+    hostname: str
+    domainname: str
+    linux: Linux
+    warnings: list[str]  # what is asked for and cannot be had in a VM, a sentence each
+    mounts: list[Mount]
+    annotations: dict[str, str]
+    hooks: dict[str, Any]  # as in config.json: parse_hooks() has accepted it
+    resources: Resources
+    raw_resources: dict[str, Any]  # as in config.json: what `update` must not change
+    namespace: str | None  # path of the network namespace to join; "": a new one; None: none
+    cgroup: str  # linux.cgroupsPath
+    netconf: list[Netconf]  # each network that process.env asks for
+    netconf_folders: list[str]  # where these files may be
+    rate: str  # of the network interfaces, as netback wants it, or ""
+    base: dict[str, int]  # what parse_resources() needs beside them
+    machine: Machine
+
+
+class Host(Record):
+    """The host's own settings (docs/machine.md)."""
+
+    type: str
+    memory: int  # MiB, 0: not said
+    vcpus: int  # 0: not said
+    cmdline: str
+    rootfs: str
+    xlconf: list[str]  # folders
+    netconf: list[str]  # folders
+    maxmem: int  # MiB
+    annotations: list[str]  # of ANNOTATIONS, those that are believed
+    environment: list[str]  # of VARIABLES
+
+
+# ---- the whole
+
+
+def load_config(bundle: str) -> Config:
+    """Read <bundle>/config.json.  Raise Error, in runc's words where engines show them."""
+    spec = read_config(bundle)
+    linux, vm = spec.section("linux"), spec.section("vm")
+    namespaces = parse_namespaces(linux)
+    warn_of_no_effect(spec)
+    hostname, domainname = parse_names(spec, namespaces)
+    hooks = spec.section("hooks")
+    for kind in HOOK_KINDS:
+        parse_hooks(hooks.values, kind)
+    process = parse_process(spec.section("process")) if "process" in spec else None
+    mounts = [parse_mount(bundle, mount) for mount in spec.sections("mounts")]
+    if process and process.terminal and not any(mount.type == "devpts" for mount in mounts):
+        spec.refuse("needs a mount of the type devpts at /dev/pts", "process.terminal")
+    host = load_host_config()
+    hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
+    annotations = parse_annotations(spec, linux.section("resources"), host)
+    env = believed_variables(spec, process.env if process else [], host)
+    machine = parse_machine(vm, hardware_options(hardware), annotations, env, host)
+    if machine.own_init and hooks.values.get("startContainer"):
+        hooks.refuse("need runX's own init, and the VM boots another one", "startContainer")
+    memory = hardware.number("memory", 0, 0) or annotations.number("memory") << 20
+    resources = linux.section("resources").values
+    if memory:
+        resources = {**resources, "memory": {**(resources.get("memory") or {}), "limit": memory}}
+    vcpus = hardware.number("vcpus", 0, 0) or annotations.number("vcpus")
+    base = resources_base(host, vcpus, machine.own_init)
+    netconf, namespace = find_networks(spec, env, namespaces, mounts)
+    return Config(
+        oci_version=check_version(spec.text("ociVersion")),
+        rootfs=find_rootfs(bundle, spec, machine),
+        readonly=spec.section("root").flag("readonly"),
+        process=process,
+        hostname=hostname,
+        domainname=domainname,
+        linux=parse_linux(linux, namespaces),
+        warnings=spec.warnings,
+        mounts=mounts,
+        annotations=spec.table("annotations"),
+        hooks=hooks.values,
+        resources=parse_resources(resources, "config.json: linux.resources", base),
+        raw_resources=resources,
+        base=base,
+        namespace=namespace,
+        cgroup=linux.text("cgroupsPath", ""),
+        netconf=netconf,
+        netconf_folders=host.netconf,
+        rate=annotations.text("rate", "") and parse_rate(annotations.text("rate")),
+        machine=machine,
+    )
+
+
+def read_config(bundle: str) -> Section:
+    try:
+        document = read_document(os.path.join(bundle, "config.json"))
+    except FileNotFoundError:
+        raise Error(f"JSON specification file config.json not found in bundle {bundle}") from None
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read config.json of bundle {bundle}: {error}") from None
+    return Section(document, "config.json", ": ")
+
+
+def check_version(version: str) -> str:
+    """Return any 1.x, pre-releases included: minor versions only add properties."""
+    numbers = version.replace("-", "+").partition("+")[0].split(".")
+    is_known = len(numbers) == 3 and numbers[0] == "1" and "".join(numbers).isdecimal()
+    if not is_known or len(version) > 60:
+        raise Error(f'config.json: ociVersion "{printable(version[:60])}" is not supported: runX knows 1.0.0 to 1.3.x')
+    return version
+
+
+# what a VM cannot have or does not need, and an engine may ask for: docs/config.md gives the reasons
+NOT_APPLIED = """
+    process.apparmorProfile process.selinuxLabel process.execCPUAffinity
+    linux.mountLabel linux.intelRdt linux.timeOffsets linux.memoryPolicy linux.netDevices
+    linux.resources.blockIO linux.resources.network linux.resources.rdma
+""".split()
+
+
+def warn_of_no_effect(spec: Section) -> None:
+    """Warn of each property that is asked for and has no effect.  Raise Error for what must not be ignored."""
+    linux = spec.section("linux")
+    for key in ("uidMappings", "gidMappings"):
+        if linux.member(key, list, []):
+            linux.refuse("cannot be applied: the container's root is root of its own VM", key)
+    for path in NOT_APPLIED:
+        *names, key = path.split(".")
+        section = spec
+        for name in names:
+            section = section.section(name)
+        if asks(section.values.get(key)):
+            spec.warnings.append(f"{path} has no effect on a container in a VM of its own")
+
+
+def asks(value: Any) -> bool:
+    """Return whether a property asks for anything: engines write many that are empty, or say that there is no limit."""
+    if isinstance(value, dict):
+        return any(asks(inner) for inner in value.values())
+    return bool(value) and value != -1
+
+
+def parse_names(spec: Section, namespaces: Namespaces) -> tuple[str, str]:
+    """Return hostname and domainname."""
+    names = spec.text("hostname", ""), spec.text("domainname", "")
+    if any(names) and namespaces and "uts" not in namespaces:
+        raise Error("config.json: hostname and domainname need a uts namespace in linux.namespaces")
+    if any(len(name.encode()) > 64 for name in names):  # __NEW_UTS_LEN
+        raise Error("config.json: hostname and domainname must not be longer than 64 bytes")
+    return names
+
+
+def is_image(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
+    """Return the path of a folder, or of an image: a file or block device."""
+    root = spec.section("root").text("path", "" if machine.image else REQUIRED)
+    path = os.path.join(bundle, machine.image or root)
+    if machine.image or not os.path.isdir(path):
+        if machine.own_init or not is_image(path):
+            raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
+        if machine.rootfs not in ("block", "auto"):
+            raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")
+    rootfs = os.path.realpath(path)
+    check_links(spec.section("vm").values, {rootfs, os.path.join(bundle, root)})
+    return rootfs
+
+
+def check_links(vm: dict[str, Any], roots: set[str]) -> None:
+    """Raise Error if a file that vm names in the rootfs is elsewhere: the name is the engine's, a link in there is the
+    image's.  roots: paths of the rootfs."""
+    for name, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
+        section = Section(vm, "config.json: vm").section(name)
+        path = section.text(key, "") or "/"
+        for root in roots:
+            is_inside = os.path.realpath(path).startswith(f"{os.path.realpath(root)}/")
+            if os.path.abspath(path).startswith(f"{root}/") and not is_inside:
+                raise Error(f"{section.place(key)}: a link leads from {path} out of the rootfs")
+
+
+# in the order of a container's life; runtime-spec config.md "POSIX-platform Hooks"
+HOOK_KINDS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+
+
+def parse_hooks(hooks: dict[str, Any], kind: str) -> list[Hook]:
+    """Return the Hooks of one kind of config.json's hooks object."""
+    parsed = []
+    for spec in Section(hooks, "config.json: hooks").sections(kind):
+        path = spec.path("path")
+        hook = Hook(
+            path=path,
+            args=spec.texts("args") or [path],
+            env=spec.texts("env"),
+            timeout=spec.number("timeout", 0, 1, 2**31 - 1),
+        )
+        parsed.append(hook)
+    return parsed
+
+
+# ---- what the host says, and whom it believes
+
+MACHINE_TYPES = ("", "pv", "pvh")
+ROOTFS_MODES = ("9p", "ramdisk", "block", "auto")
+# docs/security.md: an annotation may be the image's, and config.json does not tell whose a variable is
+ANNOTATIONS = "memory vcpus maxmem maxvcpus rootfs rate type kernel ramdisk cmdline xlconf".split()
+VARIABLES = ("NETCONF", "RUNX_KERNEL", "RUNX_RAMDISK", "XLCONF")
+
+
+def load_host_config() -> Host:
+    """Read HOST_CONFIG; what is silent or absent there has its default."""
+    try:
+        document = read_document(HOST_CONFIG)
+    except FileNotFoundError:
+        document = {}
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read {HOST_CONFIG}: {error}") from None
+    spec, members = Section(document, HOST_CONFIG, ": "), list(Host.__annotations__)
+    if spec.values.keys() - set(members):
+        spec.refuse(f"must be a JSON object with no other members than {', '.join(members)}")
+    return Host(
+        type=spec.choice("type", MACHINE_TYPES, ""),
+        memory=spec.number("memory", 0, 0),
+        vcpus=spec.number("vcpus", 0, 0),
+        cmdline=spec.text("cmdline", ""),
+        rootfs=spec.choice("rootfs", ROOTFS_MODES, "auto"),
+        xlconf=spec.texts("xlconf", ["/etc/runX/xl"]),
+        netconf=spec.texts("netconf", ["/etc/cni/net.d"]),
+        maxmem=spec.number("maxmem", 512, 0),
+        annotations=spec.each("annotations", Section.choice, ANNOTATIONS, default=ANNOTATIONS[:6]),
+        environment=spec.each("environment", Section.choice, VARIABLES, default=VARIABLES[:3]),
+    )
+
+
+def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
+    """Return org.runx.* as far as the host believes them, with numbers no higher than their bounds."""
+    table = spec.table("annotations")
+    ours = {key.removeprefix("org.runx."): text for key, text in table.items() if key.startswith("org.runx.")}
+    warn_of_dropped(spec, "annotations", [f"org.runx.{name}" for name in ours if name not in host.annotations])
+    believed: dict[str, Any] = {name: ours.get(name) for name in host.annotations}
+    annotations = Section(believed, "config.json: the annotation org.runx.", "")
+    bounds = annotation_bounds(resources, host)
+    for name in ("maxmem", "memory", "vcpus", "maxvcpus"):
+        text = annotations.text(name, "") or "0"
+        if not text.isdecimal() or len(text) > 7:
+            annotations.refuse("must be a number", name)
+        believed[name] = min(int(text), bounds.get(name, int(text)))
+        if believed[name] < int(text):
+            spec.warnings.append(f"the annotation org.runx.{name} cannot be {int(text)}, it is {believed[name]}")
+    return annotations
+
+
+def annotation_bounds(resources: Section, host: Host) -> dict[str, int]:
+    """Return what config.json's resources allow, or the host where these do not say: annotations may be the image's."""
+    limits = parse_resources(resources.values, resources.where, {})
+    bounds = {"maxmem": host.maxmem, "memory": host.maxmem}
+    if limits.memory > 0:
+        bounds["memory"] = limits.memory >> 20
+    if limits.quota > 0:
+        bounds["vcpus"] = limits.vcpus(0)
+    return bounds
+
+
+def believed_variables(spec: Section, env: list[str], host: Host) -> list[str]:
+    """Return the variables of the environment without those of VARIABLES that the host does not believe."""
+    kept, dropped = [], []
+    for variable in env:
+        name, _, value = variable.partition("=")
+        kind = name.rstrip("0123456789") if name.startswith("NETCONF") else name
+        if value and kind in VARIABLES and kind not in host.environment:
+            dropped.append(name)
+        else:
+            kept.append(variable)
+    warn_of_dropped(spec, "variables", dropped)
+    return kept
+
+
+def warn_of_dropped(spec: Section, what: str, names: list[str]) -> None:
+    if names:
+        text = printable(", ".join(names)[:400])
+        spec.warnings.append(f"these {what} have no effect, for {HOST_CONFIG} does not believe them: {text}")
+
+
+def read_trusted(what: str, path: str, folders: list[str]) -> str:
+    """Return the text of a file that the variable `what` names.  The image may have set it, so it must be where only
+    root puts files."""
+    path = os.path.realpath(path)
+    above = [folder for folder in map(os.path.realpath, folders) if path.startswith(folder + "/")]
+    if not above:
+        raise Error(f"{what} {path} is in none of the folders that {HOST_CONFIG} allows: {', '.join(folders)}")
+    try:
+        part = path
+        while len(part) >= len(above[0]):
+            status = os.stat(part)
+            if status.st_uid != 0 or status.st_mode & 0o022:
+                raise Error(f"{what} {path} is not to be trusted: others than root may write to {part}")
+            part = os.path.dirname(part)
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read {what} {path}: {error}") from None
+
+
+# ---- the VM: config-vm.md
+
+
+def hardware_options(spec: Section) -> Options:
+    options: Options = {
+        "device_tree": spec.text("deviceTree", ""),
+        "dtdev": spec.texts("dtdevs"),
+        "iomem": [parse_iomem(entry) for entry in spec.sections("iomems")],
+        "irqs": [str(number) for number in spec.each("irqs", Section.number, REQUIRED, 0)],
+    }
+    return {name: value for name, value in options.items() if value}
+
+
+def parse_iomem(spec: Section) -> str:
+    """Return a range of page frames as xl.cfg.5 wants it, in hexadecimal: MFN,NUMBER[@GFN]."""
+    first = spec.number("firstMFN", least=0)
+    count = spec.number("nrMFNs", least=1)
+    guest = spec.number("firstGFN", -1, 0)
+    return f"{first:x},{count:x}" + (f"@{guest:x}" if guest >= 0 else "")
+
+
+def parse_machine(vm: Section, options: Options, annotations: Section, env: list[str], host: Host) -> Machine:
+    """Return the Machine.  vm goes before annotations, these before what the image says in its environment."""
+    boot, disk, hypervisor = vm.section("kernel"), vm.section("image"), vm.section("hypervisor")
+    variables = {"RUNX_KERNEL": "", "RUNX_RAMDISK": "", "XLCONF": ""}
+    for variable in env:
+        name, _, variables[name] = variable.partition("=")
+    kernel = find_boot_file(boot.text("path", ""), annotations.text("kernel", "") or variables["RUNX_KERNEL"])
+    ramdisk = find_boot_file(boot.text("initrd", ""), annotations.text("ramdisk", "") or variables["RUNX_RAMDISK"])
+    image = disk.text("path", "")
+    kind = (disk.choice("format", IMAGE_FORMATS, "") or "raw") if image else ""
+    own_init = bool(ramdisk or (image and kernel))
+    if image and own_init:
+        check_references(image, kind)
+        options = {**options, "disk": [f"format={kind},vdev=xvda,access=rw,target={image}"]}
+    if not kernel and (ramdisk or kind not in ("", "raw")):
+        raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
+    program = hypervisor.text("path", "")
+    if program and os.path.basename(program) != "xl":
+        hypervisor.refuse(f"cannot be {program}: runX drives Xen with xl", "path")
+    lines = [check_line(line) for line in hypervisor.texts("parameters")]
+    xlconf = annotations.text("xlconf", "") or variables["XLCONF"]
+    if xlconf:
+        lines.append(read_trusted("XLCONF", xlconf, host.xlconf))
+    words = f"{host.cmdline} {annotations.text('cmdline', '')}".split()
+    rootfs = annotations.choice("rootfs", ("", "9p", "none") if own_init else ("", *ROOTFS_MODES), "")
+    return Machine(
+        type=annotations.choice("type", MACHINE_TYPES, "") or host.type,
+        maxmem=annotations.number("maxmem"),
+        maxvcpus=annotations.number("maxvcpus"),
+        rootfs=rootfs or ("none" if own_init else host.rootfs),
+        image="" if own_init else image,
+        kernel=kernel,
+        ramdisk=ramdisk,
+        own_init=own_init,
+        cmdline=words + [quote_word(word) for word in boot.texts("parameters")],
+        options=options,
+        lines=lines,
+    )
+
+
+def find_boot_file(host_path: str, path: str) -> BootFile | None:
+    """Return which file to boot and whether it is in the rootfs, or None for ours.
+
+    Only the vm object, which is the engine's, names files of dom0's; annotations and the image's own
+    environment name files in the rootfs.
+    """
+    if not host_path:
+        return (path, True) if path else None
+    if not os.path.isfile(host_path):
+        raise Error(f"cannot boot {host_path}: there is no such file on this host")
+    return os.path.realpath(host_path), False
+
+
+# of those that config-vm.md names, what xl-disk-configuration.5 can
+IMAGE_FORMATS = ("", "raw", "qcow2", "vhd")
+
+
+def check_references(path: str, kind: str) -> None:
+    """Raise Error if an image names another file, which dom0's QEMU would give to the VM: it is not trusted."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - 512))
+            tail = file.read(512)
+    except OSError as error:
+        raise Error(f"cannot read the image {path}: {error.strerror}") from None
+    reference: str | None = ""
+    if kind == "qcow2":
+        reference = qcow2_reference(head)
+    elif kind == "vhd":
+        reference = vhd_reference(head, tail)
+    if reference is None:
+        raise Error(f"the image {path} is not in the format {kind}")
+    if reference:
+        raise Error(f"cannot give the image {path} to a VM, for it has {reference}: make it one that stands alone")
+
+
+def qcow2_reference(head: bytes) -> str | None:
+    """Return what an image names, None if it is none: docs/interop/qcow2.rst of QEMU's sources."""
+    if len(head) < 80 or not head.startswith(b"QFI\xfb"):
+        return None
+    version, backing = struct.unpack_from(">IQ", head, 4)
+    if backing:
+        return "a backing file"
+    features = struct.unpack_from(">Q", head, 72)[0] if version > 2 else 0
+    return "a data file outside" if features & 4 else ""
+
+
+def vhd_reference(head: bytes, tail: bytes) -> str | None:
+    """Return the same by its footer with the type of the disk, of which a copy may come first."""
+    types = {part[60:64] for part in (head, tail) if part.startswith(b"conectix")}
+    if not types:
+        return None
+    return "a parent" if types - {b"\0\0\0\2", b"\0\0\0\3"} else ""  # fixed, dynamic; 4 has a parent
+
+
+def check_line(line: str) -> str:
+    """Return a setting for xl.cfg, as `xl create` takes it behind the file's name."""
+    key, equals, _ = line.partition("=")
+    name = key.strip().rstrip("+").strip()
+    if not equals or not name.replace("_", "").isalnum() or "\n" in line:
+        raise Error(f"config.json: vm.hypervisor.parameters must hold settings of xl.cfg, not {printable(line)}")
+    return line
+
+
+def quote_word(word: str) -> str:
+    """Return a word for the kernel's command line, which knows quotes and no escapes (lib/cmdline.c)."""
+    if '"' in word or "\n" in word:
+        raise Error(f"config.json: vm.kernel.parameters cannot hold quotes or line ends: {printable(word)}")
+    return word if word.split() == [word] else f'"{word}"'
+
+
+# ---- resources
+
+
+def resources_base(host: Host, fixed_vcpus: int, own_init: bool) -> dict[str, int]:
+    """Return those fields of Resources that are not in linux.resources."""
+    return {
+        "default_memory": host.memory or DEFAULT_MEMORY,
+        "minimum_memory": 1 if own_init else MINIMUM_MEMORY,
+        "default_vcpus": host.vcpus or 1,
+        "fixed_vcpus": fixed_vcpus,
+        "most_vcpus": VCPUS_MAX,
+    }
+
+
+def parse_resources(spec: dict[str, Any], where: str, base: dict[str, int]) -> Resources:
+    """Return Resources of runtime-spec config-linux.md; base: those fields that are not in spec."""
+    resources = Section(spec, where)
+    memory, cpu = resources.section("memory"), resources.section("cpu")
+    cpus = cpu.text("cpus", "")
+    if cpus.strip("0123456789,-"):
+        cpu.refuse("must be a list such as 0-3,7", "cpus")
+    return Resources(
+        memory=max(-1, memory.number("limit", 0)),
+        quota=max(-1, cpu.number("quota", 0)),
+        period=max(0, cpu.number("period", 0)) or 100000,
+        shares=max(0, cpu.number("shares", 0)),
+        cpus=cpus,
+        **base,
+    )
+
+
+def parse_cgroup(resources: Section) -> dict[str, str]:
+    """Return what of linux.resources becomes a limit of the guest's kernel: file of cgroup v2 and its content."""
+    files = {}
+    pids = resources.section("pids").number("limit", 0)
+    if pids > 0:
+        files["pids.max"] = str(pids)
+    for entry in resources.sections("hugepageLimits"):
+        size = entry.text("pageSize")
+        if not size[:-2].isdecimal() or size[-2:] not in ("KB", "MB", "GB"):
+            entry.refuse(f"must be a size such as 2MB, not {printable(size)}", "pageSize")
+        files[f"hugetlb.{size}.max"] = str(entry.number("limit"))
+    for name, value in resources.table("unified").items():
+        if "/" in name:
+            resources.refuse("must hold names of files, such as memory.high", "unified")
+        files[name] = value
+    return files
+
+
+# ---- namespaces and networks
+
+NAMESPACES = {
+    "cgroup": CLONE_NEWCGROUP,
+    "ipc": CLONE_NEWIPC,
+    "mount": CLONE_NEWNS,
+    "network": CLONE_NEWNET,
+    "pid": CLONE_NEWPID,
+    "time": CLONE_NEWTIME,
+    "user": CLONE_NEWUSER,
+    "uts": CLONE_NEWUTS,
+}
+NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
+PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
+
+
+def parse_namespaces(linux: Section) -> Namespaces:
+    """Return linux.namespaces, {} where there are none, and all are the VM's.  Raise Error for what a VM cannot have:
+    to share one with dom0 or with another container."""
+    found: Namespaces = {}
+    for entry in linux.sections("namespaces"):
+        kind = entry.choice("type", NAMESPACES)
+        path = entry.text("path", "")
+        if kind in found:
+            entry.refuse(f"{kind} is there twice", "type")
+        if path:
+            check_namespace(kind, path)
+        found[kind] = path
+    joined = [kind for kind, path in found.items() if path and kind != "network"]
+    if joined:
+        owner = f"names {', '.join(joined)} of another container or of the host"
+        linux.refuse(f"{owner}, and containers cannot share a VM yet", "namespaces")
+    for kind in ("mount", "pid", "ipc"):
+        if found and kind not in found:
+            reason = f"asks for the host's own {kind} namespace, which a VM cannot have: add one of its own"
+            linux.refuse(reason, "namespaces")
+    if "user" in found:
+        raise Error("config.json: linux.namespaces: leave out user, for the container's root is root of its own VM")
+    return found
+
+
+def check_namespace(kind: str, path: str) -> None:
+    """Raise Error unless there is a namespace of this kind at path."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise Error(f"cannot join the {kind} namespace {path}: {error.strerror}") from None
+    try:
+        found = fcntl.ioctl(fd, NS_GET_NSTYPE)
+    except OSError:
+        found = 0  # no namespace at all
+    finally:
+        os.close(fd)
+    if found != NAMESPACES[kind]:
+        raise Error(f"cannot join the {kind} namespace {path}: it is none")
+
+
+def find_networks(
+    spec: Section, env: list[str], namespaces: Namespaces, mounts: list[Mount]
+) -> tuple[list[Netconf], str | None]:
+    """Return the networks that process.env asks for, and the path of the network namespace that the container joins, ""
+    for one of its own, None for none."""
+    netconf, path = parse_netconf(env), namespaces.get("network")
+    is_podmans = any(mount.destination == PODMANS_MARK for mount in mounts)
+    if netconf and is_podmans and path == "":  # its other networks have a path
+        spec.warnings.append("NETCONF has no effect, for Podman was asked for no network")
+        netconf = []
+    if path and os.path.samefile(path, "/proc/self/ns/net"):
+        path = None
+    if path is None and namespaces and not netconf:
+        raise Error(
+            "config.json: linux.namespaces asks for the host's own network, which a VM cannot have: give it a network "
+            "namespace of its own, or a network by NETCONF"
+        )
+    return netconf, path
+
+
+def parse_netconf(env: list[str]) -> list[Netconf]:
+    """Return (variable, file, name, address or "") of NETCONF, NETCONF1, NETCONF2, …, in that order."""
+    found = {}
+    for variable in env:
+        key, _, value = variable.partition("=")
+        digits = key.removeprefix("NETCONF")
+        if not key.startswith("NETCONF") or digits.strip("0123456789") or len(digits) > 5 or not value:
+            continue
+        path, _, network = value.partition(",")
+        name, _, address = network.partition(",")
+        if not path.startswith("/") or not name:
+            raise Error(f'{key} must be "/path/to/cni/file,name" with ",IP" or without, not {printable(value)}')
+        found[int(digits or 0)] = (key, path, name, address)
+    return [found[number] for number in sorted(found)]
+
+
+def parse_rate(text: str) -> str:
+    """Return netback's "bytes,microseconds" for a rate as in xl-network-configuration.5: 10Mb/s or 1MB/s@20ms."""
+    import re
+
+    match = re.fullmatch(r"(\d+)([KMG]?)([bB])/s(?:@(\d+)([mu]?)s)?", text)
+    if not match:
+        raise Error(f"the rate {printable(text)} must be such as 10Mb/s (bits) or 1MB/s@20ms (bytes)")
+    number, scale, unit, interval, prefix = match.groups()
+    rate = int(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[scale]
+    if unit == "b":
+        rate //= 8
+    microseconds = 50000
+    if interval:
+        microseconds = int(interval) * {"": 10**6, "m": 1000, "u": 1}[prefix]
+    size = rate * microseconds // 10**6
+    if not 0 < size < 1 << 32 or microseconds >= 1 << 32:
+        raise Error(f"the rate {printable(text)} is out of range")
+    return f"{size},{microseconds}"
+
+
+# ---- the process
+
+# <linux/capability.h>: the number of each is its place
+CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
+    "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
+    "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
+    "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
+).split()
+CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
+# <asm-generic/resource.h>: the same
+RLIMITS = (
+    "RLIMIT_CPU RLIMIT_FSIZE RLIMIT_DATA RLIMIT_STACK RLIMIT_CORE RLIMIT_RSS RLIMIT_NPROC RLIMIT_NOFILE "
+    "RLIMIT_MEMLOCK RLIMIT_AS RLIMIT_LOCKS RLIMIT_SIGPENDING RLIMIT_MSGQUEUE RLIMIT_NICE RLIMIT_RTPRIO RLIMIT_RTTIME"
+).split()
+IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}  # <linux/ioprio.h>
+# <linux/sched.h>
+POLICIES = "SCHED_OTHER SCHED_FIFO SCHED_RR SCHED_BATCH SCHED_ISO SCHED_IDLE SCHED_DEADLINE".split()
+SCHEDULER_FLAGS = "RESET_ON_FORK RECLAIM DL_OVERRUN KEEP_POLICY KEEP_PARAMS UTIL_CLAMP_MIN UTIL_CLAMP_MAX".split()
+
+
+def parse_process(spec: Section) -> Process:
+    user, console = spec.section("user"), spec.section("consoleSize")
+    rows = console.unsigned("height", 16)
+    columns = console.unsigned("width", 16)
+    args = spec.texts("args")
+    if not args:
+        spec.refuse("must not be empty", "args")
+    env = {variable.partition("=")[0]: variable for variable in spec.texts("env")}  # the last counts
+    return Process(
+        args=args,
+        env=list(env.values()),
+        cwd=spec.path("cwd"),
+        terminal=spec.flag("terminal"),
+        console_size=(rows, columns),
+        uid=user.unsigned("uid", 32),
+        gid=user.unsigned("gid", 32),
+        groups=user.each("additionalGids", Section.unsigned, 32, REQUIRED),
+        umask=user.number("umask", 0o022, 0, 0o777),
+        capabilities=parse_capabilities(spec.section("capabilities")),
+        no_new_privileges=spec.flag("noNewPrivileges"),
+        rlimits=parse_rlimits(spec),
+        oom_score_adj=spec.number("oomScoreAdj", 0, -1000, 1000),
+        io_priority=parse_io_priority(spec.section("ioPriority")) if "ioPriority" in spec else None,
+        scheduler=parse_scheduler(spec.section("scheduler")) if "scheduler" in spec else None,
+    )
+
+
+def parse_capabilities(spec: Section) -> dict[str, int]:
+    """Return a bit set for each of CAPABILITY_SETS; without any the process has no capability, as under runc."""
+    asked, unknown = dict.fromkeys(CAPABILITY_SETS, 0), []
+    for name in CAPABILITY_SETS:
+        for capability in spec.texts(name):
+            if capability.removeprefix("CAP_") in CAPABILITIES:
+                asked[name] |= 1 << CAPABILITIES.index(capability.removeprefix("CAP_"))
+            elif capability not in unknown:
+                unknown.append(capability)
+    if unknown:
+        spec.warnings.append(f"unknown capabilities are left out: {', '.join(unknown)}")
+    sets = dict(asked)  # the rules of capset(2) and prctl(2): the kernel refuses what goes beyond
+    sets["effective"] &= sets["permitted"]
+    sets["inheritable"] &= sets["bounding"]
+    sets["ambient"] &= sets["permitted"] & sets["inheritable"]
+    left_out = [f"{name} {capability_names(asked[name] & ~sets[name])}" for name in sets if sets[name] != asked[name]]
+    if left_out:
+        spec.warnings.append(
+            "capabilities that no process can have without others are left out of process.capabilities: "
+            + ", ".join(left_out)
+        )
+    return sets
+
+
+def capability_names(bits: int) -> str:
+    return " ".join(f"CAP_{name}" for number, name in enumerate(CAPABILITIES) if bits >> number & 1)
+
+
+def parse_rlimits(process: Section) -> list[tuple[int, int, int]]:
+    limits: dict[str, tuple[int, int, int]] = {}
+    for entry in process.sections("rlimits"):
+        name = entry.choice("type", RLIMITS)
+        hard = entry.unsigned("hard", 64, REQUIRED)
+        if name in limits:
+            entry.refuse(f"{name} is there twice", "type")
+        soft = entry.number("soft", least=0, most=hard)
+        limits[name] = (RLIMITS.index(name), soft, hard)
+    return list(limits.values())
+
+
+def parse_io_priority(spec: Section) -> int:
+    number = IO_CLASSES[spec.choice("class", IO_CLASSES)]
+    return number << 13 | spec.number("priority", 0, 0, 7)
+
+
+def parse_scheduler(spec: Section) -> tuple[int, ...]:
+    """Return the fields of struct sched_attr, sched_setattr(2)."""
+    policy = POLICIES.index(spec.choice("policy", POLICIES))
+    flags = 0
+    for name in spec.each("flags", Section.choice, SCHEDULER_FLAGS, REQUIRED, "SCHED_FLAG_"):
+        flags |= 1 << SCHEDULER_FLAGS.index(name)
+    nice = spec.number("nice", 0, -20, 19)
+    numbers = [spec.unsigned(key, 63) for key in ("priority", "runtime", "deadline", "period")]
+    return (policy, flags, nice, *numbers)
+
+
+# ---- linux: what the guest applies to itself
+
+DEVICE_TYPES = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
+PERSONALITIES = {"": None, "LINUX": 0, "LINUX32": 8}  # <sys/personality.h>
+
+
+def parse_linux(spec: Section, namespaces: Namespaces) -> Linux:
+    sysctl = spec.table("sysctl")
+    if any(".." in name or name.startswith("/") for name in sysctl):
+        spec.refuse("must hold names such as net.ipv4.ip_forward", "sysctl")
+    propagation = PROPAGATIONS[spec.choice("rootfsPropagation", PROPAGATIONS, "")]
+    return Linux(
+        pid_namespace="pid" in namespaces,
+        devices=[parse_device(device) for device in spec.sections("devices")],
+        sysctl=sysctl,
+        masked_paths=spec.each("maskedPaths", Section.path),
+        readonly_paths=spec.each("readonlyPaths", Section.path),
+        propagation=propagation and propagation | MS_REC,
+        personality=PERSONALITIES[spec.section("personality").choice("domain", PERSONALITIES, "")],
+        cgroup=parse_cgroup(spec.section("resources")),
+        seccomp=spec.section("seccomp").values if "seccomp" in spec else None,
+    )
+
+
+def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
+    """Return (path, mode, major, minor, uid, gid) of a node for the guest's kernel, which knows only the devices of its
+    VM: config-linux.md "Devices"."""
+    path = spec.path("path")
+    kind = spec.choice("type", DEVICE_TYPES)
+    default = 0 if kind == "p" else REQUIRED
+    major = spec.unsigned("major", 32, default)
+    minor = spec.unsigned("minor", 32, default)
+    mode = DEVICE_TYPES[kind] | spec.number("fileMode", 0o666) & 0o7777
+    uid = spec.unsigned("uid", 32)
+    gid = spec.unsigned("gid", 32)
+    return path, mode, major, minor, uid, gid
+
+
+# ---- mounts
+
+# <sys/mount.h>; bind mounts are told from others by these, not by their type
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
+MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
+MS_BIND, MS_MOVE, MS_REC, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 17
+MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
+MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
+RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
+
+# flag, the option that sets it and the one that clears it
+MOUNT_ATTRIBUTES = (
+    (MS_RDONLY, "ro", "rw"),
+    (MS_NOSUID, "nosuid", "suid"),
+    (MS_NODEV, "nodev", "dev"),
+    (MS_NOEXEC, "noexec", "exec"),
+    (MS_NOATIME, "noatime", "atime"),
+    (MS_NODIRATIME, "nodiratime", "diratime"),
+    (MS_RELATIME, "relatime", "norelatime"),
+    (MS_STRICTATIME, "strictatime", "nostrictatime"),
+)
+# option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options".  What is mounted below a bind
+# mount is part of it in the VM, so there these are the same with an r before and without
+MOUNT_OPTIONS = {
+    "defaults": (0, 0),
+    "bind": (MS_BIND, 0),
+    "rbind": (MS_BIND | MS_REC, 0),
+    "sync": (MS_SYNCHRONOUS, 0),
+    "async": (0, MS_SYNCHRONOUS),
+    "dirsync": (MS_DIRSYNC, 0),
+    "lazytime": (MS_LAZYTIME, 0),
+    "nolazytime": (0, MS_LAZYTIME),
+    **{prefix + name: (flag, 0) for flag, name, _ in MOUNT_ATTRIBUTES for prefix in ("", "r")},
+    **{prefix + name: (0, flag) for flag, _, name in MOUNT_ATTRIBUTES for prefix in ("", "r")},
+    "rro": (MS_RDONLY | RECURSIVE_RO, 0),
+}
+PROPAGATIONS = {
+    "": 0,
+    "private": MS_PRIVATE,
+    "slave": MS_SLAVE,
+    "shared": MS_SHARED,
+    "unbindable": MS_UNBINDABLE,
+}
+PROPAGATIONS.update({f"r{name}": flag | MS_REC for name, flag in PROPAGATIONS.items() if name})
+# what the guest's kernel makes by itself; any other type is for dom0's kernel to mount
+GUEST_FILESYSTEMS = "proc sysfs tmpfs ramfs devpts mqueue cgroup cgroup2 securityfs hugetlbfs binfmt_misc".split()
+
+
+def parse_mount(bundle: str, spec: Section) -> Mount:
+    destination = spec.text("destination")
+    kind, source = spec.text("type", ""), spec.text("source", "")
+    flags, data, propagation, copy_up = mount_options(spec.texts("options"), kind)
+    if not os.path.normpath("/" + destination).strip("/"):
+        raise Error(f"cannot mount {source} over the rootfs at /{destination.lstrip('/')}: name it as root.path")
+    if spec.values.get("uidMappings") or spec.values.get("gidMappings"):
+        raise Error(f"cannot mount {source} at {destination}: ID-mapped mounts are not supported")
+    if kind == "bind":
+        flags |= MS_BIND
+    if flags & MS_BIND:
+        source = os.path.join(bundle, source)
+        if not os.path.exists(source):
+            raise Error(f"cannot mount {source} at {destination}: the source does not exist")
+        if destination.rstrip("/") == "/dev/shm" and is_empty_memory(source):
+            # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
+            data = ["mode=1777", f"size={size_of(source) >> 10}k"]
+            kind, source, flags = "tmpfs", "shm", flags & ~(MS_BIND | MS_REC)
+        elif data:
+            raise Error(f"cannot mount {source} at {destination}: a bind mount has no option {data[0]} here")
+    elif not kind:
+        raise Error(f"cannot mount at {destination}: the mount has no type")
+    return Mount(
+        destination="/" + destination.lstrip("/"),
+        type=kind,
+        source=source,
+        flags=flags,
+        data="" if kind == "cgroup" else ",".join(data),  # controllers of version 1
+        propagation=0 if propagation & MS_PRIVATE else propagation,
+        copy_up=copy_up,
+    )
+
+
+def mount_options(options: list[str], kind: str) -> tuple[int, list[str], int, bool]:
+    """Return a Mount's flags, the options that are none, its propagation, and copy_up."""
+    flags, data, propagation, copy_up = 0, [], 0, False
+    for option in options:
+        if option in ("tmpcopyup", "notmpcopyup") and kind == "tmpfs":
+            copy_up = option == "tmpcopyup"  # not the kernel's, but container engines'
+        elif option in MOUNT_OPTIONS:
+            add, remove = MOUNT_OPTIONS[option]
+            flags = (flags | add) & ~remove
+        elif option in PROPAGATIONS:
+            propagation = PROPAGATIONS[option]
+        else:
+            data.append(option)
+    return flags, data, propagation, copy_up
+
+
+def is_empty_memory(path: str) -> bool:
+    """Return whether an engine has mounted a tmpfs there for one container."""
+    return os.path.ismount(path) and os.major(os.stat(path).st_dev) == 0 and not os.listdir(path)
+
+
+def size_of(path: str) -> int:
+    """Return the bytes of the file system at path."""
+    status = os.statvfs(path)
+    return status.f_blocks * status.f_frsize
+
+
+# ==== seccomp ============================================================================================
+# linux.seccomp (runtime-spec config-linux.md) as a program of seccomp(2), with the meaning that runc and
+# libseccomp give it.  System calls are named in it: the guest knows the numbers of its architecture.
+
+if TYPE_CHECKING:
+    Instruction = tuple[int, int, int, Union[int, str]]  # code, jt, jf, k; k is a number or a system call's name
+    Condition = tuple[int, str, int, int]  # index of an argument, operator, value, mask
+    Rule = tuple[list[Condition], int]  # which must all hold, and the action
+
+# <linux/audit.h>: of the machine, and of its 32-bit programs
+SECCOMP_ARCHITECTURES = {
+    "x86_64": (("SCMP_ARCH_X86_64", 0xC000003E), ("SCMP_ARCH_X86", 0x40000003)),
+    "aarch64": (("SCMP_ARCH_AARCH64", 0xC00000B7),),
+    "armv7l": (("SCMP_ARCH_ARM", 0x40000028),),
+}
+# <linux/seccomp.h>; those with data carry it in the lower half
+SECCOMP_ACTIONS = {
+    "SCMP_ACT_KILL": 0,
+    "SCMP_ACT_KILL_THREAD": 0,
+    "SCMP_ACT_KILL_PROCESS": 0x80000000,
+    "SCMP_ACT_TRAP": 0x00030000,
+    "SCMP_ACT_ERRNO": 0x00050000,
+    "SCMP_ACT_TRACE": 0x7FF00000,
+    "SCMP_ACT_LOG": 0x7FFC0000,
+    "SCMP_ACT_ALLOW": 0x7FFF0000,
+}
+SECCOMP_WITH_DATA = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
+# of <linux/seccomp.h>; 0: what has no object here, with one thread and no listener
+SECCOMP_FLAGS = {
+    "SECCOMP_FILTER_FLAG_TSYNC": 0,
+    "SECCOMP_FILTER_FLAG_LOG": 2,
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 0,
+}
+# <linux/bpf_common.h>: BPF_LD|W|ABS, BPF_ALU|AND|K, BPF_RET|K, BPF_JMP|..|K
+LOAD, AND, RETURN = 0x20, 0x54, 0x06
+JUMP, IF_EQUAL, IF_GREATER, IF_NOT_LESS = 0x05, 0x15, 0x25, 0x35
+NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # struct seccomp_data, little-endian
+FILTER_MAX, BRANCH_MAX = 4096, 255  # instructions: BPF_MAXINSNS, and what jt and jf pass over
+# how a test compares, and whether it passes if so
+SECCOMP_OPERATORS = {
+    "NE": (IF_EQUAL, False),
+    "LT": (IF_NOT_LESS, False),
+    "LE": (IF_GREATER, False),
+    "EQ": (IF_EQUAL, True),
+    "GE": (IF_NOT_LESS, True),
+    "GT": (IF_GREATER, True),
+    "MASKED_EQ": (IF_EQUAL, True),
+}
+NEXT, PASS, FAIL = 0, -1, -2  # where a test jumps to: on, to the code behind it and past that
+
+
+def compile_seccomp(spec: dict[str, Any], machine: str) -> tuple[int, list[Instruction]] | None:
+    """Return the flags of seccomp(2) and the program, or None if there is nothing to filter.
+
+    machine: as uname(2) names it.
+    """
+    section = Section(spec, "config.json: linux.seccomp")
+    flags = 0
+    default = seccomp_action(section, "defaultAction", "defaultErrnoRet")
+    for flag in section.each("flags", Section.choice, SECCOMP_FLAGS):
+        flags |= SECCOMP_FLAGS[flag]
+    if section.text("listenerPath", ""):
+        section.refuse("cannot be served, for no process on this host sees into the VM", "listenerPath")
+    if machine not in SECCOMP_ARCHITECTURES:
+        section.refuse(f"cannot be applied on {machine}: leave it out")
+    rules = seccomp_rules(section, default)
+    if not rules and default == SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
+        return None
+    wanted = section.texts("architectures")
+    program = [statement(LOAD, ARCHITECTURE_OFFSET)]
+    for place, (name, number) in enumerate(SECCOMP_ARCHITECTURES[machine]):
+        if place == 0 or name in wanted:
+            block = seccomp_block(rules, default, "-" if place else "")
+            program += [(IF_EQUAL, 1, 0, number), statement(JUMP, len(block)), *block]
+    program.append(statement(RETURN, SECCOMP_ACTIONS["SCMP_ACT_KILL"]))  # programs of an architecture that is not named
+    if len(program) > FILTER_MAX:
+        section.refuse(f"has too many rules: they make {len(program)} instructions, and {FILTER_MAX} are possible")
+    return flags, program
+
+
+def seccomp_action(spec: Section, key: str, errno_key: str) -> int:
+    """Return the value that the filter returns."""
+    name = spec.choice(key, SECCOMP_ACTIONS)
+    data = spec.unsigned(errno_key, 16, errno.EPERM)
+    return SECCOMP_ACTIONS[name] | (data if name in SECCOMP_WITH_DATA else 0)
+
+
+def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
+    """Return the rules of each system call that is named.  One without conditions stands alone."""
+    rules: dict[str, list[Rule]] = {}
+    for entry in spec.sections("syscalls"):
+        action = seccomp_action(entry, "action", "errnoRet")
+        args = [seccomp_condition(arg) for arg in entry.sections("args")]
+        # of several conditions on one argument one is enough, as runc has it
+        repeated = len({index for index, *_ in args}) < len(args)
+        alternatives = [[arg] for arg in args] if repeated else [args]
+        for name in entry.texts("names"):
+            if not name.isidentifier():
+                entry.refuse(f"must hold names of system calls, not {printable(name)}", "names")
+            if action == default:
+                continue
+            if not args:
+                rules[name] = [([], action)]
+            elif name not in rules or rules[name][0][0]:
+                rules.setdefault(name, [])
+                rules[name] += [(conditions, action) for conditions in alternatives]
+    return rules
+
+
+def seccomp_condition(spec: Section) -> Condition:
+    """Return an entry of args."""
+    operator = spec.choice("op", SECCOMP_OPERATORS, prefix="SCMP_CMP_")
+    index = spec.number("index", 0, 0, 5)
+    value = spec.unsigned("value", 64)
+    second = spec.unsigned("valueTwo", 64)
+    if operator == "MASKED_EQ":
+        return index, operator, second & value, value
+    return index, operator, value, 2**64 - 1
+
+
+def seccomp_block(rules: dict[str, list[Rule]], default: int, prefix: str) -> list[Instruction]:
+    """Return the instructions for the programs of one architecture."""
+    block = [statement(LOAD, NUMBER_OFFSET)]
+    if default not in (SECCOMP_ACTIONS["SCMP_ACT_ALLOW"], SECCOMP_ACTIONS["SCMP_ACT_LOG"]):
+        # as runc: what is newer than all that the filter names is not there, and the C library does without
+        not_there = SECCOMP_ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS
+        block += [(IF_GREATER, 0, 1, prefix + "max"), statement(RETURN, not_there)]
+    for name in sorted(rules):
+        code = seccomp_code(rules[name], default)
+        if len(code) > BRANCH_MAX:
+            block += [(IF_EQUAL, 1, 0, prefix + name), statement(JUMP, len(code))]
+        else:
+            block.append((IF_EQUAL, 0, len(code), prefix + name))
+        block += code
+    return [*block, statement(RETURN, default)]
+
+
+def seccomp_code(rules: list[Rule], default: int) -> list[Instruction]:
+    """Return the instructions for one system call."""
+    code = [statement(RETURN, default)]
+    for conditions, action in reversed(rules):
+        rule = [statement(RETURN, action)]
+        for condition in reversed(conditions):
+            rule = seccomp_test(condition, rule)
+        code = rule + code
+    return code if rules[0][0] else code[:-1]
+
+
+def seccomp_test(condition: Condition, code: list[Instruction]) -> list[Instruction]:
+    """Return the code with a test before it, which goes on behind the code if the condition does not hold."""
+    index, operator, value, mask = condition
+    high_value, low_value = divmod(value, 1 << 32)
+    high_mask, low_mask = divmod(mask, 1 << 32)
+    offset = ARGUMENTS_OFFSET + 8 * index
+    compare, passes = SECCOMP_OPERATORS[operator]
+    holds, fails = (PASS, FAIL) if passes else (FAIL, PASS)
+    test = seccomp_load(offset + 4, high_mask)
+    if compare != IF_EQUAL:
+        test.append((IF_GREATER, holds, NEXT, high_value))
+    test.append((IF_EQUAL, NEXT, fails, high_value))
+    test += seccomp_load(offset, low_mask)
+    test.append((compare, holds, fails, low_value))
+    behind = len(code)
+    for operation, jump_true, jump_false, operand in reversed(test):
+        distance = {NEXT: 0, PASS: len(code) - behind, FAIL: len(code)}
+        code = [(operation, distance[jump_true], distance[jump_false], operand), *code]
+    return code
+
+
+def seccomp_load(offset: int, mask: int) -> list[Instruction]:
+    load = [statement(LOAD, offset)]
+    if mask != 0xFFFFFFFF:
+        load.append(statement(AND, mask))
+    return load
+
+
+def statement(code: int, operand: int) -> Instruction:
+    """Return what does not branch, as BPF_STMT of <linux/filter.h> does."""
+    return code, 0, 0, operand
+
+
+# ==== guest protocol =====================================================================================
+# What runX and the guest's init (initrd/) agree on: /container/config in the ramdisk, and nodes below the domain's
+# data/ in xenstore.  All of it is written before the domain runs, but for requests.
+
+if TYPE_CHECKING:
+    Words = list[Union[str, int]]
 
 # the default devices of runtime-spec config-linux.md: path, major, minor
 DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
@@ -2159,31 +2821,41 @@ DEVICE_LINKS = (
     ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
     ("/proc/self/fd/2", "stderr"), ("pts/ptmx", "ptmx"), ("/proc/kcore", "core"),
 )  # fmt: skip
-S_IFREG, S_IFDIR, S_IFCHR = 0o100000, 0o040000, 0o020000
-
-MOST_REQUESTS = 150
-ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see enter.c.  The end of a terminal is a hang-up.
 
 
-def guest_config(config, bind_sources, state, capabilities):
-    """enter's /container/config: NUL-terminated keywords and operands, executed in order.
+def guest_config(config: Config, sources: Iterable[str], state: str, capabilities: dict[str, bytes]) -> bytes:
+    """Return /container/config, for initrd/container.c: NUL-terminated keywords and operands, executed in order.
 
-    bind_sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.
-    capabilities: of files, {path below the share: bytes}.
+    sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.
+    capabilities: of files, by path below the share.
     """
-    words = [CLONE_NEWPID if config.linux.pid_namespace else 0]
+    words: Words = [CLONE_NEWPID if config.linux.pid_namespace else 0]
     for path, value in capabilities.items():
         words += ["file_capability", path, len(value), *value]
-    if config.linux.cgroup or any(mount.type in ("cgroup", "cgroup2") for mount in config.mounts):
-        words += ["cgroup", len(config.linux.cgroup)]
-        for item in config.linux.cgroup.items():
+    cgroup = config.linux.cgroup
+    if cgroup or any(entry.type in ("cgroup", "cgroup2") for entry in config.mounts):
+        words += ["cgroup", len(cgroup)]
+        for item in cgroup.items():
             words += item
-    bind_sources = iter(bind_sources)
-    for mount in config.mounts:
-        words += guest_mount(mount, bind_sources)
-        if mount.destination == "/dev" and mount.type == "tmpfs":
+    words += guest_files(config, iter(sources))
+    words += guest_seals(config)
+    words += ["hostname", config.hostname or os.uname().nodename]  # a new UTS namespace begins with the host's too
+    if config.domainname:
+        words += ["domainname", config.domainname]
+    if config.process:
+        words += guest_process(config, config.process)
+        words += guest_program(config.process, parse_hooks(config.hooks, "startContainer"), state)
+    return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
+
+
+def guest_files(config: Config, sources: Iterator[str]) -> Words:
+    """Return what makes the mounts, and what is in them."""
+    words: Words = []
+    for entry in config.mounts:
+        words += guest_mount(entry, sources)
+        if entry.destination == "/dev" and entry.type == "tmpfs":
             for name, major, minor in DEVICES:
-                words += ["node", f"/dev/{name}", S_IFCHR | 0o666, major, minor, 0, 0]
+                words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
             for content, name in DEVICE_LINKS:
                 words += ["link", content, f"/dev/{name}"]
     for device in config.linux.devices:
@@ -2192,31 +2864,53 @@ def guest_config(config, bind_sources, state, capabilities):
         words += ["terminal"]
     if config.process:
         words += ["cwd", config.process.cwd]
-    if config.netconf and not any(mount.destination.rstrip("/") == "/etc/resolv.conf" for mount in config.mounts):
+    if config.netconf and not any(entry.destination.rstrip("/") == "/etc/resolv.conf" for entry in config.mounts):
         words += ["resolv_conf"]
-    for mount in config.mounts:  # now that all is made that was to be made in them
-        if mount.is_sealed_late():
-            flags = MS_REMOUNT | MS_BIND | mount.flags & ~(MS_REC | RECURSIVE_RO)
-            words += ["mount", "", mount.destination, "", flags, ""]
-    for name, value in config.linux.sysctl.items():
+    return words
+
+
+def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
+    target = entry.destination
+    flags = entry.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
+    words: Words = []
+    if entry.on_host():
+        source = next(sources)
+        words += ["mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""]
+        if flags:  # a bind mount takes its options only from a second call
+            words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
+    else:
+        kind = "cgroup2" if entry.type == "cgroup" else entry.type
+        if entry.is_sealed_late():
+            flags &= ~MS_RDONLY
+        words += ["copy_up" if entry.copy_up else "mount", entry.source or kind, target, kind, flags, entry.data]
+    if entry.propagation:
+        words += ["propagation", target, entry.propagation]
+    return words
+
+
+def guest_seals(config: Config) -> Words:
+    """Return what may be done once all is made that was to be made in the mounts."""
+    linux = config.linux
+    words: Words = []
+    for entry in filter(Mount.is_sealed_late, config.mounts):
+        flags = MS_REMOUNT | MS_BIND | entry.flags & ~(MS_REC | RECURSIVE_RO)
+        words += ["mount", "", entry.destination, "", flags, ""]
+    for name, value in linux.sysctl.items():
         words += ["sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value]
-    for keyword, paths in (("readonly", config.linux.readonly_paths), ("mask", config.linux.masked_paths)):
-        for path in paths:
-            words += [keyword, path]
-    if config.linux.propagation:
-        words += ["propagation", "/", config.linux.propagation]
-    if config.readonly:  # after the mounts, which may need folders to be made
+    for path in linux.readonly_paths:
+        words += ["readonly", path]
+    for path in linux.masked_paths:
+        words += ["mask", path]
+    if linux.propagation:
+        words += ["propagation", "/", linux.propagation]
+    if config.readonly:
         words += ["mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""]
-    words += ["hostname", config.hostname or os.uname().nodename]  # a new UTS namespace begins with the host's too
-    if config.domainname:
-        words += ["domainname", config.domainname]
-    if config.process:
-        words += guest_process(config, state)
-    return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
+    return words
 
 
-def guest_process(config, state):
-    process, words = config.process, []
+def guest_process(config: Config, process: Process) -> Words:
+    """Return what the container's process gets, up to its user."""
+    words: Words = []
     for limit in process.rlimits:
         words += ["rlimit", *limit]
     words += ["oom", process.oom_score_adj]
@@ -2232,85 +2926,32 @@ def guest_process(config, state):
     seccomp = config.linux.seccomp and compile_seccomp(config.linux.seccomp, os.uname().machine)
     if seccomp:
         flags, program = seccomp
-        words += ["seccomp", flags, len(program), *(operand for instruction in program for operand in instruction)]
+        words += ["seccomp", flags, len(program)]
+        for instruction in program:
+            words += instruction
     words += ["user", process.uid, process.gid, process.umask]
-    hooks = parse_hooks(config.hooks, "startContainer")
-    if hooks:
-        words += ["state", state]
+    return words
+
+
+def guest_program(process: Process, hooks: list[Hook], state: str) -> Words:
+    words: Words = ["state", state] if hooks else []
     for hook in hooks:
         words += ["hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env]
-    for keyword, values in (("group", process.groups), ("arg", process.args), ("env", process.env)):
-        for value in values:
-            words += [keyword, value]
+    for group in process.groups:
+        words += ["group", group]
+    for arg in process.args:
+        words += ["arg", arg]
+    for variable in process.env:
+        words += ["env", variable]
     return words
-
-
-def guest_mount(mount, bind_sources):
-    target, flags = mount.destination, mount.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
-    if mount.on_host():
-        source = next(bind_sources)
-        words = ["mount", source, target, "", MS_BIND | (mount.flags & MS_REC), ""]
-        if flags:  # a bind mount takes its options only from a second call
-            words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
-    else:
-        kind = "cgroup2" if mount.type == "cgroup" else mount.type
-        keyword = "copy_up" if mount.copy_up else "mount"
-        if mount.is_sealed_late():
-            flags &= ~MS_RDONLY
-        words = [keyword, mount.source or kind, target, kind, flags, mount.data]
-    if mount.propagation:
-        words += ["propagation", target, mount.propagation]
-    return words
-
-
-def encode_input(data):
-    return data.replace(ESCAPE, ESCAPE + ESCAPE)
-
-
-def check_alive(xenstore, domid, uuid, transaction=0):
-    """Raises NotRunning unless the domain is there: another one may have its number by now, and a write below one that
-    is gone would make its folder anew, for ever."""
-    if xenstore.read(f"/local/domain/{domid}/vm", transaction=transaction) != f"/vm/{uuid}":
-        raise NotRunning()
-
-
-def shut_down(xenstore, domid, uuid):
-    """Asks a VM that boots a system of its own to power off, as `xl shutdown` does."""
-
-    def write(transaction):
-        check_alive(xenstore, domid, uuid, transaction)
-        xenstore.write(f"/local/domain/{domid}/control/shutdown", "poweroff", transaction=transaction)
-
-    xenstore.transaction(write)
-
-
-def send_request(xenstore, domid, uuid, request, key=None, data=None):
-    """Queues what the guest's init is asked for, and rings; one that is not ready yet looks at the queue by itself.
-
-    request: "kill N", "killall N", "look" or "cpus", see initrd/poweroff.  key: of two requests with one
-    key the guest gets the last.  data: nodes to be written with it, below data/.
-    """
-    domain = f"/local/domain/{domid}"
-
-    def write(transaction):
-        check_alive(xenstore, domid, uuid, transaction)
-        for name, value in (data or {}).items():
-            xenstore.write(f"{domain}/data/{name}", value, transaction=transaction)
-        # one reply must hold all their names, or the guest cannot list them any more (xs_wire.h, XENSTORE_PAYLOAD_MAX)
-        if len(xenstore.list(f"{domain}/data/request", transaction)) >= MOST_REQUESTS:
-            raise Error("the container's VM does not take its signals: kill it with SIGKILL")
-        name = f"{domain}/data/request/{key or format(time.time_ns(), '020d')}"
-        xenstore.write(name, request, transaction=transaction)
-        if xenstore.read(f"{domain}/data/ready", transaction=transaction):
-            xenstore.write(f"{domain}/control/shutdown", "poweroff", transaction=transaction)
-
-    xenstore.transaction(write)
 
 
 # ==== rootfs =============================================================================================
-# What the guest gets over 9p: a folder with the rootfs and the bind mounts' sources, put together in the
-# monitor's own mount namespace.  The QEMU that exports it lives there too; when both are gone the kernel
-# undoes every mount, whoever was killed before, and the host's mount table never shows one.
+# Where a VM has the container's files: its rootfs, over 9p, in its memory or on a block device, and what dom0 mounts
+# for it.  Both are put together in a folder, the share, in the monitor's own mount namespace.  What serves it to the
+# guest lives there too; when both are gone the kernel undoes every mount, whoever was killed before.
+
+# ---- mounts
 
 SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # the same on every architecture
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4  # <linux/mount.h>
@@ -2320,10 +2961,23 @@ LINKS_MAX = 40  # that a path may lead through, as for the kernel
 MNT_DETACH = 2  # <sys/mount.h>
 
 
-def mount(source, target, flags, kind=None, data=None):
-    """mount(2); kind: the file system's type, data: its options."""
-    import errno
+class Descriptor(int):
+    """A file descriptor that `with` closes at its end."""
 
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self)
+
+
+def mount_of(fd: int) -> str:
+    """Return a path that leads to what a descriptor is open for, also where something else is mounted on its name."""
+    return f"/proc/self/fd/{fd}"
+
+
+def mount(source: str | None, target: str, flags: int, kind: str | None = None, data: str | None = None) -> None:
+    """mount(2).  kind: the file system's type, data: its options."""
     try:
         system_call("mount", source, target, kind, flags, data)
     except OSError as error:
@@ -2331,61 +2985,40 @@ def mount(source, target, flags, kind=None, data=None):
         raise Error(f"cannot mount {source} at {target}: {reason}") from None
 
 
-def build_share(folder, config):
-    """Fills folder with rootfs/ and mounts/0, 1, …; returns the guest's paths of the latter, below the share."""
+def detach(target: str, flags: int = MNT_DETACH) -> None:
+    """Take what is mounted there out of our own mount namespace, if anything is."""
     try:
-        system_call("unshare", CLONE_NEWNS)
-    except OSError as error:
-        raise Error(f"cannot make a mount namespace: {error.strerror}") from None
+        system_call("umount2", target, flags)
+    except OSError:
+        pass
+
+
+def discard(path: str) -> None:
+    """Unmount and remove a file, if it is there."""
+    if os.path.lexists(path):
+        detach(path, 0)
+        os.unlink(path)
+
+
+def own_mounts() -> None:
+    """Enter a mount namespace of our own.  Raise OSError."""
+    system_call("unshare", CLONE_NEWNS)
     # the host's unmounts still arrive here, so that nothing stays busy because of us
     mount(None, "/", MS_REC | MS_SLAVE)
-    os.mkdir(folder)
-    mount(folder, folder, MS_BIND)
-    rootfs = os.path.join(folder, "rootfs")
-    os.mkdir(rootfs)
-    os.mkdir(os.path.join(folder, "mounts"))
-    if os.path.isdir(config.rootfs):
-        mount(config.rootfs, rootfs, MS_BIND | MS_REC)
-        restrict(rootfs)
-    paths = []
-    for entry in config.mounts:
-        if entry.on_host():
-            path = f"mounts/{len(paths)}"
-            mount_on_host(entry, os.path.join(folder, path))
-            paths.append(path)
-    # what is left of the folder itself is memory of the host's, which the guest must not fill
-    mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
-    return paths
 
 
-def mount_on_host(entry, target):
-    """Makes a mount of config.json's at target, which is to be exported."""
-    if entry.is_folder():
-        os.mkdir(target)
-    else:
-        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
-    if entry.flags & MS_BIND:
-        mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
-    else:
-        mount(entry.source or entry.type, target, entry.flags & ~RECURSIVE_RO, entry.type, entry.data)
-    if not entry.propagation:  # what the host mounts below it later is not the container's
-        mount(None, target, MS_REC | MS_PRIVATE)
-    restrict(target, entry.flags)
-
-
-def restrict(target, flags=0):
-    """Makes no device of dom0's reachable by a node below target; the guest opens its own devices itself.
+def restrict(target: str, flags: int = 0) -> None:
+    """Make no device of dom0's reachable by a node below target; the guest opens its own devices itself.
 
     flags: with MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too.  Enforced on
     this side: the guest is not asked.
     """
-    import errno
-
     below = MOUNT_ATTR_RDONLY if flags & RECURSIVE_RO else 0
+    itself = MOUNT_ATTR_RDONLY if flags & MS_RDONLY else 0
     try:
-        set_mount_attributes(target, MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | below, AT_RECURSIVE)
-        if flags & MS_RDONLY:
-            set_mount_attributes(target, MOUNT_ATTR_RDONLY, 0)
+        for added, at in ((MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | below, AT_RECURSIVE), (itself, 0)):
+            values = struct.pack("=QQQQ", added, 0, 0, 0)
+            system_call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, target, at, values, len(values))
     except OSError as error:
         if error.errno != errno.ENOSYS or below:
             raise Error(f"cannot restrict the mount {target}: {error.strerror}") from None
@@ -2394,39 +3027,51 @@ def restrict(target, flags=0):
         mount(None, target, MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOSUID | kept | flags & MS_RDONLY)
 
 
-def set_mount_attributes(target, attributes, flags):
-    """mount_setattr(2).  Raises OSError."""
-    import struct
+class HostMount(Record):
+    """A line of /proc/<pid>/mountinfo, proc(5)."""
 
-    values = struct.pack("=QQQQ", attributes, 0, 0, 0)
-    system_call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, target, flags, values, len(values))
-
-
-def open_in_root(root, path):
-    """An O_PATH descriptor of path as a process would find it whose root folder is root.  Raises OSError."""
-    import struct
-
-    root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
-    how = struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT)
-    try:
-        return system_call("syscall", SYS_OPENAT2, root_fd, path, how, len(how))
-    finally:
-        os.close(root_fd)
+    device: int
+    root: str  # of the mount in its file system
+    target: str
+    options: list[str]
+    kind: str
+    of_all: list[str]  # options that all mounts of the file system have
 
 
-def open_folder_in_root(root, path):
-    """A descriptor of a folder in root, to be read.  Raises OSError."""
-    fd = open_in_root(root, path)
-    try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    finally:
-        os.close(fd)
+def host_mounts(process: str = "self") -> Iterator[HostMount]:
+    """Raise OSError."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields, _, rest = line.rstrip("\n").partition(" - ")
+            _, _, device, root, target, options = fields.split(" ")[:6]
+            kind, _, of_all = rest.split(" ", 2)
+            major, minor = map(int, device.split(":"))
+            for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+                target = target.replace(code, character)
+            yield HostMount(
+                device=os.makedev(major, minor), root=root, target=target, options=options.split(","),
+                kind=kind, of_all=of_all.split(","),
+            )  # fmt: skip
 
 
-def open_file_in_root(root, path, purpose):
-    """A descriptor, O_PATH, of a regular file in root.  Raises Error, that begins with purpose."""
-    import stat
+def top_mount(target: str) -> HostMount | None:
+    """Return what is seen at target, the last of all that are mounted there."""
+    found = [entry for entry in host_mounts() if entry.target == target]
+    return found[-1] if found else None
 
+
+# ---- names below a root: found as by a process whose root folder that is, so that no link leads out of it
+
+
+def open_in_root(root: str, path: str, flags: int = os.O_PATH) -> Descriptor:
+    """flags: of open(2).  Raise OSError."""
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT)
+    with Descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY)) as root_fd:
+        return Descriptor(system_call("syscall", SYS_OPENAT2, root_fd, path, how, len(how)))
+
+
+def open_file_in_root(root: str, path: str, purpose: str) -> Descriptor:
+    """Return a descriptor, O_PATH, of a regular file.  Raise Error, that begins with purpose."""
     try:
         fd = open_in_root(root, path)
     except OSError as error:
@@ -2437,88 +3082,41 @@ def open_file_in_root(root, path, purpose):
     return fd
 
 
-def mount_of(fd):
-    """A path that leads to what a descriptor is open for, also where something else is mounted on its name."""
-    return f"/proc/self/fd/{fd}"
+def read_in_root(root: str, path: str, limit: int) -> bytes:
+    """Return the content of a regular file, up to limit bytes.  Raise Error."""
+    with open_file_in_root(root, path, f"cannot read {path} of the container") as fd, open(mount_of(fd), "rb") as file:
+        return file.read(limit)
 
 
-def change_root(share, config, exported):
-    """Makes what dom0 knows of the container's files the root of a mount namespace of our own, in which nothing of
-    dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
-    so takes the place of what is in the VM only; if nothing is exported, that is all.  Raises Error.
-    """
-    root, sources = os.path.join(share, "rootfs"), []
-    try:
-        system_call("unshare", CLONE_NEWNS)
-        mount(None, "/", MS_REC | MS_SLAVE)
-        if exported:
-            names = (f"mounts/{number}" for number, each in enumerate(filter(Mount.on_host, config.mounts)))
-            sources = [os.open(os.path.join(share, name), os.O_PATH) for name in names]
-        empty = os.path.join(share, "mounts")
-        mount("tmpfs", empty, MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=4k")
-        sources.append(os.open(empty, os.O_PATH))
-        if exported:
-            mount_in_root(root, config.mounts, sources)
-            restrict(root, MS_RDONLY if config.readonly else 0)
-        os.chdir(root if exported else empty)
-        for fd in sources:
-            os.close(fd)
-        pivot_root()
-    except OSError as error:
-        raise Error(f"cannot make the container's files the root of its mount namespace: {error.strerror}") from None
-
-
-def mount_in_root(root, mounts, sources):
-    """Puts each of the mounts at its place below root, as the guest will do; one that has no place there is left out.
-
-    sources: descriptors of those that dom0 makes, then one of what is seen where the guest's kernel mounts something.
-    """
-    *on_host, empty = sources
-    on_host, missing = iter(on_host), []
-    for entry in mounts:
-        source = next(on_host) if entry.on_host() else empty
-        if entry.destination.startswith(tuple(missing)):
-            continue  # it is in a file system of the guest's, for which nothing is made here
-        try:
-            target = find_in_root(root, entry.destination, entry.is_folder(), make=entry.on_host())
-        except OSError:
-            missing += [] if entry.on_host() else [entry.destination.rstrip("/") + "/"]
-            continue
-        try:
-            mount(mount_of(source), mount_of(target), MS_BIND | MS_REC)
-        except Error:
-            pass  # the image has another kind of file there
-        os.close(target)
-
-
-def find_in_root(root, path, folder, make):
-    """An O_PATH descriptor of path as a process finds it whose root folder is root.  make: what is missing is made, a
-    folder or an empty file, and folders above it; where a link leads to nothing, that is made.  Raises OSError."""
+def find_in_root(root: str, path: str, folder: bool, make: bool) -> Descriptor:
+    """Return an O_PATH descriptor.  make: what is missing is made, a folder or an empty file, and folders above it;
+    where a link leads to nothing, that is made.  Raise OSError."""
     names = resolve_in_root(root, path)
-    fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    fd = Descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY))
+    for number, name in enumerate(names, 1):
+        with fd as above:
+            if make:
+                make_empty(name, folder or number < len(names), above)
+            fd = Descriptor(os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=above))
+    return fd
+
+
+def make_empty(path: str, folder: bool, above: int | None = None) -> None:
+    """Make a folder or an empty file, unless there is something already.  Raise OSError."""
     try:
-        for number, name in enumerate(names, 1):
-            try:
-                if make and (folder or number < len(names)):
-                    os.mkdir(name, 0o755, dir_fd=fd)
-                elif make:
-                    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=fd))
-            except FileExistsError:
-                pass
-            above, fd = fd, os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
-            os.close(above)
-        return fd
-    except BaseException:
-        os.close(fd)
-        raise
+        if folder:
+            os.mkdir(path, 0o755, dir_fd=above)
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=above))
+    except FileExistsError:
+        pass
 
 
-def resolve_in_root(root, path):
-    """The names, none of them a link's, by which path leads below root.  What is missing counts as a folder, as for
-    runc.  Raises OSError if links lead on without end."""
-    import errno
-
-    names, left, links = [], path.split("/"), 0
+def resolve_in_root(root: str, path: str) -> list[str]:
+    """Return the names, none of them a link's, by which path leads below root.  What is missing counts as a folder, as
+    for runc.  Raise OSError if links lead on without end."""
+    names: list[str] = []
+    left, links = path.split("/"), 0
     while left:
         name = left.pop(0)
         if name == "..":
@@ -2537,10 +3135,91 @@ def resolve_in_root(root, path):
     return names
 
 
-def pivot_root():
-    """Makes the working folder, a mount, the root of our mount namespace, and lets go of all else.  Raises OSError."""
-    import errno
+# ---- the share
 
+
+def build_share(folder: str, config: Config) -> list[str]:
+    """Fill folder with rootfs/ and mounts/0, 1, …  Return the guest's paths of the latter, below the share."""
+    try:
+        own_mounts()
+    except OSError as error:
+        raise Error(f"cannot make a mount namespace: {error.strerror}") from None
+    os.mkdir(folder)
+    mount(folder, folder, MS_BIND)
+    rootfs = os.path.join(folder, "rootfs")
+    os.mkdir(rootfs)
+    os.mkdir(os.path.join(folder, "mounts"))
+    if os.path.isdir(config.rootfs):
+        mount(config.rootfs, rootfs, MS_BIND | MS_REC)
+        restrict(rootfs)
+    paths = []
+    for number, entry in enumerate(filter(Mount.on_host, config.mounts)):
+        paths.append(f"mounts/{number}")
+        mount_on_host(entry, os.path.join(folder, paths[-1]))
+    # what is left of the folder itself is memory of the host's, which the guest must not fill
+    mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
+    return paths
+
+
+def mount_on_host(entry: Mount, target: str) -> None:
+    """Make a mount of config.json's at target, which the guest is to get."""
+    make_empty(target, entry.is_folder())
+    if entry.flags & MS_BIND:
+        mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
+    else:
+        mount(entry.source or entry.type, target, entry.flags & ~RECURSIVE_RO, entry.type, entry.data)
+    if not entry.propagation:  # what the host mounts below it later is not the container's
+        mount(None, target, MS_REC | MS_PRIVATE)
+    restrict(target, entry.flags)
+
+
+def change_root(share: str, config: Config, exported: bool) -> None:
+    """Make what dom0 knows of the container's files the root of a mount namespace of our own, in which nothing of
+    dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
+    so takes the place of what is in the VM only; if nothing is exported, that is all.
+    """
+    root, empty, paths = os.path.join(share, "rootfs"), os.path.join(share, "mounts"), []
+    if exported:
+        paths = [os.path.join(empty, str(number)) for number, _ in enumerate(filter(Mount.on_host, config.mounts))]
+    try:
+        own_mounts()
+        sources = [os.open(path, os.O_PATH) for path in paths]
+        mount("tmpfs", empty, MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=4k")
+        sources.append(os.open(empty, os.O_PATH))
+        if exported:
+            mount_in_root(root, config.mounts, sources)
+            restrict(root, MS_RDONLY if config.readonly else 0)
+        os.chdir(root if exported else empty)
+        for fd in sources:
+            os.close(fd)
+        pivot_root()
+    except OSError as error:
+        raise Error(f"cannot make the container's files the root of its mount namespace: {error.strerror}") from None
+
+
+def mount_in_root(root: str, mounts: list[Mount], sources: list[int]) -> None:
+    """Put each of the mounts at its place below root, as the guest will do; one that has no place there is left out.
+
+    sources: descriptors of those that dom0 makes, then one of what is seen where the guest's kernel mounts something.
+    """
+    *others, empty = sources
+    on_host = iter(others)
+    missing: list[str] = []
+    for entry in mounts:
+        source = next(on_host) if entry.on_host() else empty
+        if entry.destination.startswith(tuple(missing)):
+            continue  # it is in a file system of the guest's, for which nothing is made here
+        try:
+            with find_in_root(root, entry.destination, entry.is_folder(), make=entry.on_host()) as target:
+                mount(mount_of(source), mount_of(target), MS_BIND | MS_REC)
+        except OSError:
+            missing += [] if entry.on_host() else [entry.destination.rstrip("/") + "/"]
+        except Error:
+            pass  # the image has another kind of file there
+
+
+def pivot_root() -> None:
+    """Make the working folder, a mount, the root of our mount namespace, and let go of all else.  Raise OSError."""
     try:
         system_call("pivot_root", ".", ".")
         system_call("umount2", ".", MNT_DETACH)
@@ -2552,59 +3231,100 @@ def pivot_root():
     os.chdir("/")
 
 
-def read_in_root(root, path, limit):
-    """The content of a regular file in root, up to limit bytes.  Raises Error."""
-    fd = open_file_in_root(root, path, f"cannot read {path} of the container")
-    try:
-        with open(f"/proc/self/fd/{fd}", "rb") as file:
-            return file.read(limit)
-    finally:
-        os.close(fd)
+# ---- ramdisks: the archive that the kernel unpacks as its initramfs is cpio's "newc", see
+# Documentation/driver-api/early-userspace in its sources.  Archives may follow one another; an uncompressed one starts
+# at a multiple of 4.
 
-
-QEMU_FOLDERS = ("/usr/libexec", "/usr/libexec/xen/bin", "/usr/lib/xen/bin", "/usr/local/lib/xen/bin", "/usr/bin")
-
-
-def has_qemu():
-    """Whether this host has a QEMU that libxl may start, in the folders that Xen is built with."""
-    folders = filter(os.path.isdir, QEMU_FOLDERS)
-    return any("qemu-system-" in name for folder in folders for name in os.listdir(folder))
-
-
+PATH_MAX = 4096  # bytes with the NUL, <linux/limits.h>
 PAGE = 4096  # bytes
 INODE_MEMORY = 1024  # bytes of the guest's for each file, about
 SHARE_MAX = 1 << 20  # files, so that a hostile image ends
 RAMDISK_OVERHEAD = 18  # MiB that the guest needs beside its files
 
+if TYPE_CHECKING:
+    Entry = Union[tuple[str, int, bytes], tuple[str, int, bytes, int]]  # name, mode, content, rdev
+
+
+def cpio_header(
+    name: str, mode: int, size: int, inode: int = 0, rdev: int = 0,
+    owner: tuple[int, int] = (0, 0), links: int = 1, mtime: int = 0,
+) -> bytes:  # fmt: skip
+    """Return what stands before a member's content.  mode: as in st_mode, owner: uid and gid, mtime: seconds."""
+    raw = os.fsencode(name) + b"\0"
+    if size >= 2**32:
+        raise Error(f"cannot pack {name}: the archive format ends at 4 GiB")
+    if len(raw) > PATH_MAX:
+        raise Error(f"cannot pack {name[:100]}...: its path is longer than the {PATH_MAX} bytes that a kernel takes")
+    devices = (0, 0, os.major(rdev), os.minor(rdev))
+    fields = (inode, mode, *owner, links, max(0, mtime) & 0xFFFFFFFF, size, *devices, len(raw), 0)
+    header = b"070701" + b"".join(b"%08X" % number for number in fields) + raw
+    return header + padding(len(header))
+
+
+def padding(size: int) -> bytes:
+    """Return what follows a header or content of that size."""
+    return b"\0" * (-size % 4)
+
+
+def cpio_entry(inode: int, name: str, mode: int, data: bytes = b"", rdev: int = 0) -> bytes:
+    """Return one member.  Owner root, time 0: the same input gives the same bytes."""
+    return cpio_header(name, mode, len(data), inode, rdev) + data + padding(len(data))
+
+
+def cpio_archive(entries: Iterable[Entry]) -> bytes:
+    """entries: folders before what is in them."""
+    members = [cpio_entry(inode, *entry) for inode, entry in enumerate(entries, 1)]
+    return b"".join(members) + cpio_entry(0, "TRAILER!!!", 0)
+
 
 class Member(Record):
-    """Something of the share that goes into a ramdisk."""
+    """Something in a folder that goes into a ramdisk."""
 
-    path: str  # below the share
+    path: str  # below the folder that is packed
     name: str
     folder: int  # a descriptor of the folder that it is in
     status: os.stat_result
     inode: int  # the same for all names of a file
     size: int  # bytes of content; 0 for the second name of a file
 
+    def header(self, size: int) -> bytes:
+        status = self.status
+        owner = (status.st_uid, status.st_gid)
+        mtime = int(status.st_mtime)
+        name = f"mnt/{self.path}"
+        return cpio_header(name, status.st_mode, size, self.inode, status.st_rdev, owner, status.st_nlink, mtime)
 
-def walk_share(share):
-    """The Members of a share, folders before what is in them.  Raises Error.
+    def open(self) -> Descriptor:
+        """Open a regular file.  Raise OSError, also if somebody has put another thing there."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = Descriptor(os.open(self.name, flags, dir_fd=self.folder))
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
 
-    Another container may change a volume meanwhile, so no name is followed out of the share.
+    def link(self) -> bytes:
+        """Return what it leads to, b"" if it is no link.  Raise OSError."""
+        is_link = stat.S_ISLNK(self.status.st_mode)
+        return os.fsencode(os.readlink(self.name, dir_fd=self.folder)) if is_link else b""
+
+
+def walk(root: str) -> Iterator[Member]:
+    """Yield what is below root, folders before what is in them.
+
+    Another container may change a volume meanwhile, so no name is followed out of it.
     """
-    import stat
-
-    folders, files, inode = ["."], {}, 0
+    folders, inode = ["."], 0
+    files: dict[tuple[int, int], int] = {}
     while folders:
         parent = folders.pop()
         try:
-            folder = open_folder_in_root(share, parent)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+            folder = open_in_root(root, parent, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise Error(f"cannot pack {parent}: {error.strerror}") from None
-        try:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR) and parent != ".":
+                continue  # somebody has removed it
+            raise Error(f"cannot pack {os.path.join(root, parent)}: {error.strerror}") from None
+        with folder:
             for name in sorted(os.listdir(folder)):
                 try:
                     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -2619,19 +3339,35 @@ def walk_share(share):
                 yield Member(path=path, name=name, folder=folder, status=status, inode=number, size=size)
                 if stat.S_ISDIR(status.st_mode):
                     folders.append(path)
-        finally:
-            os.close(folder)
 
 
-def pack_share(output, share, memory):
-    """Writes the share as an archive to the open file output, for the guest's /mnt; returns the capabilities of its
-    files, {path: bytes}, which an archive cannot hold.  memory: MiB that the VM has.  Raises Error, also if that is not
-    enough: while the guest unpacks it, the share is there a second time, and its kernel gives files half of the rest,
-    and half as many files as that has pages."""
+def pack_initrd(folder: str, output: str) -> None:
+    """Pack folder into the gzip'ed archive output, replacing it in one step; hard links become copies."""
+    import gzip
+
+    entries = []
+    for member in walk(folder):
+        content = member.link()
+        if stat.S_ISREG(member.status.st_mode):
+            with member.open() as file:
+                content = read_all(file)
+        entries.append((member.path, member.status.st_mode, content, member.status.st_rdev))
+    packed = gzip.compress(cpio_archive(entries), 9, mtime=0)
+    temporary = f"{output}.{os.getpid()}"
+    with open(temporary, "wb") as archive:
+        archive.write(packed)
+    os.rename(temporary, output)
+
+
+def pack_share(output: BinaryIO, share: str, memory: int) -> dict[str, bytes]:
+    """Write the share as an archive, for the guest's /mnt.  Return the capabilities of its files, by path, which an
+    archive cannot hold.  memory: MiB that the VM has.  Raise Error also if that is not enough: while the guest unpacks
+    it, the share is there a second time, and its kernel gives files half of the rest, and half as many files as that
+    has pages."""
     size = count = needed = 0
-    capabilities = {}
-    output.write(cpio_header("mnt", S_IFDIR | 0o755, 0))
-    for member in walk_share(share):
+    capabilities: dict[str, bytes] = {}
+    output.write(cpio_header("mnt", stat.S_IFDIR | 0o755, 0))
+    for member in walk(share):
         size, count = size + INODE_MEMORY + member.size + -member.size % PAGE, count + 1
         if count > SHARE_MAX:
             raise Error(f"the rootfs and its mounts have more than {SHARE_MAX} files: use org.runx.rootfs=9p")
@@ -2643,194 +3379,51 @@ def pack_share(output, share, memory):
             f"the rootfs and its mounts need a VM of {needed} MiB to be in its memory, and it has {memory}: raise the "
             f"container's memory limit or the annotation org.runx.memory, or use org.runx.rootfs=9p"
         )
-    output.write(cpio_entry("TRAILER!!!", 0))
+    output.write(cpio_entry(0, "TRAILER!!!", 0))
     return capabilities
 
 
-def pack_member(output, member, capabilities):
-    """Writes a Member, and adds the capabilities that it has.  Raises Error."""
-    import stat
-
+def pack_member(output: BinaryIO, member: Member, capabilities: dict[str, bytes]) -> None:
+    """Write a Member, and add the capabilities that it has."""
     try:
         if stat.S_ISREG(member.status.st_mode):
-            pack_file(output, member, capabilities)
+            with member.open() as file:
+                output.write(member.header(member.size))
+                copy_content(file, output, member.size)
+                if member.status.st_mode & 0o111 and (capability := capability_of(file)):
+                    capabilities[member.path] = capability
         else:
-            link = stat.S_ISLNK(member.status.st_mode)
-            content = os.fsencode(os.readlink(member.name, dir_fd=member.folder)) if link else b""
-            output.write(member_header(member, len(content)) + content + padding(len(content)))
+            link = member.link()
+            output.write(member.header(len(link)) + link + padding(len(link)))
     except FileNotFoundError:
         pass  # somebody has removed it meanwhile; nor is it there under runc any more
     except OSError as error:
         raise Error(f"cannot pack {member.path}: {error.strerror}") from None
 
 
-def member_header(member, size):
-    status = member.status
-    owner, time_, links = (status.st_uid, status.st_gid), int(status.st_mtime), status.st_nlink
-    return cpio_header(f"mnt/{member.path}", status.st_mode, size, member.inode, status.st_rdev, owner, links, time_)
-
-
-def pack_file(output, member, capabilities):
-    """Writes a regular file, and adds its capabilities to those that are found already.  Raises OSError."""
-    import errno
-    import stat
-
-    file = os.open(member.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=member.folder)
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # somebody has put another thing there
-        output.write(member_header(member, member.size))
-        copy_content(file, output, member.size)
-        output.write(padding(member.size))
-        if member.status.st_mode & 0o111:
-            try:
-                capabilities[member.path] = os.getxattr(file, "security.capability")
-            except OSError as error:
-                if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-                    raise
-    finally:
-        os.close(file)
-
-
-def copy_content(file, output, size):
-    """Copies exactly size bytes: zeros for what the file has lost meanwhile."""
-    while size:
-        data = os.read(file, min(size, 1 << 20)) or bytes(min(size, 1 << 20))
+def copy_content(file: int, output: BinaryIO, size: int) -> None:
+    """Copy exactly size bytes, zeros for what the file has lost meanwhile, and add the padding."""
+    left = size
+    while left:
+        data = os.read(file, min(left, 1 << 20)) or bytes(min(left, 1 << 20))
         output.write(data)
-        size -= len(data)
+        left -= len(data)
+    output.write(padding(size))
 
 
-KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take while it is unpacked
-BZIMAGE_HEADER = 0x250  # bytes
-
-
-def check_boot_file(fd, name, memory, purpose):
-    """Raises Error, that begins with purpose, if a kernel or ramdisk does not fit into a VM, or the former into dom0:
-    xl has all of it in memory before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked."""
-    with open(f"/proc/self/fd/{fd}", "rb") as file:
-        unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0
-    size = max(os.fstat(fd).st_size >> 20, unpacked)
-    if size >= memory:
-        raise Error(f"{purpose}: {size} MiB do not fit into a VM of {memory} MiB")
-    if unpacked > KERNEL_MAX:
-        raise Error(f"{purpose}: unpacked it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
-
-
-def unpacked_size(file):
-    """Bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be in a
-    bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.
-
-    What is packed twice, only xl's own limit of memory stops.
-    """
-    import struct
-
-    header, start, end = file.read(BZIMAGE_HEADER), 0, os.fstat(file.fileno()).st_size
-    if header[0x202:0x206] == b"HdrS" and len(header) == BZIMAGE_HEADER:
-        offset, length = struct.unpack_from("<II", header, 0x248)
-        start = 512 * (header[0x1F1] + 1) + offset
-        end = min(end, start + length)
-    elif not header.startswith(b"\x1f\x8b"):
-        return 0
-    if end - start < 4:
-        return 0  # nothing that could be unpacked
-    return struct.unpack("<I", os.pread(file.fileno(), 4, end - 4))[0]
-
-
-MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
-
-
-def kernel_modules(root, kernel, wanted):
-    """What of these a kernel from root has there as modules: (file name, content), in the order to load.
-
-    They are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
-    vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in.
-    """
-    folder = list_in_root(root, "/lib/modules")
-    names = [name for name in folder if os.path.basename(kernel).endswith(f"-{name}")] or folder
-    if len(names) != 1:
-        return []
-    base = f"/lib/modules/{names[0]}"
-    dependencies = {}
-    for line in read_in_root(root, f"{base}/modules.dep", MODULE_MAX).decode("utf-8", "replace").splitlines():
-        path, _, needed = line.partition(":")
-        dependencies[os.path.basename(path).split(".ko")[0].replace("-", "_")] = [*reversed(needed.split()), path]
-    paths = list(dict.fromkeys(path for name in wanted for path in dependencies.get(name, ())))
-    if len(paths) > MODULES_MAX:
-        raise Error(f"the container's {base}/modules.dep names {len(paths)} modules for {' and '.join(wanted)}")
-    return [load_module(root, f"{base}/{path}") for path in paths]
-
-
-def load_module(root, path):
-    data, name = read_in_root(root, path, MODULE_MAX), os.path.basename(path)
-    purpose = f"cannot unpack the kernel module {path} of the container"
-    if name.endswith(".xz"):
-        import lzma
-
-        # xz -9 needs that much memory, and an image may ask for 4 GiB
-        unpack, failure = lzma.LZMADecompressor(memlimit=64 << 20).decompress, lzma.LZMAError
-    elif name.endswith(".gz"):
-        import zlib
-
-        unpack, failure = zlib.decompressobj(31).decompress, zlib.error
-    elif name.endswith(".ko"):
-        return name, data
-    else:
-        raise Error(f"{purpose}: use .ko, .ko.xz or .ko.gz")
+def capability_of(file: int) -> bytes:
+    """Return a program's capabilities as its file has them, b"" if none.  Raise OSError."""
     try:
-        data = unpack(data, MODULE_MAX)
-    except (failure, MemoryError) as error:
-        raise Error(f"{purpose}: {error}") from None
-    return name.split(".ko")[0] + ".ko", data
+        return os.getxattr(file, "security.capability")
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise
+        return b""
 
 
-def list_in_root(root, path):
-    """The names in a folder in root, [] if it is not there."""
-    try:
-        folder = open_folder_in_root(root, path)
-    except OSError:
-        return []
-    try:
-        return os.listdir(folder)
-    finally:
-        os.close(folder)
-
-
-def check_executable(root, config):
-    """Finds process.args[0] in root as execvp(3) will in the guest; raises Error in runc's words.
-
-    What a mount of the guest's may cover is not judged here; the guest says it on standard error.
-    """
-    import errno
-    import stat
-
-    process, name = config.process, config.process.args[0]
-    if "/" in name:
-        candidates = [os.path.join(process.cwd, name)]
-    else:
-        path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
-        candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
-    reason = f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
-    for candidate in candidates:
-        if any(f"{candidate}/".startswith(f"{mount.destination.rstrip('/')}/") for mount in config.mounts):
-            return
-        try:
-            fd = open_in_root(root, candidate)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                return  # such as a kernel without openat2(2)
-            continue
-        mode = os.fstat(fd).st_mode
-        os.close(fd)
-        if stat.S_ISREG(mode) and mode & 0o111:
-            return
-        reason = "permission denied"
-    raise Error(f'unable to start container process: exec: "{name}": {reason}')
-
-
-# ==== block device =======================================================================================
-# A rootfs on a block device, or in an image file behind a loop device: dom0's blkback gives it to the VM at `start`
-# (xen/include/public/io/blkif.h), without a script.  Until then it is mounted where the engine has mounted it, never
-# at the same time; what a guest has written, runX does not mount again.
+# ---- a block device, or an image file behind a loop device: dom0's blkback gives it to the VM at `start`
+# (xen/include/public/io/blkif.h), without a script.  Until then it is mounted where the engine has mounted it, never at
+# the same time; what a guest has written, runX does not mount again.
 
 DISK, DISK_NAME = 202 << 8, "xvda"  # xen-vbd-interface.7
 DISK_TIME_LIMIT = 10.0  # seconds for dom0's kernel to open it
@@ -2846,47 +3439,13 @@ class Disk(Record):
     path: str  # of a block device or an image file
     kind: str  # of its file system, as in FILE_SYSTEMS
     writable: bool  # else the VM writes into its memory
-    mounted: list  # target, flags, options of dom0's mount that must go before; [] if none must
+    mounted: list[Any]  # target, flags, options of dom0's mount that must go before; [] if none must
 
 
-class HostMount(Record):
-    """A line of /proc/<pid>/mountinfo, proc(5)."""
-
-    device: int
-    root: str  # of the mount in its file system
-    target: str
-    options: list
-    kind: str
-    of_all: list  # options that all mounts of the file system have
-
-
-def host_mounts(process="self"):
-    """The HostMounts of a process.  Raises OSError."""
-    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields, _, rest = line.rstrip("\n").partition(" - ")
-            _, _, device, root, target, options = fields.split(" ")[:6]
-            kind, _, of_all = rest.split(" ", 2)
-            for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-                target = target.replace(code, character)
-            yield HostMount(
-                device=os.makedev(*map(int, device.split(":"))), root=root, target=target, options=options.split(","),
-                kind=kind, of_all=of_all.split(","),
-            )  # fmt: skip
-
-
-def top_mount(target):
-    """The HostMount that is seen at target, or None."""
-    found = None
-    for entry in host_mounts():
-        if entry.target == target:
-            found = entry
-    return found
-
-
-def find_disk(config):
-    """The Disk that config.rootfs is, or is mounted from.  Raises Error."""
-    path, mounted, writable = config.rootfs, [], not config.readonly
+def find_disk(config: Config) -> Disk:
+    """Return the Disk that config.rootfs is, or is mounted from."""
+    path, writable = config.rootfs, not config.readonly
+    mounted: list[Any] = []
     if os.path.isdir(path):
         top = top_mount(path)
         if not top or top.root != "/" or not os.major(top.device):
@@ -2899,12 +3458,12 @@ def find_disk(config):
             mounted = [top.target, flags, ",".join(data)]
         writable = writable and bool(mounted) and "rw" in top.options
     kind = file_system(path)
-    writable = writable and kind == "ext4" and os.stat(path).st_mode & 0o222 and os.access(path, os.W_OK)
-    return Disk(path=path, kind=kind, writable=bool(writable), mounted=mounted)
+    can_be_written = bool(os.stat(path).st_mode & 0o222) and os.access(path, os.W_OK)
+    return Disk(path=path, kind=kind, writable=writable and kind == "ext4" and can_be_written, mounted=mounted)
 
 
-def device_path(device):
-    """The node of a block device in /dev.  Raises Error."""
+def device_path(device: int) -> str:
+    """Return the node of a block device in /dev."""
     numbers = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open(f"/sys/dev/block/{numbers}/uevent", encoding="utf-8") as file:
@@ -2913,139 +3472,106 @@ def device_path(device):
         raise Error(f"cannot find the block device {numbers} in /sys") from None
 
 
-def file_system(path):
-    """Which of FILE_SYSTEMS an image or block device holds.  Raises Error."""
+def file_system(path: str) -> str:
+    """Return which of FILE_SYSTEMS an image or block device holds."""
     try:
         with open(path, "rb") as file:
-            start = file.read(2048)
+            head = file.read(2048)
     except OSError as error:
         raise Error(f"cannot read the image {path}: {error.strerror}") from None
     for kind, offset, magic in FILE_SYSTEMS:
-        if start[offset : offset + len(magic)] == magic:
+        if head[offset : offset + len(magic)] == magic:
             return kind
     known = ", ".join(kind for kind, _, _ in FILE_SYSTEMS)
     raise Error(f"{path} holds no file system that a VM can have as its rootfs: make it one of {known}")
 
 
-def open_disk(disk):
-    """A descriptor of the block device; a loop device of ours goes with who has it open last.  Raises Error."""
-    import stat
-
+def open_disk(disk: Disk) -> Descriptor:
+    """Open the block device; a loop device of ours goes with who has it open last."""
     try:
         if stat.S_ISBLK(os.stat(disk.path).st_mode):
-            return os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)
+            return Descriptor(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise Error(f"cannot open the block device {disk.path}: {error.strerror}") from None
-    return attach_loop(disk.path, disk.writable)
-
-
-def attach_loop(path, writable):
-    """A descriptor of a new loop device with an image file in it.  Raises Error."""
-    import errno
-    import fcntl
-    import struct
-
-    mode = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
     try:
-        file = os.open(path, mode)
-        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-        flags = LO_FLAGS_AUTOCLEAR | (0 if writable else LO_FLAGS_READ_ONLY)
+        return attach_loop(disk.path, disk.writable)
+    except OSError as error:
+        remedy = "is dom0's module loop loaded, of Linux 5.8 or later?"
+        raise Error(f"cannot put {disk.path} into a loop device: {error.strerror}; {remedy}") from None
+
+
+def attach_loop(path: str, writable: bool) -> Descriptor:
+    """Return a new loop device with an image file in it.  Raise OSError."""
+    mode = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+    flags = LO_FLAGS_AUTOCLEAR | (0 if writable else LO_FLAGS_READ_ONLY)
+    with Descriptor(os.open(path, mode)) as file, open("/dev/loop-control", "rb") as control:
         # struct loop_config with its struct loop_info64, in which losetup(8) looks for the name
         request = struct.pack("=II52xI64s176x", file, 0, flags, os.fsencode(path)[:63])
         while True:
-            loop = os.open(f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}", mode)
+            loop = Descriptor(os.open(f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}", mode))
             try:
                 fcntl.ioctl(loop, LOOP_CONFIGURE, request)
-                break
+                return loop
             except OSError as error:
                 os.close(loop)
                 if error.errno != errno.EBUSY:  # somebody else has just taken it
                     raise
-        os.close(control)
-        os.close(file)
-        return loop
-    except OSError as error:
-        remedy = "is dom0's module loop loaded, of Linux 5.8 or later?"
-        raise Error(f"cannot put {path} into a loop device: {error.strerror}; {remedy}") from None
 
 
-def backing_file(name):
-    """The image in the loop device of that name, or None."""
-    try:
-        with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().rstrip("\n")
-    except OSError:
-        return None
-
-
-def check_image(disk, device):
-    """Raises Error if the image in a loop device is in another one too, and either of them is writable."""
-    ours = os.path.basename(device_path(device))
-    image = backing_file(ours)
-    for name in os.listdir("/sys/block") if image else ():
-        try:
-            if name == ours or not os.path.samefile(backing_file(name) or "", image):
-                continue
-            with open(f"/sys/block/{name}/ro", encoding="utf-8") as file:
-                writable = file.read().strip() == "0"
-        except OSError:
-            continue  # it has just gone
-        if writable or disk.writable:
-            raise Error(f"cannot give the image {image} to the VM: /dev/{name} has it too, and one could write")
-
-
-def attach_disk(container):
-    """Gives a VM that does not run yet the block device of its rootfs, if it is to have one; returns whether dom0 had
-    to unmount it.  Raises Error."""
-    state = container.state
-    if not state.get("disk"):
-        return False
-    disk, xenstore, unmounted = Disk(**state["disk"]), Xenstore(), False
-    if state["vbds"]:  # of a `start` that was killed
-        return_disk(container, False)
-    if xenstore.read(f"/local/domain/{state['domid']}/device/vbd/{DISK}/backend"):
+def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
+    """Give a VM that does not run yet the block device of its rootfs, if it is to have one."""
+    if not container.state.disk:
+        return
+    disk, device = Disk(**container.state.disk), Device(domain, "vbd", DISK)
+    if domain.xenstore.read(f"{device.frontend}/backend"):
         raise Error(f"cannot give the VM its rootfs as {DISK_NAME}: its settings for xl name a disk of that name")
-    fd = open_disk(disk)
-    device = os.fstat(fd).st_rdev
-    try:
+    with open_disk(disk) as fd:
+        number = os.fstat(fd).st_rdev
         top = top_mount(disk.mounted[0]) if disk.mounted else None
-        if top and top.device == device:
+        if top and top.device == number:
             unmount(top.target)
-            unmounted = True
-        check_image(disk, device)
-        check_unused(disk, device)
-        container.save(vbds=[DISK])
-        announce_disk(xenstore, state["domid"], disk, device)
-        return unmounted
-    except BaseException:
-        return_disk(container, unmounted)
-        raise
-    finally:
-        os.close(fd)
+            target, flags, options = disk.mounted
+            # no VM has seen the device yet, so dom0 may have it mounted again
+            undo.add(f"mount {disk.path} on {target} again", mount, disk.path, target, flags, disk.kind, options)
+        check_image(disk, number)
+        check_unused(disk, number)
+        container.acquire(device, undo)
+        announce_disk(device, disk, number)
 
 
-def return_disk(container, unmounted):
-    """Undoes attach_disk(); no VM has seen the device yet, so dom0 may have it mounted again."""
-    state, xenstore = container.state, Xenstore()
-    if state["vbds"]:
-        detach_disk(xenstore, state)
-        xenstore.remove(f"/local/domain/{state['domid']}/device/vbd/{DISK}")
-        container.save(vbds=[])
-    if unmounted:
-        disk = Disk(**state["disk"])
-        target, flags, options = disk.mounted
-        mount(disk.path, target, flags, disk.kind, options)
-
-
-def unmount(target):
+def unmount(target: str) -> None:
     try:
         system_call("umount2", target, 0)
     except OSError as error:
         raise Error(f"cannot unmount {target} from dom0, which the VM's writing would ruin: {error.strerror}") from None
 
 
-def check_unused(disk, device):
-    """Raises Error if dom0 uses a block device, unless neither its mounts nor the VM can write.  What can be opened by
+def backing_file(name: str) -> str:
+    """Return the image in the loop device of that name, "" if there is none."""
+    try:
+        with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def check_image(disk: Disk, device: int) -> None:
+    """Raise Error if the image in a loop device is in another one too, and either of them is writable."""
+    ours = os.path.basename(device_path(device))
+    image = backing_file(ours)
+    for name in os.listdir("/sys/block") if image else ():
+        try:
+            if name == ours or not os.path.samefile(backing_file(name), image):
+                continue
+            writable = read_file(f"/sys/block/{name}/ro") == "0"
+        except OSError:
+            continue  # it is none, or has just gone
+        if writable or disk.writable:
+            raise Error(f"cannot give the image {image} to the VM: /dev/{name} has it too, and one could write")
+
+
+def check_unused(disk: Disk, device: int) -> None:
+    """Raise Error if dom0 uses a block device, unless neither its mounts nor the VM can write.  What can be opened by
     O_EXCL is nobody's: mounted in no namespace, part of no volume group."""
     mode = os.O_RDWR if disk.writable else os.O_RDONLY
     try:
@@ -3053,12 +3579,12 @@ def check_unused(disk, device):
         return
     except OSError as error:
         reason = error.strerror
-    mounts = [mount for mount in host_mounts() if mount.device == device]
+    mounts = [entry for entry in host_mounts() if entry.device == device]
     if mounts and not disk.writable and "ro" in mounts[0].of_all:
         return
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            target = next((mount.target for mount in host_mounts(pid) if mount.device == device), None)
+            target = next((entry.target for entry in host_mounts(pid) if entry.device == device), None)
         except OSError:
             continue
         if target:
@@ -3067,162 +3593,251 @@ def check_unused(disk, device):
     raise Error(f"cannot give {disk.path} to the VM, because dom0 uses it: {reason}")
 
 
-def announce_disk(xenstore, domid, disk, device):
-    """Has blkback open the block device for a domain.  Raises Error."""
+def announce_disk(vbd: Device, disk: Disk, device: int) -> None:
+    """Have blkback open the block device for a domain."""
     numbers, mode = f"{os.major(device):x}:{os.minor(device):x}", "w" if disk.writable else "r"
-    backends = "/local/domain/0/backend/vbd"
     backend = {
         "dev": DISK_NAME, "type": "phy", "params": disk.path, "physical-device": numbers, "mode": mode,
         "removable": "0", "bootable": "1", "device-type": "disk", "hotplug-status": "connected",
     }  # fmt: skip
     frontend = {"virtual-device": str(DISK), "device-type": "disk"}
+    xenstore = vbd.xenstore
 
-    def write(transaction):
-        for other in xenstore.list(backends, transaction):
-            for number in xenstore.list(f"{backends}/{other}", transaction):
-                node = f"{backends}/{other}/{number}"
+    def write(transaction: int) -> None:
+        for other in xenstore.list(vbd.backends, transaction):
+            for number in xenstore.list(f"{vbd.backends}/{other}", transaction):
+                node = f"{vbd.backends}/{other}/{number}"
                 same = xenstore.read(f"{node}/physical-device", "", transaction) == numbers
                 if same and "w" in mode + xenstore.read(f"{node}/mode", "", transaction):
                     raise Error(f"cannot give {disk.path} to the VM: domain {other} has it, and one could write")
-        announce_listed(xenstore, "vbd", domid, DISK, backend, frontend, transaction=transaction)
+        vbd.announce(backend, frontend, transaction)
 
     xenstore.transaction(write)
-    # blkback tells nobody that it has opened the device, but then this is there
+    await_blkback(vbd, disk)
+
+
+def await_blkback(vbd: Device, disk: Disk) -> None:
+    """Wait until it has opened the block device: it tells nobody, but then there is a file of it."""
+    domid = vbd.domain.domid
     opened, deadline = f"/sys/bus/xen-backend/devices/vbd-{domid}-{DISK}/mode", time.monotonic() + DISK_TIME_LIMIT
     while not os.path.exists(opened):
-        reason = xenstore.read(f"/local/domain/0/error/backend/vbd/{domid}/{DISK}/error")
+        reason = vbd.xenstore.read(f"/local/domain/0/error/backend/vbd/{domid}/{DISK}/error")
         if reason or time.monotonic() > deadline:
             remedy = f"it says {reason}" if reason else "is its module xen-blkback loaded?"
             raise Error(f"dom0's kernel has not opened {disk.path} for the VM: {remedy}")
         time.sleep(0.01)
 
 
-def detach_disk(xenstore, state):
-    """Takes away what attach_disk() has made in dom0; the loop device goes by itself."""
-    for number in state.get("vbds", ()):
-        xenstore.remove(f"/libxl/{state['domid']}/device/vbd/{number}")
-        remove_backends(xenstore, "vbd", state["domid"], (number,))
-        xenstore.remove(f"/local/domain/0/error/backend/vbd/{state['domid']}")
+# ---- the ways: over 9p, in the VM's memory, on a block device
+
+QEMU_FOLDERS = ("/usr/libexec", "/usr/libexec/xen/bin", "/usr/lib/xen/bin", "/usr/local/lib/xen/bin", "/usr/bin")
+
+
+class Rootfs:
+    """How a VM comes to what is in the share; to the rootfs perhaps by a disk, which `start` gives to it.
+
+    This way is that of a VM that boots a system of its own: not at all.
+    """
+
+    modules: tuple[str, ...] = ()  # of Linux, by which the guest gets it
+    is_served = False  # whether dom0 serves it as long as the VM runs
+
+    def __init__(self, share: str, disk: Disk | None = None) -> None:
+        self.share, self.disk = share, disk
+        if disk:
+            self.modules += ("xen_blkfront", disk.kind, "overlay")
+
+    def why_not(self, error: Error | None = None) -> str:
+        """Return why this host cannot do it, as far as one sees before, or by the error of xl; "" if it can."""
+        return ""
+
+    def settings(self) -> dict[str, list[str]]:
+        """Return what of it is in xl.cfg."""
+        return {}
+
+    def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
+        """Return the container's ramdisk, to be written, and the path that xl gets.  Raise OSError."""
+        path = container.path("ramdisk")
+        return open(path, "wb"), path
+
+    def pack(self, ramdisk: BinaryIO, memory: int) -> dict[str, bytes]:
+        """Write what the VM gets so.  Return as pack_share()."""
+        return {}
+
+    def entries(self) -> list[Entry]:
+        """Return what else is in its ramdisk."""
+        if not self.disk:
+            return []
+        mode = "rw" if self.disk.writable else "ro"
+        return [("container/disk", stat.S_IFREG | 0o600, f"{self.disk.kind} {mode}\n".encode())]
+
+
+class Share(Rootfs):
+    """Over 9p, from a QEMU that xl starts."""
+
+    modules = ("9pnet_xen", "9p")
+    is_served = True
+
+    def why_not(self, error: Error | None = None) -> str:
+        is_there = "device model" not in str(error).lower() if error else has_qemu()
+        return "" if is_there else "QEMU cannot export the container's files over 9p on this host"
+
+    def settings(self) -> dict[str, list[str]]:
+        if "," in self.share:
+            raise Error(f"the state folder {self.share} must not hold a comma: xl cannot export it over 9p")
+        return {"p9": [f"tag=share,security_model=none,path={self.share}"]}
+
+
+def has_qemu() -> bool:
+    """Return whether this host has a QEMU that libxl may start, in the folders that Xen is built with."""
+    folders = filter(os.path.isdir, QEMU_FOLDERS)
+    return any("qemu-system-" in name for folder in folders for name in os.listdir(folder))
+
+
+class InMemory(Rootfs):
+    """In the ramdisk, and so in the VM's memory."""
+
+    def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
+        """It has no place in /run, which is dom0's memory, and no name that could be left behind."""
+        name = f"/var/tmp/{container.state.name}"
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.unlink(name)
+        return os.fdopen(fd, "wb"), f"/proc/{os.getpid()}/fd/{fd}"
+
+    def pack(self, ramdisk: BinaryIO, memory: int) -> dict[str, bytes]:
+        return pack_share(ramdisk, self.share, memory)
+
+
+def choose_rootfs(config: Config, share: str, can_serve: bool = True) -> Rootfs:
+    """Return the way that is asked for (docs/machine.md), or the best one.  can_serve: whether dom0 can."""
+    wanted = config.machine.rootfs
+    if wanted == "block" or not os.path.isdir(config.rootfs):
+        # volumes are served; the files that engines mount, such as /etc/hosts, are not worth a server
+        has_volumes = any(each.on_host() and each.is_folder() for each in config.mounts)
+        return (Share if has_volumes and can_serve else InMemory)(share, find_disk(config))
+    if wanted in ("none", "ramdisk"):
+        return (Rootfs if wanted == "none" else InMemory)(share)
+    if can_serve:
+        return Share(share)
+    try:
+        return InMemory(share, find_disk(config))
+    except Error:
+        return InMemory(share)  # it is on no block device
 
 
 # ==== cgroup =============================================================================================
 # The control group, at linux.cgroupsPath, of what runs on dom0 for a container: there engines read what it uses.  It
 # bounds these processes, not the VM, which is Xen's to bound.
 
+if TYPE_CHECKING:
+    Cgroups = list[list[str]]  # [root, path] in each hierarchy, as in the state
+
 SERVING_MEMORY = 64 << 20  # bytes that dom0 may need for a container beside what its limit is
-SCOPE_TIME_LIMIT, CGROUP_TIME_LIMIT = 30.0, 2.0  # seconds to make a scope, and to end the last process in a cgroup
+SCOPE_TIME_LIMIT = 30.0  # seconds to make a scope of systemd's
+CGROUP_TIME_LIMIT = 2.0  # seconds to end the last process in a cgroup
 
 
-def find_cgroups(path, scope):
-    """[root, path] of a cgroup in each of the hierarchies that dom0 has mounted.  Raises Error if others are in it.
+def find_cgroups(path: str, scope: bool) -> Cgroups:
+    """Return [root, path] of a cgroup in each hierarchy that dom0 has mounted.  Raise Error if others are in it.
 
-    scope: whether it is one that systemd has just made for us.
+    scope: whether systemd has just made it for us.
     """
-    path, cgroups, seen = os.path.normpath("/" + path.lstrip("/")), [], set()  # two slashes would stay
+    path = os.path.normpath("/" + path.lstrip("/"))  # two slashes would stay
+    cgroups, seen = [], set()
     for entry in host_mounts():
         # what a cpuset of version 1 holds are dom0's processors, and it takes nobody until it has some
         if not entry.kind.startswith("cgroup") or entry.device in seen or "cpuset" in entry.of_all:
             continue
         seen.add(entry.device)
         cgroups.append([entry.target, path])
-        if path == "/" or not scope and any(map(cgroup_processes, cgroup_folders(entry.target + path))):
+        if path == "/" or (not scope and any(map(cgroup_processes, cgroup_folders(entry.target + path)))):
             raise Error(f"cannot make the cgroup {path}: others are in it; name another one by linux.cgroupsPath")
     return cgroups
 
 
-def cgroup_folders(folder):
-    """The folder of a cgroup behind all below it, none if it is not there."""
+def cgroup_folders(folder: str) -> Iterator[str]:
+    """Yield the folder of a cgroup behind all below it, nothing if it is not there."""
     return (each for each, _, _ in os.walk(folder, topdown=False))
 
 
-def cgroup_processes(folder):
+def cgroup_processes(folder: str) -> list[str]:
+    """Return their pids."""
     try:
-        return read_file(os.path.join(folder, "cgroup.procs")).split()
+        return read_file(f"{folder}/cgroup.procs").split()
     except FileNotFoundError:
         return []
 
 
-def make_cgroups(cgroups, resources, pids):
-    """Makes them, with their limits, and moves processes there.  Raises Error."""
+def make_cgroups(cgroups: Cgroups, resources: Resources, pids: Sequence[int]) -> None:
+    """Make them, with their limits, and move processes there.  Raise Error."""
     for root, path in cgroups:
         folder = root
         try:
             for name in path.split("/")[1:]:
                 enable_controllers(folder)
-                folder = os.path.join(folder, name)
-                if not os.path.isdir(folder):
-                    os.mkdir(folder)
+                folder += f"/{name}"
+                os.makedirs(folder, exist_ok=True)
             limit_cgroup(folder, resources)
             for pid in pids:
-                write_file(os.path.join(folder, "cgroup.procs"), pid)
+                write_file(f"{folder}/cgroup.procs", pid)
         except OSError as error:
             raise Error(f"cannot make the cgroup {path} in {root}: {error.strerror}") from None
 
 
-def cgroup_limits(resources):
-    """{file of either version: its content}."""
-    memory, limits = str(resources.memory + SERVING_MEMORY), {}
-    if resources.memory:
-        unlimited = resources.memory < 0
-        limits = {"memory.max": "max" if unlimited else memory, "memory.limit_in_bytes": "-1" if unlimited else memory}
-    if resources.shares:
-        weight = 1 + (max(2, min(resources.shares, 262144)) - 2) * 9999 // 262142  # as runc makes it of shares
-        limits.update({"cpu.weight": str(weight), "cpu.shares": str(resources.shares)})
-    return limits
-
-
-def limit_cgroup(folder, resources):
-    """Raises OSError."""
-    for name, value in cgroup_limits(resources).items():
-        if os.path.exists(os.path.join(folder, name)):
-            write_file(os.path.join(folder, name), value)
-
-
-def enable_controllers(folder):
-    """Lets the cgroups below have what this one has; of version 2, where each must be asked for."""
-    controllers = os.path.join(folder, "cgroup.controllers")
+def enable_controllers(folder: str) -> None:
+    """Let the cgroups below have what this one has; of version 2, where each must be asked for."""
+    controllers = f"{folder}/cgroup.controllers"
     for name in read_file(controllers).split() if os.path.exists(controllers) else ():
         try:
-            write_file(os.path.join(folder, "cgroup.subtree_control"), f"+{name}")
+            write_file(f"{folder}/cgroup.subtree_control", f"+{name}")
         except OSError:
             pass  # the cgroup has processes of its own, or those below could not have it
 
 
-def write_file(path, value):
-    with open(path, "w", encoding="ascii") as file:
-        file.write(str(value))
+def cgroup_limits(resources: Resources) -> dict[str, str]:
+    """Return the content of each file of either version."""
+    limits = {}
+    if resources.memory:
+        memory = str(resources.memory + SERVING_MEMORY)
+        limits = {"memory.max": memory, "memory.limit_in_bytes": memory}
+    if resources.memory < 0:
+        limits = {"memory.max": "max", "memory.limit_in_bytes": "-1"}
+    if resources.shares:
+        shares = max(2, min(resources.shares, 262144))
+        limits["cpu.weight"] = str(1 + (shares - 2) * 9999 // 262142)  # as runc makes it of shares
+        limits["cpu.shares"] = str(resources.shares)
+    return limits
 
 
-def read_file(path):
-    with open(path, encoding="ascii") as file:
-        return file.read().strip()
+def limit_cgroup(folder: str, resources: Resources) -> None:
+    """Write those limits that this hierarchy has.  Raise OSError."""
+    for name, value in cgroup_limits(resources).items():
+        if os.path.exists(f"{folder}/{name}"):
+            write_file(f"{folder}/{name}", value)
 
 
-def start_scope(path, resources):
-    """A process in a new scope of systemd, which lasts until its standard input ends or others are in it too, and the
-    scope's path.  Raises Error."""
-    import select
+def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
+    """Start a process in a new scope of systemd's, which lasts until its standard input ends or others are there too.
+
+    Return it and the scope's path.  Raise Error.
+    """
     import subprocess
 
-    parent, colon, name = path.partition(":")
-    if not colon:
-        raise Error(f"config.json: linux.cgroupsPath must be SLICE:PREFIX:NAME for systemd, not {printable(path)}")
-    unit, limits = name.replace(":", "-", 1) if name.split(":")[0] else name[1:], cgroup_limits(resources)
-    # systemd would put its own limits there again
-    properties = (("MemoryMax", "memory.max"), ("CPUWeight", "cpu.weight"))
-    properties = [f"{key}={limits[file].replace('max', 'infinity')}" for key, file in properties if file in limits]
-    command = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={unit}.scope"]
-    command += [f"--slice={parent or 'system.slice'}", "--property=Delegate=yes"]
-    command += [f"--property={each}" for each in properties]
+    unit, command = scope_command(path, resources)
     try:
         scope = subprocess.Popen(
-            [*command, "sh", "-c", "cat /proc/self/cgroup; read -r _"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**os.environ, "PATH": PATH},
-        )  # fmt: skip
+            [*command, "sh", "-c", "cat /proc/self/cgroup; read -r _"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PATH": PATH},
+        )
     except OSError as error:
         raise Error(f"cannot make the scope {unit}: systemd-run: {error.strerror}") from None
-    answered = select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]
-    lines = os.read(scope.stdout.fileno(), 4096).decode("utf-8", "replace").splitlines() if answered else ["nothing"]
+    assert scope.stdout
+    lines = ["nothing"]
+    if select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]:
+        lines = os.read(scope.stdout.fileno(), 4096).decode("utf-8", "replace").splitlines()
     paths = [line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":name=systemd:" in line]
     if not paths:
         scope.kill()
@@ -3231,9 +3846,27 @@ def start_scope(path, resources):
     return scope, paths[-1]
 
 
-def remove_cgroups(cgroups, pids):
-    """Removes what make_cgroups() has made, with cgroups below; of who is still there, pids go to the root.  Raises
-    Error if others are there too."""
+def scope_command(path: str, resources: Resources) -> tuple[str, list[str]]:
+    """Return the name of the scope at a cgroupsPath in systemd's form, and the start of the command that makes it."""
+    parent, colon, name = path.partition(":")
+    if not colon:
+        raise Error(f"config.json: linux.cgroupsPath must be SLICE:PREFIX:NAME for systemd, not {printable(path)}")
+    unit = name[1:] if name.startswith(":") else name.replace(":", "-", 1)
+    command = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={unit}.scope"]
+    command += [f"--slice={parent or 'system.slice'}", "--property=Delegate=yes"]
+    limits = cgroup_limits(resources)  # without them, systemd would put its own there again
+    if "memory.max" in limits:
+        command.append(f"--property=MemoryMax={limits['memory.max'].replace('max', 'infinity')}")
+    if "cpu.weight" in limits:
+        command.append(f"--property=CPUWeight={limits['cpu.weight']}")
+    return unit, command
+
+
+def remove_cgroups(cgroups: Cgroups, pids: Sequence[int]) -> None:
+    """Remove what make_cgroups() has made, with cgroups below; of who is still there, pids go to the root.
+
+    Raise Error if others are there too.
+    """
     left, deadline = [], time.monotonic() + CGROUP_TIME_LIMIT
     for root, path in cgroups:
         for folder in cgroup_folders(root + path):
@@ -3246,11 +3879,11 @@ def remove_cgroups(cgroups, pids):
         raise Error(f"cannot remove the cgroup {', '.join(left)}: others are in it")
 
 
-def remove_cgroup(root, folder, pids):
-    """Whether it is gone."""
+def remove_cgroup(root: str, folder: str, pids: Sequence[int]) -> bool:
+    """Return whether it is gone."""
     try:
         for pid in set(cgroup_processes(folder)) & set(map(str, pids)):
-            write_file(os.path.join(root, "cgroup.procs"), pid)
+            write_file(f"{root}/cgroup.procs", pid)
         os.rmdir(folder)
     except FileNotFoundError:
         pass  # systemd, or the engine, was quicker
@@ -3263,180 +3896,220 @@ MCL_FUTURE = 2  # <sys/mman.h>
 OOM_MEMORY, OOM_MEMORY_MAX = 4 << 20, 128 << 20  # bytes that the process asks for, beside what is used and with it
 
 
-def show_oom(cgroups):
-    """Lets engines, which watch the container's cgroup, see that memory has run out, as the VM's kernel has told: there
-    a process of ours asks for too much, and dom0's kernel kills it and counts that.  Raises OSError."""
+def show_oom(cgroups: Cgroups) -> None:
+    """Let engines, which watch the container's cgroup, see that memory has run out, as the VM's kernel has told.
+
+    Raise OSError.
+    """
     for root, path in cgroups:
-        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            limit, usage = os.path.join(root + path, limit), os.path.join(root + path, usage)
-            if not os.path.exists(limit):
-                continue
-            before, most = read_file(limit), int(read_file(usage)) + OOM_MEMORY
-            if most > OOM_MEMORY_MAX or read_file("/proc/sys/vm/panic_on_oom") == "2":
-                continue  # the guest's word is not worth that
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    write_file("/proc/self/oom_score_adj", 1000)
-                    system_call("mlockall", MCL_FUTURE)  # dom0 must not swap instead
-                    write_file(limit, most)
-                    b"\1" * (2 * most)
-                finally:
-                    os._exit(0)
-            os.waitpid(pid, 0)
-            write_file(limit, before)
+        for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+            limit = f"{root}{path}/memory.{limit}"
+            if os.path.exists(limit):
+                run_out_of_memory(limit, f"{root}{path}/memory.{usage}")
+
+
+def run_out_of_memory(limit: str, usage: str) -> None:
+    """Have a process of ours ask for more than a cgroup may use: dom0's kernel kills it and counts that."""
+    before, most = read_file(limit), int(read_file(usage)) + OOM_MEMORY
+    if most > OOM_MEMORY_MAX or read_file("/proc/sys/vm/panic_on_oom") == "2":
+        return  # the guest's word is not worth that
+    pid = os.fork()
+    if pid == 0:
+        try:
+            write_file("/proc/self/oom_score_adj", 1000)
+            system_call("mlockall", MCL_FUTURE)  # dom0 must not swap instead
+            write_file(limit, most)
+            b"\1" * (2 * most)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    write_file(limit, before)
 
 
 # ==== rtnetlink ==========================================================================================
 # Links, addresses, routes and neighbours, as the kernel knows them: rtnetlink(7).  runX talks to dom0's kernel,
 # and makes messages that the guest sends to its own.
 
-RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22  # <linux/rtnetlink.h>
-RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH, RTM_GETNEIGH = 24, 26, 28, 30
-RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTFILTER = 36, 37, 44
+if TYPE_CHECKING:
+    Attributes = dict[int, Any]  # by their kind
+    Address = Union[IPv4Address, IPv6Address]
+    Prefixed = Union[IPv4Interface, IPv6Interface]  # an address with its subnet
+    Subnet = Union[IPv4Network, IPv6Network]
+
+RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWNEIGH = 16, 20, 24, 28  # <linux/rtnetlink.h>
+RTM_NEWQDISC, RTM_NEWTFILTER = 36, 44
+RTM_DELETE, RTM_GET = 1, 2  # RTM_DELLINK and RTM_GETLINK, and all others too, are by that much above RTM_NEWLINK
 RTMGRP_LINK = 1
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300  # <linux/netlink.h>
+NLMSG_ERROR, NLMSG_DONE = 2, 3  # <linux/netlink.h>
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18  # <linux/if_link.h>
-IFLA_AF_SPEC, IFLA_NET_NS_FD, IFLA_INFO_KIND, IFLA_INET6_ADDR_GEN_MODE = 26, 28, 1, 8
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER = 1, 3, 4, 10  # <linux/if_link.h>
+IFLA_LINKINFO, IFLA_AF_SPEC, IFLA_NET_NS_FD = 18, 26, 28
+IFLA_INFO_KIND, IFLA_INET6_ADDR_GEN_MODE = 1, 8
 IFF_UP, ARPHRD_ETHER = 1, 1  # <linux/if.h>, <linux/if_arp.h>
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8  # <linux/if_addr.h>
 IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
-RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 2, 4, 5, 6, 7, 8, 18
+RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
+RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 6, 7, 8, 18
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
 RTPROT_STATIC, RTPROT_RA, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 4, 9, 0, 253
 NDA_DST, NDA_LLADDR, NUD_PERMANENT = 1, 2, 0x80  # <linux/neighbour.h>
 AF_INET, AF_INET6 = 2, 10
-# <linux/pkt_sched.h>, <linux/pkt_cls.h>, <linux/tc_act/tc_mirred.h>
-TC_H_INGRESS, INGRESS_HANDLE, TCA_KIND, TCA_OPTIONS = 0xFFFFFFF1, 0xFFFF0000, 1, 2
-TCA_MATCHALL_ACT, TCA_ACT_KIND, TCA_ACT_OPTIONS, TCA_MIRRED_PARMS, TC_ACT_STOLEN, TCA_EGRESS_REDIR = 2, 1, 2, 2, 4, 1
+TC_H_INGRESS, INGRESS_HANDLE = 0xFFFFFFF1, 0xFFFF0000  # <linux/pkt_sched.h>
+TCA_KIND, TCA_OPTIONS, TCA_MATCHALL_ACT, TC_ACT_STOLEN = 1, 2, 2, 4  # <linux/pkt_cls.h>
+TCA_ACT_KIND, TCA_ACT_OPTIONS = 1, 2
+TCA_MIRRED_PARMS, TCA_EGRESS_REDIR = 2, 1  # <linux/tc_act/tc_mirred.h>
 ETH_P_ALL_BIG_ENDIAN = 0x0300
-
-INDEX = None  # in a message for the guest: the number of the interface, which only the guest knows
-
-
-def attribute(kind, value):
-    """A struct rtattr.  value: bytes, a string or a number of 32 bits."""
-    import struct
-
-    if not isinstance(value, bytes):
-        value = value.encode() + b"\0" if isinstance(value, str) else struct.pack("=I", value)
-    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+HEADS = {  # the struct that a message of a kind begins with; index, a link's, is its second word
+    0: "=i",  # struct nlmsgerr, of NLMSG_ERROR: errno
+    RTM_NEWLINK: "=BxHiII",  # struct ifinfomsg: family, type, index, flags, which of them are changed
+    RTM_NEWADDR: "=4BI",  # struct ifaddrmsg: family, length of the prefix, flags, scope, index
+    RTM_NEWROUTE: "=8BI",  # struct rtmsg: family, lengths of destination and source, tos, table, protocol, scope, type
+    RTM_NEWNEIGH: "=B3xiHBB",  # struct ndmsg: family, index, state, flags, type
+    RTM_NEWQDISC: "=B3xiIII",  # struct tcmsg: family, index, handle, parent, info
+    RTM_NEWTFILTER: "=B3xiIII",
+}
 
 
-def attributes(data):
-    """{kind: value} of a series of struct rtattr."""
-    import struct
+class Message:
+    """A message of rtnetlink: its head, as HEADS has it, and its attributes.
 
-    found = {}
-    while len(data) >= 4:
-        length, kind = struct.unpack_from("=HH", data)
-        found[kind & 0x3FFF] = data[4:length]
+    An attribute that has come is bytes; one that is to be sent may be a string, a number of 32 bits or a dict too.
+    """
+
+    def __init__(self, kind: int, head: tuple[int, ...], attributes: Attributes) -> None:
+        self.kind, self.head, self.attributes = kind, head, attributes
+
+    def pack(self, flags: int) -> bytes:
+        body = struct.pack(HEADS[self.kind & ~3], *self.head) + pack_attributes(self.attributes)
+        flags |= NLM_F_REQUEST | NLM_F_ACK
+        return struct.pack("=IHHII", 16 + len(body), self.kind, flags, 0, 0) + body
+
+    def for_guest(self, flags: int) -> str:
+        """Return it in hexadecimal, with "@" for the number of the interface, which only the guest knows.
+
+        That is the second word of the head, but for a route its last attribute.
+        """
+        data = self.pack(flags)
+        place = len(data) - 4 if self.kind == RTM_NEWROUTE else 20
+        return f"{data[:place].hex()}@{data[place + 4 :].hex()}"
+
+
+def parse_message(kind: int, body: bytes) -> Message:
+    form = HEADS[kind & ~3]
+    data, attributes = body[struct.calcsize(form) :], {}
+    while len(data) >= 4 and kind >= RTM_NEWLINK:
+        length, name = struct.unpack_from("=HH", data)
+        attributes[name & 0x3FFF] = data[4:length]
         data = data[max(4, (length + 3) & ~3) :]
-    return found
+    return Message(kind, struct.unpack_from(form, body), attributes)
 
 
-def link_message(index, *parts, up=None):
-    """The parts of the body of an RTM_NEWLINK; up: True or False to change that.  index: a number, or INDEX."""
-    import struct
-
-    flags = struct.pack("=II", IFF_UP if up else 0, 0 if up is None else IFF_UP)
-    index = (b"\0\0\0\0", INDEX) if index is INDEX else (struct.pack("=xxxxi", index),)
-    return (*index, flags + b"".join(parts))
-
-
-def guest_message(kind, flags, *parts):
-    """A message of rtnetlink in hexadecimal; "@" for the four bytes of INDEX."""
-    import struct
-
-    length = 16 + sum(4 if part is INDEX else len(part) for part in parts)
-    head = struct.pack("=IHHII", length, kind, NLM_F_REQUEST | NLM_F_ACK | flags, 0, 0)
-    return head.hex() + "".join("@" if part is INDEX else part.hex() for part in parts)
+def pack_attributes(attributes: Attributes) -> bytes:
+    """Return a struct rtattr for each."""
+    data = b""
+    for kind, value in attributes.items():
+        if isinstance(value, dict):
+            value = pack_attributes(value)
+        elif isinstance(value, str):
+            value = value.encode() + b"\0"
+        elif isinstance(value, int):
+            value = struct.pack("=I", value)
+        data += struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+    return data
 
 
-class Link(Record):
-    index: int
-    name: str
-    mac: bytes
-    mtu: int
-    type: int  # ARPHRD_*
-    up: bool
+def link_message(index: int, attributes: Attributes, up: bool = False) -> Message:
+    """Return what changes a link.  up: that it gets up, else that stays as it is."""
+    flags = IFF_UP if up else 0
+    return Message(RTM_NEWLINK, (0, 0, index, flags, flags), attributes)
+
+
+def family_of(address: Address | Subnet) -> int:
+    return AF_INET if address.version == 4 else AF_INET6
+
+
+def address_message(address: Prefixed, index: int = 0) -> Message:
+    found = {IFA_LOCAL: address.packed, IFA_ADDRESS: address.packed}
+    length, is_ipv6 = address.network.prefixlen, address.version == 6
+    if not is_ipv6 and length < 31:
+        found[IFA_BROADCAST] = address.network.broadcast_address.packed
+    # who had an address on dom0 has made sure already that nobody else has it
+    flags = IFA_F_NODAD if is_ipv6 else 0
+    return Message(RTM_NEWADDR, (family_of(address), length, flags, RT_SCOPE_UNIVERSE, index), found)
+
+
+class Link:
+    """A link as the kernel tells it."""
+
+    def __init__(self, message: Message) -> None:
+        _, self.type, self.index, flags, _ = message.head  # ARPHRD_*
+        found = message.attributes
+        self.name: str = found[IFLA_IFNAME].rstrip(b"\0").decode()
+        self.mac: bytes = found.get(IFLA_ADDRESS, b"")
+        self.mtu = int.from_bytes(found.get(IFLA_MTU, b""), sys.byteorder)
+        self.up = bool(flags & IFF_UP)
 
 
 class Rtnetlink:
     """A connection to the rtnetlink of one network namespace: of ours, or of the one at a path."""
 
-    def __init__(self, namespace=None, groups=0):
-        import _socket  # as in Xenstore
+    def __init__(self, namespace: str = "", groups: int = 0) -> None:
+        socket = import_socket()
 
-        def connect():
-            return _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW, _socket.NETLINK_ROUTE)
+        def connect() -> Any:
+            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
 
         self.socket = in_namespace(namespace, connect) if namespace else connect()
         self.socket.bind((0, groups))
 
-    def receive(self):
-        """(message type, body) of each message in the next datagram."""
-        import struct
-
+    def receive(self) -> Iterator[Message]:
+        """Yield each message in the next datagram."""
         data = self.socket.recv(1 << 17)
         while len(data) >= 16:
             length, kind = struct.unpack_from("=IH", data)
-            yield kind, data[16:length]
+            yield parse_message(kind, data[16:length])
             data = data[(length + 3) & ~3 :]
 
-    def request(self, kind, flags, body):
-        """Sends one message; returns the bodies of what the kernel answers.  Raises OSError."""
-        import struct
-
-        head = struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 0, 0)
-        self.socket.send(head + body)
-        answers = []
+    def request(self, message: Message, flags: int = 0) -> list[Message]:
+        """Send a message, and return what the kernel answers.  Raise OSError."""
+        self.socket.send(message.pack(flags))
+        answers: list[Message] = []
         while True:
-            for answer, data in self.receive():
-                if answer in (NLMSG_ERROR, NLMSG_DONE):
-                    number = -struct.unpack_from("=i", data)[0]
-                    if number > 0:
-                        raise OSError(number, os.strerror(number))
+            for answer in self.receive():
+                if answer.kind in (NLMSG_ERROR, NLMSG_DONE):
+                    if answer.head[0] < 0:
+                        raise OSError(-answer.head[0], os.strerror(-answer.head[0]))
                     return answers
-                answers.append(data)
+                answers.append(answer)
 
-    def set_link(self, index, *parts, up=None):
-        self.request(RTM_NEWLINK, 0, b"".join(link_message(index, *parts, up=up)))
+    def dump(self, kind: int) -> list[Message]:
+        """Return all of a kind, RTM_NEW…, that there are."""
+        nothing = struct.unpack(HEADS[kind], bytes(struct.calcsize(HEADS[kind])))
+        return self.request(Message(kind + RTM_GET, nothing, {}), NLM_F_DUMP)
 
-    def links(self):
-        return [parse_link(body) for body in self.request(RTM_GETLINK, NLM_F_DUMP, bytes(16))]
+    def set_link(self, index: int, attributes: Attributes, up: bool = False) -> None:
+        self.request(link_message(index, attributes, up))
 
-    def find_link(self, name):
+    def links(self) -> list[Link]:
+        return list(map(Link, self.dump(RTM_NEWLINK)))
+
+    def find_link(self, name: str) -> Link | None:
         return next((link for link in self.links() if link.name == name), None)
 
-    def await_link(self, name, seconds):
-        """The link of that name, from the moment that it is there; None if it is not in time.  Needs RTMGRP_LINK."""
-        import select
-
+    def await_link(self, name: str, seconds: float) -> Link | None:
+        """Return the link of that name once it is there, None if it is not in time.  It needs RTMGRP_LINK."""
         deadline = time.monotonic() + seconds
         while select.select([self.socket], [], [], max(0, deadline - time.monotonic()))[0]:
-            for kind, body in self.receive():
-                if kind == RTM_NEWLINK and parse_link(body).name == name:
-                    return parse_link(body)
+            for message in self.receive():
+                if message.kind == RTM_NEWLINK and Link(message).name == name:
+                    return Link(message)
         return None
 
 
-def parse_link(body):
-    import struct
-
-    type_, index, flags = struct.unpack_from("=xxHiI", body)
-    found = attributes(body[16:])
-    return Link(
-        index=index, name=found[IFLA_IFNAME].rstrip(b"\0").decode(), mac=found.get(IFLA_ADDRESS, b""),
-        mtu=struct.unpack("=I", found.get(IFLA_MTU, bytes(4)))[0], type=type_, up=bool(flags & IFF_UP),
-    )  # fmt: skip
-
-
-def in_namespace(path, work):
-    """Calls work() in the network namespace at path, and returns what it returns.  Raises OSError."""
-    home, target = (os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in ("/proc/self/ns/net", path))
+def in_namespace(path: str, work: Callable[[], T]) -> T:
+    """Call work() in the network namespace at path, and return what it returns.  Raise OSError."""
+    target, home = (os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in (path, "/proc/self/ns/net"))
     try:
         system_call("setns", target, CLONE_NEWNET)
         try:
@@ -3448,13 +4121,11 @@ def in_namespace(path, work):
         os.close(target)
 
 
-def mark_namespace():
-    """A socket whose name says, as long as it is open, that a VM has our network namespace, whatever root or engine it
-    is of.  Raises Error where one has."""
-    import _socket
-    import errno
-
-    mark = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+def mark_namespace() -> Any:
+    """Return a socket whose name says, as long as it is open, that a VM has our network namespace, whatever root or
+    engine it is of.  Raise Error where one has."""
+    socket = import_socket()
+    mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         mark.bind(b"\0runX")  # abstract names, unix(7), are a network namespace's own
         return mark
@@ -3464,52 +4135,59 @@ def mark_namespace():
     raise Error("cannot join the network namespace of another container, and containers cannot share a VM yet")
 
 
-def make_namespace(path):
-    """Makes a network namespace that lasts as long as path, a file onto which it is mounted.  Raises Error."""
+def make_namespace(path: str) -> None:
+    """Make a network namespace that lasts as long as path, a file onto which it is mounted.  Raise Error."""
 
-    def keep():
+    def keep() -> None:
         system_call("unshare", CLONE_NEWNET)
         mount("/proc/thread-self/ns/net", path, MS_BIND)
 
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    in_namespace("/proc/self/ns/net", keep)
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        in_namespace("/proc/self/ns/net", keep)
+    except OSError as error:
+        raise Error(f"cannot make the network namespace {path}: {error.strerror}") from None
 
 
-def redirect(netlink, source, target):
-    """All that arrives at the link source leaves through target (numbers), and the other way round.  Raises OSError,
-    EEXIST if somebody's classifier sits at one of them already."""
-    import struct
+def redirect(netlink: Rtnetlink, source: int, target: int) -> None:
+    """Have all that arrives at the link source leave through target (numbers), and the other way round.
 
-    for link, other in ((source, target), (target, source)):
-        head = struct.pack("=xxxxiII", link, INGRESS_HANDLE, TC_H_INGRESS)
-        body = head + struct.pack("=I", 0) + attribute(TCA_KIND, "ingress")
-        netlink.request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, body)
-        mirred = struct.pack("=IIiiiiI", 0, 0, TC_ACT_STOLEN, 0, 0, TCA_EGRESS_REDIR, other)
-        options = attribute(TCA_ACT_OPTIONS, attribute(TCA_MIRRED_PARMS, mirred))
-        action = attribute(1, attribute(TCA_ACT_KIND, "mirred") + options)
-        head = struct.pack("=xxxxiIII", link, 0, INGRESS_HANDLE, 1 << 16 | ETH_P_ALL_BIG_ENDIAN)
-        matchall = attribute(TCA_KIND, "matchall") + attribute(TCA_OPTIONS, attribute(TCA_MATCHALL_ACT, action))
-        try:
-            netlink.request(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, head + matchall)
-        except OSError:
+    Raise OSError, EEXIST if somebody's classifier sits at one of them already.
+    """
+    made, once = [], NLM_F_CREATE | NLM_F_EXCL
+    try:
+        for link, other in ((source, target), (target, source)):
+            ingress = (0, link, INGRESS_HANDLE, TC_H_INGRESS, 0)
+            netlink.request(Message(RTM_NEWQDISC, ingress, {TCA_KIND: "ingress"}), once)
+            made.append(link)
+            mirred = struct.pack("=8xi8xiI", TC_ACT_STOLEN, TCA_EGRESS_REDIR, other)
+            action = {TCA_ACT_KIND: "mirred", TCA_ACT_OPTIONS: {TCA_MIRRED_PARMS: mirred}}
+            matchall = {TCA_KIND: "matchall", TCA_OPTIONS: {TCA_MATCHALL_ACT: {1: action}}}
+            everything = (0, link, 0, INGRESS_HANDLE, 1 << 16 | ETH_P_ALL_BIG_ENDIAN)
+            netlink.request(Message(RTM_NEWTFILTER, everything, matchall), once)
+    except OSError:
+        for link in made:
             end_redirect(netlink, link)
-            raise
+        raise
 
 
-def end_redirect(netlink, index):
-    """Undoes one side of redirect().  Raises OSError."""
-    import struct
-
-    netlink.request(RTM_DELQDISC, 0, struct.pack("=xxxxiIII", index, INGRESS_HANDLE, TC_H_INGRESS, 0))
+def end_redirect(netlink: Rtnetlink, index: int) -> None:
+    """Undo one side of redirect().  Raise OSError."""
+    netlink.request(Message(RTM_NEWQDISC + RTM_DELETE, (0, index, INGRESS_HANDLE, TC_H_INGRESS, 0), {}))
 
 
 # ==== CNI ================================================================================================
 # Networks that NETCONF names: configuration files and plugins of the CNI specification, SPEC.md 0.2.0 to 1.1.0.
 
+if TYPE_CHECKING:
+    Range = tuple[Subnet, Union[Address, None]]  # with its gateway
+    JsonObject = dict[str, Any]
+
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
 CNI_TIME_LIMIT = 30  # seconds that a plugin has
 DNS_MAX = 3500  # bytes; see GUEST_NODE_MAX
+MTU_MAX = 65535  # of Linux's
 
 
 class Network(Record):
@@ -3517,136 +4195,303 @@ class Network(Record):
 
     file: str
     name: str
-    version: str
-    plugins: list  # as in the file; the first one makes the interface
-    mode: str  # where the address is from: "dhcp", "static", or "auto": the network's IPAM plugin
-    addresses: list  # of ipaddress's IPv4Interface and IPv6Interface, for "static"
-
-    def ipam(self):
-        return self.plugins[0].get("ipam") or {}
+    version: str  # of CNI
+    plugins: list[JsonObject]  # as in the file; the first one makes the interface
+    ipam: str  # the plugin that chooses addresses, or ""
+    ranges: list[Range]  # of ipam, with their gateways
+    bridge: str  # of the bridge plugin; "" for another one
+    mtu: int  # 0: not said
+    rate: str  # the most that the VM may send, as netback wants it, or ""
+    dns: JsonObject
+    dhcp: bool  # the VM asks for its address by itself; else it is one of these, or ipam chooses
+    addresses: list[Prefixed] = []
 
 
 class Attachment(Record):
     """An interface of a container's in a network.  Kept in its state, so that whoever deletes it can give all back."""
 
     network: str
-    calls: list  # [plugin, configuration] of each that is executed, in order
     identity: str  # CNI_CONTAINERID
     interface: str  # CNI_IFNAME
     namespace: str  # CNI_NETNS
-    result: dict  # of the last ADD, or None
-    bridge: str  # of which the vif becomes a port; "": it gets what arrives at interface in namespace
+    calls: list[list[Any]] = []  # [plugin, configuration] of each that is executed, in order
+    result: JsonObject | None = None  # of the last ADD
+    bridge: str = ""  # of which the vif becomes a port; "": it gets what arrives at interface in namespace
     mac: str
     mtu: int  # 0: the bridge's
     rate: str  # as netback wants it, or ""
     dhcp: bool
-    addresses: list  # such as "192.168.0.7/24"; these and routes where there is a bridge
-    routes: list  # [destination, gateway or ""]
-    gateways: list  # that are default routes, whatever the routes are
-    dns: dict  # as in SPEC.md
+    addresses: list[str]  # such as "192.168.0.7/24"; these and routes where there is a bridge
+    routes: list[list[str]] = []  # [destination, gateway or ""]
+    gateways: list[str]  # that are default routes, whatever the routes are
+    dns: JsonObject  # as in SPEC.md
 
 
-def load_network(request, folders):
-    """The Network of a NETCONF variable: request: (variable, file, name, address).  Raises Error."""
-    variable, path, name, address = request
-    documents = parse_documents(path, read_trusted(variable, path, folders))
-    found = [document for document in documents if document.get("name") == name]
-    if len(found) != 1:
-        names = ", ".join(printable(str(document.get("name"))) for document in documents)
-        raise Error(f"{variable}: {path} has {len(found)} networks {printable(name)}, not one; it has {names}")
-    where = f"{path}: network {name}"
-    version = field(found[0], "cniVersion", str, "0.2.0", where)
-    if version not in CNI_VERSIONS:
-        raise Error(f"{where}: cniVersion {printable(version)} is not one of {', '.join(CNI_VERSIONS)}")
-    plugins = field(found[0], "plugins", list, [found[0]], where)
-    if not plugins or not all(isinstance(plugin, dict) for plugin in plugins):
-        raise Error(f"{where}: plugins must hold objects")
-    ipam = field(plugins[0], "ipam", dict, {}, where)
-    kind = field(ipam, "type", str, "", where + ".ipam")
-    for program in (kind or "none", *(field(plugin, "type", str, where=where) for plugin in plugins)):
+# ---- the file
+
+
+def load_network(request: Netconf, folders: list[str]) -> Network:
+    """Return the Network of a NETCONF variable.  Raise Error."""
+    _, path, name, address = request
+    document = find_document(request, folders)
+    plugins = document.sections("plugins") if "plugins" in document else [document]
+    if not plugins:
+        document.refuse("must name a plugin", "plugins")
+    first, ipam = plugins[0], plugins[0].section("ipam")
+    kind = ipam.text("type", "")
+    for program in (kind or "none", *(plugin.text("type") for plugin in plugins)):
         if "/" in program or program in ("", ".", "..") or not program.isprintable():
-            raise Error(f"{where}: the type {printable(program)} is not the name of a plugin")
+            document.refuse(f"has the type {printable(program)}, which is not the name of a plugin")
     for plugin in plugins:
-        field(field(plugin, "args", dict, {}, where), "cni", dict, {}, where + ".args")
-    network = Network(file=path, name=name, version=version, plugins=plugins, mode="", addresses=[])
-    if not address:  # a bridge as RunX has always taken it; what makes a link of its own, as CNI has it
-        network.mode = "dhcp" if plugins[0]["type"] == "bridge" or kind in ("", "dhcp") else "auto"
-    elif address == "auto":
-        if kind in ("", "dhcp"):
-            raise Error(f'{where} has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
-        network.mode = "auto"
-    else:
-        network.mode, network.addresses = "static", parse_addresses(address, network)
+        plugin.section("args").section("cni")
+    chooses, is_bridge = kind not in ("", "dhcp"), first.values["type"] == "bridge"
+    if address == "auto" and not chooses:
+        document.refuse('has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
+    network = Network(
+        file=path,
+        name=name,
+        version=document.choice("cniVersion", CNI_VERSIONS, "0.2.0"),
+        plugins=[plugin.values for plugin in plugins],
+        ipam=kind,
+        ranges=parse_ranges(ipam),
+        bridge=first.text("bridge", "cni0") if is_bridge else "",
+        mtu=first.number("mtu", 0, 0, MTU_MAX),
+        rate=bandwidth_rate(plugins),
+        dns=check_dns(first.section("dns")),
+        # a bridge as RunX has always taken it; what makes a link of its own, as CNI has it
+        dhcp=not address and (is_bridge or not chooses),
+    )
+    if address not in ("", "auto"):
+        network.addresses = [parse_address(part, network) for part in address.split(";")]
     return network
 
 
-def parse_documents(path, text):
-    """The JSON objects in a file, one behind the other or in an array."""
+def find_document(request: Netconf, folders: list[str]) -> Section:
+    """Return the network of a NETCONF variable as its file has it."""
     import json
 
-    number, documents = json_number, []
-    decoder = json.JSONDecoder(parse_float=number, parse_int=number, parse_constant=number)
+    variable, path, name, _ = request
+    text = read_trusted(variable, path, folders)
+    documents: list[Any] = []
+    decoder = json.JSONDecoder(parse_float=json_number, parse_int=json_number, parse_constant=json_number)
     try:
-        while text := text.lstrip():
+        while text := text.lstrip():  # one behind the other or in an array
             document, end = decoder.raw_decode(text)
             documents += check_document(document) if isinstance(document, list) else [check_document(document)]
             text = text[end:]
     except (ValueError, RecursionError) as error:
         raise Error(f"cannot read the networks in {path}: {error}") from None
-    if not documents or not all(isinstance(document, dict) for document in documents):
-        raise Error(f"cannot read the networks in {path}: it must hold JSON objects")
-    return documents
+    networks = [Section(document, f"{path}: network {name}", ": ") for document in documents]
+    found = [network for network in networks if network.values.get("name") == name]
+    if len(found) != 1:
+        names = [printable(str(network.values.get("name"))) for network in networks] or ["none"]
+        has = f"has {len(found)} networks {printable(name)}, not one; it has {', '.join(names)}"
+        raise Error(f"{variable}: {path} {has}")
+    return found[0]
 
 
-def ipam_ranges(network):
-    """(subnet, gateway or None) of each range that the network's ipam names; ipaddress's types.  Raises Error."""
+def parse_ranges(ipam: Section) -> list[Range]:
+    """Return subnet and gateway of each range that an ipam names, in one of three ways.  Raise Error."""
     import ipaddress
 
-    ipam, ranges = network.ipam(), []
-    try:
-        entries = [ipam, *(entry for entries in ipam.get("ranges") or [] for entry in entries)]
-        for entry in [*entries, *(ipam.get("addresses") or [])]:
-            subnet, gateway = (text_of(entry, key, "ipam") for key in ("subnet", "gateway"))
-            subnet = subnet or text_of(entry, "address", "ipam")
+    ranges: list[Range] = []
+    entries = [ipam]
+    for alternatives in ipam.each("ranges", Section.sections):
+        entries += alternatives
+    for entry in entries + ipam.sections("addresses"):
+        subnet, gateway = entry.text("subnet", "") or entry.text("address", ""), entry.text("gateway", "")
+        try:
             if subnet:
-                subnet = ipaddress.ip_network(subnet, strict=False)
-                ranges.append((subnet, ipaddress.ip_address(gateway) if gateway else None))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise Error(f"{network.file}: network {network.name}: cannot understand its ipam: {error}") from None
+                address = ipaddress.ip_address(gateway) if gateway else None
+                ranges.append((ipaddress.ip_network(subnet, strict=False), address))
+        except ValueError as error:
+            entry.refuse(f"cannot be understood: {error}")
     return ranges
 
 
-def parse_addresses(text, network):
-    """The static addresses of NETCONF: with the prefix of the network's subnet where none is given.  Raises Error."""
+def parse_address(text: str, network: Network) -> Prefixed:
+    """Return a static address of NETCONF, with its subnet's prefix where none is given.  Raise Error."""
     import ipaddress
 
-    addresses = []
-    for part in text.split(";"):
-        try:
-            address = ipaddress.ip_interface(part.strip())
-        except ValueError:
-            raise Error(f"network {network.name}: {printable(part)} is not an IP address") from None
-        subnets = [subnet for subnet, _ in ipam_ranges(network) if subnet.version == address.version]
-        subnet = next((subnet for subnet in subnets if address.ip in subnet), None)
-        if subnets and not subnet:
-            raise Error(f"network {network.name}: the address {address.ip} is not in {', '.join(map(str, subnets))}")
-        if "/" not in part:
-            if not subnet:
-                raise Error(f"network {network.name} has no subnet: give {address.ip} with its prefix, such as /24")
-            address = ipaddress.ip_interface(f"{address.ip}/{subnet.prefixlen}")
-        addresses.append(address)
-    return addresses
+    try:
+        address = ipaddress.ip_interface(text.strip())
+    except ValueError:
+        raise Error(f"network {network.name}: {printable(text)} is not an IP address") from None
+    subnets = [subnet for subnet, _ in network.ranges if subnet.version == address.version]
+    around = [subnet for subnet in subnets if address.ip in subnet]
+    if subnets and not around:
+        raise Error(f"network {network.name}: the address {address.ip} is not in {', '.join(map(str, subnets))}")
+    if "/" in text:
+        return address
+    if not around:
+        raise Error(f"network {network.name} has no subnet: give {address.ip} with its prefix, such as /24")
+    return ipaddress.ip_interface(f"{address.ip}/{around[0].prefixlen}")
 
 
-def cni_path():
-    """The folders of the plugins: the engine's word, or the usual ones."""
+def bandwidth_rate(plugins: list[Section]) -> str:
+    """Return what the bandwidth plugin in a chain lets the VM send, as netback wants it, or ""."""
+    for plugin in plugins[1:]:
+        if plugin.text("type") == "bandwidth":
+            limits = plugin.section("runtimeConfig").section("bandwidth")
+            bits = limits.number("egressRate", plugin.number("egressRate", 0))
+            return parse_rate(f"{bits}b/s") if bits else ""
+    return ""
+
+
+def lower_rate(*rates: str) -> str:
+    """Return the lowest of some rates as netback wants them, of which "" is none."""
+
+    def speed(rate: str) -> float:
+        size, microseconds = rate.split(",")
+        return int(size) / int(microseconds)
+
+    return min(filter(None, rates), key=speed, default="")
+
+
+def check_dns(dns: Section) -> JsonObject:
+    """Return a dns object of CNI's.  Raise Error."""
+    words = [dns.text("domain", "")]
+    for key in ("nameservers", "search", "options"):
+        words += dns.texts(key)
+    if not all(word.isprintable() for word in words):
+        dns.refuse("must hold words for a line of resolv.conf")
+    return dns.values
+
+
+def resolv_conf(dns: JsonObject) -> str:
+    """Return the text of resolv.conf(5) for a dns object of CNI's, "" where it says nothing."""
+    lines = [f"nameserver {server}" for server in dns.get("nameservers") or ()]
+    if dns.get("domain"):
+        lines.append(f"domain {dns['domain']}")
+    lines += [f"{key} {' '.join(dns[key])}" for key in ("search", "options") if dns.get(key)]
+    return "".join(line + "\n" for line in lines)[:DNS_MAX]
+
+
+# ---- what is to be done: runX makes a bridge's port by itself, and has plugins do what it cannot
+
+# what only the bridge plugin does; the first three concern addresses that it has given itself
+BRIDGE_LAYER_3 = ("isGateway", "isDefaultGateway", "ipMasq")
+BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofchk")
+
+
+def plan_attachment(network: Network, number: int, container: Container, rate: str, log: Log) -> Attachment:
+    """Return the Attachment number of the container, not made yet.  rate: the container's own.  Raise Error."""
+    attachment = Attachment(
+        network=network.name,
+        identity=container.state.name.replace("+", "_"),
+        interface=f"eth{number}",
+        namespace=container.path("netns"),
+        mac=stable_mac(container.folder, number),
+        mtu=network.mtu,
+        rate=lower_rate(rate, network.rate),
+        dhcp=network.dhcp,
+        addresses=list(map(str, network.addresses)),
+        gateways=[str(gateway) for _, gateway in network.ranges if gateway],
+        dns=network.dns,
+    )
+    if network.bridge:
+        prepare_bridge(network)
+    if needs_plugins(network, log):
+        attachment.calls = [[plugin["type"], plugin_configuration(network, plugin)] for plugin in network.plugins]
+    else:
+        attachment.bridge = network.bridge
+        plan_addresses(network, attachment, log)
+    return attachment
+
+
+def stable_mac(*identity: str | int) -> str:
+    """Return a locally administered unicast address (IEEE 802), the same for the same container and interface."""
+    import hashlib
+
+    digest = hashlib.blake2s(repr(identity).encode()).digest()
+    return bytes([digest[0] & 0xFC | 2, *digest[1:6]]).hex(":")
+
+
+def needs_plugins(network: Network, log: Log) -> bool:
+    """Return whether the network's plugins make the interface, and not runX by itself."""
+    chained = [plugin["type"] for plugin in network.plugins[1:]]
+    if not find_plugin("bandwidth"):  # netback can do that too
+        chained = [kind for kind in chained if kind != "bandwidth"]
+    if not network.bridge or chained:
+        return True
+    keys = BRIDGE_LAYER_2 if network.dhcp else BRIDGE_LAYER_2 + BRIDGE_LAYER_3
+    wanted = [key for key in keys if network.plugins[0].get(key)]
+    if not wanted or find_plugin("bridge"):
+        return bool(wanted)
+    lost = ", ".join(key for key in wanted if not key.endswith("Gateway"))
+    if lost:
+        log.warn(f"network {network.name}: {lost} have no effect without the CNI plugin bridge")
+    return False
+
+
+def plan_addresses(network: Network, attachment: Attachment, log: Log) -> None:
+    """Find who reserves the address of a port of a bridge: the IPAM plugin if there is one."""
+    if network.dhcp:
+        return
+    first = network.plugins[0]
+    if network.ipam not in ("", "dhcp") and find_plugin(network.ipam):
+        attachment.calls = [[network.ipam, plugin_configuration(network, first)]]
+    elif not network.addresses:
+        remedy = f"install it in {cni_path()}"
+        raise Error(f"network {network.name}: no address without the CNI plugin {network.ipam}: {remedy}")
+    else:
+        log.warn(f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
+        use_result(attachment, {"routes": (first.get("ipam") or {}).get("routes")}, network)
+
+
+def plugin_configuration(network: Network, plugin: JsonObject) -> JsonObject:
+    """What a plugin gets on standard input: SPEC.md "Deriving execution configuration from plugin configuration"."""
+    configuration = {**plugin, "name": network.name, "cniVersion": network.version}
+    if network.dhcp and plugin is network.plugins[0]:
+        configuration["ipam"] = {}  # the VM asks for its address by itself
+    if network.addresses:
+        ips = [str(each) for each in network.addresses]
+        if network.ipam == "host-local":  # which took no prefix before 0.9
+            ips = [str(each.ip) for each in network.addresses]
+        args = configuration.get("args") or {}
+        cni = args.get("cni") or {}
+        configuration["args"] = {**args, "cni": {**cni, "ips": ips}}
+    return configuration
+
+
+def prepare_bridge(network: Network) -> None:
+    """Make the bridge if it is missing and the network begins on this host, which is its gateway.  Raise Error."""
+    first, name, netlink = network.plugins[0], network.bridge, Rtnetlink()
+    ours, bridge = first.get("isGateway") or first.get("isDefaultGateway"), netlink.find_link(name)
+    if not bridge and not ours:
+        remedy = f"make it, or set isGateway in {network.file} for a network that begins there"
+        raise Error(f"network {network.name}: there is no bridge {printable(name)} on this host: {remedy}")
+    try:
+        if not bridge:
+            kind = {IFLA_IFNAME: name, IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}}
+            netlink.request(link_message(0, kind), NLM_F_CREATE)
+            bridge = netlink.find_link(name)
+        if bridge and ours:
+            netlink.set_link(bridge.index, {}, up=True)
+            for address in gateway_addresses(network):
+                netlink.request(address_message(address, bridge.index), NLM_F_CREATE | NLM_F_REPLACE)
+    except OSError as error:
+        raise Error(f"network {network.name}: cannot make the bridge {name}: {error.strerror}") from None
+
+
+def gateway_addresses(network: Network) -> list[Prefixed]:
+    """Return the addresses of the network's gateways, which by custom are the first ones."""
+    import ipaddress
+
+    ranges = [(subnet, gateway or subnet.network_address + 1) for subnet, gateway in network.ranges]
+    return [ipaddress.ip_interface(f"{gateway}/{subnet.prefixlen}") for subnet, gateway in ranges]
+
+
+# ---- plugins
+
+
+def cni_path() -> str:
+    """Return the folders of the plugins: the engine's word, or the usual ones."""
     return os.environ.get("CNI_PATH", CNI_PATH)
 
 
-def find_plugin(name):
-    """The path of a CNI plugin, or None."""
-    if "/" in name or "\0" in name:
-        return None
+def find_plugin(name: str) -> str | None:
+    """Return the path of a CNI plugin."""
     for folder in cni_path().split(":"):
         path = os.path.join(folder, name)
         if os.access(path, os.X_OK):
@@ -3654,178 +4499,26 @@ def find_plugin(name):
     return None
 
 
-# what only the bridge plugin does; the first three concern addresses that it has given itself
-BRIDGE_LAYER_3 = ("isGateway", "isDefaultGateway", "ipMasq")
-BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofchk")
-
-
-def plan_attachment(network, number, container, rate, log):
-    """The Attachment number of the container, not made yet.  Raises Error."""
-    first, name = network.plugins[0], container.state["name"]
-    attachment = Attachment(
-        network=network.name, calls=[], identity=name.replace("+", "_"), interface=f"eth{number}",
-        namespace=container.path("netns"), result=None, bridge="", mac=stable_mac(container.folder, number),
-        mtu=field(first, "mtu", int, 0, network.file), rate=lower_rate(rate, bandwidth_rate(network)),
-        dhcp=network.mode == "dhcp", addresses=list(map(str, network.addresses)), routes=[],
-        gateways=[str(gateway) for _, gateway in ipam_ranges(network) if gateway],
-        dns=check_dns(field(first, "dns", dict, {}, network.file), network.name),
-    )  # fmt: skip
-    if not 0 <= attachment.mtu < 1 << 16:
-        raise Error(f"{network.file}: network {network.name}: the mtu {attachment.mtu} is out of range")
-    if first["type"] == "bridge":
-        attachment.bridge = field(first, "bridge", str, "cni0", network.file)
-    if needs_plugins(network, log):
-        attachment.calls = [[plugin["type"], plugin_configuration(network, plugin)] for plugin in network.plugins]
-        if attachment.bridge:
-            prepare_bridge(network, attachment.bridge)
-            attachment.bridge = ""
-    else:
-        prepare_bridge(network, attachment.bridge)
-        plan_addresses(network, attachment, log)
-    return attachment
-
-
-def needs_plugins(network, log):
-    """Whether the network's plugins make the interface, and not runX by itself."""
-    first = network.plugins[0]
-    chained = [plugin for plugin in network.plugins[1:] if plugin["type"] != "bandwidth" or find_plugin("bandwidth")]
-    if first["type"] != "bridge" or chained:
-        return True
-    keys = BRIDGE_LAYER_2 if network.mode == "dhcp" else BRIDGE_LAYER_2 + BRIDGE_LAYER_3
-    wanted = [key for key in keys if first.get(key)]
-    if wanted and not find_plugin("bridge"):
-        lost = [key for key in wanted if key not in ("isGateway", "isDefaultGateway")]
-        if lost:
-            lost = ", ".join(lost)
-            log.write("warning", f"network {network.name}: {lost} have no effect without the CNI plugin bridge")
-        return False
-    return bool(wanted)
-
-
-def plan_addresses(network, attachment, log):
-    """Who reserves the address of a port of a bridge: the IPAM plugin if there is one."""
-    kind = network.ipam().get("type") or ""
-    if network.mode == "dhcp":
-        return
-    if kind not in ("", "dhcp") and find_plugin(kind):
-        attachment.calls = [[kind, plugin_configuration(network, network.plugins[0])]]
-    elif network.mode == "auto":
-        raise Error(f"network {network.name}: no address without the CNI plugin {kind}: install it in {cni_path()}")
-    else:
-        log.write("warning", f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
-        use_result(attachment, {"routes": network.ipam().get("routes") or []}, network)
-
-
-def plugin_configuration(network, plugin):
-    """What a plugin gets on standard input: SPEC.md "Deriving execution configuration from plugin configuration"."""
-    configuration = {**plugin, "name": network.name, "cniVersion": network.version}
-    if network.mode == "dhcp" and plugin is network.plugins[0]:
-        configuration["ipam"] = {}  # the VM asks for its address by itself
-    if network.addresses:
-        args = configuration.get("args") or {}
-        ips = [str(address if plugin_wants_prefix(network) else address.ip) for address in network.addresses]
-        configuration["args"] = {**args, "cni": {**(args.get("cni") or {}), "ips": ips}}
-    return configuration
-
-
-def plugin_wants_prefix(network):
-    return network.ipam().get("type") != "host-local"  # which took none before 0.9
-
-
-def prepare_bridge(network, name):
-    """Makes the bridge if it is missing and the network begins on this host, which is its gateway.  Raises Error."""
-    first, netlink = network.plugins[0], Rtnetlink()
-    bridge, ours = netlink.find_link(name), first.get("isGateway") or first.get("isDefaultGateway")
-    if not bridge and not ours:
-        raise Error(
-            f"network {network.name}: there is no bridge {printable(name)} on this host: make it, or set isGateway "
-            f"in {network.file} for a network that begins there"
-        )
-    try:
-        if not bridge:
-            kind = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, "bridge"))
-            body = b"".join(link_message(0, attribute(IFLA_IFNAME, name), kind))
-            netlink.request(RTM_NEWLINK, NLM_F_CREATE, body)
-            bridge = netlink.find_link(name)
-        if ours:
-            netlink.set_link(bridge.index, up=True)
-            add_gateways(netlink, bridge.index, ipam_ranges(network))
-    except OSError as error:
-        raise Error(f"network {network.name}: cannot make the bridge {name}: {error.strerror}") from None
-
-
-def add_gateways(netlink, index, ranges):
-    """Gives a bridge the addresses of the gateways that are to be on it."""
-    import ipaddress
-
-    for subnet, gateway in ranges:
-        address = ipaddress.ip_interface(f"{gateway or subnet.network_address + 1}/{subnet.prefixlen}")
-        head, tail = address_message(address)
-        netlink.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, head + index.to_bytes(4, sys.byteorder) + tail)
-
-
-def stable_mac(*identity):
-    """A locally administered unicast address (IEEE 802) that is the same for the same container and interface."""
-    import hashlib
-
-    digest = hashlib.blake2s(repr(identity).encode()).digest()
-    return bytes([digest[0] & 0xFC | 2, *digest[1:6]]).hex(":")
-
-
-def parse_rate(text):
-    """netback's "bytes,microseconds" for a rate as in xl-network-configuration.5, such as 10Mb/s or 1MB/s@20ms."""
-    import re
-
-    match = re.fullmatch(r"(\d+)([KMG]?)([bB])/s(?:@(\d+)([mu]?)s)?", text)
-    if not match:
-        raise Error(f"the rate {printable(text)} must be such as 10Mb/s (bits) or 1MB/s@20ms (bytes)")
-    number, scale, unit, interval, prefix = match.groups()
-    rate = int(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[scale] // (8 if unit == "b" else 1)
-    microseconds = int(interval) * {"": 10**6, "m": 1000, "u": 1}[prefix] if interval else 50000
-    if not 0 < rate * microseconds // 10**6 < 1 << 32 or microseconds >= 1 << 32:
-        raise Error(f"the rate {printable(text)} is out of range")
-    return f"{rate * microseconds // 10**6},{microseconds}"
-
-
-def lower_rate(*rates):
-    """The lowest of some rates as netback wants them, of which "" is none."""
-
-    def speed(rate):
-        size, microseconds = rate.split(",")
-        return int(size) / int(microseconds)
-
-    return min(filter(None, rates), key=speed, default="")
-
-
-def bandwidth_rate(network):
-    """What the bandwidth plugin of the network allows the VM to send, as netback wants it, or ""."""
-    for plugin in network.plugins[1:]:
-        if plugin["type"] == "bandwidth":
-            where = f"{network.file}: bandwidth"
-            limits = {**plugin, **field(field(plugin, "runtimeConfig", dict, {}, where), "bandwidth", dict, {}, where)}
-            bits = field(limits, "egressRate", int, 0, where)
-            return parse_rate(f"{bits}b/s") if bits else ""
-    return ""
-
-
-def attach_network(attachment, network):
-    """Executes the plugins of an Attachment, and puts what they say into it.  Raises Error."""
-    version = negotiate_version(attachment) if network.version == CNI_VERSIONS[-1] else network.version
+def attach_network(attachment: Attachment, network: Network) -> None:
+    """Execute the plugins of an Attachment, and put what they say into it.  Raise Error."""
+    version = network.version
+    if version == CNI_VERSIONS[-1]:
+        version = negotiate_version(attachment)
     for plugin, configuration in attachment.calls:
         configuration["cniVersion"] = version
         output = call_plugin("ADD", attachment, plugin, configuration)
         try:
             attachment.result = {**check_document(parse_json(output))}
         except (ValueError, TypeError):
-            raise Error(f"network {attachment.network}: the CNI plugin {plugin} has not printed a result") from None
+            raise Error(f"network {network.name}: the CNI plugin {plugin} has not printed a result") from None
     if attachment.result and attachment.bridge:
         use_result(attachment, attachment.result, network)
     elif attachment.result:
-        attachment.dns = check_dns(attachment.result.get("dns"), network.name) or attachment.dns
+        attachment.dns = result_dns(attachment.result, network) or attachment.dns
 
 
-def negotiate_version(attachment):
-    """The newest version of CNI that all plugins of an Attachment know: many know less than the newest."""
+def negotiate_version(attachment: Attachment) -> str:
+    """Return the newest version of CNI that all plugins of an Attachment know: many know less than the newest."""
     known = set(CNI_VERSIONS)
     for plugin, _ in attachment.calls:
         output = call_plugin("VERSION", attachment, plugin, {"cniVersion": CNI_VERSIONS[-1]})
@@ -3836,20 +4529,21 @@ def negotiate_version(attachment):
     return max(known, key=CNI_VERSIONS.index, default=CNI_VERSIONS[-1])
 
 
-def detach_network(fields, log):
-    """Gives back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay.
+def detach_network(fields: JsonObject, log: Log) -> None:
+    """Give back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay.
 
-    fields: of the Attachment, as they are in the state."""
+    fields: of the Attachment, as they are in the state.
+    """
     attachment = Attachment(**fields)
     for plugin, configuration in reversed(attachment.calls):
         what = f"give back the network {attachment.network}"
         log.attempt(what, call_plugin, "DEL", attachment, plugin, configuration)
 
 
-def call_plugin(command, attachment, plugin, configuration):
-    """What a plugin prints: SPEC.md "Execution Protocol".  It gets the result of the one before, if there is one.
+def call_plugin(command: str, attachment: Attachment, plugin: str, configuration: JsonObject) -> str:
+    """Return what a plugin prints: SPEC.md "Execution Protocol".  It gets the result of the one before.
 
-    Raises Error with the plugin's own reason.
+    Raise Error with the plugin's own reason.
     """
     what, path = f"network {attachment.network}: CNI plugin {plugin}", find_plugin(plugin)
     if not path:
@@ -3857,68 +4551,63 @@ def call_plugin(command, attachment, plugin, configuration):
     if attachment.result is not None:
         configuration = {**configuration, "prevResult": attachment.result}
     env = {
-        **os.environ, "PATH": PATH, "CNI_PATH": cni_path(), "CNI_COMMAND": command,
-        "CNI_CONTAINERID": attachment.identity, "CNI_NETNS": attachment.namespace,
-        "CNI_IFNAME": attachment.interface, "CNI_ARGS": f"IgnoreUnknown=1;MAC={attachment.mac}",
-    }  # fmt: skip
-    reason, output, errors = run_program([path], path, env, json_text(configuration).encode(), CNI_TIME_LIMIT)
-    output = output.decode("utf-8", "replace")
-    if not reason:
-        return output
+        **os.environ,
+        "PATH": PATH,
+        "CNI_PATH": cni_path(),
+        "CNI_COMMAND": command,
+        "CNI_CONTAINERID": attachment.identity,
+        "CNI_NETNS": attachment.namespace,
+        "CNI_IFNAME": attachment.interface,
+        "CNI_ARGS": f"IgnoreUnknown=1;MAC={attachment.mac}",
+    }
+    reason, *outputs = run_program([path], path, env, json_text(configuration).encode(), CNI_TIME_LIMIT)
+    output, errors = (data.decode("utf-8", "replace") for data in outputs)
+    if reason:
+        raise Error(f"{what}, {command}: {printable(plugin_error(output) or f'{reason} {errors}')}")
+    return output
+
+
+def plugin_error(output: str) -> str:
+    """Return what a plugin says in SPEC.md's "Error" type, "" where that is none."""
     try:
         error = parse_json(output)
         words = [str(error[key]) for key in ("msg", "details") if error.get(key)]
-        reason = f"{': '.join(words)} (code {error['code']})"
+        return f"{': '.join(words)} (code {error['code']})"
     except (ValueError, TypeError, KeyError, AttributeError):
-        reason = f"{reason} {errors.decode('utf-8', 'replace')}"
-    raise Error(f"{what}, {command}: {printable(reason)}")
+        return ""
 
 
-def use_result(attachment, result, network):
-    """Puts what the IPAM plugin has said, or the file, into the Attachment of a bridge's port.  Raises Error."""
+def use_result(attachment: Attachment, result: JsonObject, network: Network) -> None:
+    """Put what the IPAM plugin has said, or the file, into the Attachment of a bridge's port.  Raise Error."""
     import ipaddress
 
     try:
-        old = [result[key] for key in ("ip4", "ip6") if result.get(key)]  # 0.2.0
+        old = [result[key] for key in ("ip4", "ip6") if result.get(key)]  # before 0.3.0
         ips = result.get("ips") or [{"address": each["ip"], **each} for each in old]
-        routes = result.get("routes") or [route for entry in ips for route in entry.get("routes") or ()]
-        addresses = attachment.addresses or [entry["address"] for entry in ips]
-        attachment.addresses = [str(ipaddress.ip_interface(address)) for address in addresses]
-        versions = {ipaddress.ip_interface(address).version for address in attachment.addresses}
-        gateways = [ipaddress.ip_address(entry["gateway"]) for entry in ips if entry.get("gateway")]
+        routes = result.get("routes") or [route for each in ips for route in each.get("routes") or ()]
+        if not attachment.addresses:
+            attachment.addresses = [str(ipaddress.ip_interface(each["address"])) for each in ips]
+        gateways = [ipaddress.ip_address(each["gateway"]) for each in ips if each.get("gateway")]
         if not ips:
-            gateways = [gateway or subnet.network_address + 1 for subnet, gateway in ipam_ranges(network)]
+            gateways = [address.ip for address in gateway_addresses(network)]
         first = {gateway.version: str(gateway) for gateway in reversed(gateways)}
+        versions = {ipaddress.ip_interface(address).version for address in attachment.addresses}
+        attachment.routes = []
         for route in routes:
             destination = ipaddress.ip_network(route["dst"], strict=False)
             if destination.version in versions:
-                gateway = str(ipaddress.ip_address(route["gw"])) if route.get("gw") else ""
-                attachment.routes.append([str(destination), gateway or first.get(destination.version, "")])
+                gateway = route.get("gw") or first.get(destination.version)
+                way = str(ipaddress.ip_address(gateway)) if gateway else ""
+                attachment.routes.append([str(destination), way])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Error(f"network {network.name}: cannot understand its addresses and routes: {error}") from None
-    attachment.dns = attachment.dns or check_dns(result.get("dns"), network.name)
+    attachment.dns = attachment.dns or result_dns(result, network)
     if network.plugins[0].get("isDefaultGateway"):
         attachment.gateways += first.values()
 
 
-def check_dns(dns, network):
-    """A dns object of CNI's, {} for none.  Raises Error."""
-    where = f"network {network}: dns"
-    dns = field({"dns": dns}, "dns", dict, {}, f"network {network}")
-    words = [text_of(dns, "domain", where)]
-    for key in ("nameservers", "search", "options"):
-        words += strings(dns, key, where)
-    if not all(word.isprintable() for word in words):
-        raise Error(f"{where} must hold words for a line of resolv.conf")
-    return dns
-
-
-def resolv_conf(dns):
-    """The text of resolv.conf(5) for a dns object of CNI's, "" where it says nothing."""
-    lines = [f"nameserver {server}" for server in dns.get("nameservers") or ()]
-    lines += [f"domain {dns['domain']}"] if dns.get("domain") else []
-    lines += [f"{key} {' '.join(dns[key])}" for key in ("search", "options") if dns.get(key)]
-    return "".join(line + "\n" for line in lines)[:DNS_MAX]
+def result_dns(result: JsonObject, network: Network) -> JsonObject:
+    return check_dns(Section(result, f"network {network.name}", ": ").section("dns"))
 
 
 # ==== vif ================================================================================================
@@ -3928,278 +4617,245 @@ def resolv_conf(dns):
 VIF_TIME_LIMIT = 40  # seconds that netback has to make a vif, as libxl gives its hotplug scripts
 GUEST_NODE_MAX = 3500  # bytes in a node for the guest, which reads 4096 at once (XENSTORE_PAYLOAD_MAX)
 HOTPLUG_SCRIPT = "/bin/true"  # for an `xl destroy` by hand; nothing else runs it
-# taken over from a namespace; and who had an address there has made sure already that nobody else has it
-IPV6_SETTINGS = ("disable_ipv6", "accept_ra")
+IPV6_SETTINGS = ("disable_ipv6", "accept_ra")  # of net.ipv6.conf.<name>, taken over from a namespace
 
 
-class Interface(Record):
-    name: str
-    mac: bytes
-    mtu: int
-    addresses: list  # (struct ifaddrmsg up to the index, attributes)
-    routes: list  # (struct rtmsg, {RTA_*: value})
-    neighbours: list  # (family, attributes), permanent ones
-    ipv6: dict  # of net.ipv6.conf.<name>
-    dhcp: bool
-    rate: str
-    bridge: str  # of which the vif becomes a port, or
-    namespace: str  # path of a network namespace, whose
-    device: str  # link it is joined to
+class Interface:
+    """One of the VM's.  The messages are for the guest, without the number that it has there."""
+
+    def __init__(self, name: str, mac: bytes, mtu: int) -> None:
+        self.name, self.mac = name, mac
+        self.mtu = mtu  # 0: the bridge's
+        self.addresses: list[Message] = []
+        self.routes: list[Message] = []
+        self.neighbours: list[Message] = []  # permanent ones
+        self.ipv6: dict[str, str] = {}  # IPV6_SETTINGS
+        self.dhcp, self.rate = False, ""
+        self.bridge = ""  # of which the vif becomes a port, or
+        self.namespace = ""  # path of a network namespace, whose
+        self.device = ""  # link it is joined to
+
+    def place(self) -> tuple[bool, int, str]:
+        """Among others: eth0, eth1, …, and then those with other names."""
+        return not self.name.startswith("eth"), len(self.name), self.name
+
+    def has_default_route(self, family: int) -> bool:
+        return any(route.head[:2] == (family, 0) for route in self.routes)
 
 
-def address_message(address):
-    """What Interface.addresses holds, for one of ipaddress's interfaces."""
-    import struct
-
-    family, local = family_of(address), address.packed
-    found = attribute(IFA_LOCAL, local) + attribute(IFA_ADDRESS, local)
-    if address.version == 4 and address.network.prefixlen < 31:
-        found += attribute(IFA_BROADCAST, address.network.broadcast_address.packed)
-    flags = IFA_F_NODAD if address.version == 6 else 0
-    return struct.pack("=BBBB", family, address.network.prefixlen, flags, RT_SCOPE_UNIVERSE), found
+def leads_to_gateway(route: Message) -> bool:
+    return RTA_GATEWAY in route.attributes or RTA_VIA in route.attributes
 
 
-def family_of(address):
-    return AF_INET if address.version == 4 else AF_INET6
-
-
-def route_message(destination, gateway, addresses):
-    """What Interface.routes holds.  gateway: or None; one that is in no network of addresses is on the link still."""
-    import struct
-
-    onlink = gateway and not any(gateway in address.network for address in addresses)
-    scope = RT_SCOPE_UNIVERSE if gateway else RT_SCOPE_LINK
-    head = (family_of(destination), destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST)
-    found = {RTA_DST: destination.network_address.packed} if destination.prefixlen else {}
+def route_message(destination: Subnet, gateway: Address | None, addresses: Sequence[Prefixed]) -> Message:
+    """gateway: None, or one that is on the link even if it is in no network of addresses."""
+    found, scope, flags = {}, RT_SCOPE_LINK, 0
+    length = destination.prefixlen
+    if length:
+        found[RTA_DST] = destination.network_address.packed
     if gateway:
         found[RTA_GATEWAY] = gateway.packed
-    return struct.pack("=8BI", *head, RTNH_F_ONLINK if onlink else 0), found
+        scope = RT_SCOPE_UNIVERSE
+        if not any(gateway in address.network for address in addresses):
+            flags = RTNH_F_ONLINK
+    kind = (RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST)
+    return Message(RTM_NEWROUTE, (family_of(destination), length, 0, 0, *kind, flags), found)
 
 
-def namespace_interfaces(path, log):
-    """The Interfaces of a network namespace, as they are now.  Raises Error."""
+# ---- what there is in a network namespace
+
+
+def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
+    """Yield the Interfaces of a network namespace, as they are now.  Raise Error."""
     try:
         netlink = Rtnetlink(path)
-        links = [link for link in netlink.links() if link.name != "lo"]
-        if not links:
-            return []
-        addresses, routes, neighbours = (dump(netlink) for dump in (dump_addresses, dump_routes, dump_neighbours))
-        found = []
-        for link in links:
-            if not (link.up or addresses.get(link.index)):
+        for link in netlink.links():
+            interface = Interface(link.name, link.mac, link.mtu)
+            interface.addresses = list(link_addresses(netlink, link.index))
+            if link.name == "lo" or not (link.up or interface.addresses):
                 continue
             if link.type != ARPHRD_ETHER:
-                log.write("warning", f"the interface {link.name} is none of Ethernet and stays outside the VM")
+                log.warn(f"the interface {link.name} is none of Ethernet and stays outside the VM")
                 continue
-            found.append(Interface(
-                name=link.name, mac=link.mac, mtu=link.mtu, addresses=addresses.get(link.index, []),
-                routes=routes.get(link.index, []), neighbours=neighbours.get(link.index, []),
-                ipv6=in_namespace(path, lambda device=link.name: read_ipv6_settings(device)),
-                dhcp=False, rate="", bridge="", namespace=path, device=link.name,
-            ))  # fmt: skip
-        return found
+            interface.routes = list(link_routes(netlink, link.index))
+            interface.neighbours = list(link_neighbours(netlink, link.index))
+            interface.ipv6 = read_ipv6_settings(path, link.name)
+            interface.namespace, interface.device = path, link.name
+            yield interface
     except OSError as error:
         raise Error(f"cannot read the network namespace {path}: {error.strerror}") from None
 
 
-def dump_addresses(netlink):
-    """{link's number: what Interface.addresses holds}.  What a router has advertised, the guest hears by itself.
+def link_addresses(netlink: Rtnetlink, index: int) -> Iterator[Message]:
+    """Yield the addresses of a link, without what a router has advertised: that the guest hears by itself.
 
-    Their subnets are not routes by themselves: what is one, dump_routes() says.
+    Their subnets are not routes by themselves: what is one, link_routes() says.
     """
-    import struct
-
-    found = {}
-    for body in netlink.request(RTM_GETADDR, NLM_F_DUMP, bytes(8)):
-        family, length, flags, scope, index = struct.unpack_from("=BBBBI", body)
-        if family == AF_INET or (family == AF_INET6 and flags & IFA_F_PERMANENT):
-            head = struct.pack("=BBBB", family, length, 0, scope)
-            kept = {kind: value for kind, value in attributes(body[8:]).items() if kind in ADDRESS_ATTRIBUTES}
-            routed = IFA_F_NOPREFIXROUTE if family == AF_INET or scope == RT_SCOPE_UNIVERSE else 0
-            kept[IFA_FLAGS] = struct.pack("=I", routed | (IFA_F_NODAD if family == AF_INET6 else 0))
-            tail = b"".join(attribute(*item) for item in kept.items())
-            found.setdefault(index, []).append((head, tail))
-    return found
+    for message in netlink.dump(RTM_NEWADDR):
+        family, length, flags, scope, link = message.head
+        is_ipv6 = family == AF_INET6
+        if link != index or not (family == AF_INET or (is_ipv6 and flags & IFA_F_PERMANENT)):
+            continue
+        kept = kept_attributes(message, IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST)
+        kept[IFA_FLAGS] = IFA_F_NODAD if is_ipv6 else 0
+        if not is_ipv6 or scope == RT_SCOPE_UNIVERSE:
+            kept[IFA_FLAGS] |= IFA_F_NOPREFIXROUTE
+        yield Message(RTM_NEWADDR, (family, length, 0, scope, 0), kept)
 
 
-ADDRESS_ATTRIBUTES = (IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST)
-ROUTE_ATTRIBUTES = (RTA_DST, RTA_SRC, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA)
-
-
-def dump_routes(netlink):
-    """{link's number: what Interface.routes holds}, without those that the guest's kernel has by itself."""
-    import struct
-
-    found = {}
-    for body in netlink.request(RTM_GETROUTE, NLM_F_DUMP, bytes(12)):
-        family, *_, table, protocol, _, kind, flags = struct.unpack_from("=8BI", body)
-        values = attributes(body[12:])
-        if family not in (AF_INET, AF_INET6) or RTA_OIF not in values or protocol == RTPROT_RA:
+def link_routes(netlink: Rtnetlink, index: int) -> Iterator[Message]:
+    """Yield the routes through a link, without those that the guest's kernel has by itself."""
+    for message in netlink.dump(RTM_NEWROUTE):
+        family, *_, table, protocol, _, kind, flags = message.head
+        values = message.attributes
+        if values.get(RTA_OIF) != struct.pack("=I", index) or family not in (AF_INET, AF_INET6):
+            continue
+        if (table, kind) != (RT_TABLE_MAIN, RTN_UNICAST) or protocol == RTPROT_RA:
             continue
         if family == AF_INET6 and values.get(RTA_DST, b"").startswith(b"\xfe\x80"):
             continue
-        if (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST):
-            index = struct.unpack("=I", values[RTA_OIF])[0]
-            kept = {name: value for name, value in values.items() if name in ROUTE_ATTRIBUTES}
-            # the other flags are states of a link, such as that its cable is out
-            head = body[:8] + struct.pack("=I", flags & RTNH_F_ONLINK)
-            found.setdefault(index, []).append((head, kept))
-    return found
+        # the other flags are states of a link, such as that its cable is out
+        head = (*message.head[:8], flags & RTNH_F_ONLINK)
+        kinds = (RTA_DST, RTA_SRC, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA)
+        yield Message(RTM_NEWROUTE, head, kept_attributes(message, *kinds))
 
 
-def dump_neighbours(netlink):
-    import struct
-
-    found = {}
-    for body in netlink.request(RTM_GETNEIGH, NLM_F_DUMP, bytes(12)):
-        family, index, state = struct.unpack_from("=BxxxiH", body)
-        values = attributes(body[12:])
-        if state & NUD_PERMANENT and family in (AF_INET, AF_INET6) and NDA_LLADDR in values:
-            tail = attribute(NDA_DST, values[NDA_DST]) + attribute(NDA_LLADDR, values[NDA_LLADDR])
-            found.setdefault(index, []).append((family, tail))
-    return found
+def link_neighbours(netlink: Rtnetlink, index: int) -> Iterator[Message]:
+    """Yield the permanent neighbours on a link."""
+    for message in netlink.dump(RTM_NEWNEIGH):
+        family, link, state, _, _ = message.head
+        kept = kept_attributes(message, NDA_DST, NDA_LLADDR)
+        if link == index and family in (AF_INET, AF_INET6) and state & NUD_PERMANENT and NDA_LLADDR in kept:
+            yield Message(RTM_NEWNEIGH, (family, 0, NUD_PERMANENT, 0, 0), kept)
 
 
-def read_ipv6_settings(device):
-    """IPV6_SETTINGS of a link in our network namespace, {} where dom0 has no IPv6."""
-    settings = {}
-    for key in IPV6_SETTINGS:
-        try:
-            with open(f"/proc/sys/net/ipv6/conf/{device}/{key}", encoding="utf-8") as file:
-                settings[key] = file.read().strip()
-        except FileNotFoundError:
-            pass
-    return settings
+def kept_attributes(message: Message, *kinds: int) -> Attributes:
+    return {kind: value for kind, value in message.attributes.items() if kind in kinds}
 
 
-def attachment_interface(attachment, log):
-    """The Interface of a network that NETCONF names.  Raises Error."""
-    import ipaddress
+def read_ipv6_settings(namespace: str, device: str) -> dict[str, str]:
+    """Return IPV6_SETTINGS of a link, {} where dom0 has no IPv6."""
 
-    addresses = [ipaddress.ip_interface(address) for address in attachment.addresses]
-    if attachment.bridge:
-        interface = Interface(
-            name="", mac=bytes.fromhex(attachment.mac.replace(":", "")), mtu=attachment.mtu, addresses=[], routes=[],
-            neighbours=[], ipv6={} if attachment.dhcp else {"accept_ra": "0"}, dhcp=attachment.dhcp, rate="",
-            bridge=attachment.bridge, namespace="", device="",
-        )  # fmt: skip
-        for destination, gateway in attachment.routes:
-            gateway = ipaddress.ip_address(gateway) if gateway else None
-            interface.routes.append(route_message(ipaddress.ip_network(destination), gateway, addresses))
-    else:
-        found = namespace_interfaces(attachment.namespace, log)
-        interface = next((each for each in found if each.device == attachment.interface), None)
-        if not interface:
-            raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
-        interface.dhcp = attachment.dhcp
-    for address in addresses:  # unless a plugin has set it
-        if not any(address.packed in tail for _, tail in interface.addresses):
-            interface.addresses.append(address_message(address))
-    for gateway in map(ipaddress.ip_address, attachment.gateways):
-        families = {head[0] for head, _ in interface.addresses}
-        routed = {head[0] for head, _ in interface.routes if head[1] == 0}
-        if family_of(gateway) in families - routed:
-            everything = ipaddress.ip_network("0.0.0.0/0" if gateway.version == 4 else "::/0")
-            interface.routes.append(route_message(everything, gateway, addresses))
-    interface.rate = attachment.rate
-    return interface
+    def read() -> dict[str, str]:
+        folder = f"/proc/sys/net/ipv6/conf/{device}"
+        return {key: read_file(f"{folder}/{key}") for key in IPV6_SETTINGS if os.path.exists(folder)}
+
+    return in_namespace(namespace, read)
 
 
-def find_interfaces(container, taken, log):
-    """All Interfaces of a container's VM beside as many as are taken: eth0, eth1, … in this order, and then those with
-    other names.  Raises Error."""
+# ---- what the VM gets
+
+
+def find_interfaces(container: Container, taken: int, log: Log) -> list[Interface]:
+    """Return all Interfaces of a container's VM, in order, beside as many as are taken: eth0, eth1, …  Raise Error."""
     state, found = container.state, []
-    if state["namespace"] is not None:
-        found = namespace_interfaces(f"/proc/{state['pid']}/ns/net", log)
-        for interface in found:
-            interface.rate = state["rate"]
+    if state.namespace is not None:
+        found = list(namespace_interfaces(f"/proc/{state.pid}/ns/net", log))
     names = {f"eth{number}" for number in range(taken)}
     for interface in found:
+        interface.rate = state.rate
         if interface.name in names:
             raise Error(f"the VM has an {interface.name} of xl's settings, and one of the engine's network namespace")
     names |= {interface.name for interface in found}
-    for fields in state["networks"]:
+    possible = [f"eth{number}" for number in range(len(names) + len(state.networks))]
+    free = [name for name in possible if name not in names]
+    for fields, name in zip(state.networks, free):
         interface = attachment_interface(Attachment(**fields), log)
-        interface.name = next(name for name in map("eth{}".format, range(len(names) + 1)) if name not in names)
-        names.add(interface.name)
+        interface.name = name
         found.append(interface)
-    return sorted(found, key=lambda each: (not each.name.startswith("eth"), len(each.name), each.name))
+    return sorted(found, key=Interface.place)
 
 
-def plug(container, log):
-    """Gives a VM that does not run yet its network interfaces, and tells it about them.  Raises Error."""
+def attachment_interface(attachment: Attachment, log: Log) -> Interface:
+    """Return the Interface of a network that NETCONF names.  Raise Error."""
+    import ipaddress
+
+    interface = port_interface(attachment) if attachment.bridge else made_interface(attachment, log)
+    interface.dhcp, interface.rate = attachment.dhcp, attachment.rate
+    addresses = [ipaddress.ip_interface(address) for address in attachment.addresses]
+    for address in addresses:
+        if not any(address.packed in message.attributes.values() for message in interface.addresses):
+            interface.addresses.append(address_message(address))  # which no plugin has set
+    for destination, way in attachment.routes:
+        gateway = ipaddress.ip_address(way) if way else None
+        interface.routes.append(route_message(ipaddress.ip_network(destination), gateway, addresses))
+    families = {message.head[0] for message in interface.addresses}
+    for gateway in map(ipaddress.ip_address, attachment.gateways):
+        family = family_of(gateway)
+        if family in families and not interface.has_default_route(family):
+            everything = ipaddress.ip_network("0.0.0.0/0" if family == AF_INET else "::/0")
+            interface.routes.append(route_message(everything, gateway, addresses))
+    return interface
+
+
+def port_interface(attachment: Attachment) -> Interface:
+    """Return what becomes a port of a bridge."""
+    interface = Interface("", bytes.fromhex(attachment.mac.replace(":", "")), attachment.mtu)
+    interface.bridge = attachment.bridge
+    if not attachment.dhcp:
+        interface.ipv6 = {"accept_ra": "0"}
+    return interface
+
+
+def made_interface(attachment: Attachment, log: Log) -> Interface:
+    """Return what plugins have made in the attachment's network namespace.  Raise Error."""
+    for interface in namespace_interfaces(attachment.namespace, log):
+        if interface.device == attachment.interface:
+            return interface
+    raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
+
+
+def plug(container: Container, domain: Domain, undo: Undo) -> None:
+    """Give a VM that does not run yet its network interfaces, and tell it about them.  Raise Error."""
     state = container.state
-    if state["namespace"] is None and not state["networks"]:
+    if state.namespace is None and not state.networks:
         return
-    xenstore, domid = Xenstore(), state["domid"]
-    taken = xenstore.list(f"/libxl/{domid}/device/vif")  # what a file of xl's settings asks for
-    interfaces = find_interfaces(container, len(taken), log)
-    if not interfaces:
-        return
+    taken = domain.xenstore.list(f"/libxl/{domain.domid}/device/vif")  # what a file of xl's settings asks for
+    interfaces = find_interfaces(container, len(taken), undo.log)
     numbers = [number for number in range(len(interfaces) + len(taken)) if str(number) not in taken]
-    container.save(vifs=numbers[: len(interfaces)], joined=[])
-    try:
-        for number, interface in zip(numbers, interfaces):
-            join(interface, announce_vif(xenstore, domid, number, interface))
-            if interface.namespace not in ("", container.path("netns")):  # it is to be as before afterwards
-                state["joined"].append(interface.device)
-                container.save()
-            xenstore.write(f"/local/domain/0/backend/vif/{domid}/{number}/hotplug-status", "connected")
-        tell_guest(xenstore, container, interfaces)
-    except BaseException:
-        unplug(xenstore, state)
-        for number in state["vifs"]:
-            xenstore.remove(f"/local/domain/{domid}/device/vif/{number}")
-        raise
+    end_redirects(state)  # of a `start` that was killed
+    container.save(joined=[])
+    undo.add("end the redirections to the VM", lambda: end_redirects(container.state))
+    for number, interface in zip(numbers, interfaces):
+        vif = Device(domain, "vif", number)
+        container.acquire(vif, undo)
+        join(interface, announce_vif(vif, interface))
+        if interface.namespace not in ("", container.path("netns")):  # it is to be as before afterwards
+            container.state.joined.append(interface.device)  # to be undone also if it cannot be stored
+            container.save()
+        domain.xenstore.write(f"{vif.backend}/hotplug-status", "connected")
+    if interfaces:
+        tell_guest(domain, container.state, interfaces)
 
 
-def announce_vif(xenstore, domid, number, interface):
-    """Has netback make a vif, and returns its Link in dom0.  Raises Error."""
-    events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{domid}.{number}"
-    common = {"handle": str(number), "mac": interface.mac.hex(":")}
+def announce_vif(vif: Device, interface: Interface) -> Link:
+    """Have netback make a vif, and return its Link in dom0.  Raise Error."""
+    events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{vif.domain.domid}.{vif.number}"
+    common = {"handle": str(vif.number), "mac": interface.mac.hex(":")}
     backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "", "type": "vif"}
     if interface.bridge:
         backend["bridge"] = interface.bridge
     if interface.rate:
         backend["rate"] = interface.rate
-
-    def write(transaction):
-        announce_listed(xenstore, "vif", domid, number, backend, common, transaction=transaction)
-
-    xenstore.transaction(write)
+    vif.xenstore.transaction(lambda transaction: vif.announce(backend, common, transaction))
     link = events.await_link(name, VIF_TIME_LIMIT)
     if not link:
         raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
     return link
 
 
-def join(interface, link):
-    """Connects a vif in dom0 with the network that it is for.  Raises Error."""
-    netlink = Rtnetlink()
+# ---- where a vif is joined to
+
+
+def join(interface: Interface, vif: Link) -> None:
+    """Connect a vif in dom0 with the network that it is for.  Raise Error."""
     try:
         if interface.bridge:
-            bridge = netlink.find_link(interface.bridge)
-            if not bridge:
-                raise Error(f"cannot connect the VM to the bridge {interface.bridge}: it is gone")
-            interface.mtu = interface.mtu or bridge.mtu
-            make_silent(netlink, link.index)
-            port = attribute(IFLA_MTU, interface.mtu) + attribute(IFLA_MASTER, bridge.index)
-            netlink.set_link(link.index, port, up=True)
-            return
-        namespace = os.open(interface.namespace, os.O_RDONLY)
-        netlink.set_link(link.index, attribute(IFLA_NET_NS_FD, namespace))
-        os.close(namespace)
-        netlink = Rtnetlink(interface.namespace)
-        moved, device = netlink.find_link(link.name), netlink.find_link(interface.device)
-        if not device:
-            raise Error(f"cannot connect the VM to {interface.device}: it is gone")
-        make_silent(netlink, moved.index)
-        netlink.set_link(moved.index, attribute(IFLA_MTU, interface.mtu), up=True)
-        redirect(netlink, device.index, moved.index)
+            join_bridge(interface, vif)
+        else:
+            join_namespace(interface, vif)
     except OSError as error:
-        import errno
-
-        reason = error.strerror
+        reason = f"{error.strerror}"
         if error.errno == errno.EEXIST:
             reason = f"{interface.device} is another VM's, or something else classifies its traffic"
         elif error.errno == errno.ENOENT:
@@ -4207,360 +4863,134 @@ def join(interface, link):
         raise Error(f"cannot connect the VM to {interface.bridge or interface.device}: {reason}") from None
 
 
-def make_silent(netlink, index):
+def join_bridge(interface: Interface, vif: Link) -> None:
+    netlink = Rtnetlink()
+    bridge = netlink.find_link(interface.bridge)
+    if not bridge:
+        raise Error(f"cannot connect the VM to the bridge {interface.bridge}: it is gone")
+    interface.mtu = interface.mtu or bridge.mtu
+    make_silent(netlink, vif.index)
+    netlink.set_link(vif.index, {IFLA_MTU: interface.mtu, IFLA_MASTER: bridge.index}, up=True)
+
+
+def join_namespace(interface: Interface, vif: Link) -> None:
+    """Move a vif into the namespace, and have it and the link there forward to one another."""
+    namespace = os.open(interface.namespace, os.O_RDONLY)
+    Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
+    os.close(namespace)
+    netlink = Rtnetlink(interface.namespace)
+    moved, device = netlink.find_link(vif.name), netlink.find_link(interface.device)
+    if not moved or not device:
+        raise Error(f"cannot connect the VM to {interface.device}: it is gone")
+    make_silent(netlink, moved.index)
+    netlink.set_link(moved.index, {IFLA_MTU: interface.mtu}, up=True)
+    redirect(netlink, device.index, moved.index)
+
+
+def make_silent(netlink: Rtnetlink, index: int) -> None:
     """A vif has nothing to say by itself: no address by IPv6, and none of what comes with one."""
-    mode = attribute(AF_INET6, attribute(IFLA_INET6_ADDR_GEN_MODE, b"\1"))
     try:
-        netlink.set_link(index, attribute(IFLA_AF_SPEC, mode))
+        netlink.set_link(index, {IFLA_AF_SPEC: {AF_INET6: {IFLA_INET6_ADDR_GEN_MODE: b"\1"}}})
     except OSError:
         pass  # dom0 has no IPv6
 
 
-def unplug(xenstore, state):
-    """Takes away what plug() has made in dom0, as far as it came."""
-    domid, vifs = state.get("domid"), state.get("vifs")
-    if not vifs:
+def end_redirects(state: State) -> None:
+    """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
+    if not state.namespace:
         return
-    for number in vifs:
-        xenstore.remove(f"/libxl/{domid}/device/vif/{number}")
-    remove_backends(xenstore, "vif", domid, vifs)
-    for device in state["joined"] if state["namespace"] else ():  # any other namespace ends with the container
+    for device in state.joined:
         try:
-            netlink = Rtnetlink(state["namespace"])
+            netlink = Rtnetlink(state.namespace)
             links = {link.name: link for link in netlink.links()}
             # that of another VM which has come after ours
-            taken = any(name.startswith("vif") and not name.startswith(f"vif{domid}.") for name in links)
+            taken = any(name.startswith("vif") and not name.startswith(f"vif{state.domid}.") for name in links)
             if device in links and not taken:
                 end_redirect(netlink, links[device].index)
         except OSError:
             pass  # the engine has taken the interface or the namespace away
 
 
-def tell_guest(xenstore, container, interfaces):
-    """Writes what init/enter.c reads: data/network/0, 1, …, and data/dhcp and data/dns for init."""
-    state = container.state
-    data, texts = f"/local/domain/{state['domid']}/data", []
+# ---- what the guest is told
+
+
+def tell_guest(domain: Domain, state: State, interfaces: list[Interface]) -> None:
+    """Write what init reads: data/network/0, 1, …, and data/dhcp and data/dns."""
+    data, xenstore = f"{domain.path}/data", domain.xenstore
+    texts: list[str] = []
     # backwards: the guest's kernel calls them eth0, eth1, …, so an eth2 that is the second must be that before eth1 is
     for interface in reversed(interfaces):
-        texts += split_words(guest_words(interface))
+        texts += split_words(interface.mac.hex(), guest_words(interface))
     for number, text in enumerate(texts):
         xenstore.write(f"{data}/network/{number}", text)
     dhcp = [interface.name for interface in interfaces if interface.dhcp]
     if dhcp:
-        xenstore.write(f"{data}/hostname", state["hostname"])
+        xenstore.write(f"{data}/hostname", state.hostname)
         xenstore.write(f"{data}/dhcp", " ".join(dhcp))
-    dns = "".join(resolv_conf(fields["dns"]) for fields in state["networks"])
+    dns = "".join(resolv_conf(fields["dns"]) for fields in state.networks)
     if dns:
         xenstore.write(f"{data}/dns", dns)
 
 
-def split_words(words):
-    """Texts of no more than GUEST_NODE_MAX bytes, each with the first word before some of the others."""
-    head, *rest = words
-    texts = [head]
-    for word in rest:
+def split_words(mac: str, words: Iterable[str]) -> list[str]:
+    """Return texts of no more than GUEST_NODE_MAX bytes, each with the MAC address that tells the interface first."""
+    texts = [mac]
+    for word in words:
         if len(texts[-1]) + len(word) >= GUEST_NODE_MAX:
-            texts.append(head)
+            texts.append(mac)
         texts[-1] += f" {word}"
     return texts
 
 
-def guest_words(interface):
-    """The MAC address that tells the interface, then what the guest does with it: messages and settings."""
-    import struct
-
-    name = attribute(IFLA_IFNAME, interface.name)
-    words = [interface.mac.hex()]
-    words.append(guest_message(RTM_NEWLINK, 0, *link_message(INDEX, name, attribute(IFLA_MTU, interface.mtu))))
+def guest_words(interface: Interface) -> Iterator[str]:
+    """Yield what the guest does with its interface, in order: messages and settings."""
+    yield link_message(0, {IFLA_IFNAME: interface.name, IFLA_MTU: interface.mtu}).for_guest(0)
     for key, value in {**interface.ipv6, "accept_dad": "0"}.items():
-        words.append(f"sys/net/ipv6/conf/{interface.name}/{key}={value}")
-    words.append(guest_message(RTM_NEWLINK, 0, *link_message(INDEX, up=True)))
-    add = NLM_F_CREATE | NLM_F_REPLACE
-    for head, tail in interface.addresses:
-        if interface.ipv6.get("disable_ipv6") != "1" or head[0] != AF_INET6:
-            words.append(guest_message(RTM_NEWADDR, add, head, INDEX, tail))
-    # first those of the link, through which gateways are reached
-    for head, values in sorted(interface.routes, key=lambda route: RTA_GATEWAY in route[1] or RTA_VIA in route[1]):
-        body = head + b"".join(attribute(*item) for item in values.items()) + struct.pack("=HH", 8, RTA_OIF)
+        yield f"sys/net/ipv6/conf/{interface.name}/{key}={value}"
+    yield link_message(0, {}, up=True).for_guest(0)
+    for address in interface.addresses:
+        if interface.ipv6.get("disable_ipv6") != "1" or address.head[0] != AF_INET6:
+            yield address.for_guest(NLM_F_CREATE | NLM_F_REPLACE)
+    for route in sorted(interface.routes, key=leads_to_gateway):  # which is reached through those of the link
+        route.attributes[RTA_OIF] = 0  # the last one: see for_guest()
         # behind the one that came with an address, if a gateway is told for the same subnet; IPv6 cannot have both
-        behind = NLM_F_APPEND if head[0] == AF_INET else 0
-        words.append(guest_message(RTM_NEWROUTE, NLM_F_CREATE | behind, body, INDEX))
-    for family, tail in interface.neighbours:
-        head, state = struct.pack("=Bxxx", family), struct.pack("=HBB", NUD_PERMANENT, 0, 0)
-        words.append(guest_message(RTM_NEWNEIGH, add, head, INDEX, state + tail))
-    return words
-
-
-# ==== state ==============================================================================================
-# A container is the folder <root>/<id>; the folder is made by create and removed by delete.  state.json is
-# written here only, and flock(2) on the folder keeps operations on one container apart.
-
-
-def check_id(container_id):
-    allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-."
-    if container_id in ("", ".", "..") or len(container_id) > 200 or container_id.strip(allowed):
-        raise Error(f"invalid container ID format: {container_id!r}: use up to 200 of A-Z a-z 0-9 _ + - .")
-    return container_id
-
-
-def process_start_time(pid):
-    """Clock ticks since boot at which process pid was started, None if it has ended: proc(5) /proc/pid/stat."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in b"ZX" else int(fields[19])
-
-
-def boot_id():
-    """What tells this boot of the host from all others: pids, domids and what has them begin anew with it."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-
-
-# what state.json holds from its first writing on
-STATE_TYPES = {
-    "ociVersion": str, "status": str, "bundle": str, "rootfs": str, "created": str, "annotations": dict, "hooks": dict,
-    "uuid": str, "name": str, "boot": str, "pid": int, "pid_start_time": int, "startable": bool, "own_init": bool,
-    "networks": list, "vifs": list, "rate": str, "hostname": str, "vbds": list, "monitor": list, "cgroups": list,
-}  # fmt: skip
-# and of a container that is created
-CREATED_TYPES = {"domid": int, "maxmem": int, "maxvcpus": int, "resources": dict, "base": dict}
-
-
-def parse_state(text):
-    """The state in state.json.  Raises ValueError where runX cannot have written it."""
-    state = parse_json(text)
-    if not isinstance(state, dict) or state.get("status") not in ("creating", "created", "running"):
-        raise ValueError
-    older = {"boot": boot_id(), "monitor": [state.get("pid"), state.get("pid_start_time")], "cgroups": []}
-    state = {**older, **state}  # an older runX has not written these
-    types = STATE_TYPES if state["status"] == "creating" else {**STATE_TYPES, **CREATED_TYPES}
-    if not all(isinstance(state.get(key), kind) for key, kind in types.items()):
-        raise ValueError
-    if list(map(type, state["monitor"])) != [int, int]:
-        raise ValueError
-    return state
-
-
-class Container:
-    """One container: its folder, its stored state, its lock."""
-
-    def __init__(self, root, container_id):
-        self.id = check_id(container_id)
-        self.folder = os.path.join(root, self.id)
-        self.state = {}
-        self.forgiving = False  # a state that cannot be read is an empty one
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
-    def reserve(self):
-        """Makes the folder: the step of which two creates of one id can do only one."""
-        try:
-            os.makedirs(os.path.dirname(self.folder), 0o711, exist_ok=True)
-            os.mkdir(self.folder, 0o700)
-        except FileExistsError:
-            raise Error(f"container with given ID already exists: {self.id}") from None
-        except OSError as error:
-            raise Error(f"cannot make {self.folder}: {error.strerror}") from None
-
-    def load(self):
-        try:
-            with open(self.path("state.json"), encoding="utf-8") as file:
-                self.state = parse_state(file.read())
-        except (FileNotFoundError, NotADirectoryError):
-            if not os.path.isdir(self.folder):
-                raise NoContainer(self.id) from None
-            self.state = {"status": "creating"}  # between its first two steps, or killed there
-        except (OSError, ValueError, TypeError, RecursionError):
-            if not self.forgiving:
-                remedy = f"remove the container by `runX delete --force {self.id}`"
-                raise Error(f"cannot read {self.path('state.json')}, runX has not written it so: {remedy}") from None
-            self.state = {"status": "creating", **self.told_to_xl()}
-        return self
-
-    def told_to_xl(self):
-        """name and uuid of the VM as xl.cfg has them, {} if it has not: for a container whose state is lost."""
-        try:
-            with open(self.path("xl.cfg"), encoding="utf-8", errors="replace") as file:
-                settings = dict(line.split(" = ", 1) for line in file if " = " in line)
-            return {key: settings[key].strip().strip('"') for key in ("name", "uuid")}
-        except (OSError, KeyError):
-            return {}
-
-    def save(self, **changes):
-        """Stores the state with these changes, or leaves it as it was.  Raises Error."""
-        path, state = self.path("state.json"), {**self.state, **changes}
-        try:
-            with open(path + ".new", "w", encoding="utf-8") as file:
-                file.write(json_text(state))
-            os.rename(path + ".new", path)
-        except OSError as error:
-            raise Error(f"cannot write {path}: {error.strerror}") from None
-        self.state.update(changes)
-
-    def domid(self, xenstore=None):
-        """The number of its domain.  Raises NotRunning."""
-        check_alive(xenstore or Xenstore(), self.state["domid"], self.state["uuid"])
-        return self.state["domid"]
-
-    def command_domain(self, verb, **changes):
-        """Has xl `pause` or `unpause` the VM, which is not so yet, and stores what has changed by that.
-
-        A file `unsettled` is there from before to after: whoever finds it asks Xen how it is.  It is empty, so that a
-        full disk has room for it, and there the rest can wait; its name tells whether the VM has ever run.
-        """
-        domid, mark = self.domid(), self.path(f"unsettled-{self.state['status']}")
-        try:
-            open(mark, "w", encoding="ascii").close()
-        except OSError as error:
-            raise Error(f"cannot make {mark}: {error.strerror}") from None
-        change_domain(verb, domid)
-        try:
-            self.save(**changes)
-        except Error:
-            return
-        for mark in self.unsettled():
-            os.unlink(mark)
-
-    def unsettled(self):
-        return list(filter(os.path.exists, map(self.path, ("unsettled-created", "unsettled-running"))))
-
-    def settle(self):
-        """Takes over from Xen whether the VM runs."""
-        if self.path("unsettled-running") in self.unsettled():
-            self.state["status"] = "running"
-        try:
-            listing = list_domain(self.domid())
-        except NotRunning:
-            return  # its monitor is about to end
-        if listing and listing.state[2] != "p":
-            self.state.update(status="running", paused=False)
-        elif listing and self.state["status"] == "running":
-            self.state["paused"] = True
-
-    def __enter__(self):
-        """`with container:` waits for other operations on it, and loads what they have stored."""
-        import fcntl
-
-        while True:
-            try:
-                self.lock_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-                fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
-            except (FileNotFoundError, NotADirectoryError):
-                raise NoContainer(self.id) from None
-            try:
-                if self.is_ours():
-                    return self.load()
-            except Error:
-                os.close(self.lock_fd)
-                raise
-            os.close(self.lock_fd)  # deleted while we waited, and perhaps made again
-
-    def is_ours(self):
-        """Whether the folder that we have locked is still the container's."""
-        try:
-            return os.path.samestat(os.fstat(self.lock_fd), os.stat(self.folder))
-        except FileNotFoundError:
-            return False
-
-    def __exit__(self, *_):
-        os.close(self.lock_fd)
-
-    def status(self, ask=True):
-        """creating, created, running or stopped (runtime.md "State"), and runc's paused.  ask: Xen, if that must be."""
-        if "pid" in self.state and not self.is_monitored():
-            return "stopped"
-        if ask and "domid" in self.state and self.unsettled():
-            self.settle()
-        return "paused" if self.state.get("paused") else self.state["status"]
-
-    def is_of_this_boot(self):
-        return self.state.get("boot") in (boot_id(), None)
-
-    def is_monitored(self):
-        """Whether the process is still there whose pid is the container's."""
-        return process_start_time(self.state["pid"]) == self.state["pid_start_time"] and self.is_of_this_boot()
-
-    def state_for_hooks(self, status):
-        """The state as hooks get it, JSON: status is what it is by the runtime-spec, not yet or no more in fact."""
-        return json_text(self.public_state(status))
-
-    def public_state(self, status=None):
-        """The state as runtime.md and `runc state` give it."""
-        status, state = status or self.status(), self.state
-        return {
-            "ociVersion": state.get("ociVersion", "1.0.0"),
-            "id": self.id,
-            "pid": state.get("pid", 0) if status != "stopped" else 0,
-            "status": status,
-            "bundle": state.get("bundle", ""),
-            "rootfs": state.get("rootfs", ""),
-            "created": state.get("created", ""),
-            "annotations": state.get("annotations", {}),
-            "owner": "",
-        }
-
-    def remove(self):
-        """Removes the folder, by name and only what create made: below `share` there may be mounts of others' files."""
-        mounts = self.path("share/mounts")
-        for name in os.listdir(mounts) if os.path.isdir(mounts) else ():
-            remove_empty(os.path.join(mounts, name))
-        for name in ("share/mounts", "share/rootfs", "share"):
-            remove_empty(self.path(name))
-        names = sorted(os.listdir(self.folder), key="state.json".__eq__)  # that one last: it says what is to be done
-        for name in names:
-            if not os.path.isdir(self.path(name)):
-                os.unlink(self.path(name))
-        remove_empty(self.folder)
-
-
-def remove_empty(path):
-    """Removes an empty folder or file, if it is there; what has content stays, and that is an Error."""
-    try:
-        if os.path.isdir(path):
-            os.rmdir(path)
-        elif os.path.lexists(path):
-            if os.path.getsize(path):
-                raise OSError(0, "it is not empty")
-            os.unlink(path)
-    except OSError as error:
-        raise Error(f"cannot remove {path}: {error.strerror}") from None
+        behind = NLM_F_APPEND if route.head[0] == AF_INET else 0
+        yield route.for_guest(NLM_F_CREATE | behind)
+    for neighbour in interface.neighbours:
+        yield neighbour.for_guest(NLM_F_CREATE | NLM_F_REPLACE)
 
 
 # ==== hooks ==============================================================================================
 # Programs of the engine's that run at points of a container's life: runtime-spec config.md "POSIX-platform
-# Hooks".  Those of startContainer run in the guest, see enter.c.
+# Hooks".  Those of startContainer run in the guest, see initrd/container.c.
 
 
-def run_hooks(container, kind, status, namespaces=()):
-    """Runs the container's hooks of one kind; the first that fails is an Error, and the last that runs."""
+def run_hooks(container: Container, kind: str, status: str, namespaces: Sequence[str] = ()) -> None:
+    """Run the container's hooks of one kind; the first that fails is an Error, and the last that runs."""
     for error in hook_errors(container, kind, status, namespaces):
         raise Error(error)
 
 
-def hook_errors(container, kind, status, namespaces=()):
-    """Runs hooks one by one, and yields a sentence, in runc's words, for each that fails.
+def hook_errors(container: Container, kind: str, status: str, namespaces: Sequence[str] = ()) -> Iterator[str]:
+    """Run hooks one by one, and yield a sentence, in runc's words, for each that fails.
 
     status: what the state that they read says.  namespaces: paths of those that they join.
     """
-    for number, hook in enumerate(parse_hooks(container.state.get("hooks", {}), kind)):
-        state = container.state_for_hooks(status).encode()
-        reason, output = run_hook(hook, state, container.state["bundle"], namespaces)
+    for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
+        state = json_text(container.public_state(status)).encode()
+        reason, output = run_hook(hook, state, container.state.bundle, namespaces)
         if reason:
             yield f"error running {kind} hook #{number}: {reason}{output}"
 
 
-def run_hook(hook, state, bundle, namespaces):
-    """Runs one hook to its end or its timeout; returns what went wrong, or "", and what it has written."""
+def run_hook(hook: Hook, state: bytes, bundle: str, namespaces: Sequence[str]) -> tuple[str, str]:
+    """Run one hook to its end or its timeout.  Return what went wrong, or "", and what it has written."""
     env = dict(variable.partition("=")[::2] for variable in hook.env)
     reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
-    texts = [printable(output[:4096].decode("utf-8", "replace")) for output in outputs]
+    stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
     if reason.startswith("ran past"):
         reason = f"hook ran past specified timeout of {hook.timeout}s"
-    return reason, f", stdout: {texts[0]}, stderr: {texts[1]}"
+    return reason, f", stdout: {stdout}, stderr: {stderr}"
 
 
 # ==== holder =============================================================================================
@@ -4569,6 +4999,8 @@ def run_hook(hook, state, bundle, namespaces):
 
 PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
 TITLE_MAX = 4096  # bytes of the command line that the holder shows
+SHOWN: list[bytes] = []
+RELAYED = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 class Holder:
@@ -4578,17 +5010,15 @@ class Holder:
     one byte, the exit status.  The holder sends signals, a byte each.
     """
 
-    def __init__(self, pid, link):
+    def __init__(self, pid: int, link: Any) -> None:
         self.pid, self.link = pid, link
 
-    def enter(self, exported):
-        """Has the holder take our mount namespace's files as its own.  Raises Error."""
-        import _socket
-        import struct
-
+    def enter(self, exported: bool) -> None:
+        """Have the holder take our mount namespace's files as its own.  Raise Error."""
+        socket = import_socket()
         fds = [os.pidfd_open(os.getpid()), os.open("/proc/self/ns/mnt", os.O_RDONLY)]
         try:
-            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("ii", *fds))
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("ii", *fds))
             self.link.sendmsg([b"9p" if exported else b"-"], [rights])
             answer = self.link.recv(4096)
         except OSError:
@@ -4599,25 +5029,24 @@ class Holder:
         if answer != b"+":
             raise Error(answer.decode() or "the process that holds its namespaces was killed")
 
-    def take_signals(self):
-        """The numbers of signals that the holder has got, as bytes; none if it is gone."""
+    def take_signals(self) -> bytes:
+        """The numbers of signals that the holder has got; none if it is gone."""
         try:
-            return self.link.recv(64)
+            return bytes(self.link.recv(64))
         except OSError:
             return b""
 
-    def end(self, status):
+    def end(self, status: int) -> None:
         try:
             self.link.send(bytes([status]))
         except OSError:
             pass  # it was killed
 
 
-def start_holder(config, share):
-    """Makes the holder, as the first process of a new pid namespace; returns the Holder.  Raises Error."""
-    import _socket
-
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+def start_holder(config: Config, share: str) -> Holder:
+    """Make the holder, as the first process of a new pid namespace.  Raise Error."""
+    socket = import_socket()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
         system_call("unshare", CLONE_NEWPID)
@@ -4633,19 +5062,16 @@ def start_holder(config, share):
     return Holder(pid, ours)
 
 
-def run_holder(config, share, link):
-    """The holder's whole life; never returns."""
-    import _socket
-    import select
-    import struct
-
+def run_holder(config: Config, share: str, link: Any) -> NoReturn:
+    """The holder's whole life."""
+    socket = import_socket()
     status = 128 + SIGKILL  # if the monitor is killed
     try:
         os.setsid()
         os.umask(0o022)
         close_other_descriptors({link.fileno()})
         signals, monitor = relay_signals(False), None
-        message, rights, _, _ = link.recvmsg(16, _socket.CMSG_SPACE(8))
+        message, rights, _, _ = link.recvmsg(16, socket.CMSG_SPACE(8))
         if rights:  # else the monitor has failed before
             monitor, namespace = struct.unpack("ii", rights[0][2])
             try:
@@ -4665,9 +5091,9 @@ def run_holder(config, share, link):
         os._exit(status)
 
 
-def enter_namespaces(config, share, namespace, exported):
-    """Makes the holder's namespaces the container's.  namespace: a descriptor of a mount namespace in which the share
-    is.  Raises Error."""
+def enter_namespaces(config: Config, share: str, namespace: int, exported: bool) -> None:
+    """Make the holder's namespaces the container's.  namespace: a descriptor of a mount namespace in which the share
+    is.  Raise Error."""
     flags = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWUTS
     name, process = config.hostname or os.uname().nodename, config.process
     try:
@@ -4688,10 +5114,10 @@ def enter_namespaces(config, share, namespace, exported):
     show_arguments(process.args if process else ["runX"])
 
 
-def show_arguments(args):
+def show_arguments(args: list[str]) -> None:
     """What ps(1) shows for us is the container's process, as far as config.json tells."""
-    global title  # the kernel reads it as long as we live
     title = b"".join(arg.encode("utf-8", "surrogateescape") + b"\0" for arg in args)[:TITLE_MAX]
+    SHOWN.append(title)  # the kernel reads it as long as we live
     start = id(title) + bytes.__basicsize__ - 1  # where CPython keeps the content
     try:
         system_call("prctl", PR_SET_MM, PR_SET_MM_ARG_START, start, 0, 0)
@@ -4700,58 +5126,32 @@ def show_arguments(args):
         pass  # a kernel without it shows runX
 
 
-def relay_signals(terminal):
+def relay_signals(terminal: bool) -> int:
     """The descriptor from which arrive, a byte each, the signals that a container's own process would get."""
-    import _signal  # as in default_signals()
-
+    signal = import_signal()
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    _signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    names = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"]
-    for name in [*names, "SIGWINCH"] if terminal else names:
-        _signal.signal(getattr(_signal, name), lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for name in (*RELAYED, "SIGWINCH") if terminal else RELAYED:
+        signal.signal(getattr(signal, name), lambda *_: None)
     return reader
 
 
-def close_other_descriptors(keep):
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                pass  # the one that listdir had open
-
-
-# ==== monitor ============================================================================================
-# The process on dom0 that builds the domain, carries the streams, answers the guest, and takes everything down again,
-# whatever the reason for the end.
+# ==== builder ============================================================================================
+# What the monitor does first: it makes the domain, and what that needs on dom0.
 
 # quiet: hvc0 is for what went wrong.  panic=-1: end at once, and be seen ending.
 KERNEL_PARAMETERS = "console=hvc0 quiet loglevel=2 panic=-1"
 OWN_INIT_PARAMETERS = "console=hvc0 panic=-1"
 KERNEL_PARAMETERS_MAX = 1023  # bytes: MAX_GUEST_CMDLINE of xen/include/public/xen.h without its NUL
-KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
-CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
-
-# how a domain ended that has not told an exit status: exit status, reason.  A pid namespace under runc ends
-# by SIGINT on power-off and by SIGHUP on reboot (reboot(2)), so these are 130 and 129 here too.
-ENDS = {
-    "-": (130, "the VM was powered off from inside"),
-    "r": (129, "the VM was rebooted from inside"),
-    "s": (255, "the VM suspended itself"),
-    "c": (255, "the VM crashed"),
-    "w": (255, "the VM's watchdog fired"),
-    "S": (255, "the VM made a soft reset"),
-    "gone": (137, "the VM was destroyed"),
-}
 
 
-def lib_folder():
-    """Where kernel and initrd are: beside this module, or <prefix>/lib/runX if it is <prefix>/sbin/runX."""
+def lib_folder() -> str:
+    """Return where kernel and initrd are: beside this module, or <prefix>/lib/runX if it is <prefix>/sbin/runX."""
     here = os.path.dirname(os.path.realpath(__file__))
     return here if os.path.basename(here) == "runX" else os.path.normpath(os.path.join(here, "../lib/runX"))
 
 
-def installed_file(name):
+def installed_file(name: str) -> str:
     path = os.path.join(lib_folder(), name)
     if not os.path.isfile(path):
         remedy = f"build one with {name}/build.sh and install it with install.sh --{name}"
@@ -4759,8 +5159,9 @@ def installed_file(name):
     return path
 
 
-def command_line(machine):
-    """The words for the VM's kernel.  Raises Error where they do not fit: Xen would cut them off without a word."""
+def command_line(machine: Machine) -> str:
+    """Return the words for the VM's kernel.  Raise Error where they do not fit: Xen would cut them off without a
+    word."""
     line = " ".join([OWN_INIT_PARAMETERS if machine.own_init else KERNEL_PARAMETERS, *machine.cmdline])
     length = len(line.encode())
     if length > KERNEL_PARAMETERS_MAX:
@@ -4768,70 +5169,377 @@ def command_line(machine):
     return line
 
 
-def detach(target):
-    """Takes what is mounted there out of our own mount namespace, if anything is."""
+def vm_sizes(config: Config) -> dict[str, int]:
+    """Return what the VM has at first and what it may get, by the names of xl.cfg; memory in MiB."""
+    resources, machine = config.resources, config.machine
+    memory, vcpus = resources.mebibytes(resources.default_memory), resources.vcpus(resources.default_vcpus)
+    maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
+    return {"memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus}
+
+
+def replace_sizes(sizes: dict[str, int], lines: list[str]) -> dict[str, int]:
+    """Return what becomes of them with further lines of xl.cfg, of which the last one counts."""
+    found = dict(sizes)
+    for line in "\n".join(lines).replace(";", "\n").splitlines():
+        key, _, value = line.partition("#")[0].partition("=")
+        number = value.strip(" \t\"'")
+        if key.strip() in sizes and number.isdecimal():
+            found[key.strip()] = int(number)
+    return found
+
+
+# ---- what a kernel of the container's own rootfs needs from there
+
+KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take while it is unpacked
+BZIMAGE_HEADER = 0x250  # bytes
+MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
+XZ_MEMORY = 64 << 20  # bytes that `xz -9` needs, and an image may ask for 4 GiB
+
+
+def check_boot_file(fd: int, name: str, memory: int, purpose: str) -> None:
+    """Raise Error, that begins with purpose, if a kernel or ramdisk does not fit into a VM, or the former into dom0:
+    xl has all of it in memory before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked."""
+    with open(mount_of(fd), "rb") as file:
+        unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0
+    size = max(os.fstat(fd).st_size >> 20, unpacked)
+    if size >= memory:
+        raise Error(f"{purpose}: {size} MiB do not fit into a VM of {memory} MiB")
+    if unpacked > KERNEL_MAX:
+        raise Error(f"{purpose}: unpacked it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
+
+
+def unpacked_size(file: BinaryIO) -> int:
+    """Return the bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be
+    in a bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.
+
+    What is packed twice, only xl's own limit of memory stops.
+    """
+    header, first, end = file.read(BZIMAGE_HEADER), 0, os.fstat(file.fileno()).st_size
+    if header[0x202:0x206] == b"HdrS" and len(header) == BZIMAGE_HEADER:
+        offset, length = struct.unpack_from("<II", header, 0x248)
+        first = 512 * (header[0x1F1] + 1) + offset
+        end = min(end, first + length)
+    elif not header.startswith(b"\x1f\x8b"):
+        return 0
+    if end - first < 4:
+        return 0  # nothing that could be unpacked
+    size: int = struct.unpack("<I", os.pread(file.fileno(), 4, end - 4))[0]
+    return size
+
+
+def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
+    """Return what of these a kernel from root has there as modules: (file name, content), in the order to load.
+
+    They are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
+    vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in.
+    """
     try:
-        system_call("umount2", target, MNT_DETACH)
+        with open_in_root(root, "/lib/modules", os.O_RDONLY | os.O_DIRECTORY) as fd:
+            folder = os.listdir(fd)
     except OSError:
-        pass
+        return []
+    names = [name for name in folder if os.path.basename(kernel).endswith(f"-{name}")] or folder
+    if len(names) != 1:
+        return []
+    base = f"/lib/modules/{names[0]}"
+    dependencies: dict[str, list[str]] = {}
+    for line in read_in_root(root, f"{base}/modules.dep", MODULE_MAX).decode("utf-8", "replace").splitlines():
+        path, _, needed = line.partition(":")
+        name = os.path.basename(path).split(".ko")[0].replace("-", "_")
+        dependencies[name] = [*reversed(needed.split()), path]
+    paths = list(dict.fromkeys(path for name in wanted for path in dependencies.get(name, ())))
+    if len(paths) > MODULES_MAX:
+        raise Error(f"the container's {base}/modules.dep names {len(paths)} modules for {' and '.join(wanted)}")
+    return [load_module(root, f"{base}/{path}") for path in paths]
 
 
-def discard(path):
-    """Unmounts and removes a file, if it is there."""
-    if os.path.lexists(path):
+def load_module(root: str, path: str) -> tuple[str, bytes]:
+    """Return a module's name and content."""
+    data = read_in_root(root, path, MODULE_MAX)
+    name, _, packing = os.path.basename(path).rpartition(".ko")
+    try:
+        if packing == ".xz":
+            import lzma
+
+            data = lzma.LZMADecompressor(memlimit=XZ_MEMORY).decompress(data, MODULE_MAX)
+        elif packing == ".gz":
+            import zlib
+
+            data = zlib.decompressobj(31).decompress(data, MODULE_MAX)
+        elif packing:
+            raise ValueError("use .ko, .ko.xz or .ko.gz")
+    except Exception as error:  # lzma's, zlib's or MemoryError too
+        raise Error(f"cannot unpack the kernel module {path} of the container: {error}") from None
+    return f"{name}.ko", data
+
+
+def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
+    """Find process.args[0] in root as execvp(3) will in the guest; raise Error in runc's words.
+
+    What a mount of the guest's may cover is not judged here; the guest says it on standard error.
+    """
+    name = process.args[0]
+    if "/" in name:
+        candidates = [os.path.join(process.cwd, name)]
+    else:
+        path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
+        candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
+    reason = f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
+    for candidate in candidates:
+        if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
+            return
         try:
-            system_call("umount2", path, 0)
+            with open_in_root(root, candidate) as fd:
+                mode = os.fstat(fd).st_mode
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return  # such as a kernel without openat2(2)
+            continue
+        if stat.S_ISREG(mode) and mode & 0o111:
+            return
+        reason = "permission denied"
+    raise Error(f'unable to start container process: exec: "{name}": {reason}')
+
+
+# ---- the domain
+
+
+class Builder:
+    """Makes one domain, paused."""
+
+    def __init__(self, container: Container, config: Config, networks: list[Network], holder: Holder, log: Log) -> None:
+        self.container, self.config, self.networks = container, config, networks
+        self.holder, self.log = holder, log
+        self.share = container.path("share")
+        self.sizes = replace_sizes(vm_sizes(config), config.machine.lines)
+        self.rootfs = Rootfs(self.share)
+        self.sources: list[str] = []  # paths in the share
+        self.ramdisk: BinaryIO | None = None
+
+    def build(self, bundle: str, systemd: bool) -> Domain:
+        """Return the domain.  systemd: it makes the cgroup."""
+        xenstore = Xenstore()
+        self.begin(bundle)
+        self.enter_cgroup(systemd)
+        self.attach_networks()
+        self.rootfs = choose_rootfs(self.config, self.share)
+        self.sources = build_share(self.share, self.config)
+        must_serve = self.config.machine.rootfs == "9p"
+        if (reason := self.rootfs.why_not()) and not must_serve:
+            self.do_without_server(reason)
+        while True:
+            try:
+                xl_cfg = self.write_settings(*self.write_boot_files())
+                domain = create_domain(xenstore, xl_cfg, self.container.state.uuid, self.sizes["memory"])
+                break
+            except Error as error:
+                reason = self.rootfs.why_not(error)
+                if must_serve or not reason:
+                    raise
+                self.do_without_server(reason)
+            finally:
+                self.discard_boot_files()
+        self.keep(domain)
+        return domain
+
+    def begin(self, bundle: str) -> None:
+        """Write down what is to be given back, before there is any of it."""
+        container, config, uuid = self.container, self.config, new_uuid()
+        pid, monitor = self.holder.pid, os.getpid()
+        container.save(
+            oci_version=config.oci_version, bundle=bundle, rootfs=config.rootfs, created=timestamp(),
+            annotations=config.annotations, hooks=config.hooks, hostname=config.hostname or container.id[:63],
+            startable=bool(config.process), own_init=config.machine.own_init, uuid=uuid,
+            # the uuid tells apart what has the same id in another root, or is still being destroyed
+            name=f"runx-{container.id[:64]}-{uuid[:8]}",
+            boot=boot_id(), pid=pid, pid_start_time=process_start_time(pid),
+            monitor=[monitor, process_start_time(monitor)], devices=STANDARD_DEVICES,
+            namespace=config.namespace, rate=config.rate, resources=config.raw_resources, base=config.base,
+        )  # fmt: skip
+        os.mkfifo(container.path("control"), 0o600)  # says, as long as it is there, that something may be left
+
+    def enter_cgroup(self, systemd: bool) -> None:
+        """Have the holder and us, and what we start, in the container's cgroup, if it is to have one; kept in the state
+        before it is made."""
+        path, resources, scope = self.config.cgroup, self.config.resources, None
+        if not path:
+            return
+        if systemd:
+            scope, path = start_scope(path, resources)
+        try:
+            cgroups = find_cgroups(path, bool(scope))
+            self.container.save(cgroups=cgroups)
+            make_cgroups(cgroups, resources, (self.holder.pid, os.getpid()))
+        finally:
+            if scope:
+                scope.communicate()  # which ends it
+
+    def attach_networks(self) -> None:
+        """Have each network of NETCONF made or reserved, by its plugins; kept in the state before it is done."""
+        container = self.container
+        attachments: list[Attachment] = []
+        for number, network in enumerate(self.networks):
+            attachment = plan_attachment(network, number, container, self.config.rate, self.log)
+            attachments.append(attachment)
+            container.save(networks=[each.__dict__ for each in attachments])
+            if attachment.calls and not attachment.bridge and not os.path.exists(attachment.namespace):
+                make_namespace(attachment.namespace)
+            try:
+                attach_network(attachment, network)
+            finally:  # some plugins give back only what the result names, also that of half a chain
+                container.save(networks=[each.__dict__ for each in attachments])
+
+    def do_without_server(self, reason: str) -> None:
+        """Find another place for what dom0 cannot serve."""
+        self.rootfs = choose_rootfs(self.config, self.share, can_serve=False)
+        instead = "has its rootfs on a block device, the rest" if self.rootfs.disk else "has all of it"
+        self.log.warn(f"container {self.container.id}: {reason}: the VM {instead} in its memory")
+
+    def write_boot_files(self) -> tuple[str, str]:
+        """Return the paths of kernel and ramdisk; the latter is "" where a system of the VM's own needs none."""
+        machine = self.config.machine
+        kernel = self.boot_file("kernel", machine.kernel)
+        if not machine.own_init:
+            return kernel, self.write_ramdisk(self.boot_file("initrd", None))
+        return kernel, self.boot_file("initrd", machine.ramdisk) if machine.ramdisk else ""
+
+    def boot_file(self, name: str, source: tuple[str, bool] | None) -> str:
+        """Return the path that xl gets: ours, dom0's, or a mount of one in the rootfs, below a name without
+        surprises."""
+        if source is None:
+            return installed_file(name)
+        path, in_rootfs = source
+        if not in_rootfs:
+            return path
+        purpose = f"cannot boot {path} of the container"
+        target = self.container.path(name)
+        with open_file_in_root(self.config.rootfs, path, purpose) as fd:
+            check_boot_file(fd, name, self.sizes["memory"], purpose)
+            make_empty(target, folder=False)
+            mount(mount_of(fd), target, MS_BIND)
+        return target
+
+    def write_ramdisk(self, base: str) -> str:
+        """Write the container's archive, and base, the path of ours.  Return the path that xl gets."""
+        config = self.config
+        if config.process and os.path.isdir(config.rootfs):
+            check_executable(config.rootfs, config.process, config.mounts)
+        if self.rootfs.disk:
+            detach(os.path.join(self.share, "rootfs"))
+        state = json_text(self.container.public_state("created"))
+        try:
+            self.ramdisk, path = self.rootfs.open_ramdisk(self.container)
+            capabilities = self.rootfs.pack(self.ramdisk, self.sizes["memory"])
+            guest = guest_config(config, self.sources, state, capabilities)
+            entries: list[Entry] = [
+                ("container", stat.S_IFDIR | 0o700, b""),
+                ("container/config", stat.S_IFREG | 0o600, guest),
+                *self.rootfs.entries(),
+                *self.module_entries(),
+            ]
+            # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
+            with open(base, "rb") as file:
+                self.ramdisk.write(cpio_archive(entries) + file.read())
+            self.ramdisk.flush()
+        except OSError as error:
+            raise Error(f"cannot write the container's ramdisk: {error.strerror}") from None
+        return path
+
+    def module_entries(self) -> list[Entry]:
+        """Return the modules that a kernel of the rootfs needs to reach the container's files."""
+        kernel, wanted = self.config.machine.kernel, self.rootfs.modules
+        modules = kernel_modules(self.config.rootfs, kernel[0], wanted) if kernel and wanted else []
+        entries: list[Entry] = [("modules", stat.S_IFDIR | 0o700, b"")] if modules else []
+        for number, (name, content) in enumerate(modules):
+            entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content))
+        return entries
+
+    def write_settings(self, kernel: str, ramdisk: str) -> str:
+        """Write the settings for xl.  Return their path."""
+        state, machine, resources = self.container.state, self.config.machine, self.config.resources
+        settings: dict[str, str | int | list[str]] = {
+            "name": state.name, "uuid": state.uuid, "type": machine.type or host_guest_type(),
+            "kernel": kernel, "cmdline": command_line(machine), **vm_sizes(self.config), "cap": resources.cap(),
+            **machine.options,
+        }  # fmt: skip
+        if ramdisk:
+            settings["ramdisk"] = ramdisk
+        settings.update(self.rootfs.settings())
+        if resources.shares:
+            settings["cpu_weight"] = resources.weight()
+        if resources.cpus:
+            settings["cpus"] = resources.cpus
+        path = self.container.path("xl.cfg")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
+        return path
+
+    def discard_boot_files(self) -> None:
+        """Xen has them in memory now, if it is to; /run is memory too, and the rootfs must not stay busy."""
+        try:
+            if self.ramdisk:
+                self.ramdisk.close()
         except OSError:
-            pass  # not a mount
-        os.unlink(path)
+            pass  # that it could not be written has been said
+        for name in ("ramdisk", "kernel", "initrd"):
+            discard(self.container.path(name))
+
+    def keep(self, domain: Domain) -> None:
+        """Note in the state what the domain is."""
+        disk, sizes = self.rootfs.disk, self.sizes
+        if disk:
+            detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
+        maxmem, maxvcpus = sizes["maxmem"], sizes["maxvcpus"]
+        self.container.save(domid=domain.domid, disk=disk and disk.__dict__, maxmem=maxmem, maxvcpus=maxvcpus)
 
 
-def close_standard(fd):
-    """Closes one of 0, 1, 2, so that the other end sees it, and keeps the number taken."""
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, fd)
-    os.close(null)
+# ==== streams ============================================================================================
+# The three standard streams, or the terminal, of one process in a VM: between descriptors of ours and consoles.
+
+ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see initrd/streams.c.  The end of a terminal is a hang-up.
 
 
 class Output:
-    """One of the container's output streams: from a console to a descriptor of ours, without ever blocking."""
+    """From a console to a descriptor of ours, without ever blocking."""
 
-    def __init__(self, console, fd):
+    def __init__(self, console: Console | FirstConsole, fd: int) -> None:
         self.console, self.fd, self.pending = console, fd, b""
         self.ended = False  # the process has closed it
         self.unread = False  # who has read it is gone
 
-    def advance(self):
-        """Moves what can be moved.  A pipe that is writable now takes PIPE_BUF bytes at once; asked for each
-        write, because both streams may be one pipe."""
-        import select
+    def advance(self, writable: bool) -> bool:
+        """Write what is pending, and take what is next.  Return whether something was written.
 
-        if self.pending and select.select([], [self.fd], [], 0)[1]:
+        What poll(2) calls writable takes PIPE_BUF bytes at once, and no console has more.  It is not made non-blocking:
+        what is open for us is open for others, who may want to block.
+        """
+        writes = writable and bool(self.pending)
+        if writes:
             try:
                 self.pending = self.pending[os.write(self.fd, self.pending) :]
             except BlockingIOError:
                 pass
             except OSError:
                 self.pending, self.unread = b"", True
-        if not self.pending:
-            self.pending = self.console.take()
+        self.pending = self.pending or self.console.take()
         if self.ended and not self.pending:
             close_standard(self.fd)
             self.ended = False
-        return bool(self.pending)
+        return writes
 
 
 class Input:
-    """The container's standard input, or what is typed at its terminal: from descriptor 0 to a console.
+    """From descriptor 0 to a console: standard input, or what is typed at a terminal.
 
-    raw: the console's other end is not init/enter.c, which knows escapes and an end.
+    raw: the console's other end is not init, which knows escapes and an end.
     """
 
-    def __init__(self, console, fd, raw=False):
-        self.console, self.fd, self.pending, self.open, self.raw = console, fd, b"", True, raw
+    def __init__(self, console: Console | FirstConsole, fd: int, raw: bool = False) -> None:
+        self.console, self.fd, self.raw = console, fd, raw
+        self.pending, self.open = b"", True
 
-    def advance(self, readable):
-        if readable and not self.pending:
+    def advance(self, readable: bool) -> None:
+        if readable and self.open and not self.pending:
             try:
                 data = os.read(self.fd, CONSOLE_IN)
             except OSError:
@@ -4841,15 +5549,90 @@ class Input:
         self.pending = self.pending[self.console.put(self.pending) :]
 
 
-def open_terminal(console_socket, size):
-    """Makes a pty, gives the engine its master, and returns its slave, which becomes our controlling terminal.
+def encode_input(data: bytes) -> bytes:
+    return data.replace(ESCAPE, ESCAPE + ESCAPE)
+
+
+class Streams:
+    """Of a process in a VM; the streams have our descriptors 0, 1 and 2."""
+
+    def __init__(self, consoles: Sequence[Console | FirstConsole], terminal: bool) -> None:
+        """consoles: one for input and output, and one for errors, if there is; to a terminal that brings why init
+        could not open it."""
+        self.terminal, self.first = terminal, consoles[0]
+        raw = isinstance(self.first, FirstConsole)
+        self.outputs = [Output(console, 2 if number and not terminal else 1) for number, console in enumerate(consoles)]
+        self.input = Input(self.first, 0, raw)
+        self.share_a_pipe = os.path.sameopenfile(1, 2)
+        self.ready = raw  # the process takes input
+        self.told_unread = ""
+
+    def interests(self) -> Iterator[tuple[int, int]]:
+        """(descriptor, events of poll(2)) that advance() waits for."""
+        if isinstance(self.first, FirstConsole) and not self.first.ended:
+            reading = 0 if self.outputs[0].pending else select.POLLIN
+            yield self.first.fd, reading | (select.POLLOUT if self.input.pending else 0)
+        for output in self.outputs:
+            if output.pending:
+                yield output.fd, select.POLLOUT
+        if self.ready and self.input.open and not self.input.pending:
+            yield self.input.fd, select.POLLIN
+
+    def advance(self, ready: set[int]) -> None:
+        """Move what can be moved.  ready: descriptors that poll(2) has named."""
+        written = False
+        for output in self.outputs:
+            written = output.advance(output.fd in ready and not (written and self.share_a_pipe)) or written
+        if written and self.share_a_pipe:
+            self.outputs.reverse()  # the other one's turn, when the pipe is writable again
+        if self.ready:
+            self.input.advance(self.input.fd in ready)
+
+    def are_delivered(self) -> bool:
+        """Whether all output is written, once the VM has ended."""
+        for output in self.outputs:
+            output.advance(False)
+        late = isinstance(self.first, FirstConsole) and self.first.waits()
+        return not late and not any(output.pending for output in self.outputs)
+
+    def close_ended(self, streams: str) -> None:
+        """streams: the numbers of those that the process has closed, in the guest's words."""
+        if self.terminal:
+            return  # a terminal ends in no other way than by hanging up
+        for output in self.outputs:
+            output.ended = output.ended or str(output.fd) in streams
+        if "0" in streams and self.input.open:
+            self.input.open = False
+            close_standard(0)
+
+    def window_size(self) -> str:
+        """Rows and columns of the terminal, "" if the engine has hung up."""
+        try:
+            size = os.get_terminal_size(0)
+        except OSError:
+            return ""
+        return f"{size.lines} {size.columns}"
+
+    def hang_up(self) -> None:
+        """The kernel tells us, as the pty's owner, that the engine has closed the terminal."""
+        self.outputs[0].unread = True
+
+    def newly_unread(self) -> str:
+        """The numbers of all streams that nobody reads any more, when there is one more; else ""."""
+        unread = "".join(sorted({str(output.fd) for output in self.outputs if output.unread}))
+        if unread == self.told_unread:
+            return ""
+        self.told_unread = unread
+        return unread
+
+
+def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
+    """Make a pty, give the engine its master, and return its slave, which becomes our controlling terminal.
 
     console_socket: a path, or the descriptor of a connected socket; it gets one message, the pty's name and
-    the one descriptor, as runc sends it.  size: rows, columns.  Raises Error.
+    the one descriptor, as runc sends it.  size: rows, columns.  Raise Error.
     """
-    import fcntl
     import socket
-    import struct
     import termios
     import tty
 
@@ -4869,606 +5652,312 @@ def open_terminal(console_socket, size):
         # a resize of the master is a SIGWINCH for the foreground of the slave's session: us
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
     except OSError as error:
-        raise Error(
-            f"cannot send a terminal to the console socket {console_socket}: {error.strerror or error}"
-        ) from None
+        reason = error.strerror or error
+        raise Error(f"cannot send a terminal to the console socket {console_socket}: {reason}") from None
     return slave
 
 
+def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
+    """Our standard streams become a terminal's, whose other end the engine has.  Raise Error."""
+    signal = import_signal()
+    signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
+    slave = open_terminal(console_socket, size)
+    os.dup2(slave, 0)
+    os.dup2(slave, 1)
+    os.close(slave)
+    close_standard(2)
+
+
+# ==== monitor ============================================================================================
+# The process on dom0 that has the domain built, carries the streams, answers the guest, and takes everything down
+# again, whatever the reason for the end.
+
+KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
+CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
+
+# how a domain ended that has not told an exit status: exit status, reason.  A pid namespace under runc ends
+# by SIGINT on power-off and by SIGHUP on reboot (reboot(2)), so these are 130 and 129 here too.
+ENDS = {
+    "-": (130, "the VM was powered off from inside"),
+    "r": (129, "the VM was rebooted from inside"),
+    "s": (255, "the VM suspended itself"),
+    "c": (255, "the VM crashed"),
+    "w": (255, "the VM's watchdog fired"),
+    "S": (255, "the VM made a soft reset"),
+    "gone": (137, "the VM was destroyed"),
+}
+
+
+def open_first_console(domain: Domain) -> int:
+    """A descriptor of the pty that xenconsoled has made for the VM's first console, or -1."""
+    path = domain.xenstore.read(f"{domain.path}/console/tty")
+    if not path.startswith("/dev/pts/"):
+        return -1
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+class BootConsole:
+    """The VM's first console where init has it: the last words of kernel and init, for the log."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self.text = fd, b""
+
+    def read(self) -> None:
+        if self.fd < 0:
+            return  # reported, and closed, since poll(2) has named it
+        try:
+            data = os.read(self.fd, 4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # xenconsoled has gone
+        if not data:
+            os.close(self.fd)
+            self.fd = -1
+        self.text = (self.text + data)[-CONSOLE_TAIL:]
+
+    def report(self, log: Log, message: str) -> None:
+        """A warning, with these words."""
+        while self.fd >= 0 and select.select([self.fd], [], [], 0)[0]:
+            self.read()
+        log.warn(message)
+        words = printable(self.text.decode("utf-8", "replace"))
+        if words:
+            log.warn(f"the VM's console: {words}")
+
+
 class Monitor:
-    """Builds one domain, serves it until it ends, and leaves nothing of it."""
+    """Serves one domain until it has ended and all its output is delivered.
 
-    def __init__(self, container, config, networks, bundle, log, console_socket=None, systemd=False):
-        self.container, self.config, self.bundle, self.log = container, config, bundle, log
-        self.networks, self.holder, self.systemd = networks, None, systemd
-        self.console_socket, self.own_init = console_socket, config.machine.own_init
-        self.xenstore = self.domid = self.exit_status = self.deadline = None
-        self.consoles, self.ramdisk, self.disk, self.exported = [], None, None, False
-        self.abandoned = False  # the end cannot wait for a reader of the output
-        self.ready = False
-        self.told_unread = ""
-        self.tail = b""
-        self.tail_fd = -1
+    phase: "serving"; "killing", until `deadline`, after SIGKILL; "draining", when the container has ended and readers
+    of its output have until `deadline`, or for ever; "done".
+    """
 
-    # ---- building
-
-    def build(self):
-        container, config = self.container, self.config
-        uuid = new_uuid()
-        container.save(
-            ociVersion=config.oci_version, status="creating", bundle=self.bundle, rootfs=config.rootfs,
-            created=timestamp(), annotations=config.annotations, hooks=config.hooks, uuid=uuid,
-            # the uuid tells apart what has the same id in another root, or is still being destroyed
-            name=f"runx-{container.id[:64]}-{uuid[:8]}",
-            boot=boot_id(), pid=self.holder.pid, pid_start_time=process_start_time(self.holder.pid),
-            monitor=[os.getpid(), process_start_time(os.getpid())], startable=bool(config.process),
-            own_init=config.machine.own_init, namespace=config.namespace, networks=[], vifs=[], rate=config.rate,
-            hostname=config.hostname or container.id[:63], disk=None, vbds=[],
-            cgroups=[],
-        )  # fmt: skip
-        os.mkfifo(container.path("control"), 0o600)
-        self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
-        if config.cgroup:
-            self.enter_cgroup()
-        self.xenstore = Xenstore()
-        self.attach_networks()
-        self.boot(container.path("share"))
+    def __init__(self, container: Container, config: Config, holder: Holder, domain: Domain, log: Log) -> None:
+        self.container, self.holder, self.domain = container, holder, domain
+        self.log = log.about(container.id)
+        self.xenstore, self.own_init = domain.xenstore, config.machine.own_init
+        self.has_hooks = bool(config.hooks)
+        self.terminal = bool(config.process and config.process.terminal)
+        self.phase, self.deadline, self.exit_status = "serving", 0.0, 255
+        self.boot_console = BootConsole(-1)
         self.channels = EventChannels()
-        if not self.own_init:
-            self.consoles = [Console(self.xenstore, self.channels, self.domid, number) for number in (1, 2)]
-            self.xenstore.transaction(lambda number: [console.announce(number) for console in self.consoles])
+        self.consoles = [] if self.own_init else [Console(domain, number, self.channels) for number in (1, 2)]
+        self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
+
+    def prepare(self) -> None:
+        """Announce the consoles, and watch what the guest will say, before it runs."""
+        for console in self.consoles:
+            self.xenstore.transaction(console.introduce)
         self.xenstore.watch(
-            *((console.frontend + "/state", f"console {console.number}") for console in self.consoles),
-            *((f"/local/domain/{self.domid}/data/{node}", node) for node in ("ready", "ended", "exit")),
+            *((f"{console.frontend}/state", f"console {console.number}") for console in self.consoles),
+            *((f"{self.domain.path}/data/{node}", node) for node in ("ready", "ended", "exit")),
             ("@releaseDomain", "release"),
         )
         self.xenstore.read("domid")  # each watch fires once when it is made, and before this is answered
         self.xenstore.take_events()
-        if self.has_terminal():
-            self.take_terminal()
-        self.holder.enter(self.exported and not self.disk)
-        sizes = self.sizes()
-        container.save(
-            domid=self.domid, disk=self.disk and self.disk.__dict__, maxmem=sizes["maxmem"],
-            maxvcpus=sizes["maxvcpus"], resources=config.raw_resources, base=config.base,
-        )  # fmt: skip
-        self.debug(f"domain {self.domid} ({container.state['name']}) is built")
 
-    def enter_cgroup(self):
-        """Has the holder and us, and what we start, in the container's cgroup; kept in the state before it is made."""
-        path, resources, scope = self.config.cgroup, self.config.resources, None
-        if self.systemd:
-            scope, path = start_scope(path, resources)
-        try:
-            cgroups = find_cgroups(path, bool(scope))
-            self.container.save(cgroups=cgroups)
-            make_cgroups(cgroups, resources, (self.holder.pid, os.getpid()))
-        finally:
-            if scope:
-                scope.communicate()  # which ends it
+    # ---- the loop
 
-    def attach_networks(self):
-        """Has each network of NETCONF made or reserved, by its plugins; kept in the state before it is done."""
-        container, attachments = self.container, []
-        for number, network in enumerate(self.networks):
-            attachment = plan_attachment(network, number, container, self.config.rate, self.log)
-            attachments.append(attachment)
-            container.save(networks=[each.__dict__ for each in attachments])
-            if attachment.calls and not attachment.bridge and not os.path.exists(attachment.namespace):
-                make_namespace(attachment.namespace)
-            try:
-                attach_network(attachment, network)
-            finally:  # some plugins give back only what the result names, also that of half a chain
-                container.save(networks=[each.__dict__ for each in attachments])
-
-    def boot(self, share):
-        """Builds the domain, with its rootfs where that is to be."""
-        config, wanted = self.config, self.config.machine.rootfs
-        if wanted == "block" or not os.path.isdir(config.rootfs):
-            # volumes are exported; the files that engines mount, such as /etc/hosts, are not worth a QEMU
-            self.disk = find_disk(config)
-            self.exported = any(each.on_host() and each.is_folder() for each in config.mounts)
-        else:
-            self.exported = wanted in ("9p", "auto")
-        sources = build_share(share, config)
-        try:
-            if self.exported and wanted != "9p" and not has_qemu():
-                raise Error("there is no device model")
-            self.build_domain(share, sources)
-        except Error as error:
-            if not self.exported or wanted == "9p" or "device model" not in str(error).lower():
-                raise
-            self.do_without_qemu()
-            self.build_domain(share, sources)
-        if self.disk:
-            detach(config.rootfs)  # what `start` unmounts must not go on in this namespace
-
-    def do_without_qemu(self):
-        """Finds another place for what cannot be exported over 9p."""
-        self.exported = False
-        if not self.disk:
-            try:
-                self.disk = find_disk(self.config)
-            except Error:
-                pass  # nor is it on a block device
-        instead = "has its rootfs on a block device, the rest" if self.disk else "has all of it"
-        self.warn(f"QEMU cannot export the container's files over 9p on this host: the VM {instead} in its memory")
-
-    def build_domain(self, share, sources):
-        if self.disk:
-            detach(os.path.join(share, "rootfs"))
-        self.create_domain(*self.boot_files(share, sources), share)
-
-    def boot_files(self, share, sources):
-        """The paths of kernel and ramdisk; the latter may be None where the VM boots a system of its own."""
-        config, machine, rootfs = self.config, self.config.machine, self.config.rootfs
-        kernel = self.boot_file("kernel", machine.kernel, rootfs)
-        if machine.own_init:
-            return kernel, machine.ramdisk and self.boot_file("initrd", machine.ramdisk, rootfs)
-        base = self.boot_file("initrd", None, rootfs)
-        if config.process and os.path.isdir(rootfs):
-            check_executable(rootfs, config)
-        capabilities, modules, needed = {}, [], ()  # the latter: modules that a kernel needs to reach its rootfs
-        try:
-            self.ramdisk, path = self.open_ramdisk()
-            if self.exported:
-                needed = ("9pnet_xen", "9p")
-            else:
-                capabilities = pack_share(self.ramdisk, share, self.memory())
-            if self.disk:
-                needed += ("xen_blkfront", self.disk.kind, "overlay")
-            if machine.kernel and needed:
-                modules = kernel_modules(rootfs, machine.kernel[0], needed)
-            guest = guest_config(config, sources, self.container.state_for_hooks("created"), capabilities)
-            self.write_ramdisk(base, guest, modules)
-        except OSError as error:
-            raise Error(f"cannot write the container's ramdisk: {error.strerror}") from None
-        return kernel, path
-
-    def boot_file(self, name, source, rootfs):
-        """The path that xl gets: ours, dom0's, or a mount of one in the rootfs, below a name without surprises."""
-        if source is None:
-            return installed_file(name)
-        path, in_rootfs = source
-        if not in_rootfs:
-            return path
-        purpose = f"cannot boot {path} of the container"
-        fd = open_file_in_root(rootfs, path, purpose)
-        check_boot_file(fd, name, self.memory(), purpose)
-        target = self.container.path(name)
-        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
-        mount(f"/proc/self/fd/{fd}", target, MS_BIND)
-        os.close(fd)
-        return target
-
-    def has_terminal(self):
-        return bool(self.config.process and self.config.process.terminal)
-
-    def take_terminal(self):
-        """The standard streams become a terminal's, whose other end the engine has."""
-        import signal
-
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
-        slave = open_terminal(self.console_socket, self.config.process.console_size)
-        os.dup2(slave, 0)
-        os.dup2(slave, 1)
-        os.close(slave)
-        close_standard(2)
-
-    def memory(self):
-        """MiB that the VM has at first."""
-        return self.config.resources.mebibytes(self.config.resources.default_memory)
-
-    def sizes(self):
-        """What the VM has at first and what it may get, as xl.cfg has it; memory in MiB."""
-        resources, machine, memory = self.config.resources, self.config.machine, self.memory()
-        vcpus = resources.vcpus(resources.default_vcpus)
-        maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
-        return {"memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus}
-
-    def open_ramdisk(self):
-        """The container's ramdisk, an open file, and the path that xl gets.  One that holds the rootfs has no place
-        in /run, which is dom0's memory, and no name that could be left behind."""
-        if self.exported:
-            path = self.container.path("ramdisk")
-            return open(path, "wb"), path
-        name = f"/var/tmp/{self.container.state['name']}"
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.unlink(name)
-        return os.fdopen(fd, "wb"), f"/proc/{os.getpid()}/fd/{fd}"
-
-    def write_ramdisk(self, initrd, guest, modules):
-        """Writes the rest of the ramdisk.  modules: (file name, content), in order."""
-        entries = [("container", S_IFDIR | 0o700, b""), ("container/config", S_IFREG | 0o600, guest)]
-        if self.disk:
-            disk = f"{self.disk.kind} {'rw' if self.disk.writable else 'ro'}\n"
-            entries += [("container/disk", S_IFREG | 0o600, disk.encode())]
-        if modules:
-            entries += [("modules", S_IFDIR | 0o700, b"")]
-            entries += [(f"modules/{n:02}-{name}", S_IFREG | 0o600, data) for n, (name, data) in enumerate(modules)]
-        # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
-        with open(initrd, "rb") as base:
-            self.ramdisk.write(cpio_archive(entries) + base.read())
-        self.ramdisk.flush()
-
-    def create_domain(self, kernel, ramdisk, share):
-        state, machine, resources = self.container.state, self.config.machine, self.config.resources
-        settings = {
-            "name": state["name"], "uuid": state["uuid"], "type": machine.type or host_guest_type(),
-            "kernel": kernel, "cmdline": command_line(machine),
-            **self.sizes(), "cap": resources.cap(),
-            **machine.options,
-        }  # fmt: skip
-        if ramdisk:
-            settings["ramdisk"] = ramdisk
-        if self.exported:
-            if "," in share:
-                raise Error(f"the state folder {share} must not hold a comma: xl cannot export it over 9p")
-            settings["p9"] = [f"tag=share,security_model=none,path={share}"]
-        if resources.shares:
-            settings["cpu_weight"] = resources.weight()
-        if resources.cpus:
-            settings["cpus"] = resources.cpus
-        xl_cfg = self.container.path("xl.cfg")
-        with open(xl_cfg, "w", encoding="utf-8") as file:
-            file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
-        try:
-            create_domain(xl_cfg, self.memory())
-        finally:  # Xen has them in memory now, if it is to; /run is memory too, and the rootfs must not stay busy
-            if self.ramdisk:
-                self.ramdisk.close()
-            for name in ("ramdisk", "kernel", "initrd"):
-                discard(self.container.path(name))
-        self.domid = find_domain(self.xenstore, settings["uuid"])
-        if self.domid is None:
-            raise Error(f"xl create made no domain with the uuid {settings['uuid']}")
-
-    # ---- serving
-
-    def serve(self):
-        """Returns the container's exit status once its domain has ended and all output is delivered."""
-        import select
-
-        self.signals = relay_signals(self.has_terminal())
-        self.open_tail()
+    def serve(self) -> int:
+        """Return the container's exit status."""
+        self.signals = relay_signals(self.terminal)
+        first = open_first_console(self.domain)
         if self.own_init:
-            self.ready, self.console = True, FirstConsole(self.tail_fd)
-            self.outputs, self.input = [Output(self.console, 1)], Input(self.console, 0, raw=True)
+            if first < 0:
+                raise Error("cannot reach the VM's console: is xenconsoled running?")
+            self.streams = Streams([FirstConsole(first)], self.terminal)
         else:
-            # to a terminal the second one brings why init could not open it
-            self.outputs = [Output(self.consoles[0], 1), Output(self.consoles[1], 1 if self.has_terminal() else 2)]
-            self.input = Input(self.consoles[0], 0)
-        if self.has_terminal():
+            self.boot_console = BootConsole(first)
+            self.streams = Streams(self.consoles, self.terminal)
+        if self.terminal:
             self.resize()
-        while not self.finished():
-            poll = select.poll()
-            for fd, events in self.interests():
+        while not (self.phase == "done" or self.phase == "draining" and self.streams.are_delivered()):
+            handlers, poll = self.handlers(), select.poll()
+            for fd in handlers:
+                poll.register(fd, select.POLLIN)
+            for fd, events in self.streams.interests():
                 poll.register(fd, events)
-            ready = {fd: events for fd, events in poll.poll(self.timeout())}
-            self.handle(ready)
+            ready = {fd for fd, _ in poll.poll(self.timeout())}
+            self.handle(ready, handlers)
         return self.exit_status
 
-    def finished(self):
-        """Moves what can be moved without waiting; true when there is nothing left to wait for."""
-        if self.exit_status is None:
-            return False
-        if self.abandoned:
-            return True
-        return not any([output.advance() for output in self.outputs]) and not (self.own_init and self.console.waits())
+    def handlers(self) -> dict[int, Callable[[], None]]:
+        """What is called, in this order, when a descriptor is readable."""
+        found = {
+            self.channels.fd: self.channels.acknowledge,
+            self.xenstore.fd: self.handle_xenstore,
+            self.control: self.handle_control,
+            self.signals: lambda: self.handle_signals(os.read(self.signals, 64)),
+            self.holder.link.fileno(): self.handle_holder,
+        }
+        if self.boot_console.fd >= 0:
+            found[self.boot_console.fd] = self.boot_console.read
+        return found
 
-    def interests(self):
-        import select
-
-        for fd in (self.xenstore.fd, self.channels.fd, self.control, self.signals):
-            yield fd, select.POLLIN
-        if not self.abandoned:
-            yield self.holder.link.fileno(), select.POLLIN
-        if self.own_init and not self.console.ended:
-            reading = 0 if self.outputs[0].pending else select.POLLIN
-            yield self.tail_fd, reading | (select.POLLOUT if self.input.pending else 0)
-        elif self.tail_fd >= 0 and not self.own_init:
-            yield self.tail_fd, select.POLLIN
-        for output in self.outputs:
-            if output.pending:
-                yield output.fd, select.POLLOUT
-        if self.ready and self.input.open and not self.input.pending:
-            yield self.input.fd, select.POLLIN
-
-    def timeout(self):
+    def timeout(self) -> float | None:
         """Milliseconds; None waits for ever."""
         if self.xenstore.events:
             return 0
-        return None if self.deadline is None else max(0, (self.deadline - time.monotonic()) * 1000)
+        return max(0, (self.deadline - time.monotonic()) * 1000) if self.deadline else None
 
-    def handle(self, ready):
-        if self.channels.fd in ready:
-            self.channels.acknowledge()
-        if self.xenstore.fd in ready or self.xenstore.events:
-            self.handle_xenstore()
-        for output in self.outputs:
-            output.advance()
-        if self.ready:
-            self.input.advance(self.input.fd in ready)
-        if self.control in ready:
-            self.handle_control()
-        if self.signals in ready:
-            self.handle_signals(os.read(self.signals, 64))
-        if self.holder.link.fileno() in ready:
-            signals = self.holder.take_signals()
-            self.handle_signals(signals)
-            if not signals:
-                self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
-        self.tell_unread()
-        if self.tail_fd in ready and not self.own_init:
-            self.read_tail()
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.end(128 + 9, abandon=True)
+    def handle(self, ready: set[int], handlers: dict[int, Callable[[], None]]) -> None:
+        if self.xenstore.events:
+            ready.add(self.xenstore.fd)
+        for fd, work in handlers.items():
+            if fd in ready:
+                work()
+        self.streams.advance(ready)
+        unread = self.streams.newly_unread()
+        if unread:  # the process is to see that, as it would see it with a pipe of the host's
+            self.ask("look", "look", {"unread": unread})
+        if self.deadline and time.monotonic() >= self.deadline:
+            self.end(128 + SIGKILL, abandon=True)
 
-    def handle_xenstore(self):
+    def end(self, status: int, abandon: bool = False) -> None:
+        """The container has ended with status; abandon: do not wait for readers of its output."""
+        if self.phase in ("serving", "killing"):
+            self.exit_status, self.phase = status, "draining"
+            self.log.debug(f"the exit status is {status}")
+        if abandon:
+            self.phase = "done"
+
+    # ---- what the guest says
+
+    def handle_xenstore(self) -> None:
         # the end of some domain comes last: if it is ours, it has told its exit status before
         for token in sorted(self.xenstore.take_events(), key="release".__eq__):
             if token.startswith("console "):
                 self.consoles[int(token.split()[1]) - 1].follow()
-            elif token == "ready" and not self.ready:
-                self.ready = self.read_data("ready") is not None
-                if self.ready and self.config.hooks:  # for a start that comes too late to see it in xenstore
+            elif token == "ready" and not self.streams.ready:
+                self.streams.ready = bool(self.domain.told("ready"))
+                if self.streams.ready and self.has_hooks:  # for a start that comes too late to see it in xenstore
                     open(self.container.path("ready"), "w", encoding="utf-8").close()
             elif token == "ended":
-                self.close_ended(self.read_data("ended") or "")
+                self.streams.close_ended(self.domain.told("ended"))
             elif token == "exit":
                 self.take_exit_status()
-            elif token == "release" and self.exit_status is None:
+            elif token == "release" and self.phase in ("serving", "killing"):
                 self.check_domain()
 
-    def close_ended(self, streams):
-        """streams: the numbers of those that the process has closed, in the guest's words."""
-        if self.has_terminal():
-            return  # a terminal ends in no other way than by hanging up
-        for output in self.outputs:
-            output.ended = output.ended or str(output.fd) in streams
-        if "0" in streams and self.input.open:
-            self.input.open = False
-            close_standard(0)
-
-    def tell_unread(self):
-        """Lets the process see that nobody reads its output any more, as it would see it with a pipe of the host's."""
-        unread = "".join(str(output.fd) for output in self.outputs if output.unread)
-        if unread != self.told_unread:
-            self.told_unread = unread
-            self.ask("look", "look", {"unread": unread})
-
-    def read_data(self, node):
-        """What the guest has written below data/, or None."""
-        return self.xenstore.read(f"/local/domain/{self.domid}/data/{node}")
-
-    def take_exit_status(self):
-        text = self.read_data("exit")
-        if text is None or self.exit_status is not None:
+    def take_exit_status(self) -> None:
+        text = self.domain.told("exit")
+        if not text or self.phase not in ("serving", "killing"):
             return
         if text.isascii() and text.isdecimal() and int(text) <= 255:
             self.end(int(text))
         else:
-            self.warn("the VM told no valid exit status")
+            self.log.warn("the VM told no valid exit status")
             self.end(255)
         for node, what in (("error", "the VM's init"), ("oom", "the VM has run out of memory")):
-            reason = self.read_data(node)
+            reason = self.domain.told(node)
             if reason:
-                self.warn(f"{what}: {printable(reason)}")
-                self.report_tail()
+                self.boot_console.report(self.log, f"{what}: {printable(reason)}")
+            if reason and node == "error" and self.has_hooks:  # for a start that waits, when xenstore has it no more
+                with open(self.container.path("error"), "w", encoding="utf-8") as file:
+                    file.write(reason)
             if reason and node == "oom":
-                self.show_oom()
+                try:
+                    show_oom(self.container.state.cgroups)
+                except OSError as error:
+                    self.log.debug(f"its cgroup does not show that memory has run out: {error}")
 
-    def show_oom(self):
-        try:
-            show_oom(self.container.state["cgroups"])
-        except OSError as error:
-            self.debug(f"its cgroup does not show that memory has run out: {error}")
-
-    def check_domain(self):
-        if seen_alive(self.domid):
+    def check_domain(self) -> None:
+        if seen_alive(self.domain.domid):
             return
         try:
-            end = domain_end(self.domid)
+            end = self.domain.end()
         except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
-            self.warn(str(error))
+            self.log.warn(str(error))
             return
         if not end:
             return
-        # the guest may have told its status just before
-        self.take_exit_status()
-        if self.exit_status is None and self.own_init and end == "-":
+        self.take_exit_status()  # which the guest may have told just before
+        if self.phase not in ("serving", "killing"):
+            return
+        if self.own_init and end == "-":
             self.end(0)
-        elif self.exit_status is None:
-            status, reason = ENDS.get(end, ENDS["c"])
-            self.warn(f"{reason}; exit status {status}")
-            self.report_tail()
-            self.end(status)
+            return
+        status, reason = ENDS.get(end, ENDS["c"])
+        self.boot_console.report(self.log, f"{reason}; exit status {status}")
+        self.end(status)
 
-    def handle_control(self):
+    # ---- what the host says
+
+    def handle_control(self) -> None:
         """Requests of other runX processes: "kill N", "destroy N" (N: a signal), a line each."""
         for line in os.read(self.control, 4096).decode("ascii").splitlines():
             verb, _, number = line.partition(" ")
-            if verb == "destroy" or self.exit_status is not None:
+            if verb == "destroy" or self.phase in ("draining", "done"):
                 self.end(128 + int(number), abandon=True)
-            elif self.deadline is None:
-                self.deadline = time.monotonic() + KILL_GRACE
-                self.signal(int(number))
+            elif self.phase == "serving":
+                self.phase, self.deadline = "killing", time.monotonic() + KILL_GRACE
+                self.ask(f"kill {number}")
 
-    def handle_signals(self, numbers):
+    def handle_holder(self) -> None:
+        signals = self.holder.take_signals()
+        self.handle_signals(signals)
+        if not signals:
+            self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
+
+    def handle_signals(self, numbers: bytes) -> None:
         for number in numbers:
             if number == SIGWINCH:
                 self.resize()
-            elif number == SIGHUP and self.has_terminal():
-                self.outputs[0].unread = True  # the kernel tells us, as the pty's owner, that the engine has hung up
-            elif self.container.load().state["status"] == "created" and not self.container.unsettled():
+            elif number == SIGHUP and self.terminal:
+                self.streams.hang_up()
+            elif self.container.load().state.status == "created" and not self.container.unsettled():
                 self.end(128 + number)
             else:
-                self.signal(number)
+                self.ask(f"kill {number}")
 
-    def signal(self, number):
-        self.ask(f"kill {number}")
+    def resize(self) -> None:
+        size = self.streams.window_size()
+        if size:
+            self.ask("look", "look", {"winsize": size})
 
-    def resize(self):
-        try:
-            size = os.get_terminal_size(0)
-        except OSError:
-            return  # the engine has hung up
-        self.ask("look", "look", {"winsize": f"{size.lines} {size.columns}"})
-
-    def ask(self, request, key=None, data=None):
-        domain = (self.xenstore, self.domid, self.container.state["uuid"])
+    def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
         try:
             if not self.own_init:
-                send_request(*domain, request, key, data)
+                self.domain.request(request, key, data)
             elif request.startswith("kill"):
-                shut_down(*domain)
+                self.domain.shut_down()
         except Error as error:
-            self.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
-
-    def end(self, status, abandon=False):
-        """The container has ended with status; abandon: do not wait for readers of its output."""
-        if self.exit_status is None:
-            self.exit_status = status
-            self.debug(f"the exit status is {status}")
-        self.abandoned = self.abandoned or abandon
-        if self.abandoned:
-            self.deadline = None  # else, after SIGKILL, it is what readers of the output still have
-
-    # ---- the guest's own console: kernel and init
-
-    def open_tail(self):
-        path = self.xenstore.read(f"/local/domain/{self.domid}/console/tty", "")
-        if path.startswith("/dev/pts/"):
-            try:
-                self.tail_fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError as error:
-                self.debug(f"cannot open {path}: {error.strerror}")
-        if self.own_init and self.tail_fd < 0:
-            raise Error("cannot reach the VM's console: is xenconsoled running?")
-
-    def read_tail(self):
-        try:
-            data = os.read(self.tail_fd, 4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            os.close(self.tail_fd)
-            self.tail_fd = -1
-        self.tail = (self.tail + data)[-CONSOLE_TAIL:]
-
-    def warn(self, message):
-        self.log.write("warning", f"container {self.container.id}: {message}")
-
-    def debug(self, message):
-        self.log.debug(f"container {self.container.id}: {message}")
-
-    def report_tail(self):
-        while self.tail_fd >= 0 and self.tail_fd_ready():
-            self.read_tail()
-        if self.tail.strip():
-            self.warn(f"the VM's console: {printable(self.tail.decode('utf-8', 'replace'))}")
-
-    def tail_fd_ready(self):
-        import select
-
-        return bool(select.select([self.tail_fd], [], [], 0)[0])
-
-    # ---- taking down
-
-    def take_down(self):
-        """Undoes build(), as far as it came.  Streams first: who reads them sees the end at once."""
-        for fd in (0, 1, 2):
-            close_standard(fd)
-        try:
-            state = self.container.load().state  # `start` has added to it
-        except Error:
-            state = self.container.state
-        if self.xenstore is not None:
-            clean_up(self.xenstore, state, self.log)
-        self.debug("the domain is gone")
+            self.log.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
 
 
-def clean_up(xenstore, state, log):
-    """Removes what a container has outside its folder: domain, QEMU with it, xenstore nodes, vifs, log files.
-
-    What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
-    """
-    uuid, name = state.get("uuid"), state.get("name")
-    if uuid is None:
-        return  # it came no further
-    domid = find_domain(xenstore, uuid) or find_half_built(uuid)
-    if domid is not None:
-        # xl destroy signals QEMU and then waits two seconds for each of its devices (LIBXL_QEMU_BODGE_TIMEOUT in
-        # libxl_internal.h), answer or not; a device that is not on libxl's list it does not wait for
-        xenstore.remove(f"/libxl/{domid}/device/9pfs")
-        for kind, numbers in (("vif", state.get("vifs", ())), ("vbd", state.get("vbds", ()))):
-            for number in numbers:
-                xenstore.remove(f"/libxl/{domid}/device/{kind}/{number}")
-        destroy_domain(domid)
-    domid = domid or state.get("domid")
-    ours = f"/vm/{uuid}"
-    if domid is not None and xenstore.read(f"/local/domain/{domid}/vm", ours) == ours:  # else it is another VM's by now
-        what = f"remove what {name} has had in dom0"
-        log.attempt(what, unplug, xenstore, state)
-        log.attempt(what, detach_disk, xenstore, state)
-        for kind, numbers in (("9pfs", (0,)), ("console", (1, 2))):
-            log.attempt(what, remove_backends, xenstore, kind, domid, numbers)
-    log.attempt(f"remove the log files of {name}", remove_logs, name)
+# ---- the process
 
 
-def remove_logs(name):
-    folder = "/var/log/xen"
-    for file in os.listdir(folder) if os.path.isdir(folder) else ():
-        if f"-{name}.log" in file:
-            os.unlink(os.path.join(folder, file))
+class Plan(Record):
+    """What `create` and `run` have made of config.json and command line: all that the monitor needs."""
+
+    container: Container
+    config: Config
+    networks: list[Network]
+    bundle: str
+    console_socket: str | int | None
+    systemd: bool  # it makes the cgroup
+    log: Log
 
 
-def destroy(container, log):
-    """Removes what is left of a container that has no monitor any more, gives back its addresses, and runs its poststop
-    hooks.  What fails is a warning; Error if the VM or the folder is still there."""
-    state = container.state
-    if not container.is_of_this_boot():  # nor is anything else in Xen
-        log.attempt(f"remove the log files of {state['name']}", remove_logs, state["name"])
-    elif "uuid" in state and os.path.exists(container.path("control")):  # which goes when a monitor has taken all down
-        clean_up(Xenstore(), state, log)
-    for fields in reversed(state.get("networks", ())):
-        log.attempt(f"give back a network of {container.id}", detach_network, fields, log)
-    log.attempt(f"remove the network namespace of {container.id}", discard, container.path("netns"))
-    if container.is_of_this_boot():
-        pids = (state.get("pid"), *state.get("monitor", ())[:1])
-        log.attempt(f"remove the cgroup of {container.id}", remove_cgroups, state.get("cgroups", ()), pids)
-    container.remove()
-    log.attempt(f"run the poststop hooks of {container.id}", run_poststop, container, log)
-
-
-def run_poststop(container, log):
-    for error in hook_errors(container, "poststop", "stopped"):
-        log.write("warning", error)
-
-
-def new_uuid():
-    """A random uuid (RFC 4122, version 4) as text."""
-    number = bytearray(os.urandom(16))
-    number[6], number[8] = number[6] & 0x0F | 0x40, number[8] & 0x3F | 0x80
-    digits = number.hex()
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-
-
-def run_monitor(monitor, report, commit):
-    """The monitor's whole life; never returns.
+def run_monitor(plan: Plan, holder: Holder, report: int, commit: int) -> NoReturn:
+    """The monitor's whole life.
 
     report: a pipe to create, that gets "+" or an error.  commit: a pipe from create, that gets one byte
     once create has done its part; its end without one means that create is gone, and all goes with it.
     """
-    committed, status, failure, home = False, 255, None, None
+    container, committed, status, failure, home = plan.container, False, 255, "", -1
     try:
         os.setsid()
         os.chdir("/")
-        close_other_descriptors({0, 1, 2, report, commit, monitor.console_socket, monitor.holder.link.fileno()})
+        socket = plan.console_socket if isinstance(plan.console_socket, int) else None
+        close_other_descriptors({0, 1, 2, report, commit, socket, holder.link.fileno()})
         home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-        monitor.build()
+        monitor = build(plan, holder)
         os.write(report, b"+")
         os.close(report)
         committed = bool(os.read(commit, 1))
@@ -5476,36 +5965,113 @@ def run_monitor(monitor, report, commit):
         if committed:
             status = monitor.serve()
     except BaseException as error:
-        failure = str(error) if isinstance(error, Error) else f"internal error of the monitor: {error!r}"
+        foreseen = isinstance(error, (Error, OSError))  # the latter such as a full disk
+        failure = str(error) if foreseen else f"internal error of the monitor: {error!r}"
     try:
-        monitor.take_down()
-        if os.path.exists(monitor.container.path("control")):
-            os.unlink(monitor.container.path("control"))  # tells delete that nothing is left outside the folder
+        for fd in (0, 1, 2):
+            close_standard(fd)  # who reads the streams sees the end at once
+        take_down(container, plan.log)
         if not committed:
-            if home is not None:
+            if home >= 0:
                 return_home(home)  # poststop hooks run where the others have run
-            destroy(monitor.container, monitor.log)
+            destroy(container, plan.log)
     except BaseException as error:
-        monitor.log.write("error", f"cannot clean up after container {monitor.container.id}: {error}")
+        plan.log.write("error", f"cannot clean up after container {container.id}: {error}")
     if committed and failure:
-        monitor.log.write("error", failure)
+        plan.log.write("error", failure)
     elif failure:
         report_failure(report, failure)
-    monitor.holder.end(status)
+    holder.end(status)
     os._exit(status)
 
 
-def return_home(namespace):
-    """Goes back to dom0's mount namespace, a descriptor."""
-    system_call("setns", namespace, CLONE_NEWNS)
-    os.chdir("/")
+def build(plan: Plan, holder: Holder) -> Monitor:
+    """Have the domain built; return what serves it.  Raise Error."""
+    builder = Builder(plan.container, plan.config, plan.networks, holder, plan.log)
+    domain = builder.build(plan.bundle, plan.systemd)
+    monitor = Monitor(plan.container, plan.config, holder, domain, plan.log)
+    monitor.prepare()
+    if monitor.terminal and plan.config.process and plan.console_socket is not None:
+        take_terminal(plan.console_socket, plan.config.process.console_size)
+    holder.enter(builder.rootfs.is_served and not builder.rootfs.disk)
+    monitor.log.debug(f"domain {domain.domid} ({plan.container.state.name}) is built")
+    return monitor
 
 
-def report_failure(report, failure):
+def return_home(namespace: int) -> None:
+    """Go back to dom0's mount namespace, a descriptor.  Raise Error."""
+    try:
+        system_call("setns", namespace, CLONE_NEWNS)
+        os.chdir("/")
+    except OSError as error:
+        raise Error(f"cannot return to dom0's mount namespace: {error.strerror}") from None
+
+
+def report_failure(report: int, failure: str) -> None:
     try:
         os.write(report, failure.encode("utf-8", "replace"))
     except OSError:
         pass  # create is gone too
+
+
+def take_down(container: Container, log: Log) -> None:
+    """Undo what is outside the container's folder, as far as it came."""
+    try:
+        container.load()  # `start` has added to it
+    except Error:
+        pass
+    if clean_up(container.state, log) and os.path.exists(container.path("control")):
+        os.unlink(container.path("control"))  # tells delete that nothing is left outside the folder
+    log.about(container.id).debug("the domain is gone")
+
+
+def clean_up(state: State, log: Log) -> bool:
+    """Remove what a container has outside its folder: domain, QEMU with it, devices, log files.  Return whether nothing
+    is left.
+
+    What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
+    """
+    if not state.uuid:
+        return True  # it came no further
+    xenstore = Xenstore()
+    living = find_domain(xenstore, state.uuid) or find_half_built(xenstore, state.uuid)
+    domain = living or Domain(xenstore, state.domid, state.uuid)
+    devices = [Device(domain, kind, number) for kind, number in state.devices]
+    if living:
+        # xl destroy signals QEMU and then waits two seconds for each of its devices (LIBXL_QEMU_BODGE_TIMEOUT in
+        # libxl_internal.h), answer or not; a device that is not on libxl's list it does not wait for
+        for device in devices:
+            device.unlist()
+        living.destroy()
+    ours, what = f"/vm/{state.uuid}", f"remove what {state.name} has had in dom0"
+    done = [log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)]
+    if domain.domid and xenstore.read(f"{domain.path}/vm", ours) == ours:  # else it is another VM's by now
+        done.append(log.attempt(what, end_redirects, state))
+        done += [log.attempt(what, device.withdraw) for device in devices]
+    return all(done)
+
+
+def destroy(container: Container, log: Log) -> None:
+    """Remove what is left of a container that has no monitor any more, give back its addresses, and run its poststop
+    hooks.  What fails is a warning; Error if the VM or the folder is still there."""
+    state, of_this_boot = container.state, container.is_of_this_boot()
+    if not of_this_boot:  # nor is anything else in Xen
+        log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)
+    elif os.path.exists(container.path("control")):  # it goes when a monitor has taken all down
+        clean_up(state, log)
+    for fields in reversed(state.networks):
+        log.attempt(f"give back a network of {container.id}", detach_network, fields, log)
+    log.attempt(f"remove the network namespace of {container.id}", discard, container.path("netns"))
+    if of_this_boot:
+        pids = (state.pid, state.monitor[0])
+        log.attempt(f"remove the cgroup of {container.id}", remove_cgroups, state.cgroups, pids)
+    container.remove()
+    log.attempt(f"run the poststop hooks of {container.id}", run_poststop, container, log)
+
+
+def run_poststop(container: Container, log: Log) -> None:
+    for error in hook_errors(container, "poststop", "stopped"):
+        log.warn(error)
 
 
 # ==== commands ===========================================================================================
@@ -5519,42 +6085,76 @@ SIGNALS = (
 ).split()
 MONITOR_END = 60.0  # seconds that delete gives a monitor to take its domain down
 
+# What a command answers where it can do nothing, by the container's status, in runc's words.
+NOT_RUNNING, NOT_PAUSED = "container not running", "container not paused"
+GONE = "container with id {id} is not running"
+NOT_STOPPED = "cannot delete container {id} that is not stopped: {status}"
+REFUSED = {
+    "start": {
+        "creating": "cannot start a container in the creating state",
+        "running": "cannot start an already running container",
+        "paused": "cannot start a container in the paused state",
+        "stopped": "cannot start a container that has stopped",
+    },
+    "kill": {"creating": NOT_RUNNING, "stopped": NOT_RUNNING},
+    "pause": {"creating": NOT_RUNNING, "paused": NOT_RUNNING, "stopped": NOT_RUNNING},
+    "resume": {"creating": NOT_PAUSED, "created": NOT_PAUSED, "running": NOT_PAUSED, "stopped": NOT_PAUSED},
+    "ps": {"creating": NOT_RUNNING},
+    "events": {"creating": GONE, "stopped": GONE},
+    "update": {"creating": NOT_RUNNING, "stopped": NOT_RUNNING},
+    "delete": {"creating": NOT_STOPPED, "running": NOT_STOPPED, "paused": NOT_STOPPED},
+}
+
 
 class Invocation(Record):
     """A parsed command line."""
 
+    command: str
     root: str
     log: Log
     systemd: bool  # it makes the cgroups
-    options: dict  # without their dashes; flags are True
-    arguments: list
+    options: dict[str, Any]  # without their dashes; flags are True
+    arguments: list[str]
 
-    def container(self):
+    def container(self) -> Container:
         if not self.arguments:
             raise Error("a container ID is required as an argument")
         return Container(self.root, self.arguments[0])
 
 
-def command_create(call):
-    container, config, bundle = prepare(call)
-    create(call, container, config, bundle, find_console_socket(call, config, attached=False))
+def check_status(command: str, container: Container, status: str) -> None:
+    """Raise Error where the command can do nothing."""
+    sentence = REFUSED[command].get(status)
+    if sentence:
+        raise Error(sentence.format(id=container.id, status=status))
 
 
-def prepare(call):
-    """What create and run begin with: the container, not made yet, its config and its bundle."""
-    container = call.container()
-    bundle = os.path.realpath(call.options.get("bundle", "."))
+# ---- create
+
+
+def command_create(call: Invocation) -> None:
+    create(make_plan(call, attached=False), call.options.get("pid-file"))
+
+
+def make_plan(call: Invocation, attached: bool) -> Plan:
+    """What create and run begin with, and nothing is made yet.  attached: the caller is there to be the terminal's
+    other end."""
+    container, bundle = call.container(), os.path.realpath(call.options.get("bundle", "."))
     if not is_text(bundle + call.root):
         raise Error(f"the paths of bundle and root must be UTF-8: {printable(bundle)}, {printable(call.root)}")
     config = load_config(bundle)
     find_xl()
     fit_vcpus(config)
     take_ordinary_score()
-    return container, config, bundle
+    networks = [load_network(request, config.netconf_folders) for request in config.netconf]
+    return Plan(
+        container=container, config=config, networks=networks, bundle=bundle, systemd=call.systemd, log=call.log,
+        console_socket=find_console_socket(call, config, attached),
+    )  # fmt: skip
 
 
-def fit_vcpus(config):
-    """Has no more vcpus than the host has processors, and than the VM's memory can carry."""
+def fit_vcpus(config: Config) -> None:
+    """Have no more vcpus than the host has processors, and than the VM's memory can carry."""
     resources, machine = config.resources, config.machine
     if max(resources.vcpus(resources.default_vcpus), machine.maxvcpus) > 1:
         carried = max(1, resources.mebibytes(resources.default_memory) // VCPU_MEMORY)
@@ -5562,11 +6162,8 @@ def fit_vcpus(config):
         machine.maxvcpus = min(machine.maxvcpus, most)
 
 
-def find_console_socket(call, config, attached):
-    """The absolute path of --console-socket, or None; Error, in runc's words, unless it is there just when needed.
-
-    attached: the caller is there to be the terminal's other end.
-    """
+def find_console_socket(call: Invocation, config: Config, attached: bool) -> str | None:
+    """The absolute path of --console-socket, or None; Error, in runc's words, unless it is there just when needed."""
     path = call.options.get("console-socket")
     terminal = bool(config.process and config.process.terminal)
     if terminal and not path and not attached:
@@ -5576,108 +6173,97 @@ def find_console_socket(call, config, attached):
     return path and os.path.abspath(path)
 
 
-def create(call, container, config, bundle, console_socket):
-    """Makes the container; returns the monitor's pid."""
-    networks = [load_network(request, config.netconf_folders) for request in config.netconf]
-    if config.namespace:
-        in_namespace(config.namespace, mark_namespace)
+def create(plan: Plan, pid_file: str | None) -> int:
+    """Make the container: fork holder and monitor, and wait until the domain is built.  Return the holder's pid."""
+    container, log = plan.container, plan.log
+    if plan.config.namespace:
+        in_namespace(plan.config.namespace, mark_namespace)
     container.reserve()
-    with container:
-        try:
-            for warning in config.warnings:
-                call.log.write("warning", f"container {container.id}: {warning}")
-            monitor = Monitor(container, config, networks, bundle, call.log, console_socket, call.systemd)
-            return start_monitor(monitor, call.options.get("pid-file"))
-        except BaseException:
-            if container.is_ours():  # still there: the monitor was killed
-                destroy(container.load(), call.log)
-            raise
-
-
-def start_monitor(monitor, pid_file):
-    """Returns the pid of the holder, which is the container's.  Raises Error."""
-    holder = monitor.holder = start_holder(monitor.config, monitor.container.path("share"))
-    report_reader, report_writer = os.pipe()
-    commit_reader, commit_writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        run_monitor(monitor, report_writer, commit_reader)
-    os.close(report_writer)
-    os.close(commit_reader)
-    holder.link.close()
-    written = None
-    try:
+    with container, Undo(log) as undo:
+        undo.add(f"remove container {container.id}", remove_unmade, container, log)
+        for warning in plan.config.warnings:
+            log.about(container.id).warn(warning)
+        holder = start_holder(plan.config, container.path("share"))
+        report_reader, report_writer = os.pipe()
+        commit_reader, commit_writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            run_monitor(plan, holder, report_writer, commit_reader)
+        os.close(report_writer)
+        os.close(commit_reader)
+        holder.link.close()
+        for child in (holder.pid, pid):
+            undo.add(f"wait for process {child}", os.waitpid, child, 0)
+        undo.add("end the monitor", os.close, commit_writer)  # it takes all down when it sees this
         report = read_all(report_reader)
         if report != b"+":
-            reason = report.decode() or "its monitor was killed"
-            raise Error(f"cannot create container {monitor.container.id}: {reason}")
-        container = monitor.container.load()
-        run_hooks(container, "prestart", "creating")
-        run_hooks(container, "createRuntime", "creating")
-        namespaces = (f"/proc/{holder.pid}/ns/net", f"/proc/{pid}/ns/mnt")
-        run_hooks(container, "createContainer", "creating", namespaces)
-        if pid_file:
-            write_pid_file(pid_file, holder.pid)
-            written = pid_file
-        container.save(status="created")
-        os.write(commit_writer, b"+")
+            raise Error(f"cannot create container {container.id}: {report.decode() or 'its monitor was killed'}")
+        commit(container.load(), holder.pid, pid, pid_file, commit_writer)
         return holder.pid
+
+
+def remove_unmade(container: Container, log: Log) -> None:
+    """Remove what a monitor that was killed has left."""
+    if container.is_ours():
+        destroy(container.load(), log)
+
+
+def commit(container: Container, pid: int, monitor: int, pid_file: str | None, writer: int) -> None:
+    """create's part once the domain is built: hooks, pid file, state.  Raise Error."""
+    run_hooks(container, "prestart", "creating")
+    run_hooks(container, "createRuntime", "creating")
+    run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
+    if pid_file:
+        write_pid_file(pid_file, pid)
+    try:
+        container.save(status="created")
+        os.write(writer, b"+")
     except BaseException as error:
-        os.close(commit_writer)  # the monitor takes all down when it sees this
-        os.waitpid(pid, 0)
-        os.waitpid(holder.pid, 0)
-        if written:
-            os.unlink(written)
+        if pid_file:
+            os.unlink(pid_file)
         if isinstance(error, BrokenPipeError):
-            raise Error(f"cannot create container {monitor.container.id}: its monitor was killed") from None
+            raise Error(f"cannot create container {container.id}: its monitor was killed") from None
         raise
 
 
-def read_all(fd):
-    data = b""
-    while chunk := os.read(fd, 65536):
-        data += chunk
-    return data
-
-
-def write_pid_file(path, pid):
+def write_pid_file(path: str, pid: int) -> None:
     """The pid in decimal and nothing else, in one step: engines read it as soon as it is there."""
     temporary = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(str(pid))
+        write_file(temporary, pid)
         os.rename(temporary, path)
     except OSError as error:
         raise Error(f"cannot write the pid file {path}: {error.strerror}") from None
 
 
-def command_start(call):
+# ---- start and run
+
+
+def command_start(call: Invocation) -> None:
     start(call.container(), call.log)
 
 
-def start(container, log):
+def start(container: Container, log: Log) -> None:
     with container:
-        status = container.status()
-        if status == "stopped":
-            raise Error("cannot start a container that has stopped")
-        if status == "running":
-            raise Error("cannot start an already running container")
-        if status != "created":
-            raise Error(f"cannot start a container in the {status} state")
-        if not container.state["startable"]:
+        check_status("start", container, container.status())
+        if not container.state.startable:
             raise Error(f"cannot start container {container.id}: its config.json has no process")
-        container.domid()  # the number that all of this is for
-        unmounted = attach_disk(container)
-        try:
-            plug(container, log)
-            container.command_domain("unpause", status="running")
-        except BaseException:
-            if container.state.get("disk"):
-                return_disk(container, unmounted)
-            raise
+        domain = container.domain()
+        for kind, number in container.state.devices:  # of a `start` that was killed, or whose xl has failed
+            if [kind, number] not in STANDARD_DEVICES:
+                container.release(Device(domain, kind, number))
+        with Undo(log) as undo:
+            attach_disk(container, domain, undo)
+            plug(container, domain, undo)
+            try:
+                container.switch("unpause", status="running")
+            except BaseException:
+                if container.unsettled():  # xl was called: the VM may run, and needs its devices
+                    undo.steps.clear()
+                raise
     # without the lock: a hook may call runX
-    if container.state["hooks"].get("startContainer") or container.state["hooks"].get("poststart"):
-        if not container.state.get("own_init"):
+    if container.state.hooks.get("startContainer") or container.state.hooks.get("poststart"):
+        if not container.state.own_init:
             await_process(container)
         try:
             run_hooks(container, "poststart", "running")
@@ -5688,47 +6274,46 @@ def start(container, log):
             raise
 
 
-def await_process(container):
-    """Waits until the container's process is executed; Error if it ends before: a startContainer hook has failed."""
-    import select
-
-    xenstore, data = Xenstore(), f"/local/domain/{container.state['domid']}/data"
-    xenstore.watch((data, "data"))
-    pidfd = open_pidfd(container)
-    reason = None
+def await_process(container: Container) -> None:
+    """Wait until the container's process is executed; Error if it ends before: a startContainer hook has failed."""
+    domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
+    xenstore = domain.xenstore
+    xenstore.watch((f"{domain.path}/data", "data"))
+    pidfd = container.open_pidfd()
     while pidfd is not None:
         if not xenstore.events and pidfd in select.select([xenstore.fd, pidfd], [], [])[0]:
             break
         xenstore.take_events()
-        if xenstore.read(f"{data}/ready"):
+        if domain.told("ready"):
             os.close(pidfd)
             return
-        reason = xenstore.read(f"{data}/error") or reason
     if os.path.exists(container.path("ready")):
         return  # it was over before we were told
-    raise Error(f"cannot start container {container.id}: {printable(reason or 'its VM has ended, see the log')}")
+    error = container.path("error")
+    reason = printable(read_file(error)) if os.path.exists(error) else "its VM has ended, see the log"
+    raise Error(f"cannot start container {container.id}: {reason}")
 
 
-def command_run(call):
+def command_run(call: Invocation) -> int:
     """create, start and, unless detached, wait: the exit status is the container's."""
-    container, config, bundle = prepare(call)
-    attached = "detach" not in call.options
-    console_socket, engine = find_console_socket(call, config, attached), None
-    if attached and config.process and config.process.terminal:
+    attached, engine = "detach" not in call.options, None
+    plan = make_plan(call, attached)
+    if attached and plan.config.process and plan.config.process.terminal:
         import socket
 
-        engine, console_socket = (end.detach() for end in socket.socketpair())
-    pid = create(call, container, config, bundle, console_socket)
+        engine, plan.console_socket = (end.detach() for end in socket.socketpair())
+    pid = create(plan, call.options.get("pid-file"))
+    if attached:
+        forward_signals(pid)
     try:
-        start(container, call.log)
+        start(plan.container, call.log)
     except BaseException:
-        delete(container, True, call.log)
+        delete(plan.container, True, call.log)
         raise
     if not attached:
         return 0
-    forward_signals(pid)
-    if engine is not None:
-        os.close(console_socket)
+    if engine is not None and isinstance(plan.console_socket, int):
+        os.close(plan.console_socket)
         with socket.socket(fileno=engine) as connection:
             attach(socket.recv_fds(connection, 4096, 1)[1][0])
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -5737,16 +6322,13 @@ def command_run(call):
     return status if status >= 0 else 128 - status
 
 
-def attach(master):
-    """Joins our standard input and output, a terminal or not, to a container's terminal until that ends."""
-    import select
+def attach(master: int) -> None:
+    """Join our standard input and output, a terminal or not, to a container's terminal until that ends."""
     import signal
     import termios
     import tty
 
-    def resize(*_):
-        import fcntl
-
+    def resize(*_: object) -> None:
         fcntl.ioctl(master, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
 
     saved = termios.tcgetattr(0) if os.isatty(0) else None
@@ -5755,20 +6337,8 @@ def attach(master):
         signal.signal(signal.SIGWINCH, resize)
         resize()
     os.set_blocking(master, False)
-    typed, reading = b"", True  # typed: what the container has yet to take
     try:
-        while True:
-            sources = [master] if typed or not reading else [master, 0]
-            readable, writable, _ = select.select(sources, [master] if typed else [], [])
-            if 0 in readable:
-                typed = os.read(0, 4096)
-                reading = bool(typed)
-            if writable:
-                typed = typed[os.write(master, typed) :]
-            if master in readable:
-                output = os.read(master, 4096)
-                while output:
-                    output = output[os.write(1, output) :]
+        join_terminal(master)
     except OSError:
         pass  # EIO from the master: the container's end is closed; or nobody is at ours any more
     finally:
@@ -5780,11 +6350,28 @@ def attach(master):
             pass  # the terminal has gone
 
 
-def forward_signals(pid):
-    """What a person or a supervisor sends to `run` goes to the monitor, which gives it to the process."""
+def join_terminal(master: int) -> NoReturn:
+    """Carry what is typed and what is shown.  Raise OSError when that ends."""
+    typed, reading = b"", True  # typed: what the container has yet to take
+    while True:
+        sources = [master] if typed or not reading else [master, 0]
+        readable, writable, _ = select.select(sources, [master] if typed else [], [])
+        if 0 in readable:
+            typed = os.read(0, 4096)
+            reading = bool(typed)
+        if writable:
+            typed = typed[os.write(master, typed) :]
+        if master in readable:
+            output = os.read(master, 4096)
+            while output:
+                output = output[os.write(1, output) :]
+
+
+def forward_signals(pid: int) -> None:
+    """What a person or a supervisor sends to `run` goes to the container, as to a process."""
     import signal
 
-    def forward(number, _):
+    def forward(number: int, _: object) -> None:
         try:
             os.kill(pid, number)
         except ProcessLookupError:
@@ -5794,16 +6381,24 @@ def forward_signals(pid):
         signal.signal(number, forward)
 
 
-def command_state(call):
+# ---- state, kill, delete
+
+
+def command_state(call: Invocation) -> None:
     print_json(call.container().load().public_state())
 
 
-def print_json(value, indent=2):
+def print_json(value: Any, indent: int | None = 2) -> None:
     """indent None: on one line, at once, for a reader of a stream."""
-    print(json_text(value, indent=indent), flush=True)
+    print(json_text(value, indent), flush=True)
 
 
-def parse_signal(text):
+def command_kill(call: Invocation) -> None:
+    signal = call.options.get("signal") or (call.arguments[1] if len(call.arguments) > 1 else "TERM")
+    kill(call.container(), parse_signal(signal), "all" in call.options)
+
+
+def parse_signal(text: str) -> int:
     """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
     name = text.upper().removeprefix("SIG")
     if name.isdecimal() and len(name) < 10 and int(name) <= 64:
@@ -5818,77 +6413,52 @@ def parse_signal(text):
     raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
 
 
-def command_kill(call):
-    signal = call.options.get("signal") or (call.arguments[1] if len(call.arguments) > 1 else "TERM")
-    kill(call.container(), parse_signal(signal), "all" in call.options)
-
-
-def kill(container, number, to_all=False):
-    """Asks for the signal and returns; whether and when the container ends is its monitor's to see."""
+def kill(container: Container, number: int, to_all: bool = False) -> None:
+    """Ask for the signal and return; whether and when the container ends is its monitor's to see."""
     with container:
         status = container.status(ask=number != SIGKILL)  # which must not wait for xl
         if status == "stopped" and to_all:
             return  # as runc: all of nothing is done
-        if status in ("stopped", "creating"):
-            raise NotRunning()
+        check_status("kill", container, status)
         try:
             send_signal(container, number, to_all)
         except NotRunning:
             pass  # it is ending, and as long as its pid is there it takes signals, as any process does
 
 
-def send_signal(container, number, to_all):
-    own_init, domain = container.state["own_init"], (container.state["domid"], container.state["uuid"])
+def send_signal(container: Container, number: int, to_all: bool) -> None:
+    state = container.state
     certain = number != SIGKILL or not container.unsettled()
-    if container.state["status"] == "created" and certain:  # its process is yet to be: only the end can be had
+    if state.status == "created" and certain:  # its process is yet to be: only the end can be had
         if number in ENDING_SIGNALS:
-            tell_monitor(container, f"destroy {number}")
+            container.tell_monitor(f"destroy {number}")
     elif number == SIGKILL:
-        tell_monitor(container, f"destroy {number}" if own_init else f"kill {number}")
+        container.tell_monitor(f"destroy {number}" if state.own_init else f"kill {number}")
         try:  # so that its last writes reach the host, if that can be
-            if container.status() == "paused" and container.state["status"] == "running" and not own_init:
-                container.command_domain("unpause", paused=False)
+            if container.status() == "paused" and state.status == "running" and not state.own_init:
+                container.switch("unpause", paused=False)
         except Error:
             pass
-    elif own_init:
+    elif state.own_init:
         if number in ENDING_SIGNALS:
-            shut_down(Xenstore(), *domain)
+            container.domain().shut_down()
     elif number != 0:
-        send_request(Xenstore(), *domain, f"killall {number}" if to_all else f"kill {number}")
+        container.domain().request(f"killall {number}" if to_all else f"kill {number}")
 
 
-def open_pidfd(container):
-    """A descriptor that is readable once the monitor has ended; None if it has."""
-    if container.state.get("pid") is None or container.status() == "stopped":
-        return None
-    try:
-        return os.pidfd_open(container.state["pid"])
-    except ProcessLookupError:
-        return None
-
-
-def tell_monitor(container, request):
-    try:
-        fd = os.open(container.path("control"), os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:  # no such file, or nobody reads it
-        raise NotRunning() from None
-    os.write(fd, request.encode() + b"\n")
-    os.close(fd)
-
-
-def command_delete(call):
+def command_delete(call: Invocation) -> None:
     delete(call.container(), "force" in call.options, call.log)
 
 
-def delete(container, force, log):
+def delete(container: Container, force: bool, log: Log) -> None:
     container.forgiving = force
     try:
         with container:
             status = container.status(ask=not force)
-            if "pid" not in container.state and os.path.exists(container.path("state.json")):
-                log.write("warning", f"the state of container {container.id} is lost: its networks and cgroup stay")
-            if status not in ("stopped", "created") and not force:
-                raise Error(f"cannot delete container {container.id} that is not stopped: {status}")
+            if not container.state.pid and os.path.exists(container.path("state.json")):
+                log.warn(f"the state of container {container.id} is lost: its networks and cgroup stay")
+            if not force:
+                check_status("delete", container, status)
             stop_monitor(container)
             if container.is_ours():  # a monitor that was still creating has removed it by itself
                 destroy(container, log)
@@ -5897,105 +6467,83 @@ def delete(container, force, log):
             raise
 
 
-def stop_monitor(container):
-    """Ends the monitor with its domain, and the holder; by force if they do not do so themselves in time."""
+def stop_monitor(container: Container) -> None:
+    """End the monitor with its domain, and the holder; by force if they do not do so themselves in time."""
     state = container.state
     try:
-        tell_monitor(container, f"destroy {SIGKILL}")
+        container.tell_monitor(f"destroy {SIGKILL}")
     except NotRunning:
         pass  # it is ending already
-    for pid, start_time in (state.get("monitor", (None, 0)), (state.get("pid"), state.get("pid_start_time"))):
-        if pid is not None and container.is_of_this_boot():
-            end_process(pid, start_time)
+    for pid, start_time in (state.monitor, (state.pid, state.pid_start_time)):
+        if pid and container.is_of_this_boot():
+            end_process(pid, start_time, MONITOR_END)
 
 
-def end_process(pid, start_time):
-    """Waits for the end of a process, and kills it if that does not come in time."""
-    import select
-
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return  # it has ended, and the number may be a thread's
-    try:
-        if process_start_time(pid) == start_time and not select.select([pidfd], [], [], MONITOR_END)[0]:
-            os.kill(pid, SIGKILL)
-            select.select([pidfd], [], [], MONITOR_END)
-    finally:
-        os.close(pidfd)
+# ---- pause, resume, ps, events
 
 
-def command_pause(call):
+def command_pause(call: Invocation) -> None:
     """The VM gets no processor time until `resume`.  One that is not started has none anyway."""
-    container = call.container()
-    with container:
+    with call.container() as container:
         status = container.status()
-        if status not in ("created", "running"):
-            raise NotRunning()
+        check_status("pause", container, status)
         if status == "running":
-            container.command_domain("pause", status="running", paused=True)
+            container.switch("pause", status="running", paused=True)
         else:
             container.save(paused=True)
 
 
-def command_resume(call):
-    container = call.container()
-    with container:
-        if container.status() != "paused":
-            raise Error("container not paused")
-        if container.state["status"] == "running":
-            container.command_domain("unpause", paused=False)
+def command_resume(call: Invocation) -> None:
+    with call.container() as container:
+        check_status("resume", container, container.status())
+        if container.state.status == "running":
+            container.switch("unpause", paused=False)
         else:
             container.save(paused=False)
 
 
-def output_format(call):
+def output_format(call: Invocation) -> str:
     """ "table" or "json"; Error if --format is another."""
-    wanted = call.options.get("format", "table")
+    wanted: str = call.options.get("format", "table")
     if wanted not in ("table", "json"):
         raise Error(f"invalid format option {printable(wanted)}: use table or json")
     return wanted
 
 
-def command_ps(call):
-    """The container's process as dom0 sees it: the monitor.  What runs in the VM, only the VM knows."""
+def command_ps(call: Invocation) -> None:
+    """The container's process as dom0 sees it: the holder.  What runs in the VM, only the VM knows."""
     import subprocess
 
     container, form = call.container().load(), output_format(call)
-    status, pid = container.status(), str(container.state.get("pid"))
-    if status == "creating":
-        raise NotRunning()
+    status, pid = container.status(), container.state.pid
+    check_status("ps", container, status)
+    shown = [pid] if status != "stopped" else []
     if form == "json":
-        print_json(None if status == "stopped" else [int(pid)], None)
+        print_json(shown or None, None)
         return
-    if status == "stopped":
-        pid = None  # as runc: the heading alone
     command = ["ps", *(call.arguments[1:] or ["-ef"])]
     result = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PATH": PATH}, text=True, check=False)
     head, *rows = result.stdout.splitlines() or [""]
     if result.returncode != 0 or "PID" not in head.split():
         raise Error(f"cannot tell a PID column in the output of {' '.join(command)}: try --format json")
-    column = head.split().index("PID")
-    print(head, *(row for row in rows if row.split()[column : column + 1] == [pid]), sep="\n")
+    column, pids = head.split().index("PID"), [[str(each)] for each in shown]  # as runc: stopped, the heading alone
+    print(head, *(row for row in rows if row.split()[column : column + 1] in pids), sep="\n")
 
 
-def command_events(call):
+def command_events(call: Invocation) -> None:
     """As `runc events`: one line of JSON every --interval, and "oom" when that happens; once with --stats."""
-    import select
-
-    container = call.container()
     interval = parse_duration(call.options.get("interval", "5s"))
-    container.load()
-    pidfd = None if container.status() == "creating" else open_pidfd(container)
+    container = call.container().load()
+    check_status("events", container, container.status())
+    pidfd = container.open_pidfd()
     if pidfd is None:
-        raise Error(f"container with id {container.id} is not running")
+        raise Error(GONE.format(id=container.id))
     if "stats" in call.options:
         print_stats(container)
         return
-    xenstore, told = Xenstore(), False
-    oom = f"/local/domain/{container.domid(xenstore)}/data/oom"
-    xenstore.watch((oom, "oom"))
-    deadline = time.monotonic()
+    domain, told, deadline = container.domain(), False, time.monotonic()
+    xenstore = domain.xenstore
+    xenstore.watch((f"{domain.path}/data/oom", "oom"))
     while True:
         if time.monotonic() >= deadline:
             print_stats(container)
@@ -6004,14 +6552,14 @@ def command_events(call):
         ready = select.select([xenstore.fd, pidfd], [], [], wait)[0]
         if xenstore.fd in ready or xenstore.events:
             xenstore.take_events()
-            if not told and xenstore.read(oom):
+            if not told and domain.told("oom"):
                 told = True
                 print_json({"type": "oom", "id": container.id}, None)
         elif pidfd in ready:
             return
 
 
-def parse_duration(text):
+def parse_duration(text: str) -> float:
     """Seconds of a Go duration such as 5s, 500ms, 1m30s; Error if it is none or not positive."""
     import re
 
@@ -6023,30 +6571,31 @@ def parse_duration(text):
     return seconds
 
 
-def print_stats(container):
+def print_stats(container: Container) -> None:
     """What Xen has counted, in runc's shape (types/events.go): nanoseconds and bytes.  Nothing if it is gone."""
     try:
-        domain = list_domain(container.domid())
+        listing = container.domain().listing()
     except NotRunning:
         return
-    if domain is None:
+    if listing is None:
         return
-    memory = {"limit": container.state["maxmem"] << 20, "usage": domain.memory << 20, "failcnt": 0}
-    print_json({
-        "type": "stats",
-        "id": container.id,
-        "data": {
-            "cpu": {"usage": {"total": round(domain.time * 10) * 10**8, "kernel": 0, "user": 0}, "throttling": {}},
-            "memory": {"usage": memory, "swap": {"failcnt": 0}, "kernel": {"failcnt": 0}, "kernelTCP": {"failcnt": 0}},
-            "pids": {},
-            "blkio": {},
-            "hugetlb": {},
-            "intel_rdt": {},
-        },
-    }, None)  # fmt: skip
+    memory = {"limit": container.state.maxmem << 20, "usage": listing.memory << 20, "failcnt": 0}
+    cpu = {"usage": {"total": round(listing.time * 10) * 10**8, "kernel": 0, "user": 0}, "throttling": {}}
+    none = {"failcnt": 0}
+    data = {
+        "cpu": cpu,
+        "memory": {"usage": memory, "swap": none, "kernel": none, "kernelTCP": none},
+        "pids": {},
+        "blkio": {},
+        "hugetlb": {},
+        "intel_rdt": {},
+    }
+    print_json({"type": "stats", "id": container.id, "data": data}, None)
 
 
-# `update`: the option for each field of linux.resources, runc's names
+# ---- update
+
+# the option for each field of linux.resources, runc's names
 UPDATE_OPTIONS = {
     "memory": ("memory", "limit"), "memory-reservation": ("memory", "reservation"), "memory-swap": ("memory", "swap"),
     "kernel-memory": ("memory", "kernel"), "kernel-memory-tcp": ("memory", "kernelTCP"),
@@ -6056,22 +6605,21 @@ UPDATE_OPTIONS = {
     "blkio-weight": ("blockIO", "weight"), "pids-limit": ("pids", "limit"),
     "l3-cache-schema": ("intelRdt", "l3CacheSchema"), "mem-bw-schema": ("intelRdt", "memBwSchema"),
 }  # fmt: skip
+TEXTS = ("cpuset-cpus", "cpuset-mems", "l3-cache-schema", "mem-bw-schema")  # all others are numbers
 UPDATABLE = {("memory", "limit"), ("cpu", "quota"), ("cpu", "period"), ("cpu", "shares"), ("cpu", "cpus")}
 # A VM has no swap, so any limit of it is kept; a reservation is a wish.
 IMMATERIAL = {("memory", "swap"), ("memory", "reservation")}
 
 
-def command_update(call):
-    """Changes what Xen can change in a VM that runs; refuses all if anything else is to be different."""
-    container = call.container()
-    changes = read_update(call.options)
+def command_update(call: Invocation) -> None:
+    """Change what Xen can change in a VM that runs; refuse all if anything else is to be different."""
+    container, changes = call.container(), read_update(call.options)
     with container:
-        if container.status() in ("creating", "stopped"):
-            raise NotRunning()
+        check_status("update", container, container.status())
         update(container, changes)
 
 
-def read_update(options):
+def read_update(options: dict[str, Any]) -> dict[str, Any]:
     """The linux.resources that --resources and the other options ask for."""
     source, changes = options.get("resources"), {}
     if source:
@@ -6083,14 +6631,14 @@ def read_update(options):
             raise Error(f"the resources in {source} must be a JSON object")
     for name, (section, key) in UPDATE_OPTIONS.items():
         if name in options:
-            values = field(changes, section, dict, {}, "resources")
+            values = Section(changes, "resources").section(section).values
             changes[section] = {**values, key: parse_quantity(name, options[name])}
     return changes
 
 
-def parse_quantity(name, text):
+def parse_quantity(name: str, text: str) -> int | str:
     """An integer, with k, m or g behind a number of bytes; what is no number for runc either is text."""
-    if name in ("cpuset-cpus", "cpuset-mems", "l3-cache-schema", "mem-bw-schema"):
+    if name in TEXTS:
         return text
     digits, scale = text.lower().removesuffix("b"), 1
     if "memory" in name and digits and digits[-1] in "kmg":
@@ -6101,12 +6649,39 @@ def parse_quantity(name, text):
         raise Error(f"option --{name} of update needs a number, not {text!r}") from None
 
 
-def update(container, changes):
+def update(container: Container, changes: dict[str, Any]) -> None:
     state = container.state
-    new = {key: dict(value) if isinstance(value, dict) else value for key, value in state["resources"].items()}
-    refused = []
+    asked = merge_resources(container, changes)
+    new, old = (parse_resources(spec, "resources", state.base) for spec in (asked, state.resources))
+    memory, vcpus = new.mebibytes(state.maxmem), new.vcpus(state.maxvcpus)
+    for wanted, most, what in ((memory, state.maxmem, "MiB of memory"), (vcpus, state.maxvcpus, "vcpus")):
+        if wanted > most:
+            raise Error(
+                f"cannot update container {container.id} to {wanted} {what}: its VM was made for {most} at most, "
+                f"see the annotations org.runx.maxmem and org.runx.maxvcpus"
+            )
+    known = None if state.updating else old  # an `update` that was killed has left nobody knows what
+    container.save(updating=True)
+    try:
+        apply_resources(container, new, known)
+    except Error:
+        apply_resources(container, old, new)  # all or nothing; what was not reached it leaves as it is
+        container.save(updating=False)
+        raise
+    container.save(resources=asked, updating=False)
+    for root, path in state.cgroups:
+        try:
+            limit_cgroup(root + path, new)
+        except OSError:
+            pass  # of version 1, it has more than that; the VM's own memory is not there
+
+
+def merge_resources(container: Container, changes: dict[str, Any]) -> dict[str, Any]:
+    """The container's linux.resources with the changes.  Raise Error for what cannot change."""
+    known, refused = container.state.resources, []
+    new = {key: dict(value) if isinstance(value, dict) else value for key, value in known.items()}
     for section, values in changes.items():
-        old = state["resources"].get(section)
+        old = known.get(section)
         if not isinstance(values, dict) or not isinstance(old or {}, dict):
             if values and values != old:
                 refused.append(section)
@@ -6118,41 +6693,20 @@ def update(container, changes):
                 refused.append(f"{section}.{key}")
     if refused:
         raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
-    base = {"most_vcpus": VCPUS_MAX, **state["base"]}  # an older runX has not written it
-    resources, old = (parse_resources(spec, "resources", base) for spec in (new, state["resources"]))
-    memory, vcpus = resources.mebibytes(state["maxmem"]), resources.vcpus(state["maxvcpus"])
-    for wanted, most, what in ((memory, state["maxmem"], "MiB of memory"), (vcpus, state["maxvcpus"], "vcpus")):
-        if wanted > most:
-            raise Error(
-                f"cannot update container {container.id} to {wanted} {what}: its VM was made for {most} at most, "
-                f"see the annotations org.runx.maxmem and org.runx.maxvcpus"
-            )
-    known = None if state.get("updating") else old  # an `update` that was killed has left nobody knows what
-    container.save(updating=True)
-    try:
-        apply_resources(container, resources, known)
-    except Error:
-        apply_resources(container, old, resources)  # all or nothing; what was not reached it leaves as it is
-        container.save(updating=False)
-        raise
-    container.save(resources=new, updating=False)
-    for root, path in state["cgroups"]:
-        try:
-            limit_cgroup(root + path, resources)
-        except OSError:
-            pass  # of version 1, it has more than that; the VM's own memory is not there
+    return new
 
 
-def apply_resources(container, new, old):
-    """Has Xen change what is new in the Resources, or all of them where the old ones are None."""
-    domid, maxmem, maxvcpus = container.domid(), container.state["maxmem"], container.state["maxvcpus"]
+def apply_resources(container: Container, new: Resources, old: Resources | None) -> None:
+    """Have Xen change what is new in the Resources, or all of them where the old ones are None."""
+    domain, maxmem, maxvcpus = container.domain(), container.state.maxmem, container.state.maxvcpus
+    domid = domain.domid
     if not old or new.mebibytes(maxmem) != old.mebibytes(maxmem):
         change_domain("mem-set", domid, f"{new.mebibytes(maxmem)}m")
     if not old or new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
         change_domain("vcpu-set", domid, new.vcpus(maxvcpus))
         # the kernel finds one more; that it is used is userspace's to say
         if not old or new.vcpus(maxvcpus) > old.vcpus(maxvcpus):
-            send_request(Xenstore(), domid, container.state["uuid"], "cpus", "cpus")
+            domain.request("cpus", "cpus")
     if not old or (new.shares, new.cap()) != (old.shares, old.cap()):
         scheduler = "sched-credit" if xl_info("xen_scheduler") == "credit" else "sched-credit2"
         change_domain(scheduler, "-d", domid, "-w", new.weight() if new.shares else 256, "-c", new.cap())
@@ -6160,7 +6714,10 @@ def apply_resources(container, new, old):
         change_domain("vcpu-pin", domid, "all", new.cpus or "all")
 
 
-def command_list(call):
+# ---- list, features, pack-initrd
+
+
+def command_list(call: Invocation) -> None:
     """As `runc list`: a table, --format json, or --quiet for ids alone."""
     states, made = [], os.path.isdir(call.root)
     if not made and call.root != DEFAULT_ROOT:
@@ -6171,7 +6728,7 @@ def command_list(call):
         except NoContainer:
             pass  # deleted meanwhile, or no folder
         except Error as error:
-            call.log.write("warning", str(error))
+            call.log.warn(str(error))
     if "quiet" in call.options:
         print("".join(f"{state['id']}\n" for state in states), end="")
     elif output_format(call) == "json":
@@ -6180,44 +6737,47 @@ def command_list(call):
         print_table(states)
 
 
-def print_table(states):
+def print_table(states: list[dict[str, Any]]) -> None:
     heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
-    rows = [heads, *([str(state[head.lower()]) for head in heads] for state in states)]
+    rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     for row in rows:
         print("   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def command_features(call):
+def command_features(call: Invocation) -> None:
     """runtime-spec features.md: what is in it is there, what is not is not."""
+    off = {"enabled": False}
+    seccomp = {
+        "enabled": os.uname().machine in SECCOMP_ARCHITECTURES,
+        "actions": list(SECCOMP_ACTIONS),
+        "operators": [f"SCMP_CMP_{name}" for name in SECCOMP_OPERATORS],
+        "archs": [name for pairs in SECCOMP_ARCHITECTURES.values() for name, _ in pairs],
+        "knownFlags": list(SECCOMP_FLAGS),
+        "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],
+    }
+    linux = {
+        "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+        "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
+        "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
+        "seccomp": seccomp,
+        "apparmor": off,
+        "selinux": off,
+        "intelRdt": off,
+        "mountExtensions": {"idmap": off},
+    }
     print_json({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.3.0",
         "hooks": list(HOOK_KINDS),
         "mountOptions": sorted({*MOUNT_OPTIONS, *filter(None, PROPAGATIONS), "tmpcopyup", "notmpcopyup"}),
-        "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
-            "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
-            "cgroup": {"v1": False, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
-            "seccomp": {
-                "enabled": os.uname().machine in SECCOMP_ARCHITECTURES,
-                "actions": list(SECCOMP_ACTIONS),
-                "operators": [f"SCMP_CMP_{name}" for name in SECCOMP_OPERATORS],
-                "archs": [name for pairs in SECCOMP_ARCHITECTURES.values() for name, _ in pairs],
-                "knownFlags": list(SECCOMP_FLAGS),
-                "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],
-            },
-            "apparmor": {"enabled": False},
-            "selinux": {"enabled": False},
-            "intelRdt": {"enabled": False},
-            "mountExtensions": {"idmap": {"enabled": False}},
-        },
+        "linux": linux,
         "annotations": {"org.runx.version": VERSION},
         "potentiallyUnsafeConfigAnnotations": ["org.runx."],
     })  # fmt: skip
 
 
-def command_pack_initrd(call):
+def command_pack_initrd(call: Invocation) -> None:
     if len(call.arguments) != 2:
         raise Error("usage: runX pack-initrd FOLDER FILE")
     pack_initrd(*call.arguments)
@@ -6233,24 +6793,23 @@ SHORT = {
     "b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet", "r": "resources", "h": "help", "v": "version",
 }  # fmt: skip
 
-# command: (function, flags, options with a value)
-COMMANDS = {
-    "create": (command_create, CREATE_FLAGS, CREATE_VALUES),
-    "start": (command_start, set(), set()),
-    "run": (command_run, CREATE_FLAGS, CREATE_VALUES),
-    "state": (command_state, set(), set()),
-    "kill": (command_kill, {"all"}, {"signal"}),
-    "delete": (command_delete, {"force"}, set()),
-    "pause": (command_pause, set(), set()),
-    "resume": (command_resume, set(), set()),
-    "ps": (command_ps, set(), {"format"}),
-    "events": (command_events, {"stats"}, {"interval"}),
-    "update": (command_update, set(), {"resources", *UPDATE_OPTIONS}),
-    "list": (command_list, {"quiet"}, {"format"}),
-    "features": (command_features, set(), set()),
-    "pack-initrd": (command_pack_initrd, set(), set()),
+# command: (function, flags, options with a value, most arguments)
+COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str], int]] = {
+    "create": (command_create, CREATE_FLAGS, CREATE_VALUES, 1),
+    "start": (command_start, set(), set(), 1),
+    "run": (command_run, CREATE_FLAGS, CREATE_VALUES, 1),
+    "state": (command_state, set(), set(), 1),
+    "kill": (command_kill, {"all"}, {"signal"}, 2),
+    "delete": (command_delete, {"force"}, set(), 1),
+    "pause": (command_pause, set(), set(), 1),
+    "resume": (command_resume, set(), set(), 1),
+    "ps": (command_ps, set(), {"format"}, 1000),
+    "events": (command_events, {"stats"}, {"interval"}, 1),
+    "update": (command_update, set(), {"resources", *UPDATE_OPTIONS}, 1),
+    "list": (command_list, {"quiet"}, {"format"}, 0),
+    "features": (command_features, set(), set(), 0),
+    "pack-initrd": (command_pack_initrd, set(), set(), 2),
 }
-ARGUMENTS_MAX = {"list": 0, "features": 0, "kill": 2, "pack-initrd": 2, "ps": 1000}  # 1 for the others
 # what other runtimes have, so that the refusal can say that it is known
 UNSUPPORTED = {"checkpoint", "exec", "restore"}
 GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
@@ -6276,14 +6835,14 @@ commands:
 The root is {DEFAULT_ROOT} by default."""
 
 
-def split_option(word):
+def split_option(word: str) -> tuple[str, str | None]:
     """("bundle", None) of --bundle, -bundle or -b; ("bundle", "x") of --bundle=x."""
     name, equals, value = word.lstrip("-").partition("=")
     return SHORT.get(name, name), value if equals else None
 
 
-def is_set(name, value):
-    """Whether a flag, such as --debug or --debug=true, is: Go's strconv.ParseBool.  Raises Error."""
+def is_set(name: str, value: str | None) -> bool:
+    """Whether a flag, such as --debug or --debug=true, is: Go's strconv.ParseBool.  Raise Error."""
     if value is None or value in ("1", "t", "T", "true", "TRUE", "True"):
         return True
     if value in ("0", "f", "F", "false", "FALSE", "False"):
@@ -6291,8 +6850,8 @@ def is_set(name, value):
     raise Error(f"option --{name} is true or false, not {value!r}")
 
 
-def parse_globals(words, options):
-    """Takes the options before the command off words, into options; one that runX does not know is passed over."""
+def parse_globals(words: list[str], options: dict[str, Any]) -> None:
+    """Take the options before the command off words, into options; one that runX does not know is passed over."""
     while words and words[0].startswith("-"):
         name, value = split_option(words.pop(0))
         if value is None and name in GLOBAL_VALUES and name != "rootless":
@@ -6306,10 +6865,11 @@ def parse_globals(words, options):
             options[name] = True if value is None else value
 
 
-def parse_options(command, words):
+def parse_options(command: str, words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Options and arguments of a command, in any order; what follows -- are arguments."""
-    _, flags, values = COMMANDS[command]
-    options, arguments = {}, []
+    _, flags, values, most = COMMANDS[command]
+    options: dict[str, Any] = {}
+    arguments: list[str] = []
     while words:
         word = words.pop(0)
         if word == "--":
@@ -6332,19 +6892,22 @@ def parse_options(command, words):
             options[name] = words.pop(0) if value is None else value
         else:
             raise Error(f"{command} has no option {word}: see runX --help")
+    if len(arguments) > most and "help" not in options:
+        raise Error(f"{command} takes no more than {most} arguments, and {printable(arguments[most])} is one more")
     return options, arguments
 
 
-def run_command(words, options, log):
+def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invocation | None:
+    """The rest of the command line; None if only something about runX is asked for, which is printed."""
     if "version" in options:
         print(f"runX version {VERSION}\nspec: 1.3.0")
-        return 0
+        return None
     if options.get("log-format", "text") not in ("text", "json"):
         raise Error(f"invalid log-format: {options['log-format']}")
     refused_help = words and words[0] in UNSUPPORTED and words[1:] in (["-h"], ["--help"])
     if "help" in options or not words or words[0] in ("help", "h") or refused_help:
         print(USAGE)
-        return 0
+        return None
     command = words.pop(0)
     if command in UNSUPPORTED:
         raise Error(f"runX does not support {command}")
@@ -6353,35 +6916,34 @@ def run_command(words, options, log):
     command_options, arguments = parse_options(command, words)
     if "help" in command_options:
         print(USAGE)
-        return 0
-    most = ARGUMENTS_MAX.get(command, 1)
-    if len(arguments) > most:
-        raise Error(f"{command} takes no more than {most} arguments, and {printable(arguments[most])} is one more")
-    root = os.path.abspath(options.get("root", DEFAULT_ROOT))
-    systemd = "systemd-cgroup" in options
-    call = Invocation(root=root, log=log, systemd=systemd, options=command_options, arguments=arguments)
-    return COMMANDS[command][0](call) or 0
+        return None
+    return Invocation(
+        command=command, root=os.path.abspath(options.get("root", DEFAULT_ROOT)), log=log,
+        systemd="systemd-cgroup" in options, options=command_options, arguments=arguments,
+    )  # fmt: skip
 
 
-def main(words):
-    """Runs one command line; returns the exit status.  The only place where an Error ends."""
-    log, options = Log(), {}
+def main(words: list[str]) -> int:
+    """Run one command line; return the exit status.  The only place where an Error ends."""
+    log, call = Log(), None
+    options: dict[str, Any] = {}
     try:
         try:
             parse_globals(words, options)
         finally:
             log = Log(options.get("log"), options.get("log-format") == "json", "debug" in options)
-        return run_command(words, options, log)
+        call = parse_command(words, options, log)
+        return (COMMANDS[call.command][0](call) or 0) if call else 0
     except Error as error:
         message = str(error)
     except KeyboardInterrupt:
         message = "interrupted"
     except OSError as error:
-        message = f"cannot run {' '.join(words[:1]) or 'runX'}: {error}"
+        message = f"cannot {' '.join([call.command, *call.arguments[:1]]) if call else 'run runX'}: {error}"
     except Exception as error:
         import traceback
 
-        message = f"internal error of runX: {error!r}"
+        message = f"internal error: {error!r}"
         log.debug(traceback.format_exc())
     message = printable(message[:2000])
     if log.path:
@@ -6390,7 +6952,7 @@ def main(words):
     return 1
 
 
-def run():
+def run() -> NoReturn:
     """main() as a whole process, which ends without Python's tidying up: that is a tenth of what `state` takes."""
     status = main(sys.argv[1:])
     try:

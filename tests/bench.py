@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runX costs on this dom0, each figure beside its yardstick of the same run.
 
     bench.py [--json FILE] [--runs N]               a container's life, its processes, memory and output
@@ -78,7 +79,7 @@ def make_bundle(folder, *args, env=(), namespace=None, programs=(), settings=())
 INSTALLED = pathlib.Path("/usr/lib/runX")
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 MEMORY = 64  # MiB of each VM
-TYPE = runx.load_host_config()["type"] or runx.host_guest_type()
+TYPE = runx.load_host_config().type or runx.host_guest_type()
 ROOTFS = ("ramdisk", "block", "9p")
 OTHERS = ("runc", "crun", "youki", "kata-runtime", "urunc")  # where they are installed
 

@@ -1,6 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests share: the module under test, bundles, and a dom0 that must be left as it was found."""
 
+import contextlib
+import ctypes
 import fcntl
+import gc
 import json
 import os
 import pathlib
@@ -14,10 +18,15 @@ import termios
 import time
 import uuid
 
+import lines
 import pytest
+
+lines.start_if_asked()
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+
+from fake.dom0 import Dom0  # noqa: E402
 
 import runx  # noqa: E402
 
@@ -44,36 +53,67 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_runtestloop(session):
-    """With TEST_CLAIMS, a folder that several dom0s share, each test runs in the one that comes to it first."""
-    if "TEST_CLAIMS" not in os.environ or session.testsfailed:
-        return None  # as usual
-    for number, item in enumerate(session.items):
-        try:
-            os.mkdir(os.path.join(os.environ["TEST_CLAIMS"], str(number)))
-        except FileExistsError:
-            continue
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-    return True
+def open_descriptors():
+    """Our open descriptors, without those that only wait for the garbage collector."""
+    gc.collect()
+    return os.listdir("/proc/self/fd")
 
 
 def wait_until(condition, what, seconds=30):
-    """Waits for what nobody announces, such as another program's clean-up; fails after `seconds`."""
+    """Wait for what nobody announces, such as another program's clean-up; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still not after {seconds} s: {what}"
         time.sleep(0.05)
 
 
+# <sys/inotify.h>
+IN_MODIFY, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 2, 8, 64, 128, 256, 512
+
+
+def wait_in(folder, condition, what, seconds=60):
+    """Wait until condition() holds, of what is in a folder; the kernel announces each change (inotify(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    changes = libc.inotify_init1(os.O_CLOEXEC)
+    kinds = IN_MODIFY | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
+    assert libc.inotify_add_watch(changes, os.fsencode(folder), kinds) >= 0, os.strerror(ctypes.get_errno())
+    try:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            announced = select.select([changes], [], [], max(0, deadline - time.monotonic()))[0]
+            assert announced, f"still not after {seconds} s: {what}"
+            os.read(changes, 4096)
+    finally:
+        os.close(changes)
+
+
+def wait_in_xenstore(path, condition, what, seconds=60):
+    """Wait until condition() holds, of what is at or below a node; xenstored announces each change."""
+    xenstore = runx.Xenstore()
+    xenstore.watch((path, what))
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if not xenstore.events:
+            announced = select.select([xenstore.fd], [], [], max(0, deadline - time.monotonic()))[0]
+            assert announced, f"still not after {seconds} s: {what}"
+        xenstore.take_events()
+
+
 def wait_for(pidfd, seconds=60):
+    """Wait until the process has ended; fail after `seconds`."""
     assert select.select([pidfd], [], [], seconds)[0], f"the process has not ended in {seconds} s"
 
 
 def call(*args, **options):
-    """Runs a command to its end; bytes in and out, never our own standard input."""
+    """Run a command to its end, and return its result: bytes in and out, never our own standard input."""
     if "input" not in options:
         options.setdefault("stdin", subprocess.DEVNULL)
-    return subprocess.run(args, timeout=120, **{"capture_output": True, **options})
+    return subprocess.run(args, **{"capture_output": True, "timeout": 120, **options})
+
+
+def runx_command(*args):
+    """Return the argv of a runX command: of the one that is installed on a dom0, elsewhere of this working tree's."""
+    return ["runX", *args] if on_xen() else [sys.executable, "-IS", runx.__file__, *args]
 
 
 # ---- bundles
@@ -129,43 +169,96 @@ class Bundle:
         bin_folder = self.rootfs / "bin"
         bin_folder.mkdir(parents=True)
         shutil.copy(shutil.which("busybox"), bin_folder / "busybox")
-        for applet in APPLETS.split():
-            (bin_folder / applet).symlink_to("busybox")
+        self.add_applets(*APPLETS.split())
         (self.rootfs / "tmp").mkdir()
+
+    def add_applets(self, *names):
+        """Add commands of busybox's to the rootfs."""
+        for name in names:
+            if not os.path.lexists(self.rootfs / "bin" / name):
+                (self.rootfs / "bin" / name).symlink_to("busybox")
 
     def write_config(self, config):
         (self.folder / "config.json").write_text(json.dumps(config))
 
+    def globals(self):
+        """The options before a command."""
+        return ["--root", str(self.root), "--log", str(self.log), "--log-format", "json"]
+
     def command(self, command, *args):
-        """The argv of a runX command on the bundle's root."""
-        return ["runX", "--root", str(self.root), "--log", str(self.log), "--log-format", "json", command, *args]
+        """Return the argv of a runX command on the container; args: its options, or the signal of `kill`."""
+        words = [self.id, *args] if command == "kill" else [*args, self.id]
+        if command in ("create", "run"):
+            words = ["--bundle", str(self.folder), *words]
+        return runx_command(*self.globals(), command, *words)
 
     def runx(self, command, *args, **options):
         return call(*self.command(command, *args), **options)
 
+    def succeed(self, command, *args, **options):
+        """Run a command that must have no word to say on standard error; return its standard output."""
+        result = self.runx(command, *args, **options)
+        assert (result.returncode, result.stderr) == (0, b""), result
+        return result.stdout
+
+    def refused(self, command, *args, **options):
+        """Run a command that must be refused, in one sentence; return that."""
+        result = self.runx(command, *args, **options)
+        assert (result.returncode, result.stderr.count(b"\n")) == (1, 1), result
+        return result.stderr.decode()
+
+    def check_refused(self, *words, command="create"):
+        """A command is refused with these words, on standard error and in the log, and leaves nothing."""
+        options = ["--pid-file", str(self.pid_file)] if command == "create" else []
+        message = self.refused(command, *options)
+        assert message.startswith("runX: ") and "internal error" not in message, message
+        assert all(word in message for word in words), message
+        assert message == f"runX: {self.last_log()['msg']}\n" and self.last_log()["level"] == "error"
+        assert not self.root.joinpath(self.id).exists() and not self.pid_file.exists()
+
+    def run(self, spec=None, **options):
+        """`run` of this config, or of the one that is written; return its result."""
+        if spec is not None:
+            self.write_config(spec)
+        return self.runx("run", **options)
+
     def create(self, *options):
-        """Its output goes to files: the monitor keeps them open as the container's."""
+        """`create` with the config that is written; its output goes to files, for the monitor keeps them open as the
+        container's."""
         with open(self.folder / "stdout", "wb") as stdout, open(self.folder / "stderr", "wb") as stderr:
             result = self.runx(
-                "create", "--bundle", str(self.folder), "--pid-file", str(self.pid_file), *options, self.id,
+                "create", "--pid-file", str(self.pid_file), *options,
                 capture_output=False, stdout=stdout, stderr=stderr,
             )  # fmt: skip
         result.stderr = (self.folder / "stderr").read_bytes()
         return result
 
-    def created(self, *options):
-        """Creates it, which must succeed; returns a pidfd of the monitor, which is closed with the bundle."""
+    def created(self, spec=None, *options):
+        """Create a container of this config, or of the one that is written; return a pidfd of its process on dom0,
+        which is closed with the bundle."""
+        if spec is not None:
+            self.write_config(spec)
         result = self.create(*options)
         assert (result.returncode, result.stderr) == (0, b""), result
         self.pidfds.append(os.pidfd_open(self.pid()))
         return self.pidfds[-1]
 
-    def run(self, *args, **options):
-        self.write_config(config(*args))
-        return self.runx("run", "--bundle", str(self.folder), self.id, **options)
+    def started(self, spec=None):
+        """The same, and start it."""
+        pidfd = self.created(spec)
+        self.succeed("start")
+        return pidfd
+
+    def output(self):
+        """What a container that was created has written to its standard output until now."""
+        return (self.folder / "stdout").read_text()
+
+    def wait_for_output(self, text, seconds=60):
+        """Wait until its standard output ends with the text."""
+        wait_in(self.folder, lambda: self.output().endswith(text), f"{text!r} at the end of the output", seconds)
 
     def state(self):
-        return json.loads(self.runx("state", self.id).stdout)
+        return json.loads(self.runx("state").stdout)
 
     def pid(self):
         return int(self.pid_file.read_text())
@@ -178,11 +271,44 @@ class Bundle:
         return json.loads(self.log.read_text().splitlines()[-1])
 
     def domain(self):
-        """The domid of the container's domain, as xl sees it."""
+        """The domid of the container's domain, as xl sees it; None if there is none."""
         for line in xl("list").splitlines()[1:]:
             if line.startswith(f"runx-{self.id}-"):
                 return int(line.split()[1])
         return None
+
+
+# ---- disks
+
+
+def make_image(folder, source, kind="ext4"):
+    """An image file of a file system with what is in the folder source."""
+    image = folder / f"image.{kind}"
+    command = {
+        "ext4": ["mkfs.ext4", "-q", "-d", str(source), str(image), "16m"],
+        "squashfs": ["mksquashfs", str(source), str(image), "-quiet", "-no-progress"],
+        "erofs": ["mkfs.erofs", "-zlz4", str(image), str(source)],
+    }[kind]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return image
+
+
+@contextlib.contextmanager
+def mounted(image, target, *options):
+    """An image where an engine's snapshotter mounts it; yield the loop device."""
+    target.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-o", ",".join(["loop", *options]), str(image), str(target)], check=True)
+    try:
+        yield subprocess.check_output(["findmnt", "-no", "SOURCE", str(target)], text=True).strip()
+    finally:
+        call("umount", str(target))
+
+
+# for a container: how its root is mounted, and its home
+SEEN = "sed -n 's/^[^ ]* \\/ \\([a-z0-9]* [a-z]*\\).*/\\1/p' /proc/mounts; echo $HOME; "
+
+
+# ---- terminals
 
 
 DEVPTS = {
@@ -246,19 +372,43 @@ class ConsoleSocket:
 
 @pytest.fixture
 def bundle(tmp_path):
-    bundle = Bundle(tmp_path)
-    yield bundle
-    for pidfd in bundle.pidfds:
-        os.close(pidfd)
-    if bundle.root.joinpath(bundle.id).exists():
-        bundle.runx("delete", "--force", bundle.id)
+    yield from closing(Bundle(tmp_path))
 
 
 @pytest.fixture
 def second(tmp_path):
     """Another bundle."""
     (tmp_path / "second").mkdir()
-    return Bundle(tmp_path / "second")
+    yield from closing(Bundle(tmp_path / "second"))
+
+
+def closing(bundle):
+    """Yield the bundle, and remove its container where the test has left one."""
+    yield bundle
+    for pidfd in bundle.pidfds:
+        os.close(pidfd)
+    if bundle.root.joinpath(bundle.id).exists():
+        bundle.runx("delete", "--force")
+
+
+# ---- a dom0 without Xen
+
+
+@pytest.fixture(scope="session")
+def one_fake_dom0(tmp_path_factory):
+    dom0 = Dom0(tmp_path_factory.mktemp("dom0"))
+    yield dom0
+    dom0.close()
+
+
+@pytest.fixture
+def dom0(one_fake_dom0):
+    """See fake/dom0.py.  After the test it must be empty again, as after all that may go wrong with a container."""
+    yield one_fake_dom0
+    left = one_fake_dom0.left()
+    one_fake_dom0.clean()
+    one_fake_dom0.release()
+    assert not left, "what is there now, and what should be"
 
 
 # ---- dom0
@@ -289,13 +439,18 @@ def processes():
     return {(pid, comm) for pid, comm in running() if comm in names or comm.startswith(prefixes)}
 
 
+def qemus():
+    """The pids of what serves a guest's files."""
+    return {pid for pid, comm in processes() if comm.startswith(("qemu", "xen-qemu"))}
+
+
 def can_run_pvh():
     return "hvm" in pathlib.Path("/sys/hypervisor/properties/capabilities").read_text()
 
 
 @pytest.fixture
 def podman():
-    """Runs podman, with runX as its runtime; afterwards, what podman leaves running or mounted is gone."""
+    """Run podman, with runX as its runtime; afterwards, what podman leaves running or mounted is gone."""
     if not shutil.which("podman"):
         pytest.skip("needs podman")
     yield lambda *args: call("podman", "--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX", *args)
@@ -331,24 +486,34 @@ def nodes(xenstore, path):
 XENS_OWN = {"/run/xen/domid-history", "/var/log/xen/xen-hotplug.log"}  # not a domain's
 
 
-def dom0_state():
-    """Everything that a container adds to a dom0 and must take away again."""
+def device_nodes():
+    """All that xenstore has of domains' devices, and what libxl notes of each domain."""
     xenstore = runx.Xenstore()
-    return {
-        "domains": {line.split()[0] for line in xl("list").splitlines()[1:]},
-        "mounts": set(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()),
-        "processes": processes(),
-        "state folders": listing("/run/runX", "/run/containerd/runc/default"),
-        "xenstore": set(nodes(xenstore, "/local/domain/0/backend")) | set(xenstore.list("/libxl")),
-        "xen files": listing("/var/log/xen", "/var/lib/xen", "/run/xen") - XENS_OWN,
-        "descriptors": set(descriptors("xenconsoled").items()),
-    }
+    return set(nodes(xenstore, "/local/domain/0/backend")) | set(xenstore.list("/libxl"))
+
+
+# everything that a container adds to a dom0 and must take away again: what is looked at sooner takes less time
+LOOKS = {
+    "processes": processes,
+    "state folders": lambda: listing("/run/runX", "/run/containerd/runc/default"),
+    "mounts": lambda: set(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()),
+    "xen files": lambda: listing("/var/log/xen", "/var/lib/xen", "/run/xen") - XENS_OWN,
+    "descriptors": lambda: set(descriptors("xenconsoled").items()),
+    "xenstore": device_nodes,
+    "domains": lambda: {line.split()[0] for line in xl("list").splitlines()[1:]},
+}
+
+
+def dom0_state():
+    return {what: look() for what, look in LOOKS.items()}
 
 
 def difference(before):
-    """What of dom0_state() is not as before: {} where all is."""
-    now = dom0_state()
-    return {key: now[key] ^ before[key] for key in now if now[key] != before[key]}
+    """The first thing of dom0_state() that is not as before: {} where all is."""
+    for what, look in LOOKS.items():
+        if (now := look()) != before[what]:
+            return {what: now ^ before[what]}
+    return {}
 
 
 dom0_before = {}
@@ -359,15 +524,10 @@ def clean_dom0():
     """The leak check: after the test, dom0 is as it was before the first one."""
     dom0_before.update(dom0_before or dom0_state())
     yield
-    left = {}
-
-    def nothing_left():
-        left.clear()
-        left.update(difference(dom0_before))
-        return not left
-
     try:
-        wait_until(nothing_left, "dom0 as it was before the test", 10)
+        wait_until(lambda: not difference(dom0_before), "dom0 as it was before the test", 10)
     except AssertionError:
+        now = dom0_state()
+        left = {what: now[what] ^ before for what, before in dom0_before.items() if now[what] != before}
         dom0_before.clear()  # one test's leak is not the next one's
         pytest.fail(f"left behind or taken away: {left}")

@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """Uses what the guest's kernel has for gateways and cars, and prints what of it has not worked, as JSON: {name: error}.
 
-A container of tests/test_xen_guest.py runs it, with dom0's Python and iproute2.
+A container of tests/test_xen_machine.py runs it, with dom0's Python and iproute2.
 """
 
 import ctypes

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * report [PATH...]: prints, as one JSON object, what a process sees of itself and of each PATH.
  *

@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
 """A dom0 after many containers: is anything left, does anything grow, is any byte lost?
 
     soak.py [--rounds N] [--mebibytes N]
@@ -46,21 +47,15 @@ def resident():
 
 def live_once(bundle):
     """create, start, exit, delete."""
-    bundle.write_config(conftest.config("sh", "-c", "echo out; echo err >&2; exit 5"))
-    created = bundle.create()
-    assert created.returncode == 0, created
-    pidfd = os.pidfd_open(bundle.pid())
-    for command in ("start", "delete"):
-        result = bundle.runx(command, bundle.id)
-        assert result.returncode == 0, result
-        if command == "start":
-            conftest.wait_for(pidfd)
-    os.close(pidfd)
+    pidfd = bundle.started(conftest.config("sh", "-c", "echo out; echo err >&2; exit 5"))
+    conftest.wait_for(pidfd)
+    bundle.succeed("delete")
+    os.close(bundle.pidfds.pop())
     assert ((bundle.folder / "stdout").read_bytes(), (bundle.folder / "stderr").read_bytes()) == (b"out\n", b"err\n")
 
 
 def check_rounds(bundle, rounds):
-    """Returns what is wrong after that many lives, a sentence each."""
+    """Yield what is wrong after that many lives, a sentence each."""
     for _ in range(min(rounds, 3)):  # what is made once: folders, caches, a daemon's buffers
         live_once(bundle)
     before, files, used = conftest.dom0_state(), conftest.descriptors(*DAEMONS), memory()
@@ -91,8 +86,7 @@ def check_stream(bundle, mebibytes):
             digest.update(block)
             file.write(block)
     bundle.write_config(conftest.config("cat", "/data"))
-    command = bundle.command("run", "--bundle", str(bundle.folder), bundle.id)
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
+    with subprocess.Popen(bundle.command("run"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
         received, total, rate = bench.read_stream(running.stdout.fileno(), 1 << 40)
     if (received, total) != (digest.hexdigest(), mebibytes << 20):
         yield f"of {mebibytes} MiB through standard output {total} bytes arrived, or others"

@@ -1,9 +1,13 @@
-"""What the runtime-spec says of the JSON that a runtime prints: runtime.md "State" and features.md.
+# SPDX-License-Identifier: Apache-2.0
+"""What the runtime-spec says of the JSON that a runtime prints: runtime.md "State" and features.md; and what of a
+config.json's process must come out of it again.
 
 Each check raises AssertionError with the name of the field.
 """
 
 import re
+
+import runx
 
 HOOKS = {"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"}
 NAMESPACES = {"cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"}
@@ -88,3 +92,25 @@ def check_state(state):
 
 def check_features(features):
     check(features, FEATURES, ("ociVersionMin", "ociVersionMax"), "features")
+
+
+def guest_words(config):
+    """What a Config says to the guest, as text."""
+    sources = [f"mounts/{number}" for number in range(len(config.mounts))]
+    *words, rest = runx.guest_config(config, sources, "{}", {}).decode().split("\0")
+    assert rest == ""
+    return words
+
+
+def check_guest_words(config, spec):
+    """The guest is told of each mount, of the user, and at the end of the process's arguments and environment."""
+    words, process = guest_words(config), spec["process"]
+    end = [word for arg in process["args"] for word in ("arg", arg)]
+    end += [word for variable in process["env"] for word in ("env", variable)]
+    assert words[-len(end) :] == end
+    user = [str(process["user"].get(key, usual)) for key, usual in (("uid", 0), ("gid", 0), ("umask", 0o022))]
+    at = words.index("user")
+    assert words[at + 1 : at + 4] == user
+    places = [at for at, word in enumerate(words[: words.index("hostname")]) if word in ("mount", "copy_up")]
+    targets = {words[at + 2] for at in places if words[at + 1]}
+    assert targets == {mount["destination"] for mount in spec["mounts"]}

@@ -1,4 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The control group of what serves a container on dom0, on folders that only look like a hierarchy."""
+
+import os
+import pathlib
+import time
 
 import pytest
 
@@ -53,6 +58,13 @@ def test_a_hierarchy_that_takes_no_group_is_an_error(hierarchy):
         runx.make_cgroups(runx.find_cgroups("//a/b", False), RESOURCES, [])
 
 
+@pytest.mark.parametrize("scope", [False, True])
+def test_the_root_is_no_group_of_a_container_even_if_nobody_is_there(hierarchy, scope):
+    hierarchy("cgroup2")
+    with pytest.raises(runx.Error, match="cannot make the cgroup /: others are in it"):
+        runx.find_cgroups("/", scope)
+
+
 @pytest.mark.parametrize("path", ["/", "/a/../..", "/busy", "/busy/"])
 def test_a_group_of_others_is_refused(hierarchy, path):
     (hierarchy("cgroup2") / "busy/below").mkdir(parents=True)
@@ -80,14 +92,18 @@ def test_limits_that_end_are_no_limits():
     ],
 )
 def test_systemd_makes_a_scope(tmp_path, monkeypatch, path, options):
-    program = tmp_path / "systemd-run"
-    program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/args\nprintf "1:name=systemd:/old\n0::/x.slice/y.scope\n"\n'
-                       f"read -r _\necho ended >>{tmp_path}/args\n")  # fmt: skip
-    program.chmod(0o755)
+    for name, script in (
+        ("systemd-run", f'echo "$@" >{tmp_path}/args; while [ "${{1#-}}" != "$1" ]; do shift; done; "$@"\n'
+                        f"echo ended >>{tmp_path}/args"),
+        ("cat", f'echo "$@" >{tmp_path}/file; printf "1:name=systemd:/old\\n0::/x.slice/y:z.scope\\n"'),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setattr(runx, "PATH", f"{tmp_path}:{runx.PATH}")
     scope, place = runx.start_scope(path, RESOURCES)
-    assert place == "/x.slice/y.scope" and scope.poll() is None
+    assert place == "/x.slice/y:z.scope" and scope.poll() is None
     scope.communicate()
+    assert (tmp_path / "file").read_text() == "/proc/self/cgroup\n"
     args, ended = (tmp_path / "args").read_text().splitlines()
     options += [f"--property={each}" for each in ("Delegate=yes", f"MemoryMax={144 << 20}", "CPUWeight=79")]
     assert ended == "ended" and set(options) <= set(args.split())
@@ -103,3 +119,131 @@ def test_a_scope_that_systemd_does_not_make_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "systemd-run").chmod(0o755)
     with pytest.raises(runx.Error, match="cannot make the scope a-b: systemd-run says Failed to connect to bus"):
         runx.start_scope("s.slice:a:b", RESOURCES)
+
+
+def test_a_scope_that_comes_too_late_is_ended(tmp_path, monkeypatch):
+    program = tmp_path / "systemd-run"
+    program.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 1000\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(runx, "PATH", f"{tmp_path}:{runx.PATH}")
+    monkeypatch.setattr(runx, "SCOPE_TIME_LIMIT", 0.5)
+    with pytest.raises(runx.Error, match="cannot make the scope b: systemd-run says nothing$"):
+        runx.start_scope("::b", runx.parse_resources({}, "resources", BASE))
+    pid = tmp_path / "pid"
+    assert not pid.exists() or runx.process_start_time(int(pid.read_text())) is None
+
+
+def test_what_systemd_is_told():
+    def command(path, resources):
+        return runx.scope_command(path, runx.parse_resources(resources, "resources", BASE))
+
+    start = ["systemd-run", "--quiet", "--scope", "--collect", "--unit=a-b:c.scope", "--slice=system.slice"]
+    assert command(":a:b:c", {}) == ("a-b:c", [*start, "--property=Delegate=yes"])
+    unit, words = command("x.slice:a", {"memory": {"limit": -1}, "cpu": {"shares": 1024}})
+    assert (unit, words[-2:]) == ("a", ["--property=MemoryMax=infinity", "--property=CPUWeight=39"])
+    assert command("x.slice:a", {"cpu": {"shares": 1024}})[1][-2] == "--property=Delegate=yes"
+
+
+@pytest.mark.parametrize(
+    "shares, weight", [(1, 1), (2, 1), (28, 1), (29, 2), (1024, 39), (262143, 9999), (262144, 10000), (1 << 30, 10000)]
+)
+def test_shares_are_a_weight_as_runc_makes_it(shares, weight):
+    limits = runx.cgroup_limits(runx.parse_resources({"cpu": {"shares": shares}}, "resources", BASE))
+    assert limits == {"cpu.weight": str(weight), "cpu.shares": str(shares)}
+
+
+def test_version_1_has_shares_and_a_hierarchy_counts_once(hierarchy):
+    cpu, other = hierarchy("cgroup", "cpu"), hierarchy("ext4")
+    (cpu / "a").mkdir()
+    (cpu / "a/cpu.shares").touch()
+    runx.host_mounts().append(runx.host_mounts()[0])  # it is mounted at two places
+    cgroups = runx.find_cgroups("a", False)
+    assert cgroups == [[str(cpu), "/a"]] and list(other.iterdir()) == []
+    runx.make_cgroups(cgroups, RESOURCES, [])
+    assert (cpu / "a/cpu.shares").read_text() == "2048" and os.listdir(cpu / "a") == ["cpu.shares"]
+
+
+def test_a_controller_that_the_kernel_does_not_give_is_done_without(hierarchy):
+    root = hierarchy("cgroup2")
+    (root / "cgroup.controllers").write_text("cpu")
+    (root / "cgroup.subtree_control").mkdir()  # cannot be written
+    runx.make_cgroups([[str(root), "/a"]], RESOURCES, [])
+    assert (root / "a").is_dir()
+
+
+@pytest.fixture
+def group(hierarchy):
+    """A cgroup with one below, as the kernel shows them: their files do not hinder rmdir."""
+    root = hierarchy("cgroup2")
+    (root / "a/b").mkdir(parents=True)
+    return root
+
+
+def test_groups_go_with_those_below(group):
+    (group / "other").mkdir()
+    runx.remove_cgroups([[str(group), "/a"], [str(group), "/absent"]], [7])
+    assert os.listdir(group) == ["other"]
+
+
+def test_our_own_processes_leave_a_group_to_the_root(group, monkeypatch):
+    (group / "a/b/cgroup.procs").write_text("7\n8\n9\n")
+    written = []
+    monkeypatch.setattr(runx, "write_file", lambda path, value: written.append((path, value)))
+    assert not runx.remove_cgroup(str(group), str(group / "a/b"), [8, 9, 10])
+    assert sorted(written) == [(str(group / "cgroup.procs"), "8"), (str(group / "cgroup.procs"), "9")]
+
+
+def test_a_group_that_others_hold_is_left_with_an_error(group, monkeypatch):
+    (group / "a/b/cgroup.procs").write_text("1\n")
+    monkeypatch.setattr(runx, "CGROUP_TIME_LIMIT", 0.05)
+    words = f"cannot remove the cgroup {group}/a/b, {group}/a: others are in it"
+    with pytest.raises(runx.Error, match=words):
+        runx.remove_cgroups([[str(group), "/a"]], [7])
+
+
+def test_who_was_killed_has_time_to_end(group, monkeypatch):
+    (group / "a/b/cgroup.procs").write_text("1\n")
+    monkeypatch.setattr(time, "sleep", lambda _: (group / "a/b/cgroup.procs").unlink(missing_ok=True))
+    runx.remove_cgroups([[str(group), "/a"]], [7])
+    assert os.listdir(group) == []
+
+
+@pytest.mark.parametrize("limit, usage", [("max", "current"), ("limit_in_bytes", "usage_in_bytes")])
+def test_a_process_that_asks_for_too_much_shows_that_memory_has_run_out(group, tmp_path, monkeypatch, limit, usage):
+    log, write = tmp_path / "log", runx.write_file
+
+    def note(path, value):
+        with open(log, "a", encoding="ascii") as file:
+            file.write(f"{os.getpid() == test} {pathlib.Path(path).name} {value}\n")
+        write(path, value)
+
+    def lock(name, flags):
+        note(f"{tmp_path}/{name}", flags)
+
+    def leave(status):
+        assert os.getpid() != test
+        leave_python(status)
+
+    test, leave_python = os.getpid(), os._exit
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(runx, "write_file", note)
+    monkeypatch.setattr(runx, "system_call", lock)
+    (group / f"a/memory.{limit}").write_text("max\n")
+    (group / f"a/memory.{usage}").write_text("1000\n")
+    runx.show_oom([[str(group), "/a"], [str(group), "/absent"]])
+    most = 1000 + (4 << 20)
+    child = f"False oom_score_adj 1000\nFalse mlockall 2\nFalse memory.{limit} {most}\n"
+    assert log.read_text() == child + f"True memory.{limit} max\n"
+    assert (group / f"a/memory.{limit}").read_text() == "max"
+    log.write_text("")
+    (group / f"a/memory.{usage}").write_text(str((124 << 20) + 1))
+    runx.show_oom([[str(group), "/a"]])
+    assert log.read_text() == ""  # the guest's word is not worth so much
+    (group / f"a/memory.{usage}").write_text(str(124 << 20))
+    monkeypatch.setattr(os, "fork", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runx.show_oom([[str(group), "/a"]])
+    read = runx.read_file
+    monkeypatch.setattr(runx, "read_file", lambda path: "2" if path == "/proc/sys/vm/panic_on_oom" else read(path))
+    runx.show_oom([[str(group), "/a"]])
+    assert log.read_text() == ""  # dom0 would panic

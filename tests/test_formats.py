@@ -1,11 +1,17 @@
-"""Bytes that others read: cpio archives, xl's configuration, console rings."""
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that others read: cpio archives, xl's configuration, console rings.
 
+What is expected comes from the others: from busybox's cpio, from the structs of Xen's headers, or worked out by hand.
+"""
+
+import ctypes
 import fcntl
 import gzip
 import itertools
 import json
+import mmap
 import os
-import struct
+import stat
 import subprocess
 
 import pytest
@@ -13,20 +19,19 @@ import pytest
 import runx
 
 
-def members(archive):
-    """(name, mode, data) of each member of a newc archive, read by its definition."""
-    offset = 0
-    while True:
-        assert archive[offset : offset + 6] == b"070701" and offset % 4 == 0
-        numbers = [int(archive[offset + 6 + 8 * n : offset + 14 + 8 * n], 16) for n in range(13)]
-        name_end = offset + 110 + numbers[11]
-        name = archive[offset + 110 : name_end - 1].decode()
-        data_start = (name_end + 3) & ~3
-        data = archive[data_start : data_start + numbers[6]]
-        if name == "TRAILER!!!":
-            return
-        yield name, numbers[1], data
-        offset = (data_start + len(data) + 3) & ~3
+def unpacked(archive, folder):
+    """Have busybox unpack an archive into a folder; return it."""
+    folder.mkdir()
+    command = ["busybox", "cpio", "-i", "-d", "-H", "newc"]
+    done = subprocess.run(command, cwd=folder, input=archive, capture_output=True)
+    assert done.returncode == 0, done
+    return folder
+
+
+def names_in(archive):
+    """The names of the members, in their order, as busybox lists them."""
+    done = subprocess.run(["busybox", "cpio", "-t", "-H", "newc"], input=archive, capture_output=True, check=True)
+    return done.stdout.decode().splitlines()
 
 
 @pytest.fixture
@@ -46,17 +51,29 @@ def test_a_packed_ramdisk_holds_the_folder_and_is_reproducible(folder, tmp_path)
     runx.pack_initrd(str(folder), str(tmp_path / "two"))
     first = (tmp_path / "one").read_bytes()
     assert first == (tmp_path / "two").read_bytes()
-    found = {name: (mode, data) for name, mode, data in members(gzip.decompress(first))}
-    assert list(found) == ["fifo", "link", "sub", "sub/file"]
-    assert found["sub/file"] == (0o100755, b"12345")
-    assert found["link"] == (0o120777, b"sub/file")
-    assert found["fifo"][0] & 0o170000 == 0o010000
+    archive = gzip.decompress(first)
+    assert names_in(archive) == ["fifo", "link", "sub", "sub/file"]
+    found = unpacked(archive, tmp_path / "found")
+    assert (found / "sub/file").read_bytes() == b"12345"
+    assert stat.filemode((found / "sub/file").stat().st_mode) == "-rwxr-xr-x"
+    assert os.readlink(found / "link") == "sub/file"
+    assert (found / "fifo").is_fifo()
+
+
+def test_a_member_has_the_bytes_that_the_kernels_documentation_defines():
+    """driver-api/early-userspace/buffer-format.rst: a magic and thirteen numbers; each part ends at four bytes."""
+    expected = (
+        b"070701" b"00000001" b"000081A4" b"00000000" b"00000000" b"00000001" b"00000000" b"00000003"
+        b"00000000" b"00000000" b"00000000" b"00000000" b"00000002" b"00000000" b"a\0" b"xyz\0"
+    )  # fmt: skip
+    assert runx.cpio_archive([("a", 0o100644, b"xyz")])[: len(expected)] == expected
 
 
 @pytest.mark.parametrize("size", range(0, 9))
-def test_members_are_aligned_whatever_their_size(size):
+def test_members_are_aligned_whatever_their_size(tmp_path, size):
     archive = runx.cpio_archive([("n" * (size + 1), 0o100644, b"x" * size), ("after", 0o100644, b"y")])
-    assert [data for _, _, data in members(archive)] == [b"x" * size, b"y"]
+    found = unpacked(archive, tmp_path / "found")
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == {"n" * (size + 1): b"x" * size, "after": b"y"}
 
 
 def test_a_share_is_packed_for_the_guest_and_no_name_leads_out_of_it(folder, tmp_path):
@@ -65,16 +82,18 @@ def test_a_share_is_packed_for_the_guest_and_no_name_leads_out_of_it(folder, tmp
     (folder / "rootless").mkdir(0o500)
     with open(tmp_path / "ramdisk", "wb") as output:
         assert runx.pack_share(output, str(folder), 64) == {}
-    found = {name: (mode, data) for name, mode, data in members((tmp_path / "ramdisk").read_bytes())}
-    folders = [name for name, (mode, _) in found.items() if mode & 0o170000 == 0o040000]
+    archive = (tmp_path / "ramdisk").read_bytes()
+    found = unpacked(archive, tmp_path / "found")
+    folders = [name for name in names_in(archive) if (found / name).is_dir() and not (found / name).is_symlink()]
     assert folders == ["mnt", "mnt/rootless", "mnt/sub"]
-    assert found["mnt/sub/out"] == (0o120777, b"/etc")
-    assert (found["mnt/same"][1], found["mnt/sub/file"][1]) == (b"12345", b""), "the second name has no content"
+    assert os.readlink(found / "mnt/sub/out") == "/etc"
+    assert (found / "mnt/same").read_bytes() == b"12345" and (found / "mnt/same").samefile(found / "mnt/sub/file")
+    assert archive.count(b"12345") == 1, "the second name has no content"
 
 
 def test_a_share_that_changes_while_it_is_packed(folder, tmp_path, monkeypatch):
     """Another container that has the volume too makes a folder a link to dom0's files."""
-    walk = runx.walk_share
+    walk = runx.walk
 
     def interrupted(share):
         for member in walk(share):
@@ -83,10 +102,10 @@ def test_a_share_that_changes_while_it_is_packed(folder, tmp_path, monkeypatch):
                 os.rename(folder / "sub", folder / "gone")
                 (folder / "sub").symlink_to("/etc")
 
-    monkeypatch.setattr(runx, "walk_share", interrupted)
+    monkeypatch.setattr(runx, "walk", interrupted)
     with open(tmp_path / "ramdisk", "wb") as output:
         runx.pack_share(output, str(folder), 64)
-    assert "mnt/sub" in (names := [name for name, *_ in members((tmp_path / "ramdisk").read_bytes())])
+    assert "mnt/sub" in (names := names_in((tmp_path / "ramdisk").read_bytes()))
     assert not [name for name in names if name.startswith("mnt/sub/")]
 
 
@@ -186,63 +205,103 @@ def test_without_a_look_no_domain_is_taken_for_alive(looks, tmp_path, monkeypatc
     assert not runx.seen_alive(5)
 
 
+class Interface(ctypes.Structure):
+    """struct xencons_interface of xen/include/public/io/console.h, as far as it is used; `in` is a word of Python."""
+
+    _fields_ = [
+        ("input", ctypes.c_ubyte * 1024), ("output", ctypes.c_ubyte * 2048), ("in_cons", ctypes.c_uint32),
+        ("in_prod", ctypes.c_uint32), ("out_cons", ctypes.c_uint32), ("out_prod", ctypes.c_uint32),
+    ]  # fmt: skip
+
+    def write(self, data):
+        """As the guest does: indexes are not taken modulo the ring's size, positions are."""
+        for byte in data:
+            self.output[self.out_prod & 2047] = byte
+            self.out_prod += 1
+
+
 class Channels:
+    """Event channels: what is bound, and how often it was notified."""
+
+    def __init__(self):
+        self.bound, self.notified = [], []
+
+    def bind(self, domid, port):
+        self.bound.append((domid, port))
+        return 11
+
     def notify(self, port):
-        pass
+        self.notified.append(port)
+
+
+class Frontend(dict):
+    """What a guest has written to xenstore."""
+
+    def read(self, path):
+        return self.get(path.rpartition("/")[2])
+
+    def write(self, path, value):
+        self[path.rpartition("/")[2]] = value
 
 
 @pytest.fixture
-def console():
-    """A console whose page is our own memory: the guest's end is the test."""
-    console = runx.Console.__new__(runx.Console)
-    console.page = memoryview(bytearray(4096))
-    console.indexes = console.page[3072:3088].cast("I")
-    console.channels, console.port, console.number, console.domid = Channels(), 0, 1, 1
-    return console
-
-
-def guest_writes(console, data):
-    prod = console.indexes[3]
-    for position, byte in enumerate(data):
-        console.page[1024 + (prod + position) % 2048] = byte
-    console.indexes[3] = (prod + len(data)) & 0xFFFFFFFF
+def console(monkeypatch):
+    """Console 1 of domain 7, connected; its page is our own memory, and the test is the guest: console.guest."""
+    page, requests, opened = mmap.mmap(-1, 4096), [], os.open
+    monkeypatch.setattr(fcntl, "ioctl", lambda fd, number, request: requests.append((number, bytes(request))))
+    monkeypatch.setattr(mmap, "mmap", lambda *args, **options: page)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda path, *args: opened("/dev/null" if path == "/dev/xen/gntdev" else path, *args))
+        xenstore = Frontend({"state": "3", "ring-ref": "8", "port": "5"})
+        console = runx.Console(runx.Domain(xenstore, 7, ""), 1, Channels())
+        console.follow()
+    # struct ioctl_gntdev_map_grant_ref: count, padding, index, and one domid with one reference
+    assert requests == [(0x184700, b"\1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\7\0\0\0\10\0\0\0")]
+    assert console.channels.bound == [(7, 5)] and console.xenstore["state"] == "4"
+    console.guest = Interface.from_buffer(page)
+    yield console
+    console.guest = None
 
 
 @pytest.mark.parametrize("start", [0, 2000, 0xFFFFFFF0])
 def test_output_arrives_across_the_ends_of_ring_and_counter(console, start):
-    console.indexes[2] = console.indexes[3] = start
+    console.guest.out_cons = console.guest.out_prod = start
     for data in (b"a" * 100, bytes(range(256)) * 8, b"z"):
-        guest_writes(console, data)
+        console.guest.write(data)
         assert console.take() == data
+        assert console.guest.out_cons == console.guest.out_prod, "the guest has room again"
+    assert console.channels.notified == [11] * 3
     assert console.take() == b""
 
 
 @pytest.mark.parametrize("start", [0, 1000, 0xFFFFFFFF])
 def test_input_is_written_up_to_what_fits(console, start):
-    console.indexes[0] = console.indexes[1] = start
+    guest = console.guest
+    guest.in_cons = guest.in_prod = start
     assert console.put(b"x" * 700) == 700
     assert console.put(b"y" * 700) == 324
     assert console.put(b"z") == 0
-    ring = bytes(console.page[(start + n) % 1024] for n in range(1024))
-    assert ring == b"x" * 700 + b"y" * 324
+    assert console.channels.notified == [11] * 2
+    assert bytes(guest.input[(start + n) & 1023] for n in range(1024)) == b"x" * 700 + b"y" * 324
+    assert guest.in_prod == (start + 1024) & 0xFFFFFFFF and guest.in_cons == start
 
 
 @pytest.mark.parametrize("prod", [2049, 0x80000000, 0xFFFFFFFF])
 def test_impossible_indexes_of_a_guest_are_refused(console, prod):
-    console.indexes[3] = prod
+    console.guest.out_prod = prod
     with pytest.raises(runx.Error, match="impossible"):
         console.take()
 
 
 def test_impossible_input_indexes_give_no_room(console):
-    console.indexes[0], console.indexes[1] = 5, 4
+    console.guest.in_cons, console.guest.in_prod = 5, 4
     assert console.room() == 0 and console.put(b"x") == 0
 
 
 def test_the_end_of_input_cannot_be_imitated():
-    encoded = runx.encode_input(b"a\x10\x04b\x10\x10")
-    assert encoded == b"a\x10\x10\x04b\x10\x10\x10\x10"
-    assert b"\x10\x04" not in encoded.replace(b"\x10\x10", b"")
+    """An end is DLE EOT, and each DLE of the input is there twice."""
+    assert runx.encode_input(b"a\x10\x04b\x10\x10") == b"a\x10\x10\x04b\x10\x10\x10\x10"
+    assert runx.encode_input(b"\x04") == b"\x04" and runx.END == b"\x10\x04"
 
 
 def test_a_uuid_is_random_and_well_formed():
@@ -262,7 +321,13 @@ def test_the_module_needs_only_the_standard_library():
 
 
 def test_the_ioctl_numbers_are_those_of_the_headers():
-    # _IOC_NONE is 0: (size << 16) | (type << 8) | number
-    assert runx.IOCTL_GNTDEV_MAP_GRANT_REF == struct.calcsize("=IIQII") << 16 | ord("G") << 8
-    assert runx.IOCTL_EVTCHN_BIND_INTERDOMAIN == struct.calcsize("=II") << 16 | ord("E") << 8 | 1
-    assert runx.IOCTL_EVTCHN_NOTIFY == struct.calcsize("=I") << 16 | ord("E") << 8 | 4
+    """_IOC(_IOC_NONE, letter, number, size) of <linux/ioctl.h> as a C compiler has it, for x86_64 and Arm."""
+    assert runx.IOCTL_GNTDEV_MAP_GRANT_REF == 0x00184700  # 'G', 0, of 24 bytes
+    assert runx.IOCTL_EVTCHN_BIND_INTERDOMAIN == 0x00084501  # 'E', 1, of 8
+    assert runx.IOCTL_EVTCHN_NOTIFY == 0x00044504  # 'E', 4, of 4
+
+
+def test_without_xens_event_channels_it_is_said_what_to_load(monkeypatch):
+    monkeypatch.setattr(runx, "EVENT_CHANNELS", "/dev/no such")
+    with pytest.raises(runx.Error, match="cannot open /dev/no such: No such file or directory; is .*xen-evtchn loaded"):
+        runx.EventChannels()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Thousands of broken config.json, CNI documents and command lines: each gives one sentence, and leaves nothing.
 
 TEST_SEED=N draws other ones; a failure names the seed and the case.
@@ -191,7 +192,7 @@ def test_mutated_configs(tmp_path, trial):
 class Made:
     """A container with a state and nothing else."""
 
-    folder, state = "/root/x", {"name": "runx-x"}
+    folder, state = "/root/x", runx.State(name="runx-x")
 
     def path(self, name):
         return f"{self.folder}/{name}"
@@ -206,7 +207,7 @@ def test_mutated_networks(tmp_path, trial, monkeypatch):
     for address in ("", ",auto", ",10.1.0.7"):
         spec = config("true", env=[f"NETCONF={files}/net.conf,net{address}"])
         (tmp_path / f"config{address}").write_text(json.dumps(spec))
-    monkeypatch.setattr(runx, "prepare_bridge", lambda network, name: runx.ipam_ranges(network))
+    monkeypatch.setattr(runx, "prepare_bridge", runx.gateway_addresses)
     monkeypatch.setattr(runx, "find_plugin", lambda name: f"/plugins/{name}")
     monkeypatch.setattr(runx, "call_plugin", lambda *call: mutated(dice, RESULT))
     for case in range(NETWORK_CASES):
@@ -231,7 +232,7 @@ def test_mutated_networks(tmp_path, trial, monkeypatch):
 def test_mutated_command_lines(tmp_path, trial):
     dice, statuses = random.Random(SEED), set()
     print(f"TEST_SEED={SEED}: {COMMAND_CASES} mutated command lines")
-    options = sorted({name for _, flags, values in runx.COMMANDS.values() for name in (*flags, *values)})
+    options = sorted({name for _, flags, values, _ in runx.COMMANDS.values() for name in (*flags, *values)})
     options += [*sorted(runx.GLOBAL_FLAGS | runx.GLOBAL_VALUES), "bogus", ""]
     commands = sorted({*runx.COMMANDS, *runx.UNSUPPORTED} - {"pack-initrd"})
     values = ["x", "", "json", "true", "false", "é", "\udcff", "-1", "9" * 5000, "/no/such", "a\nb", "x" * 300, "5s"]

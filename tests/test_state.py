@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A container's state on disk beside what Xen says: which one is believed.  Xen is a script and a dictionary here."""
 
 import concurrent.futures
@@ -48,7 +49,7 @@ class Xenstore:
     def take_events(self):
         pass
 
-    def read(self, path, default=None, transaction=0):
+    def read(self, path, default="", transaction=0):
         return self.nodes.get(path, default)
 
     def list(self, path, transaction=0):
@@ -80,11 +81,9 @@ class Dom0:
         os.mkfifo(self.container.path("control"))
         self.control = os.open(self.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
         self.container.save(
-            ociVersion="1.0.2", status="created", bundle="/", rootfs="/", created="", annotations={}, hooks={},
-            uuid=UUID, name="runx-c-11111111", boot=runx.boot_id(), pid=os.getpid(),
-            pid_start_time=runx.process_start_time(os.getpid()), startable=True, own_init=False, namespace=None,
-            networks=[], vifs=[], rate="", hostname="c", disk=None, vbds=[], domid=DOMID, maxmem=64, maxvcpus=1,
-            resources={}, base=dict(default_memory=64, default_vcpus=1, minimum_memory=24, fixed_vcpus=0),
+            status="created", bundle="/", rootfs="/", hostname="c", uuid=UUID, name="runx-c-11111111", domid=DOMID,
+            boot=runx.boot_id(), pid=os.getpid(), pid_start_time=runx.process_start_time(os.getpid()),
+            devices=runx.STANDARD_DEVICES, maxmem=64, maxvcpus=1,
         )  # fmt: skip
 
     def call(self, name, text):
@@ -195,6 +194,11 @@ def test_with_a_full_disk_a_container_can_be_started_paused_resumed_and_killed(d
     assert (dom0.run("delete", "c"), dom0.status()) == (1, "running")
 
 
+def test_kill_lets_a_paused_vm_run_so_that_its_writes_are_kept(dom0):
+    assert (dom0.run("start", "c"), dom0.run("pause", "c"), dom0.run("kill", "c", "KILL")) == (0, 0, 0)
+    assert (dom0.status(), dom0.calls(), dom0.asked()) == ("running", ["unpause", "pause", "unpause"], ["kill 9"])
+
+
 def test_kill_ends_it_whatever_xl_does(dom0):
     dom0.run("start", "c")
     dom0.run("pause", "c")
@@ -224,10 +228,8 @@ def test_an_xl_that_hangs_is_ended(dom0, monkeypatch):
     assert (dom0.status(), dom0.run("start", "c"), dom0.status()) == ("created", 0, "running")
 
 
-BACKENDS = [
-    f"/local/domain/0/backend/{kind}/{DOMID}/{number}/state"
-    for kind, number in (("console", 1), ("console", 2), ("9pfs", 0), ("vif", 0), ("vbd", 51712))
-]
+DEVICES = [["console", 1], ["console", 2], ["9pfs", 0], ["vif", 0], ["vbd", 51712]]
+BACKENDS = [f"/local/domain/0/backend/{kind}/{DOMID}/{number}/state" for kind, number in DEVICES]
 
 
 @pytest.mark.parametrize("boot", ["another", "ours"])
@@ -237,7 +239,7 @@ def test_another_vm_with_the_number_of_one_that_is_gone_is_left_alone(dom0, boot
     dom0.nodes.clear()
     dom0.nodes.update(others)
     old = {"boot": "old"} if boot == "another" else {"pid_start_time": 1}
-    dom0.change(status="running", vifs=[0], vbds=[51712], joined=[], namespace="", **old)
+    dom0.change(status="running", devices=DEVICES, namespace="", **old)
     assert dom0.status() == "stopped"
     assert (dom0.run("kill", "c", "KILL"), dom0.run("pause", "c"), dom0.run("events", "--stats", "c")) == (1, 1, 1)
     assert dom0.run("delete", "c") == 0
@@ -261,7 +263,7 @@ def test_a_number_counts_only_with_the_uuid(dom0, command):
 def test_what_is_left_of_one_that_is_gone_is_removed(dom0):
     dom0.nodes.clear()
     dom0.nodes.update(dict.fromkeys(BACKENDS, "4"))
-    dom0.change(status="running", vifs=[0], vbds=[51712], joined=[], namespace=None, pid_start_time=1)
+    dom0.change(status="running", devices=DEVICES, pid_start_time=1)
     assert (dom0.run("delete", "c"), dom0.nodes, os.listdir(dom0.root)) == (0, {}, [])
 
 
@@ -283,7 +285,6 @@ STATES = {
     "an odd plugin": {"networks": [ATTACHMENT]},
     "an odd plugin's calls": {"networks": [{**ATTACHMENT, "calls": [1]}]},
     "an odd network": {"networks": [1, {"x": 1}]},
-    "odd vifs": {"vifs": [{}], "joined": 5, "namespace": "/x"},
     "odd cgroups": {"cgroups": [1]},
     "odd hooks": {"hooks": {"poststop": [{"path": "x"}]}},
     "a hook that is not there": {"hooks": {"poststop": [{"path": "/no/such\0hook"}]}, "bundle": "/no/such"},
@@ -304,7 +305,10 @@ TEXTS = [
 ]  # fmt: skip
 
 
-CHANGES = [{"monitor": 5}, {"monitor": ["x", 1]}, {"domid": None}, {"pid": True, "boot": 1}, {"hooks": []}]
+CHANGES = [
+    {"monitor": 5}, {"monitor": ["x", 1]}, {"domid": None}, {"pid": True, "boot": 1}, {"hooks": []}, {"joined": 5},
+    {"devices": [{}]}, {"devices": [["vif", "0"]]}, {"version": "1"}, {"version": -1}, {"namespace": 1}, {"disk": []},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *CHANGES], ids=range(len(TEXTS + CHANGES)))
@@ -316,6 +320,8 @@ def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
             file.write(text)
     with open(dom0.container.path("xl.cfg"), "w", encoding="utf-8") as file:
         file.write(f'name = "runx-c-11111111"\nuuid = "{UUID}"\ntype = "pvh"\n')
+    consoles = dict.fromkeys((f"/local/domain/0/backend/console/{DOMID}/{number}/state" for number in (1, 2)), "4")
+    dom0.nodes.update(consoles)
     for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
         assert dom0.run(command, "c") == 1
         assert dom0.log().endswith("remove the container by `runX delete --force c`\n"), command
@@ -323,7 +329,41 @@ def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
     assert (dom0.run("list"), dom0.log().count("level=warning")) == (0, warnings + 1)
     assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (0, [])
     assert (dom0.calls(), dom0.asked()) == (["destroy"], ["destroy 9"])
-    assert "the state of container c is lost" in dom0.log()
+    assert "the state of container c is lost" in dom0.log() and not dom0.nodes.keys() & consoles.keys()
+
+
+def older(dom0, *missing):
+    """Writes the state as runX 0.1 did, without some keys; its devices are those of BACKENDS."""
+    with open(dom0.container.path("state.json"), encoding="utf-8") as file:
+        state = json.load(file)
+    state = {**state, "ociVersion": "1.0.2", "vifs": [0], "vbds": [51712]}
+    for key in ("version", "oci_version", "devices", "paused", "updating", *missing):
+        del state[key]
+    with open(dom0.container.path("state.json"), "w", encoding="utf-8") as file:
+        json.dump(state, file)
+
+
+@pytest.mark.parametrize(
+    "missing", [(), ("monitor", "cgroups", "boot"), ("networks", "namespace", "rate"), ("resources", "base", "disk")]
+)
+def test_a_container_of_an_older_runx_goes_on(dom0, missing, capsys):
+    older(dom0, *missing)
+    dom0.nodes.update(dict.fromkeys(BACKENDS, "4"))
+    assert (dom0.run("state", "c"), json.loads(capsys.readouterr().out)["ociVersion"]) == (0, "1.0.2")
+    assert (dom0.run("start", "c"), dom0.run("update", "--memory", "32m", "c"), dom0.status()) == (0, 0, "running")
+    older(dom0, *missing)
+    dom0.change(pid_start_time=1, monitor=[os.getpid(), 1])
+    assert (dom0.run("delete", "c"), os.listdir(dom0.root)) == (0, [])
+    assert not set(BACKENDS) & set(dom0.nodes)
+
+
+def test_a_container_of_a_newer_runx_is_refused(dom0):
+    version = runx.STATE_VERSION + 1
+    dom0.change(version=version, pid={"kind": "new"})
+    for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
+        assert dom0.run(command, "c") == 1
+        assert f"its state has version {version}, and this runX knows {version - 1}: use the newer one" in dom0.log()
+    assert dom0.calls() == []
 
 
 def test_what_lies_in_the_root_and_is_no_container_is_left_alone(dom0, capsys):
@@ -472,7 +512,7 @@ def test_a_link_of_the_image_leads_vm_to_no_file_of_dom0s(tmp_path, section, key
 
 def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
     dom0.call("xl", '#!/bin/sh\ngrep -E "data|stack" /proc/$$/limits >"${0%/*}/limits"\n')
-    runx.create_domain("/x", 64)
+    runx.create_domain(runx.Xenstore(), "/x", UUID, 64)
     lines = (dom0.folder / "limits").read_text().splitlines()
     data, stack = ([int(word) for word in line.split()[3:5]] for line in lines)
     assert (data, stack) == ([(384 << 20) + (1 << 20)] * 2, [1 << 20] * 2)
@@ -481,4 +521,4 @@ def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
 def test_a_pid_that_is_a_threads_by_now_is_nobodys():
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         thread = pool.submit(threading.get_native_id).result()
-        runx.end_process(thread, runx.process_start_time(thread))
+        runx.end_process(thread, runx.process_start_time(thread), 60)

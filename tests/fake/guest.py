@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest: what initrd/ does in a VM, as far as dom0 can see it, and what a hostile VM might do instead.
+
+It reads /container/config from its ramdisk, as init would, and "executes" the container's process: whose arguments
+are the steps of a script.  `guest early:crash` crashes before the process is there; `guest out:hello exit:3` says
+hello and ends.  A step is a generator that yields whenever it waits, and is continued whenever anything has happened.
+"""
+
+import gzip
+import mmap
+import struct
+
+INITIALISED, CONNECTED, CLOSED = "3", "4", "6"  # xenbus states
+IN_SIZE, OUT_SIZE = 1024, 2048  # bytes of a console's two rings
+IN_CONS, IN_PROD, OUT_CONS, OUT_PROD = range(4)
+HARMLESS = {0, 17, 18, 23, 28}  # signals that end nothing: CHLD, CONT, URG, WINCH
+
+# the operands of each keyword of /container/config, beside those that say how many they have: container.c, keywords[]
+OPERANDS = {
+    "mount": 5, "copy_up": 5, "node": 6, "link": 2, "terminal": 0, "mask": 1, "readonly": 1, "resolv_conf": 0,
+    "propagation": 2, "sysctl": 2, "hostname": 1, "domainname": 1, "rlimit": 3, "oom": 1, "ioprio": 1, "scheduler": 7,
+    "user": 3, "group": 1, "capabilities": 5, "no_new_privileges": 0, "personality": 1, "cwd": 1, "arg": 1, "env": 1,
+    "state": 1,
+}  # fmt: skip
+
+
+def archives(data):
+    """{name: (mode, content)} of each archive in a ramdisk, the last, packed one too."""
+    while data:
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        members, position = {}, 0
+        while True:
+            if data[position : position + 6] != b"070701":
+                raise ValueError(f"no cpio header at {position}: {data[position : position + 20]!r}")
+            fields = [int(data[position + start : position + start + 8], 16) for start in range(6, 110, 8)]
+            mode, size, length = fields[1], fields[6], fields[11]
+            name = data[position + 110 : position + 110 + length - 1].decode("utf-8", "surrogateescape")
+            start = position + 110 + length
+            start += -start % 4
+            position = start + size + -size % 4
+            if name == "TRAILER!!!":
+                break
+            members[name] = (mode, data[start : start + size])
+        yield members
+        data = data[position:].lstrip(b"\0")
+
+
+def parse_config(content):
+    """The records of /container/config: (keyword, operands).  ValueError where container.c would not understand it."""
+    if not content.endswith(b"\0"):
+        raise ValueError("the config does not end with a NUL")
+    words = iter(content[:-1].decode("utf-8", "surrogateescape").split("\0"))
+    records = [("flags", [int(next(words))])]
+    for keyword in words:
+        if keyword in OPERANDS:
+            operands = [next(words) for _ in range(OPERANDS[keyword])]
+        elif keyword == "file_capability":
+            path, length = next(words), int(next(words))
+            operands = [path, bytes(int(next(words)) for _ in range(length))]
+        elif keyword == "cgroup":
+            operands = [(next(words), next(words)) for _ in range(int(next(words)))]
+        elif keyword == "seccomp":
+            flags, count = int(next(words)), int(next(words))
+            operands = [flags, [tuple(int(next(words)) for _ in range(4)) for _ in range(count)]]
+        elif keyword == "hook":
+            path, timeout = next(words), int(next(words))
+            args = [next(words) for _ in range(int(next(words)))]
+            operands = [path, timeout, args, [next(words) for _ in range(int(next(words)))]]
+        else:
+            raise ValueError(f"unknown keyword {keyword!r}")
+        records.append((keyword, operands))
+    return records
+
+
+class Ended(Exception):
+    """The process has ended with a status."""
+
+
+class Console:
+    """The frontend of a console (xen/include/public/io/console.h)."""
+
+    def __init__(self, guest, number, start=0):
+        """start: what the free-running indexes of its rings begin with."""
+        self.guest, self.number, self.node = guest, number, f"device/console/{number}"
+        self.reference, self.port = 8 + number, 20 + number
+        self.path = guest.grant(self.reference)
+        with open(self.path, "w+b") as file:
+            file.truncate(4096)
+            self.page = mmap.mmap(file.fileno(), 4096)
+        self.indexes = memoryview(self.page)[3072:3088].cast("I")
+        for number in range(4):
+            self.indexes[number] = start
+
+    def connect(self):
+        guest = self.guest
+        for key, value in (("ring-ref", self.reference), ("port", self.port), ("state", INITIALISED)):
+            guest.write(f"{self.node}/{key}", guest.hostile.get(f"{self.node}/{key}", str(value)))
+        backend = guest.read(f"{self.node}/backend")
+        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") == CONNECTED)
+        guest.write(f"{self.node}/state", CONNECTED)
+
+    def close(self):
+        guest = self.guest
+        backend = guest.read(f"{self.node}/backend")
+        guest.write(f"{self.node}/state", CLOSED)
+        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") in (CLOSED, None))
+
+    def put(self, data):
+        while data:
+            produced = self.indexes[OUT_PROD]
+            room = OUT_SIZE - (produced - self.indexes[OUT_CONS] & 0xFFFFFFFF)
+            if not room:
+                yield
+                continue
+            part, data = data[:room], data[room:]
+            for at, byte in enumerate(part):
+                self.page[1024 + (produced + at) % OUT_SIZE] = byte
+            self.indexes[OUT_PROD] = produced + len(part) & 0xFFFFFFFF
+            self.guest.notify(self.port)
+
+    def drained(self):
+        return self.indexes[OUT_PROD] == self.indexes[OUT_CONS]
+
+    def take(self):
+        consumed, produced = self.indexes[IN_CONS], self.indexes[IN_PROD]
+        data = bytes(self.page[at % IN_SIZE] for at in range(consumed, consumed + (produced - consumed & 0xFFFFFFFF)))
+        if data:
+            self.indexes[IN_CONS] = produced
+            self.guest.notify(self.port)
+        return data
+
+
+class Guest:
+    """machine: its domain, with read, write, remove, grant, notify and shut_down of the hypervisor's."""
+
+    def __init__(self, machine, ramdisk):
+        self.machine, self.hostile, self.signals, self.asked = machine, {}, [], []
+        self.read, self.write, self.remove = machine.read, machine.write, machine.remove
+        self.read_absolute, self.grant, self.notify = machine.read_absolute, machine.grant, machine.notify
+        self.deadly, self.ready, self.escaped, self.input_ended = None, False, False, False
+        self.ignores, self.input, self.cut = False, b"", set()
+        self.files = {}
+        for archive in archives(ramdisk):
+            for name, member in archive.items():
+                self.files.setdefault(name, member)
+        self.records = parse_config(self.files["container/config"][1])
+        self.script = [operands[0] for keyword, operands in self.records if keyword == "arg"][1:]
+        self.terminal = ("terminal", []) in self.records
+        self.life = self.live()
+
+    def run(self):
+        """Goes on until it waits; nothing any more once it has ended."""
+        next(self.life, None)
+
+    def until(self, condition):
+        while not condition():
+            yield
+
+    # ---- init
+
+    def live(self):
+        early = [step[6:] for step in self.script if step.startswith("early:") and "index:" not in step]
+        self.hostile = dict(step[8:].split("=", 1) for step in self.script if step.startswith("hostile:"))
+        self.consoles = []
+        try:
+            yield from self.process(early)
+            yield from self.connect()
+            yield from self.process([step for step in self.script if not step.startswith(("early:", "hostile:"))])
+            status = 0
+        except Ended as end:
+            status = end.args[0]
+        for console in self.consoles:
+            yield from self.until(console.drained)
+        self.write("data/exit", str(status))
+        for console in self.consoles:
+            yield from console.close()
+        self.machine.shut_down("-")
+
+    def connect(self):
+        start = [int(step[12:]) for step in self.script if step.startswith("early:index:")]
+        self.consoles = [Console(self, number, *start) for number in (1, 2)]
+        for console in self.consoles:
+            yield from console.connect()
+        self.write("data/ready", "1")
+        self.ready = True
+        self.take_requests()
+
+    def take_requests(self):
+        """What the doorbell does."""
+        for name in self.machine.list("data/request"):
+            request = self.read(f"data/request/{name}")
+            self.remove(f"data/request/{name}")
+            self.asked.append(request)
+            verb, _, number = request.partition(" ")
+            if verb in ("kill", "killall"):
+                self.take_signal(int(number))
+            elif verb == "look":
+                self.cut |= set(self.read("data/unread") or "")
+
+    def take_signal(self, number):
+        self.signals.append(number)
+        if number == 9 or not self.ignores and number not in HARMLESS:
+            self.deadly = number
+
+    def wait(self):
+        """Waits for anything, and does what init does meanwhile."""
+        yield
+        if self.read("control/shutdown") == "poweroff":
+            self.write("control/shutdown", "")
+            self.take_requests()
+        if self.deadly is not None:
+            raise Ended(128 + self.deadly)
+
+    # ---- the process: a script
+
+    def process(self, steps):
+        for step in steps:
+            verb, _, operand = step.partition(":")
+            yield from getattr(self, f"do_{verb}")(operand)
+
+    def do_out(self, text):
+        yield from self.output(0, text.encode())
+
+    def do_err(self, text):
+        yield from self.output(1, text.encode())
+
+    def do_much(self, count):
+        """So many bytes of output, of a pattern."""
+        yield from self.output(0, pattern(int(count)))
+
+    def output(self, number, data):
+        if self.terminal:
+            number = 0
+        if str(number + 1) in self.cut:
+            raise Ended(128 + 13)
+        yield from self.consoles[number].put(data)
+
+    def take_input(self):
+        """Bytes of standard input, without their escapes; notes its end."""
+        for byte in self.consoles[0].take():
+            if self.escaped:
+                self.escaped = False
+                if byte == 4:
+                    self.input_ended = True
+                else:
+                    self.input += bytes([byte])
+            elif byte == 0x10:
+                self.escaped = True
+            else:
+                self.input += bytes([byte])
+
+    def do_cat(self, _):
+        """Standard input to standard output, until its end."""
+        while not (self.input_ended and not self.input):
+            self.take_input()
+            data, self.input = self.input, b""
+            yield from self.output(0, data)
+            if not data and not self.input_ended:
+                yield from self.wait()
+
+    def do_line(self, _):
+        """A line of standard input to standard output."""
+        while b"\n" not in self.input and not self.input_ended:
+            self.take_input()
+            if b"\n" not in self.input:
+                yield from self.wait()
+        line, _, self.input = self.input.partition(b"\n")
+        yield from self.output(0, line + b"\n")
+
+    def do_wait(self, _):
+        """For ever, or a signal."""
+        while True:
+            yield from self.wait()
+
+    def do_signal(self, count):
+        """Until so many signals have come, ignoring them; what they were goes to standard output."""
+        self.ignores = True
+        while len(self.signals) < int(count):
+            yield from self.wait()
+        yield from self.output(0, " ".join(map(str, self.signals)).encode())
+
+    def do_ignore(self, _):
+        self.ignores = True
+        yield from ()
+
+    def do_broken(self, _):
+        """Writes until nobody reads any more."""
+        while "1" not in self.cut:
+            if self.consoles[0].drained():
+                yield from self.output(0, b"y\n")
+            yield from self.wait()
+        raise Ended(128 + 13)
+
+    def do_close(self, streams):
+        self.write("data/ended", streams)
+        yield from ()
+
+    def do_exit(self, status):
+        """Any text, for a hostile guest."""
+        raise Ended(int(status) if status.isdecimal() else status)
+        yield
+
+    def do_set(self, assignment):
+        node, _, value = assignment.partition("=")
+        self.write(node, value)
+        yield from ()
+
+    def do_end(self, reason):
+        """The domain ends: a letter of xl list."""
+        self.machine.shut_down(reason)
+        while True:
+            yield
+
+    def do_say(self, text):
+        """On the VM's own console, of the kernel."""
+        self.machine.say(text)
+        yield from ()
+
+    def do_mute(self, _):
+        """Does nothing more, whatever is asked."""
+        while True:
+            yield
+
+    def do_ring(self, indexes):
+        """Writes these indexes into its second console's page."""
+        for number, value in enumerate(indexes.split(",")):
+            self.consoles[0].indexes[number] = int(value, 0)
+        self.notify(self.consoles[0].port)
+        yield from self.do_wait("")
+
+    def do_until(self, node):
+        """Until a node of its own is there."""
+        yield from self.until(lambda: self.read(node) is not None)
+
+
+def pattern(count):
+    """count bytes in which a lost or repeated one would show."""
+    return b"".join(struct.pack(">I", number) for number in range((count + 3) // 4))[:count]

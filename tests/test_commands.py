@@ -1,0 +1,478 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine meets beside the life itself: hooks, `run`, update, events, and what the guest is told."""
+
+import json
+import os
+import pathlib
+
+import pytest
+from conftest import Terminal, wait_until
+from fake.dom0 import config
+
+
+def kill(container, signal="KILL"):
+    assert container.dom0.run(*container.words("kill", container.id, signal)).returncode == 0
+
+
+def finish(container, status=0):
+    assert container.wait() == status, container.log_text()
+    result = container.runx("delete")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# ---- hooks
+
+
+def hook(container, kind, command="cat", **more):
+    """One that appends its kind, its working directory and what its command says to a file of the bundle."""
+    notes = container.bundle / "notes"
+    script = f"{{ echo ===={kind}; pwd; {command}; }} >>{notes}"
+    return {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"], **more}
+
+
+KINDS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
+
+
+def with_hooks(dom0, *steps, kinds=KINDS, **changed):
+    """A container with a hook of each kind.  changed: {kind: what differs in its hook}."""
+    container = dom0.container()
+    hooks = {kind: [hook(container, kind, **changed.get(kind, {}))] for kind in kinds}
+    container.write(config(*steps, hooks=hooks))
+    return container
+
+
+def records(container):
+    """[kind, working directory, output] of each hook that has run."""
+    notes = (container.bundle / "notes").read_text().split("====")[1:]
+    return [[part.strip() for part in note.split("\n", 2)] for note in notes]
+
+
+def test_hooks_run_in_their_order_in_the_bundle_with_the_state_on_stdin(dom0):
+    container = with_hooks(dom0, "wait").started()
+    kill(container)
+    pid = container.pid()
+    finish(container, 137)
+    found = records(container)
+    assert [kind for kind, _, _ in found] == list(KINDS)
+    for kind, folder, text in found:
+        state = json.loads(text)
+        assert folder == str(container.bundle)
+        assert state["status"] == {"poststart": "running", "poststop": "stopped"}.get(kind, "creating")
+        assert (state["id"], state["pid"]) == (container.id, 0 if kind == "poststop" else pid)
+        assert (state["bundle"], state["ociVersion"]) == (str(container.bundle), "1.0.2")
+
+
+@pytest.mark.parametrize("kind", ["prestart", "createRuntime", "createContainer"])
+def test_a_hook_of_create_that_fails_undoes_it(dom0, kind):
+    container = with_hooks(dom0, **{kind: {"command": "echo out; echo err >&2; exit 3"}})
+    result = container.create()
+    assert result.returncode == 1
+    assert f"error running {kind} hook #0: exit status 3, stdout: , stderr: err\n" in result.stderr
+    ran = [kind for kind, _, *_ in records(container)]
+    assert ran == [*KINDS[: KINDS.index(kind) + 1], "poststop"]
+    assert not container.pid_file.exists()
+    assert container.runx("state").returncode == 1
+
+
+def test_a_hook_that_runs_past_its_time_is_killed_with_what_it_has_started(dom0):
+    slow = {"command": "sleep 1000 & sleep 1000", "timeout": 1}
+    container = with_hooks(dom0, createRuntime=slow)
+    result = container.create()
+    assert "error running createRuntime hook #0: hook ran past specified timeout of 1s" in result.stderr
+    dom0.settle()
+
+
+@pytest.mark.parametrize("path, reason", [("/no/such", "No such file"), ("/etc", "Permission denied")])
+def test_a_hook_that_cannot_be_executed(dom0, path, reason):
+    container = dom0.container(hooks={"prestart": [{"path": path}]})
+    result = container.create()
+    assert f"error running prestart hook #0: exit status 127, stdout: , stderr: cannot execute {path}" in result.stderr
+    assert reason in result.stderr
+
+
+def test_the_first_hook_that_fails_is_the_last_that_runs(dom0):
+    container = dom0.container()
+    hooks = [hook(container, "one"), hook(container, "two", "exit 1"), hook(container, "three")]
+    container.write(config(hooks={"createRuntime": hooks}))
+    assert "createRuntime hook #1: exit status 1" in container.create().stderr
+    assert [kind for kind, *_ in records(container)] == ["one", "two"]
+
+
+def test_a_poststart_hook_that_fails_ends_and_removes_the_container(dom0):
+    container = with_hooks(dom0, "wait", poststart={"command": "exit 7"}).created()
+    pid = container.pid()
+    result = container.runx("start")
+    assert (result.returncode, "error running poststart hook #0: exit status 7" in result.stderr) == (1, True)
+    assert dom0.wait(pid) == 137
+    assert records(container)[-1][0] == "poststop"
+    assert container.runx("state").returncode == 1
+
+
+def test_a_poststop_hook_that_fails_is_a_warning_and_the_others_run(dom0):
+    container = dom0.container()
+    hooks = [hook(container, "one", "exit 1"), hook(container, "two")]
+    container.write(config("exit:0", hooks={"poststop": hooks}))
+    container.started()
+    finish(container)
+    assert "level=warning msg=error running poststop hook #0: exit status 1" in container.log_text()
+    assert [kind for kind, *_ in records(container)] == ["one", "two"]
+
+
+def test_start_waits_for_the_process_where_a_hook_needs_it(dom0):
+    container = with_hooks(dom0, "early:until:data/go", "wait", kinds=["poststart"]).created()
+    start = container.start_runx("start")
+    dom0.ask("await_calls", "xl", "unpause")
+    dom0.ask("write", f"/local/domain/{container.domid()}/data/go", "1")
+    assert start.wait().returncode == 0
+    assert json.loads(records(container)[0][2])["status"] == "running"
+    kill(container)
+    finish(container, 137)
+
+
+def test_a_start_container_hook_that_fails_fails_start(dom0):
+    hooks = {"startContainer": [{"path": "/bin/false", "args": ["false", "x"], "env": ["A=b"], "timeout": 9}]}
+    reason = "data/error=error running startContainer hook #0: exit status 1"
+    steps = ("early:until:data/go", f"early:set:{reason}", "early:exit:1")
+    container = dom0.container(*steps, hooks=hooks).created()
+    told = dict(container.guest()["records"])
+    assert told["hook"] == ["/bin/false", 9, ["false", "x"], ["A=b"]]
+    assert json.loads(told["state"][0])["status"] == "created"
+    dom0.forget()
+    start = container.start_runx("start")
+    data = f"/local/domain/{container.domid()}/data"
+    dom0.ask("await_calls", "xenstore", f"watch {data}")
+    dom0.ask("write", f"{data}/go", "1")
+    result = start.wait()
+    assert result.returncode == 1
+    assert "error running startContainer hook #0: exit status 1\n" in result.stderr
+    finish(container, 1)
+
+
+def test_a_process_that_is_over_before_start_looks_has_been_there(dom0):
+    container = with_hooks(dom0, "exit:3", kinds=["poststart"]).created()
+    assert container.runx("start").returncode == 0
+    finish(container, 3)
+
+
+# ---- run
+
+
+def run(container, *options, **streams):
+    return container.start_runx("run", "--bundle", str(container.bundle), *options, **streams)
+
+
+def test_run_is_the_container(dom0):
+    container = dom0.container("cat:", "err:oops", "exit:3")
+    process = run(container, stdin=b"in and out")
+    result = process.wait()
+    assert (result.returncode, result.stdout, result.stderr) == (3, "in and out", "oops")
+    assert container.runx("state").returncode == 1
+
+
+def test_run_keep_leaves_it_to_be_looked_at(dom0):
+    container = dom0.container("exit:0")
+    assert run(container, "--keep").wait().returncode == 0
+    assert container.status() == "stopped"
+    assert container.runx("delete").returncode == 0
+
+
+def test_run_detached_returns_when_it_runs(dom0):
+    container = dom0.container("wait")
+    process = run(container, "--detach", "--pid-file", str(container.pid_file))
+    assert process.wait().returncode == 0
+    assert container.status() == "running"
+    kill(container, "TERM")
+    finish(container, 143)
+
+
+def test_what_is_sent_to_run_goes_to_the_process(dom0):
+    container = dom0.container("out:go\n", "signal:1", "exit:9")
+    reader, writer = os.pipe()
+    process = run(container, stdout=writer)
+    os.close(writer)
+    assert os.read(reader, 3) == b"go\n"
+    status = pathlib.Path(dom0.inside) / f"proc/{process.pid}/status"
+    wait_until(
+        lambda: int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> 14 & 1, "that it takes signals"
+    )
+    process.signal(15)
+    assert process.wait().returncode == 9
+    assert os.read(reader, 10) == b"15"
+    os.close(reader)
+
+
+def test_run_of_what_cannot_start_leaves_nothing(dom0):
+    container = dom0.container()
+    dom0.fail("xl", 1, "no luck", match="unpause")
+    result = run(container).wait()
+    assert (result.returncode, result.stderr) == (1, "runX: xl unpause failed: no luck\n")
+    dom0.settle()
+
+
+def test_run_joins_a_terminal_to_ours(dom0):
+    container = dom0.container("line:", "err:bye", "exit:4", terminal=True)
+    result = run(container, stdin=b"hello\n").wait()
+    assert (result.returncode, result.stdout, result.stderr) == (4, "hello\nbye", "")
+
+
+def test_run_joins_our_own_terminal(dom0):
+    master, slave = os.openpty()
+    terminal = Terminal(master)
+    container = dom0.container("out:go", "line:", "exit:4", terminal=True)
+    process = run(container, stdin=slave, stdout=slave, session=True)
+    os.close(slave)
+    terminal.expect(b"go")
+    terminal.type(b"\x03typed\n")
+    terminal.expect(b"\x03typed\n")
+    assert process.wait().returncode == 4
+    os.close(master)
+
+
+def test_run_cannot_have_a_console_socket(dom0):
+    container = dom0.container(terminal=True)
+    result = run(container, "--console-socket", "/x").wait()
+    assert result.stderr == "runX: cannot use console socket if runX will not detach or allocate tty\n"
+
+
+# ---- update, events
+
+
+def limited(dom0, status="running", **annotations):
+    annotations = {f"org.runx.{key}": value for key, value in annotations.items()}
+    container = dom0.container("wait", annotations=annotations, linux={"resources": {"memory": {"limit": 128 << 20}}})
+    if status == "created":
+        return container.created()
+    return container.started().ready()
+
+
+@pytest.mark.parametrize("status", ["created", "running", "paused"])
+def test_update_changes_what_xen_can_change(dom0, status):
+    dom0_settings = {"maxvcpus": "4", "maxmem": "256"}
+    container = limited(dom0, status, **dom0_settings)
+    if status == "paused":
+        assert container.runx("pause").returncode == 0
+    options = ["--memory", "192m", "--cpu-quota", "150000", "--cpu-period", "100000", "--cpu-share", "2048"]
+    result = container.runx("update", *options, "--cpuset-cpus", "0-1")
+    assert (result.returncode, result.stderr) == (0, "")
+    domain = dom0.domains()[container.domid()]
+    assert (domain["memory"], domain["vcpus"]) == (192, 2)
+    assert domain["told"] == {"scheduler": [512, 150], "pinned": ["all", "0-1"]}
+    kill(container)
+    finish(container, 137)
+
+
+def test_an_update_by_a_document(dom0):
+    container = limited(dom0)
+    document = json.dumps({"memory": {"limit": 64 << 20, "swap": -1}})
+    assert container.runx("update", "-r", "-", stdin=document.encode()).returncode == 0
+    assert dom0.domains()[container.domid()]["memory"] == 64
+    assert container.stored()["resources"] == {"memory": {"limit": 64 << 20, "swap": -1}}
+    for text, words in (("[]", "must be a JSON object"), ("{", "cannot read the resources")):
+        assert words in container.runx("update", "-r", "-", stdin=text.encode()).stderr
+    kill(container)
+    finish(container, 137)
+
+
+def test_an_update_is_all_or_nothing(dom0):
+    container = limited(dom0)
+    before = dom0.domains()
+    for options, words in (
+        (["--memory", "64m", "--pids-limit", "5"], "pids.limit cannot change while its VM exists"),
+        (["--memory", "512m"], "to 512 MiB of memory: its VM was made for 128 at most"),
+        (["--cpu-quota", "400000"], "vcpus: its VM was made for 1 at most"),
+        (["--memory", "x"], "option --memory of update needs a number, not 'x'"),
+    ):
+        assert words in container.runx("update", *options).stderr
+        assert dom0.domains() == before
+    dom0.fail("xl", 1, "no luck", match="sched")
+    result = container.runx("update", "--memory", "96m", "--cpu-share", "512")
+    assert result.stderr == "runX: xl sched-credit2 failed: no luck\n"
+    domain = dom0.domains()[container.domid()]
+    assert (domain["memory"], domain["told"]["scheduler"]) == (128, [256, 0])
+    kill(container)
+    finish(container, 137)
+
+
+def test_after_an_update_that_was_killed_the_next_one_sets_everything(dom0):
+    container = limited(dom0)
+    dom0.fail("xl", 1, "kill", after=True, match="mem-set")
+    assert container.runx("update", "--memory", "96m").returncode == -9
+    dom0.forget()
+    assert dom0.domains()[container.domid()]["memory"] == 96
+    assert container.runx("update", "--cpu-share", "1024").returncode == 0
+    assert [call.split()[0] for call in dom0.calls("xl")] == [
+        "mem-set",
+        "vcpu-set",
+        "info",
+        "sched-credit2",
+        "vcpu-pin",
+    ]
+    assert dom0.domains()[container.domid()]["memory"] == 128
+    kill(container)
+    finish(container, 137)
+
+
+def test_events_end_with_the_container_and_tell_of_its_lack_of_memory(dom0):
+    container = dom0.container("early:until:data/go", "set:data/oom=killed", "exit:137").started()
+    reader, writer = os.pipe()
+    events = container.start_runx("events", "--interval", "1h", stdout=writer)
+    os.close(writer)
+    lines = open(reader, encoding="utf-8")
+    assert json.loads(lines.readline())["type"] == "stats"
+    dom0.ask("await_calls", "xenstore", "data/oom")
+    dom0.ask("write", f"/local/domain/{container.domid()}/data/go", "1")
+    assert json.loads(lines.readline()) == {"type": "oom", "id": container.id}
+    assert lines.read() == ""
+    assert events.wait().returncode == 0
+    lines.close()
+    finish(container, 137)
+
+
+@pytest.mark.parametrize("interval", ["", "5", "x", "0s", "-1s", "1d"])
+def test_an_interval_that_is_none(dom0, interval):
+    container = dom0.container().created()
+    assert "option --interval of events needs a duration" in container.runx("events", f"--interval={interval}").stderr
+    kill(container)
+    finish(container, 137)
+
+
+# ---- what xl and the guest are told
+
+
+def test_xl_gets_what_config_json_asks_for(dom0):
+    resources = {
+        "memory": {"limit": 96 << 20},
+        "cpu": {"shares": 512, "quota": 250000, "period": 100000, "cpus": "0,2"},
+    }
+    container = dom0.container("exit:0", linux={"resources": resources}).created()
+    settings = dom0.domains()[container.domid()]["settings"]
+    assert (settings["memory"], settings["maxmem"], settings["vcpus"], settings["maxvcpus"]) == (96, 96, 3, 3)
+    assert (settings["cap"], settings["cpu_weight"], settings["cpus"]) == (250, 128, "0,2")
+    assert settings["name"] == f"runx-{container.id}-{settings['uuid'][:8]}"
+    assert (settings["type"], settings["kernel"]) == ("pv", "/run/fake/lib/kernel")
+    assert settings["cmdline"] == "console=hvc0 quiet loglevel=2 panic=-1"
+    assert "p9" not in settings
+    assert container.runx("start").stderr == ""
+    finish(container)
+
+
+def test_files_go_over_9p_or_into_the_ramdisk(dom0):
+    for rootfs in ("9p", "ramdisk"):
+        container = dom0.container("exit:0", annotations={"org.runx.rootfs": rootfs}).created()
+        settings, files = dom0.domains()[container.domid()]["settings"], container.guest()["files"]
+        share = container.root / container.id / "share"
+        assert settings.get("p9") == ([f"tag=share,security_model=none,path={share}"] if rootfs == "9p" else None)
+        assert ("mnt/rootfs/bin/guest" in files) == (rootfs == "ramdisk")
+        assert settings["ramdisk"].endswith(f"/{container.id}/ramdisk") == (rootfs == "9p")
+        assert not os.path.exists(container.root / container.id / "ramdisk")
+        assert container.runx("start").stderr == ""
+        finish(container)
+
+
+def test_without_a_device_model_the_rootfs_goes_into_memory(dom0):
+    dom0.fail("xl", 1, "device model did not start", match="create")
+    container = dom0.container("exit:0", annotations={"org.runx.rootfs": "auto"}).started()
+    assert "level=warning" in container.log_text() and "has all of it in its memory" in container.log_text()
+    finish(container)
+
+
+def test_where_9p_is_asked_for_nothing_else_will_do(dom0):
+    dom0.fail("xl", 1, "device model did not start", match="create")
+    container = dom0.container("exit:0", annotations={"org.runx.rootfs": "9p"})
+    assert "xl create failed: device model did not start" in container.create().stderr
+
+
+def test_too_little_memory_is_told_with_what_there_is(dom0):
+    dom0.ask("memory", 20)
+    container = dom0.container()
+    assert "Xen has not enough memory for a VM of 64 MiB: 20 MiB are free\n" in container.create().stderr
+
+
+def test_the_guest_is_told_the_process_and_its_mounts(dom0):
+    container = dom0.container()
+    (container.bundle / "volume").mkdir()
+    (container.bundle / "hosts").write_text("x")
+    spec = config("exit:0", hostname="inner", domainname="there")
+    spec["process"].update(
+        cwd="/bin", env=["A=1", "B=2", "A=3"], noNewPrivileges=True, oomScoreAdj=-5,
+        user={"uid": 7, "gid": 8, "additionalGids": [9, 10], "umask": 0o77},
+        rlimits=[{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 20}],
+        capabilities={"bounding": ["CAP_CHOWN", "CAP_KILL"], "permitted": ["CAP_KILL"], "effective": ["CAP_KILL"]},
+    )  # fmt: skip
+    spec["root"]["readonly"] = True
+    spec["mounts"] += [
+        {"destination": "/volume", "type": "bind", "source": "volume", "options": ["rbind", "ro"]},
+        {"destination": "/etc/hosts", "type": "bind", "source": "hosts", "options": ["bind"]},
+    ]
+    spec["linux"] = {
+        "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")],
+        "sysctl": {"net.ipv4.ip_forward": "1"}, "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"],
+        "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o600, "uid": 1}],
+        "resources": {"pids": {"limit": 99}},
+    }  # fmt: skip
+    container.write(spec)
+    container.created()
+    told = container.guest()["records"]
+    alone = {keyword: operands for keyword, operands in told}
+    assert alone["flags"] == [0x20000000]
+    assert alone["cwd"] == ["/bin"]
+    assert [operands[0] for keyword, operands in told if keyword == "env"] == ["A=3", "B=2"]
+    assert [operands[0] for keyword, operands in told if keyword == "arg"] == ["/bin/guest", "exit:0"]
+    assert [operands[0] for keyword, operands in told if keyword == "group"] == ["9", "10"]
+    assert alone["user"] == ["7", "8", str(0o77)]
+    assert alone["capabilities"] == [str(1 << 0 | 1 << 5), str(1 << 5), "0", str(1 << 5), "0"]
+    assert alone["rlimit"] == ["7", "10", "20"]
+    assert (alone["oom"], alone["no_new_privileges"]) == (["-5"], [])
+    assert (alone["hostname"], alone["domainname"]) == (["inner"], ["there"])
+    assert alone["sysctl"] == ["sys/net/ipv4/ip_forward", "1"]
+    assert (alone["mask"], alone["readonly"]) == (["/proc/kcore"], ["/proc/sys"])
+    assert ["node", ["/dev/fuse", str(0o20600), "10", "229", "1", "0"]] in told
+    assert alone["cgroup"] == [["pids.max", "99"]]
+    mounts = [operands for keyword, operands in told if keyword == "mount"]
+    assert ["mounts/0", "/volume", "", str(4096 | 16384), ""] in mounts
+    assert ["mounts/0", "/volume", "", str(4096 | 32 | 1), ""] in mounts
+    assert ["mounts/1", "/etc/hosts", "", "4096", ""] in mounts
+    assert ["", "/", "", str(4096 | 32 | 1), ""] in mounts
+    assert container.runx("start").stderr == ""
+    finish(container)
+
+
+def test_the_holder_is_in_the_containers_namespaces_and_files(dom0):
+    container = dom0.container("wait", annotations={"org.runx.rootfs": "9p"}, hostname="inner").started()
+    inside = pathlib.Path(dom0.inside) / f"proc/{container.pid()}"
+    assert (inside / "root/bin/guest").exists()
+    assert not (inside / "root/etc").exists()
+    home = pathlib.Path(dom0.inside) / "proc/1"
+    for kind in ("mnt", "pid", "ipc", "uts", "net", "cgroup"):
+        assert os.readlink(inside / f"ns/{kind}") != os.readlink(home / f"ns/{kind}")
+    assert len(os.listdir(inside / "fd")) <= 6
+    kill(container)
+    finish(container, 137)
+
+
+# ---- states of another runX
+
+
+def test_a_state_of_an_older_runx_goes_on(dom0):
+    """Keys that it has not written: start, update and delete do without."""
+    for keys in (("networks", "namespace", "resources", "vbds", "disk", "rate", "joined", "base"), ("monitor", "boot"),
+                 ("cgroups", "hostname", "maxmem", "maxvcpus")):  # fmt: skip
+        container = dom0.container("wait").created()
+        container.store(lambda state, keys=keys: [state.pop(key, None) for key in (*keys, "version")])
+        for command in (["start"], ["update", "--cpu-share", "512"], ["pause"], ["resume"], ["kill"]):
+            result = container.runx(*command)
+            assert result.returncode == 0 or command[0] == "update", result
+            assert "error: " not in result.stderr and "KeyError" not in result.stderr, result
+        finish(container, 143)
+
+
+def test_a_state_of_a_newer_runx_is_refused_with_a_sentence(dom0):
+    container = dom0.container("wait").created()
+    state = (container.root / container.id / "state.json").read_text()
+    container.store(lambda state: state.update(version=99))
+    for command in ("state", "start", "kill", "pause", "resume", "ps", "update", "delete"):
+        result = container.runx(command)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert "its state has version 99" in result.stderr and "use the newer one" in result.stderr
+    (container.root / container.id / "state.json").write_text(state)
+    assert container.runx("delete").returncode == 0

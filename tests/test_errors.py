@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: one clear sentence on stderr and as the log's last record, exit status 1, nothing left.
+
+What is found before Xen is asked for anything; the rest is in test_xen_errors.py.
+"""
+
+import pytest
+from conftest import call, config, runx_command
+
+
+def test_config_json_missing(bundle):
+    bundle.check_refused("JSON specification file config.json not found")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", '{"ociVersion": 1}'])
+def test_config_json_broken(bundle, text):
+    (bundle.folder / "config.json").write_text(text)
+    bundle.check_refused("config.json")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"ociVersion": "invalid"}, 'ociVersion "invalid"'),
+        ({"ociVersion": "2.0.0"}, 'ociVersion "2.0.0"'),
+        ({"root": {"path": "missing"}}, "rootfs"),
+        ({"root": {}}, "path is missing"),
+        ({"process": {"args": [], "cwd": "/"}}, "args"),
+        ({"process": {"args": ["true"], "cwd": "relative"}}, "cwd"),
+        ({"process": {"args": [1], "cwd": "/"}}, "args"),
+        ({"process": {"args": ["a\0b"], "cwd": "/"}}, "NUL"),
+        ({"process": {"args": ["true"], "cwd": "/", "user": {"uid": -1}}}, "user"),
+        ({"mounts": [{"destination": "/x", "type": "bind", "source": "/no/such/source"}]}, "/no/such/source"),
+        ({"hooks": {"prestart": [{"path": "true"}]}}, "hooks.prestart[0].path must be an absolute path"),
+        ({"hooks": {"poststop": [{"path": "/bin/true", "timeout": 0}]}}, "hooks.poststop[0].timeout must be from 1 to"),
+        ({"process": {"args": ["true"], "cwd": "/", "terminal": True}}, "devpts"),
+        ({"annotations": {"org.runx.rootfs": "nfs"}}, "org.runx.rootfs"),
+    ],
+)
+def test_config_invalid(bundle, change, words):
+    bundle.write_config({**config("true"), **change})
+    bundle.check_refused(words)
+
+
+@pytest.mark.parametrize("container_id", ["", "..", "a/b", "a b", pytest.param("x" * 300, id="long"), "é"])
+def test_bad_id(bundle, container_id):
+    bundle.write_config(config("true"))
+    bundle.id = container_id
+    try:
+        assert "invalid container ID format" in bundle.refused("create")
+        assert not bundle.root.exists()
+    finally:
+        bundle.id = "never-made"
+
+
+@pytest.mark.parametrize("command", ["state", "start", "kill", "delete"])
+def test_unknown_id(bundle, command):
+    bundle.check_refused("does not exist", command=command)
+
+
+def test_delete_force_of_an_unknown_id_succeeds(bundle):
+    assert bundle.succeed("delete", "--force") == b""
+
+
+@pytest.mark.parametrize("command", ["create", "start", "state", "kill", "delete"])
+def test_missing_id(bundle, command):
+    bundle.write_config(config("true"))
+    result = call(*runx_command(*bundle.globals(), command), cwd=bundle.folder)
+    assert (result.returncode, result.stderr) == (1, b"runX: a container ID is required as an argument\n")

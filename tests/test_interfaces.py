@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole lives with network interfaces: a namespace of the engine's, CNI plugins; a veth stands for netback's vif."""
+
+import ipaddress
+import itertools
+import json
+import pathlib
+import shutil
+
+import pytest
+from conftest import namespaces
+from fake.dom0 import config
+from test_failures import is_sentence, try_each
+
+MAC = "02:00:00:00:00:07"
+
+
+@pytest.fixture(autouse=True)
+def ip(dom0):
+    """Runs ip(8) in the dom0; afterwards its links are as before."""
+    if not shutil.which("ip"):
+        pytest.skip("needs ip(8)")
+
+    def run(*words):
+        result = dom0.run(program=["ip", *words])
+        assert result.returncode == 0, (words, result)
+        return result.stdout
+
+    yield run
+    for path in (pathlib.Path(dom0.inside) / "run/netns").glob("*"):
+        run("netns", "delete", path.name)
+    for link in json.loads(run("-j", "link")):
+        if link["ifname"] not in dom0.empty["links"]:
+            dom0.run(program=["ip", "link", "delete", link["ifname"]])  # with its peer, which may come later
+    shutil.rmtree(pathlib.Path(dom0.inside) / "run/netns", ignore_errors=True)
+    for place in ("run/fake/etc", "opt"):
+        for path in (pathlib.Path(dom0.inside) / place).rglob("*"):
+            if path.is_file():
+                path.unlink()
+
+
+def links(ip, namespace=None):
+    words = ["-n", namespace] if namespace else []
+    return {link["ifname"]: link for link in json.loads(ip(*words, "-j", "-d", "address"))}
+
+
+def finish(container, status=0):
+    assert container.wait() == status, container.log_text()
+    assert container.runx("delete").returncode == 0, container.log_text()
+
+
+def told(container):
+    """What the guest is told of each of its interfaces: {MAC: words}."""
+    nodes, home, found = container.dom0.nodes(), f"/local/domain/{container.domid()}/data/network/", {}
+    for path in sorted(node for node in nodes if node.startswith(home)):
+        mac, *words = nodes[path].split(" ")
+        found.setdefault(mac, []).extend(words)
+    return found
+
+
+# ---- a namespace of the engine's
+
+
+@pytest.fixture
+def engines(dom0, ip):
+    """A namespace with an interface eth0, as an engine makes one, and a container that is to have it."""
+    ip("netns", "add", "engine")
+    ip("link", "add", "ours", "type", "veth", "peer", "name", "eth0", "netns", "engine")
+    for words in (
+        ["link", "set", "eth0", "address", MAC, "mtu", "1400", "up"],
+        ["address", "add", "10.9.0.2/24", "dev", "eth0"],
+        ["address", "add", "fd00::2/64", "dev", "eth0", "nodad"],
+        ["route", "add", "default", "via", "10.9.0.1"],
+        ["neighbour", "add", "10.9.0.9", "lladdr", "02:00:00:00:00:09", "dev", "eth0", "nud", "permanent"],
+    ):
+        ip("-n", "engine", *words)
+    empty, dom0.empty = dom0.empty, dom0.sight()
+    yield lambda *steps: dom0.container(*steps, linux={"namespaces": namespaces(network="/run/netns/engine")})
+    dom0.empty = empty
+
+
+def test_the_vm_takes_over_the_interface_of_the_engines_namespace(dom0, ip, engines):
+    container = engines("wait").started()
+    domid = container.domid()
+    vif = links(ip, "engine")[f"vif{domid}.0"]
+    assert ("UP" in vif["flags"], vif["mtu"]) == (True, 1400)
+    assert f"vif{domid}.0" not in links(ip)
+    nodes = dom0.nodes()
+    back, front = f"/local/domain/0/backend/vif/{domid}/0", f"/local/domain/{domid}/device/vif/0"
+    assert (nodes[f"{back}/mac"], nodes[f"{front}/mac"], nodes[f"{front}/handle"]) == (MAC, MAC, "0")
+    assert (nodes[f"{back}/hotplug-status"], nodes[f"{back}/online"]) == ("connected", "1")
+    assert nodes[f"/libxl/{domid}/device/vif/0/backend"] == back
+    words = told(container)[MAC.replace(":", "")]
+    text = " ".join(words)
+    assert (
+        ipaddress.ip_address("10.9.0.2").packed.hex() in text and ipaddress.ip_address("fd00::2").packed.hex() in text
+    )
+    assert ipaddress.ip_address("10.9.0.1").packed.hex() in text and "020000000009" in text
+    assert b"eth0\0".hex() in text and "sys/net/ipv6/conf/eth0/accept_dad=0" in words
+    assert container.stored()["joined"] == ["eth0"]
+    dom0.run(*container.words("kill", container.id, "TERM"))
+    finish(container, 143)
+    assert set(links(ip, "engine")) == {"lo", "eth0"}
+
+
+def test_a_namespace_belongs_to_one_vm(dom0, engines):
+    first, second = engines("wait").created(), engines("wait")
+    assert "cannot join the network namespace of another container" in second.create().stderr
+    assert first.runx("delete", "--force").returncode == 0
+    second.created()
+    assert second.runx("delete").returncode == 0
+
+
+def test_what_a_hook_puts_into_the_containers_own_namespace(dom0, ip):
+    script = (
+        "set -e; state=$(cat); pid=${state#*'\"pid\":'}; pid=${pid%%,*}; "
+        "ip link add ours type veth peer name eth0 netns $pid; nsenter -t $pid -n ip link set eth0 up"
+    )
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}
+    hooks = {"createRuntime": [hook]}
+    container = dom0.container("wait", linux={"namespaces": namespaces()}, hooks=hooks).started()
+    (words,) = told(container).values()
+    assert b"eth0\0".hex() in words[0]
+    dom0.run(*container.words("kill", container.id, "TERM"))
+    finish(container, 143)
+
+
+def test_a_start_with_an_interface_that_xenstore_fails_can_be_done_again(dom0, engines):
+    container = engines("wait").created()
+    dom0.armed = dom0.spared = False
+    for nth in itertools.count(1):
+        dom0.forget()
+        dom0.fail("xenstore", nth, "EIO")
+        result = container.runx("start")
+        dom0.forget()
+        assert is_sentence(result, container)
+        if dom0.spared or result.returncode == 0:
+            break
+        assert (nth, [node for node in dom0.nodes() if "/vif/" in node]) == (nth, [])
+        assert container.status() == "created"
+    assert (nth > 20, result.returncode) == (True, 0)  # the last fault may have been the monitor's
+    assert container.runx("delete", "--force").returncode == 0
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["not done", "done"])
+def test_a_start_whose_xl_fails_keeps_the_interface_for_a_vm_that_may_run(dom0, engines, done):
+    container = engines("wait").created()
+    dom0.fail("xl", 1, "no luck", done, "unpause")
+    assert container.runx("start").stderr == "runX: xl unpause failed: no luck\n"
+    dom0.forget()
+    assert container.status() == ("running" if done else "created")
+    assert done or container.runx("start").stderr == ""
+    assert dom0.nodes()[f"/local/domain/0/backend/vif/{container.domid()}/0/hotplug-status"] == "connected"
+    assert container.runx("delete", "--force").returncode == 0
+
+
+def test_a_netback_that_makes_no_vif_is_told(dom0, engines):
+    dom0.constants["VIF_TIME_LIMIT"] = 0.05
+    container = engines("wait").created()
+    dom0.ask("deaf", True)
+    result = container.runx("start")
+    dom0.ask("deaf", False)
+    assert "has not made vif" in result.stderr and "is its module xen-netback loaded?" in result.stderr
+    assert container.status() == "created"
+    assert container.runx("delete").returncode == 0
+
+
+def test_an_interface_that_is_gone_at_start(dom0, ip, engines):
+    container = engines("exit:0").created()
+    ip("-n", "engine", "link", "delete", "eth0")
+    assert container.runx("start").stderr == ""
+    assert told(container) == {}
+    finish(container)
+
+
+# ---- networks of NETCONF
+
+
+def install(dom0, path, text, mode=0o755):
+    path = pathlib.Path(dom0.inside) / path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+
+
+PLUGIN = """#!/bin/sh
+echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME $CNI_NETNS ${0##*/}" >>/run/fake/etc/calls
+cat >/run/fake/etc/stdin.$CNI_COMMAND
+[ ! -e /run/fake/etc/broken.$CNI_COMMAND ] || { echo '{"code": 7, "msg": "no", "details": "luck"}'; exit 1; }
+[ $CNI_COMMAND = ADD ] || exit 0
+[ "${0##*/}" = host-local ] ||
+    nsenter --net=$CNI_NETNS sh -c "ip link add $CNI_IFNAME type veth peer name other && ip link set $CNI_IFNAME up"
+echo '{"cniVersion": "0.4.0", "ips": [{"version": "4", "address": "10.7.0.5/24", "gateway": "10.7.0.1"}],
+    "routes": [{"dst": "0.0.0.0/0"}], "dns": {"nameservers": ["10.7.0.1"], "search": ["here"]}}'
+"""
+BRIDGE = {
+    "cniVersion": "0.4.0", "name": "net", "type": "bridge", "bridge": "br7",
+    "isGateway": True, "isDefaultGateway": True,
+    "ipam": {"type": "host-local", "subnet": "10.7.0.0/24", "gateway": "10.7.0.1"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def networks(dom0):
+    """Makes a container with these networks of NETCONF, whose addresses are chosen for it."""
+
+    def make(*documents, steps=("wait",), address=",auto"):
+        install(dom0, "run/fake/etc/config.json", json.dumps({"netconf": ["/run/fake/etc"]}), 0o644)
+        install(dom0, "opt/cni/bin/host-local", PLUGIN)
+        install(dom0, "opt/cni/bin/ptp", PLUGIN)
+        container, spec = dom0.container(), config(*steps)
+        for number, document in enumerate(documents):
+            install(dom0, f"run/fake/etc/{number}.conf", json.dumps(document), 0o644)
+            spec["process"]["env"].append(f"NETCONF{number}=/run/fake/etc/{number}.conf,{document['name']}{address}")
+        container.write(spec)
+        return container
+
+    return make
+
+
+def calls(dom0):
+    path = pathlib.Path(dom0.inside) / "run/fake/etc/calls"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_port_of_a_bridge_with_an_address_of_an_ipam_plugin(dom0, ip, networks):
+    container = networks(BRIDGE).created()
+    assert [call[0] for call in calls(dom0)] == ["ADD"]
+    assert container.runx("start").stderr == ""
+    domid = container.domid()
+    vif, bridge = links(ip)[f"vif{domid}.0"], links(ip)["br7"]
+    assert (vif["master"], "UP" in vif["flags"], "UP" in bridge["flags"]) == ("br7", True, True)
+    assert "10.7.0.1" in [address.get("local") for address in bridge["addr_info"]]
+    nodes = dom0.nodes()
+    assert nodes[f"/local/domain/0/backend/vif/{domid}/0/bridge"] == "br7"
+    ((mac, words),) = told(container).items()
+    assert nodes[f"/local/domain/{domid}/device/vif/0/mac"].replace(":", "") == mac
+    for address in ("10.7.0.5", "10.7.0.1"):
+        assert ipaddress.ip_address(address).packed.hex() in " ".join(words)
+    assert sorted(nodes[f"/local/domain/{domid}/data/dns"].splitlines()) == ["nameserver 10.7.0.1", "search here"]
+    assert ["resolv_conf", []] in container.guest()["records"]
+    dom0.run(*container.words("kill", container.id, "TERM"))
+    finish(container, 143)
+    assert [call[0] for call in calls(dom0)] == ["ADD", "DEL"]
+    assert calls(dom0)[0][1:3] == calls(dom0)[1][1:3] == [dom0_name(container), "eth0"]
+
+
+def dom0_name(container):
+    return next(call[1] for call in calls(container.dom0) if call[1].startswith(f"runx-{container.id}-"))
+
+
+def test_an_interface_that_plugins_make(dom0, networks):
+    container = networks({**BRIDGE, "type": "ptp"}, BRIDGE | {"name": "second"}).started()
+    domid = container.domid()
+    assert sorted(call[-1] for call in calls(dom0)) == ["host-local", "ptp"]
+    assert len(told(container)) == 2
+    assert {f"/local/domain/0/backend/vif/{domid}/{number}" for number in (0, 1)} <= set(dom0.nodes())
+    dom0.run(*container.words("kill", container.id, "KILL"))
+    finish(container, 137)
+    assert [call[0] for call in calls(dom0)].count("DEL") == 2
+
+
+def test_a_bridge_where_the_vm_asks_by_dhcp(dom0, ip, networks):
+    ip("link", "add", "br7", "type", "bridge")
+    container = networks({"name": "net", "type": "bridge", "bridge": "br7", "mtu": 1300}, address="").started()
+    nodes, home = dom0.nodes(), f"/local/domain/{container.domid()}/data"
+    assert (nodes[f"{home}/dhcp"], nodes[f"{home}/hostname"]) == ("eth0", container.id)
+    assert links(ip)[f"vif{container.domid()}.0"]["mtu"] == 1300
+    dom0.run(*container.words("kill", container.id, "KILL"))
+    finish(container, 137)
+
+
+def test_an_address_that_is_given(dom0, networks):
+    container = networks(BRIDGE, address=",10.7.0.77").created()
+    assert json.loads((pathlib.Path(dom0.inside) / "run/fake/etc/stdin.ADD").read_text())["name"] == "net"
+    assert container.runx("start").stderr == ""
+    assert ipaddress.ip_address("10.7.0.77").packed.hex() in " ".join(*told(container).values())
+    dom0.run(*container.words("kill", container.id, "KILL"))
+    finish(container, 137)
+
+
+@pytest.mark.parametrize("kind", ["ptp", "bridge"])
+def test_a_plugin_that_fails_undoes_create_and_gives_back(dom0, networks, kind):
+    container = networks({**BRIDGE, "type": kind})
+    install(dom0, "run/fake/etc/broken.ADD", "")
+    result = container.create()
+    assert "ADD: no: luck (code 7)\n" in result.stderr
+    assert [call[0] for call in calls(dom0)] == ["ADD", "DEL"]
+    assert container.runx("state").returncode == 1
+
+
+def test_a_plugin_that_gives_nothing_back_is_a_warning(dom0, networks):
+    container = networks(BRIDGE).created()
+    install(dom0, "run/fake/etc/broken.DEL", "")
+    assert container.runx("delete").returncode == 0
+    assert "level=warning" in container.log_text() and "DEL: no: luck (code 7)" in container.log_text()
+
+
+def test_a_bridge_that_is_nowhere(dom0, networks):
+    container = networks({"name": "net", "type": "bridge", "bridge": "br7"}, address="")
+    assert "there is no bridge br7 on this host: make it, or set isGateway" in container.create().stderr
+
+
+def test_a_plugin_that_is_not_installed(dom0, networks):
+    container = networks({**BRIDGE, "type": "nobody"})
+    assert "CNI plugin nobody is not installed in /opt/cni/bin" in container.create().stderr
+
+
+def test_a_create_with_networks_whose_mounts_and_namespaces_fail_gives_them_back(dom0, networks):
+    def life(arm):
+        container = networks({**BRIDGE, "type": "ptp"})
+        arm()
+        result = container.create()
+        dom0.forget()
+        assert is_sentence(result, container)
+        container.runx("delete", "--force")
+        commands = [call[0] for call in calls(dom0)]
+        assert commands.count("ADD") <= commands.count("DEL")
+        return container
+
+    try_each(dom0, lambda nth: dom0.fail_system_call(nth, "EIO"), life)

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a container in a dom0 without Xen: what each command does in each state (docs/lifecycle.md)."""
+
+import json
+
+import pytest
+
+STATES = ("created", "running", "paused", "stopped")
+
+
+def bring(dom0, status, *steps, **changes):
+    """A container in one of STATES; its process does these steps, or waits."""
+    container = dom0.container(*(steps or ("wait",)), **changes).created()
+    if status == "stopped":
+        kill(container, "KILL")
+        assert container.wait() == 137
+    elif status != "created":
+        assert container.runx("start").returncode == 0
+        container.ready()
+        if status == "paused":
+            assert container.runx("pause").returncode == 0
+    assert container.status() == status
+    return container
+
+
+def kill(container, *words):
+    return container.dom0.run(*container.words("kill", container.id, *words))
+
+
+def remove(container):
+    result = container.runx("delete", "--force")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_life_from_create_to_delete(dom0):
+    container = dom0.container("out:hello", "err:oops", "exit:3").created()
+    assert container.status() == "created"
+    assert container.runx("start").returncode == 0
+    assert (container.wait(), container.output(), container.errors()) == (3, "hello", "oops")
+    assert (container.status(), container.runx("delete").returncode) == ("stopped", 0)
+    assert container.log_text() == ""
+
+
+# ---- the table
+
+GONE = 'container "{id}" does not exist'
+EXISTS = "container with given ID already exists: {id}"
+NOT_RUNNING, NOT_PAUSED = "container not running", "container not paused"
+REFUSED = {
+    "unknown": {
+        "state": GONE, "start": GONE, "kill": GONE, "kill --all": GONE, "pause": GONE, "resume": GONE, "ps": GONE,
+        "events --stats": GONE, "update --memory=32m": GONE, "delete": GONE, "exec": "runX does not support exec",
+        "checkpoint": "runX does not support checkpoint", "restore": "runX does not support restore",
+    },
+    "created": {"create": EXISTS, "resume": NOT_PAUSED, "exec": "runX does not support exec"},
+    "running": {
+        "create": EXISTS, "start": "cannot start an already running container", "resume": NOT_PAUSED,
+        "delete": "cannot delete container {id} that is not stopped: running", "exec": "runX does not support exec",
+    },
+    "paused": {
+        "create": EXISTS, "start": "cannot start a container in the paused state", "pause": NOT_RUNNING,
+        "delete": "cannot delete container {id} that is not stopped: paused", "exec": "runX does not support exec",
+    },
+    "stopped": {
+        "create": EXISTS, "start": "cannot start a container that has stopped", "kill": NOT_RUNNING,
+        "pause": NOT_RUNNING, "resume": NOT_PAUSED, "events --stats": "container with id {id} is not running",
+        "update --memory=32m": NOT_RUNNING, "exec": "runX does not support exec",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", REFUSED)
+def test_what_cannot_be_done_in_a_state_is_refused_in_runcs_words_and_changes_nothing(dom0, status):
+    container = dom0.container() if status == "unknown" else bring(dom0, status)
+    before = dom0.domains(), status != "unknown" and container.stored()
+    for command, sentence in REFUSED[status].items():
+        options = ["--bundle", str(container.bundle)] if command == "create" else []
+        result = container.runx(*command.split(), *options)
+        assert (command, result.stderr) == (command, f"runX: {sentence.format(id=container.id)}\n")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert container.log_text().endswith(f"level=error msg={sentence.format(id=container.id)}\n")
+    assert (dom0.domains(), status != "unknown" and container.stored()) == before
+    assert status == "unknown" or container.status() == status
+    remove(container)
+
+
+@pytest.mark.parametrize("status", STATES)
+def test_what_can_be_asked_in_any_state(dom0, status):
+    container = bring(dom0, status)
+    pid = container.pid()
+    state = container.state()
+    assert (state["id"], state["status"], state["pid"]) == (container.id, status, 0 if status == "stopped" else pid)
+    assert (state["bundle"], state["rootfs"]) == (str(container.bundle), str(container.bundle / "rootfs"))
+    assert (state["ociVersion"], state["annotations"]) == ("1.0.2", {"org.runx.rootfs": "ramdisk"})
+    listed = dom0.run("--root", str(container.root), "list", "--format", "json")
+    assert json.loads(listed.stdout) == [state]
+    assert dom0.run("--root", str(container.root), "list", "-q").stdout == f"{container.id}\n"
+    table = dom0.run("--root", str(container.root), "list").stdout.splitlines()
+    assert table[0].split() == ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]
+    assert table[1].split() == [container.id, str(state["pid"]), status, state["bundle"], state["created"]]
+    processes = container.runx("ps", "--format", "json")
+    assert json.loads(processes.stdout) == (None if status == "stopped" else [pid])
+    shown = container.runx("ps").stdout.splitlines()
+    assert shown[0].split()[:2] == ["UID", "PID"]
+    assert [line.split()[1] for line in shown[1:]] == ([] if status == "stopped" else [str(pid)])
+    if status != "stopped":
+        stats = json.loads(container.runx("events", "--stats").stdout)
+        assert (stats["type"], stats["id"]) == ("stats", container.id)
+        assert stats["data"]["cpu"]["usage"]["total"] == 1_500_000_000
+        assert stats["data"]["memory"]["usage"]["limit"] == stats["data"]["memory"]["usage"]["usage"] == 64 << 20
+    remove(container)
+
+
+def test_the_list_of_an_empty_root(dom0):
+    container = dom0.container()
+    assert dom0.run("list", "--format", "json").stdout == "null\n"
+    assert dom0.run("list", "-q").stdout == ""
+    assert dom0.run("--root", str(container.root), "list").stderr == f"runX: there is no root {container.root}\n"
+
+
+def test_while_create_runs_it_is_creating_and_what_would_change_it_waits(dom0):
+    container = dom0.container("exit:6")
+    dom0.fail("xl", 1, "slow", match="create")
+    create = container.start_runx("create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file))
+    dom0.ask("await_calls", "xl", "create")
+    assert container.status() == "creating"
+    assert container.runx("ps").stderr == "runX: container not running\n"
+    assert container.runx("events").stderr == f"runX: container with id {container.id} is not running\n"
+    assert container.create().stderr == f"runX: container with given ID already exists: {container.id}\n"
+    start = container.start_runx("start")
+    dom0.ask("release")
+    assert (create.wait().returncode, start.wait().returncode, container.wait()) == (0, 0, 6)
+    remove(container)
+
+
+def test_a_forced_delete_waits_for_create(dom0):
+    container = dom0.container("wait")
+    dom0.fail("xl", 1, "slow", match="create")
+    create = container.start_runx("create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file))
+    dom0.ask("await_calls", "xl", "create")
+    delete = container.start_runx("delete", "--force")
+    dom0.ask("release")
+    assert (create.wait().returncode, delete.wait().returncode) == (0, 0)
+
+
+# ---- kill
+
+
+@pytest.mark.parametrize("signal", ["HUP", "2", "SIGQUIT", "KILL", "TERM", "SEGV"])
+def test_a_deadly_signal_ends_what_is_not_started(dom0, signal):
+    numbers = {"HUP": 1, "2": 2, "SIGQUIT": 3, "KILL": 9, "TERM": 15, "SEGV": 11}
+    container = bring(dom0, "created")
+    assert kill(container, signal).returncode == 0
+    assert (container.wait(), container.status()) == (128 + numbers[signal], "stopped")
+    assert not dom0.domains()
+    assert container.runx("delete").returncode == 0
+
+
+@pytest.mark.parametrize("status", ["created", "paused before it was started"])
+def test_other_signals_do_nothing_to_what_is_not_started(dom0, status):
+    container = bring(dom0, "created")
+    if status != "created":
+        assert container.runx("pause").returncode == 0
+    for signal in ("0", "USR1", "CHLD", "CONT", "URG", "WINCH", "RTMIN+1"):
+        assert kill(container, signal).returncode == 0
+    assert container.status() == status.split()[0]
+    assert kill(container, "TERM").returncode == 0
+    assert container.wait() == 143
+    remove(container)
+
+
+def test_signals_reach_the_process_by_name_and_number(dom0):
+    container = bring(dom0, "running", "signal:6")
+    signals = {"TERM": 15, "SIGUSR1": 10, "12": 12, "0": None, "rtmin+2": 36, "63": 63, "RTMAX": 64}
+    for signal, number in signals.items():
+        assert kill(container, signal).returncode == 0
+        if number and signal != "RTMAX":  # which is the last
+            dom0.ask("await_asked", container.domid(), f"kill {number}")
+    assert container.wait() == 0
+    assert container.output() == "15 10 12 36 63 64"
+    remove(container)
+
+
+def test_kill_all_reaches_every_process(dom0):
+    container = bring(dom0, "running", "wait")
+    assert container.runx("kill", "--all", "--signal", "TERM").returncode == 0
+    assert container.wait() == 143
+    assert kill(container, "--all", "TERM").returncode == 0
+    remove(container)
+
+
+@pytest.mark.parametrize("signal", ["nonsense", "65", "-1", "RTMIN+99", "SIGSIG"])
+def test_a_signal_that_is_none(dom0, signal):
+    container = bring(dom0, "created")
+    result = kill(container, "--signal=" + signal)
+    assert result.stderr == f"runX: unknown signal {signal!r}: give a number from 0 to 64 or a name such as TERM\n"
+    remove(container)
+
+
+def test_a_signal_for_a_paused_container_waits_for_resume(dom0):
+    container = bring(dom0, "paused", "wait")
+    assert kill(container, "TERM").returncode == 0
+    assert (container.status(), container.guest()["signals"]) == ("paused", [])
+    assert container.runx("resume").returncode == 0
+    assert container.wait() == 143
+    remove(container)
+
+
+def test_sigkill_ends_a_paused_container_now_and_lets_it_write_its_last(dom0):
+    container = bring(dom0, "paused", "wait")
+    assert kill(container, "KILL").returncode == 0
+    assert container.wait() == 137
+    assert container.log_text() == ""
+    remove(container)
+
+
+def test_sigkill_ends_what_does_not_answer(dom0):
+    dom0.constants["KILL_GRACE"] = 0.05
+    container = bring(dom0, "running", "mute")
+    assert kill(container, "KILL").returncode == 0
+    assert container.wait() == 137
+    remove(container)
+
+
+@pytest.mark.parametrize(
+    "name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("TERM", 15), ("USR1", 10), ("USR2", 12)]
+)
+def test_what_is_sent_to_its_pid_goes_to_the_process(dom0, name, number):
+    container = bring(dom0, "running", "signal:1")
+    dom0.signal(container.pid(), number)
+    assert (container.wait(), container.output()) == (0, str(number))
+    remove(container)
+
+
+def test_what_is_sent_to_the_pid_of_one_that_is_not_started_ends_it(dom0):
+    container = bring(dom0, "created")
+    dom0.signal(container.pid(), 15)
+    assert container.wait() == 143
+    remove(container)
+
+
+# ---- pause, resume
+
+
+def test_pause_and_resume(dom0):
+    container = bring(dom0, "running", "wait")
+    for _ in range(2):
+        assert container.runx("pause").returncode == 0
+        assert (container.status(), dom0.domains()[container.domid()]["paused"]) == ("paused", True)
+        assert container.runx("resume").returncode == 0
+        assert (container.status(), dom0.domains()[container.domid()]["paused"]) == ("running", False)
+    remove(container)
+
+
+def test_one_that_is_paused_before_it_is_started_is_created_again_after_resume(dom0):
+    container = bring(dom0, "created", "exit:4")
+    assert (container.runx("pause").returncode, container.status()) == (0, "paused")
+    assert container.runx("start").stderr == "runX: cannot start a container in the paused state\n"
+    assert (container.runx("resume").returncode, container.status()) == (0, "created")
+    assert (container.runx("start").returncode, container.wait()) == (0, 4)
+    remove(container)
+
+
+# ---- delete
+
+
+@pytest.mark.parametrize("status", STATES)
+def test_delete_force_removes_it_in_any_state(dom0, status):
+    container = bring(dom0, status)
+    pid = container.pid()
+    remove(container)
+    assert status == "stopped" or dom0.wait(pid) == 137
+    assert container.runx("state").returncode == 1
+    assert container.runx("delete", "--force").returncode == 0
+
+
+@pytest.mark.parametrize("status", ["created", "stopped"])
+def test_delete_removes_what_does_not_run(dom0, status):
+    container = bring(dom0, status)
+    assert container.runx("delete").returncode == 0
+    assert container.runx("delete").stderr == f'runX: container "{container.id}" does not exist\n'
+
+
+# ---- how it ends
+
+ENDS = {
+    "exit:0": (0, None), "exit:255": (255, None), "exit:256": (255, "the VM told no valid exit status"),
+    "exit:x": (255, "the VM told no valid exit status"), "exit:-1": (255, "the VM told no valid exit status"),
+    "end:-": (130, "the VM was powered off from inside; exit status 130"),
+    "end:r": (129, "the VM was rebooted from inside; exit status 129"),
+    "end:s": (255, "the VM suspended itself; exit status 255"),
+    "end:c": (255, "the VM crashed; exit status 255"),
+    "end:w": (255, "the VM's watchdog fired; exit status 255"),
+    "end:S": (255, "the VM made a soft reset; exit status 255"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_exit_status_of_each_end(dom0, end):
+    status, reason = ENDS[end]
+    container = dom0.container("say:Kernel panic\x1b[2J\n", "out:last words", end).started()
+    assert (container.wait(), container.status(), container.output()) == (status, "stopped", "last words")
+    if reason is None:
+        assert container.log_text() == ""
+    else:
+        assert f"level=warning msg=container {container.id}: {reason}\n" in container.log_text()
+    if end.startswith("end"):
+        assert f"msg=container {container.id}: the VM's console: Kernel panic [2J\n" in container.log_text()
+    assert not dom0.domains()
+    remove(container)
+
+
+def test_one_that_ends_before_its_process_is_there(dom0):
+    container = dom0.container("early:say:No init found\n", "early:end:c").started()
+    assert container.wait() == 255
+    assert "the VM's console: No init found" in container.log_text()
+    remove(container)
+
+
+def test_one_that_is_destroyed_by_hand(dom0):
+    container = bring(dom0, "running")
+    dom0.ask("destroy", container.domid())
+    assert (container.wait(), container.status()) == (137, "stopped")
+    assert "the VM was destroyed; exit status 137" in container.log_text()
+    remove(container)
+
+
+def test_the_end_of_another_vm_ends_nothing(dom0):
+    first, second = bring(dom0, "running", "wait"), bring(dom0, "running", "wait")
+    dom0.ask("destroy", second.domid())
+    assert second.wait() == 137, second.log_text()
+    assert first.status() == "running"
+    assert kill(first, "TERM").returncode == 0
+    assert first.wait() == 143
+    remove(first)
+    remove(second)
+
+
+def test_why_it_could_not_be_started_is_in_the_log(dom0):
+    container = dom0.container("set:data/error=cannot mount\x07 it", "err:no such thing\n", "exit:127").started()
+    assert (container.wait(), container.errors()) == (127, "no such thing\n")
+    assert f"msg=container {container.id}: the VM's init: cannot mount  it\n" in container.log_text()
+    remove(container)
+
+
+def test_a_lack_of_memory_is_in_the_log(dom0):
+    container = dom0.container("set:data/oom=Killed process 7 (x)", "exit:137").started()
+    assert container.wait() == 137
+    assert "the VM has run out of memory: Killed process 7 (x)\n" in container.log_text()
+    remove(container)
+
+
+# ---- who is killed
+
+
+def test_a_killed_monitor_leaves_nothing_for_good(dom0):
+    for status in STATES[:3]:
+        container = bring(dom0, status)
+        dom0.signal(container.stored()["monitor"][0], 9)
+        assert (container.wait(), container.status()) == (137, "stopped")
+        assert dom0.domains()
+        assert container.runx("delete").returncode == 0
+        assert not dom0.domains()
+
+
+def test_a_killed_holder_ends_the_container(dom0):
+    for status in ("created", "running"):
+        container = bring(dom0, status)
+        dom0.signal(container.pid(), 9)
+        assert (container.wait(), container.status()) == (-9, "stopped")
+        dom0.settle()
+        assert not dom0.domains()
+        assert container.runx("delete").returncode == 0
+
+
+def test_a_create_that_is_killed_is_taken_down_by_its_monitor(dom0):
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", "kill -9 $PPID"]}
+    container = dom0.container(hooks={"createRuntime": [hook]})
+    assert container.create().returncode == -9
+    dom0.settle()
+    assert container.runx("state").returncode == 1
