@@ -1,5 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the container gets of its config.json, beside what the same config.json gives under runc in the same dom0."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -7,9 +9,10 @@ import pathlib
 import shutil
 import socket
 import stat
+import subprocess
 
 import pytest
-from conftest import DEVPTS, call, config, in_memory, wait_for, wait_until
+from conftest import DEVPTS, call, config, in_memory, wait_for, wait_in
 
 REPORT = pathlib.Path("/usr/share/lab/report")  # tests/report.c
 DATA = pathlib.Path(__file__).with_name("data")
@@ -20,7 +23,10 @@ pytestmark = [
 ]
 
 NAMESPACES = [{"type": name} for name in ("pid", "ipc", "uts", "mount", "network", "cgroup")]
+
 DEFAULT_CAPABILITIES = ["CAP_CHOWN", "CAP_SETUID", "CAP_NET_BIND_SERVICE", "CAP_KILL"]
+
+
 # Limits that no config.json sets are the kernel's own: they go by memory, or the engine's service.
 LIMITS = "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
 
@@ -48,24 +54,22 @@ def report_config(*paths, **process):
 @pytest.fixture
 def busybox(bundle):
     """The bundle, whose rootfs has all of busybox's commands and the reporter."""
-    for applet in call("busybox", "--list").stdout.decode().split():
-        if not (bundle.rootfs / "bin" / applet).exists():
-            (bundle.rootfs / "bin" / applet).symlink_to("busybox")
+    bundle.add_applets(*call("busybox", "--list").stdout.decode().split())
     shutil.copy(REPORT, bundle.rootfs / "bin/report")
     return bundle
 
 
 @pytest.fixture
 def outputs(busybox):
-    """A function that runs a config under runc and under runX and returns both standard outputs; what of the rootfs is
+    """A function that runs a config under runc and under runX, and returns both standard outputs; what of the rootfs is
     named is removed after each."""
 
     def run(spec, *made):
         busybox.write_config(spec)
         found = []
-        for runtime in ("runc", "runX"):
-            command = [runtime, "--root", str(busybox.folder / f"root-{runtime}"), "run", busybox.id]
-            result = call(*command, cwd=busybox.folder)
+        runc = ["runc", "--root", str(busybox.folder / "root-runc"), "run", "--bundle", str(busybox.folder), busybox.id]
+        for command in (runc, busybox.command("run")):
+            result = call(*command)
             assert result.returncode == 0, result
             found.append(result.stdout.decode())
             for name in made:
@@ -129,9 +133,6 @@ def compare(runc, runx, *limits):
     assert not different
 
 
-# ---- the process
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in DATA.glob("*.json")))
 def test_the_default_config_of_an_engine_is_what_it_is_under_runc(reports, busybox, name):
     """tests/data: what each engine has written for a plain `run`, with its version."""
@@ -192,7 +193,7 @@ def test_a_rich_config_is_what_it_is_under_runc(reports, busybox):
         resources={"pids": {"limit": 33}},
         personality={"domain": "LINUX"},
     )
-    compare(*reports(spec), "STACK", "NOFILE", "CORE")
+    compare(*reports(in_memory(spec)), "STACK", "NOFILE", "CORE")
 
 
 def test_masked_and_readonly_paths_are_what_they_are_under_runc(outputs, busybox):
@@ -200,7 +201,7 @@ def test_masked_and_readonly_paths_are_what_they_are_under_runc(outputs, busybox
     (busybox.rootfs / "masked/secret").write_text("x")
     (busybox.rootfs / "file").write_text("x")
     script = "cat /masked/* /file /proc/keys | wc -c; for path in /proc/sys /fixed; do echo x >$path/new; done; true"
-    spec = config("sh", "-c", f"({script}) 2>&1")
+    spec = in_memory(config("sh", "-c", f"({script}) 2>&1"))
     (busybox.rootfs / "fixed").mkdir()
     spec["linux"] = {
         "namespaces": NAMESPACES, "maskedPaths": ["/masked", "/file", "/proc/keys", "/no/such/path"],
@@ -223,14 +224,30 @@ def test_what_this_runc_does_not_know_applies(busybox):
             "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
         },
     )
-    busybox.write_config(spec)
-    result = busybox.runx("run", "--bundle", str(busybox.folder), busybox.id)
-    fields = json.loads(result.stdout)
+    fields = json.loads(busybox.run(in_memory(spec)).stdout)
     expected = {
         "io priority": 3 << 13, "scheduler": 3, "nice": 7, "domainname": ["example.org"], "personality": 8,
         "pids.max": ["44"],
     }  # fmt: skip
     assert {name: fields[name] for name in expected} == expected
+
+
+def test_the_process_has_its_user_and_a_large_environment_and_what_has_no_effect_is_logged_once(bundle):
+    user = {"uid": 1000, "gid": 2000, "additionalGids": [3000, 4000], "umask": 0o027}
+    variables = [f"V{number}={'x' * 1000}{number}" for number in range(100)]
+    # the user may open its standard streams again
+    script = "(id -u; id -G; umask; pwd) >/proc/self/fd/1; env -u PWD -u SHLVL"
+    env = ["PATH=/bin", *variables]
+    spec = in_memory(config("sh", "-c", script, env=env, user=user, cwd="/new/folder", apparmorProfile="x"))
+    spec["linux"] = {"mountLabel": "x", "resources": {"blockIO": {"weight": 9}, "network": {}}}
+    result = bundle.run(spec)
+    lines = result.stdout.decode().splitlines()
+    assert lines[:4] == ["1000", "2000 3000 4000", "0027", "/new/folder"], result
+    assert sorted(lines[4:]) == sorted(["PATH=/bin", "HOME=/", *variables])
+    records = [json.loads(line) for line in bundle.log.read_text().splitlines()]
+    assert {record["level"] for record in records} == {"warning"}
+    named = [record["msg"].split(": ")[1].split()[0] for record in records]
+    assert named == ["process.apparmorProfile", "linux.mountLabel", "linux.resources.blockIO"]
 
 
 def test_seccomp_does_what_it_does_under_runc(outputs, busybox):
@@ -267,21 +284,15 @@ def test_seccomp_does_what_it_does_under_runc(outputs, busybox):
 
 def test_the_process_is_the_first_of_its_pid_namespace(busybox):
     script = "trap 'echo terminated; exit 3' TERM; echo $$ $(ls -d /proc/[0-9]*); (exit 5) & sleep 1000 & wait"
-    spec = config("sh", "-c", script)
+    spec = in_memory(config("sh", "-c", script))
     spec["linux"] = {"namespaces": NAMESPACES}
-    busybox.write_config(spec)
-    pidfd = busybox.created()
-    busybox.runx("start", busybox.id)
-    output = busybox.folder / "stdout"
-    wait_until(lambda: output.read_text().endswith("\n"), "the process's own words")
-    words = output.read_text().split()
+    pidfd = busybox.started(spec)
+    wait_in(busybox.folder, lambda: busybox.output().endswith("\n"), "the process's own words")
+    words = busybox.output().split()
     assert words[:2] == ["1", "/proc/1"] and len(words) < 5  # nothing of the kernel's, nothing of init's
-    busybox.runx("kill", busybox.id, "TERM")
+    busybox.succeed("kill", "TERM")
     wait_for(pidfd)
-    assert output.read_text().endswith("terminated\n")
-
-
-# ---- mounts
+    assert busybox.output().endswith("terminated\n")
 
 
 def test_mounts_are_what_they_are_under_runc(outputs, busybox):
@@ -357,7 +368,7 @@ def linked(busybox):
     files = ["/etc/resolv.conf", "/etc/localtime", "/etc/first", "/etc/up"]
     folders = ["/folder", "/below/deeper"]
     script = f"""
-        cat {' '.join(files)} {'/in '.join(folders)}/in; {MOUNTED}
+        cat {" ".join(files)} {"/in ".join(folders)}/in; {MOUNTED}
         ls / /run/systemd/resolve /made /not /var; cd /etc; stat -c '%N %F' *
     """
     spec = config("sh", "-c", script)
@@ -374,8 +385,7 @@ def test_a_mount_onto_a_link_is_where_the_link_leads(linked, outputs, busybox):
     runc, runx = outputs(linked, "run", "usr", "y", "var", "made", "not", "etc/made")
     assert runx == runc and runx.count("file\n") == 3 and "/usr/share/zoneinfo/UTC rw\n" in runx
     for spec in (in_memory(linked), {**linked, "root": {"path": str(image)}}):
-        busybox.write_config(spec)
-        result = busybox.runx("run", "--bundle", str(busybox.folder), busybox.id)
+        result = busybox.run(spec)
         assert result.stdout.decode().replace("lost+found\n", "") == runx, result
 
 
@@ -384,8 +394,7 @@ def test_a_mount_onto_links_without_end_is_refused(bundle):
     (bundle.rootfs / "two").symlink_to("one")
     spec = in_memory(config("true"))
     spec["mounts"].append(mount("/one", "tmpfs"))
-    bundle.write_config(spec)
-    result = bundle.runx("run", "--bundle", str(bundle.folder), bundle.id)
+    result = bundle.run(spec)
     assert (result.returncode, result.stderr) == (126, b"follow /one: Symbolic link loop\n"), result
 
 
@@ -440,8 +449,7 @@ def test_what_is_read_only_has_all_that_is_made_in_it(outputs, busybox):
     script = "pwd; tty; ls -l /dev/console | cut -c1-10"
     spec["process"].update(cwd="/no/such", args=["sh", "-c", script], terminal=True)
     busybox.write_config(in_memory(spec))
-    command = f"runX --root {busybox.root} run --bundle {busybox.folder} {busybox.id}"
-    result = call("script", "-qec", command, "/dev/null")
+    result = call("script", "-qec", " ".join(busybox.command("run")), "/dev/null")
     assert result.stdout.split() == [b"/no/such", b"/dev/pts/0", b"crw--w----"], result
 
 
@@ -468,15 +476,16 @@ def test_a_tmpfs_of_no_mode_has_that_of_the_folder(outputs, busybox):
 def test_capabilities_that_cannot_be_granted_are_left_out(reports, busybox, uid):
     names = ["CAP_CHOWN", "CAP_KILL"]
     capabilities = {name: names for name in ("bounding", "effective", "permitted", "ambient")}  # as `runc spec` has it
-    spec = report_config(user={"uid": uid, "gid": 0}, capabilities=capabilities)
+    spec = in_memory(report_config(user={"uid": uid, "gid": 0}, capabilities=capabilities))
     compare(*reports(spec))
+    if uid == 0:
+        return  # it has all that is in the bounding set
     # where this runc gives up, what can be granted is
     spec["process"]["capabilities"] = {
         "bounding": ["CAP_CHOWN"], "permitted": ["CAP_KILL", "CAP_CHOWN"], "effective": ["CAP_CHOWN", "CAP_SETUID"],
         "inheritable": names, "ambient": names,
     }  # fmt: skip
-    busybox.write_config(spec)
-    fields = json.loads(busybox.runx("run", "--bundle", str(busybox.folder), busybox.id).stdout)
+    fields = json.loads(busybox.run(spec).stdout)
     assert {fields[name] for name in ("bounding", "permitted", "effective", "inheritable", "ambient")} == {1}
     assert "left out of process.capabilities: effective CAP_SETUID" in busybox.log.read_text()
 
@@ -493,21 +502,28 @@ def shared_mounts(busybox):
     call("umount", "-R", str(folder))
 
 
+@contextlib.contextmanager
+def conversation(bundle, spec):
+    """Run a container of this config, which takes lines and answers them; yield its process on dom0."""
+    bundle.write_config(spec)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(bundle.command("run"), text=True, bufsize=1, **pipes) as running:
+        yield running
+    assert running.returncode == 0
+
+
 def test_what_the_host_mounts_later_comes_with_propagation_only(busybox, shared_mounts):
-    spec = config("sh", "-c", "touch /ready; while [ ! -e /go ]; do sleep 0.1; done; ls /slave/later /private/later")
+    spec = config("sh", "-c", "echo ready; read -r _; ls /slave/later /private/later")
     spec["mounts"] += [
         mount("/slave", "bind", "rbind", "rslave", source=str(shared_mounts)),
         mount("/private", "bind", "rbind", "rprivate", source=str(shared_mounts)),
     ]
-    busybox.write_config(spec)
-    pidfd = busybox.created()
-    busybox.runx("start", busybox.id)
-    wait_until((busybox.rootfs / "ready").exists, "the process")
-    call("mount", "-t", "tmpfs", "later", str(shared_mounts / "later"))
-    (shared_mounts / "later/file").touch()
-    (busybox.rootfs / "go").touch()
-    wait_for(pidfd)
-    assert (busybox.folder / "stdout").read_text() == "/private/later:\n\n/slave/later:\nfile\n"
+    with conversation(busybox, spec) as running:
+        assert running.stdout.readline() == "ready\n"
+        assert call("mount", "-t", "tmpfs", "later", str(shared_mounts / "later")).returncode == 0
+        (shared_mounts / "later/file").touch()
+        running.stdin.write("go\n")
+        assert running.stdout.read() == "/private/later:\n\n/slave/later:\nfile\n"
 
 
 def test_a_file_that_the_host_changes_is_seen_changed(busybox):
@@ -517,29 +533,27 @@ def test_a_file_that_the_host_changes_is_seen_changed(busybox):
     for name in names:
         (busybox.folder / name).write_text("old\n")
     script = """
-        exec 3</folder/open; read line <&3
-        cat /alone /folder/file
-        for step in 1 2; do
-            touch /at$step; while [ ! -e /go$step ]; do sleep 0.1; done
-            cat /alone /folder/file /folder/open; cat <&3
-        done
+        exec 3</folder/open; read -r line <&3
+        cat /alone /folder/file; echo done
+        while read -r _; do cat /alone /folder/file /folder/open; cat <&3; echo done; done
     """
     spec = config("sh", "-c", script)
     for name in ("alone", "folder"):
         spec["mounts"].append(mount(f"/{name}", "bind", "bind", "ro", source=str(busybox.folder / name)))
-    busybox.write_config(spec)
-    pidfd = busybox.created()
-    busybox.runx("start", busybox.id)
-    for step, text in (("1", "new\n"), ("2", "new\n" + "longer " * 2000 + "\n")):
-        wait_until((busybox.rootfs / f"at{step}").exists, f"step {step}")
-        for name in names:
-            with open(busybox.folder / name, "r+", encoding="ascii") as file:
-                file.write(text)
-        (busybox.rootfs / f"go{step}").touch()
-    wait_for(pidfd)
     longer = "new\n" + "longer " * 2000 + "\n"
-    expected = "old\n" * 2 + "new\n" * 3 + longer * 3 + longer.removeprefix("new\n")
-    assert (busybox.folder / "stdout").read_text() == expected
+    with conversation(busybox, spec) as running:
+
+        def told():
+            return "".join(iter(running.stdout.readline, "done\n"))
+
+        assert told() == "old\n" * 2
+        for text, more in (("new\n", ""), (longer, longer.removeprefix("new\n"))):
+            for name in names:
+                with open(busybox.folder / name, "r+", encoding="ascii") as file:
+                    file.write(text)
+            running.stdin.write("look\n")
+            assert told() == text * 3 + more
+        running.stdin.close()
 
 
 def test_special_files_on_the_rootfs(busybox):
@@ -560,8 +574,7 @@ def test_special_files_on_the_rootfs(busybox):
     for folder in ("usr", "lib", "lib64"):
         spec["mounts"].append(mount(f"/{folder}", "bind", "rbind", "ro", source=os.path.realpath(f"/{folder}")))
     spec["process"]["env"] = ["PATH=/bin:/usr/bin"]
-    busybox.write_config(spec)
-    listed = busybox.runx("run", "--bundle", str(busybox.folder), busybox.id).stdout.decode().splitlines()
+    listed = busybox.run(spec).stdout.decode().splitlines()
     assert listed[:2] == ["through", "served"], listed
     kinds = {line.split()[-1]: (line.split()[0], line.split()[2:4]) for line in listed[3:]}
     assert kinds == {
@@ -570,19 +583,8 @@ def test_special_files_on_the_rootfs(busybox):
         "file": ("-rw-r--r--", ["0", "0"]), "forged": ("-rw-r--r--", ["0", "0"]),
     }, listed  # fmt: skip
     # the next VM sees the same
-    again = busybox.run("ls", "-l", "/made").stdout.decode().splitlines()
-    assert again == [line for line in listed[2:]]
-
-
-def test_what_has_no_effect_is_logged_once(bundle):
-    spec = config("true", apparmorProfile="x")
-    spec["linux"] = {"mountLabel": "x", "resources": {"blockIO": {"weight": 9}, "network": {}}}
-    bundle.write_config(spec)
-    assert bundle.runx("run", "--bundle", str(bundle.folder), bundle.id).returncode == 0
-    records = [json.loads(line) for line in bundle.log.read_text().splitlines()]
-    assert {record["level"] for record in records} == {"warning"}
-    named = [record["msg"].split(": ")[1].split()[0] for record in records]
-    assert named == ["process.apparmorProfile", "linux.mountLabel", "linux.resources.blockIO"]
+    again = busybox.run(config("ls", "-l", "/made")).stdout.decode().splitlines()
+    assert again == listed[2:]
 
 
 def test_a_container_runtime_runs_in_the_container(busybox):
@@ -604,8 +606,7 @@ def test_a_container_runtime_runs_in_the_container(busybox):
         mount("/sys/kernel/security", "securityfs"),
     ]  # fmt: skip
     outer["linux"] = {"namespaces": NAMESPACES, "resources": {"memory": {"limit": 160 << 20}}}
-    busybox.write_config(outer)
-    result = busybox.runx("run", "--bundle", str(busybox.folder), busybox.id)
+    result = busybox.run(outer)
     assert result.returncode == 0, result
     fields = json.loads(result.stdout)
     assert (fields["pid"], fields["pids.max"], fields["seccomp"], fields["cgroup"]) == (1, ["12"], 2, ["0::/"])

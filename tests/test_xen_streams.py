@@ -1,16 +1,146 @@
-"""process.terminal: the container's terminal as an engine and a person at it see it."""
+# SPDX-License-Identifier: Apache-2.0
+"""Standard input, output and error; and process.terminal, as an engine and a person at it see it."""
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import pty
+import select
 import shutil
 import signal
+import subprocess
+import sys
+import termios
 import uuid
 
 import pytest
-from conftest import DEVPTS, IMAGE, ConsoleSocket, Terminal, call, config, in_memory, shim_pid, wait_for, wait_until
+from conftest import (
+    DEVPTS,
+    IMAGE,
+    ConsoleSocket,
+    Terminal,
+    call,
+    config,
+    in_memory,
+    shim_pid,
+    wait_for,
+    wait_in,
+    wait_until,
+    xl,
+)
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
+
+
+def test_run_joins_its_own_streams_and_returns_the_exit_status_and_all_output(bundle):
+    # what runs beside the process ends with it, and what is written in the last instant is delivered
+    script = """
+        [ -t 0 ] || echo pipe; cat; cat; echo end; echo err >&2
+        sleep 1000 & sleep 1000 & dd if=/dev/zero bs=1000 count=100 2>/dev/null; echo last; exit 5
+    """
+    result = bundle.run(config("sh", "-c", script), input=b"1\x10\x04\x00\x11\x132")
+    assert (result.returncode, result.stderr) == (5, b"err\n"), result
+    assert result.stdout == b"pipe\n1\x10\x04\x00\x11\x132end\n" + b"\0" * 100000 + b"last\n"
+    assert not bundle.root.joinpath(bundle.id).exists()
+
+
+WRITER = """
+    line=$(printf %01023d 0) count=0
+    while [ $count -lt 256 ]; do
+        echo $line; count=$((count + 1)); [ "$seen" ] || [ ! -e /tmp/reading ] || seen=$count
+    done
+    echo $seen >&2
+"""
+
+
+def test_a_slow_reader_loses_nothing_and_holds_the_guest_back(bundle):
+    """The guest tells how many KiB it had written when the reader began."""
+    bundle.write_config(config("sh", "-c", WRITER))
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(bundle.command("run"), bufsize=0, **pipes) as running:
+        looks = []
+
+        def look():
+            """(bytes in the pipe, whether the guest waits, the processor time it has had in seconds)"""
+            size = fcntl.ioctl(running.stdout, termios.FIONREAD, bytes(4))
+            *_, letters, seconds = xl("list", str(bundle.domain())).splitlines()[-1].split()
+            return int.from_bytes(size, sys.byteorder), letters[1] == "b", float(seconds)
+
+        def has_gone_as_far_as_it_can():
+            """It only waits, or has had half a second for more than it was let."""
+            looks.append(look())
+            if looks[-1][0] < 48 << 10:  # a pipe of 64 KiB may have pages that are not full
+                looks.clear()
+                return False
+            rests = len(looks) > 4 and len({*looks[-5:]}) == 1 and looks[-1][1]
+            return rests or looks[-1][2] - looks[0][2] >= 0.5
+
+        wait_until(lambda: bundle.domain() is not None, "the domain")
+        wait_until(has_gone_as_far_as_it_can, "the guest to write what it can", 60)
+        (bundle.rootfs / "tmp/reading").touch()
+        total = 0
+        while chunk := os.read(running.stdout.fileno(), 65536):
+            total += len(chunk)
+        assert (total, running.wait()) == (256 << 10, 0)
+        # pipes of 64 KiB on both sides, the ring and the monitor with 2 KiB each, and the guest's init and its terminal
+        assert 48 <= int(running.stderr.read()) <= 2 * 64 + 2 * 2 + 12
+
+
+def test_the_process_gets_sigpipe_when_the_reader_of_its_output_has_gone(bundle):
+    script = "dd if=/dev/zero bs=1024 count=1000000 2>/dev/null; echo $? >&2; exit 6"
+    bundle.write_config(in_memory(config("sh", "-c", script)))
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(bundle.command("run"), bufsize=0, **pipes) as running:
+        assert running.stdout.read(1) == b"\0"
+        running.stdout.close()
+        assert (running.wait(60), running.stderr.read()) == (6, b"%d\n" % (128 + signal.SIGPIPE))
+
+
+def test_streams_that_the_process_closes_end_while_it_lives(bundle):
+    script = "trap exit TERM; echo out; exec >&-; read -r line; echo $line >&2; exec <&-; sleep 1000 & wait"
+    bundle.write_config(in_memory(config("sh", "-c", script)))
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(bundle.command("create", "--pid-file", str(bundle.pid_file)), bufsize=0, **pipes) as creating:
+        assert creating.wait() == 0
+        bundle.pidfds.append(os.pidfd_open(bundle.pid()))
+        bundle.succeed("start")
+        assert creating.stdout.read() == b"out\n"
+        creating.stdin.write(b"typed\n")
+        assert creating.stderr.readline() == b"typed\n"
+        with contextlib.suppress(BrokenPipeError):
+            creating.stdin.write(b"nobody reads this")
+        hang_up = select.poll()
+        hang_up.register(creating.stdin, 0)
+        assert hang_up.poll(60_000), "standard input still has a reader"
+        bundle.succeed("kill", "TERM")
+        wait_for(bundle.pidfds[0])
+        assert creating.stderr.read() == b""
+
+
+def test_sigkill_ends_a_container_whose_output_nobody_reads(bundle):
+    # what the full pipe does not take is in the console's ring: the VM itself can end
+    bundle.write_config(in_memory(config("sh", "-c", "echo unread; echo written >&2; sleep 1000")))
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    command = bundle.command("create", "--pid-file", str(bundle.pid_file))
+    streams = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, bufsize=0, **streams) as creating:
+        os.close(writer)
+        assert creating.wait() == 0
+        bundle.pidfds.append(os.pidfd_open(bundle.pid()))
+        bundle.succeed("start")
+        assert creating.stderr.readline() == b"written\n"
+        bundle.succeed("kill", "KILL")
+        wait_for(bundle.pidfds[0])
+    os.close(reader)
+
+
+# ---- the terminal
 
 PROMPT = b"ready> "
 
@@ -24,16 +154,15 @@ def terminal_config(*args):
 
 @pytest.fixture
 def terminal(bundle, tmp_path):
-    """A function that starts a container with a terminal; returns the Terminal and a pidfd of the monitor."""
+    """A function that starts a container with a terminal; it returns the Terminal and a pidfd of the container."""
     opened = []
 
-    def start(*args):
-        bundle.write_config(terminal_config(*args))
+    def start(spec):
         console_socket = ConsoleSocket(tmp_path / "console.sock")
-        pidfd = bundle.created("--console-socket", console_socket.path)
+        pidfd = bundle.created(spec, "--console-socket", console_socket.path)
         terminal = console_socket.receive()
         opened.append(terminal.fd)
-        assert bundle.runx("start", bundle.id).returncode == 0
+        bundle.succeed("start")
         return terminal, pidfd
 
     yield start
@@ -42,7 +171,7 @@ def terminal(bundle, tmp_path):
 
 
 def test_a_shell_has_all_that_a_terminal_has(bundle, terminal):
-    shell, pidfd = terminal("sh", "-i")
+    shell, pidfd = terminal(in_memory(terminal_config("sh", "-i")))
 
     def command(text):
         shell.type(text + b"\n")
@@ -77,7 +206,7 @@ def test_a_shell_has_all_that_a_terminal_has(bundle, terminal):
     shell.expect(b"- /tmp/file")  # Escape and what is typed at once with it would be a key
     shell.type(b":wq\n")
     shell.expect(PROMPT)
-    assert (bundle.rootfs / "tmp/file").read_text() == "written in vi\n"
+    assert command(b"cat /tmp/file").startswith(b"written in vi\r\n")
     shell.type(b"echo last words; exit 5\n")
     shell.expect(b"exit 5\r\n")
     wait_for(pidfd)
@@ -96,9 +225,8 @@ def follows(shell, key, text):
 
 
 def test_the_engine_hanging_up_is_a_hang_up_in_the_container(bundle, terminal):
-    shell, pidfd = terminal(
-        "sh", "-c", "trap 'echo hung up >/tmp/hup; exit 3' HUP; echo set; while :; do sleep 0.1; done"
-    )
+    script = "trap 'echo hung up >/tmp/hup; exit 3' HUP; echo set; while :; do sleep 1000 & wait $!; done"
+    shell, pidfd = terminal(terminal_config("sh", "-c", script))
     shell.expect(b"set\r\n")
     shell.type(b"x" * 1000)  # what nobody has read does not hold the hang-up back
     os.dup2(os.open("/dev/null", os.O_RDWR), shell.fd)  # closes it, and the number stays the fixture's
@@ -147,7 +275,7 @@ def test_run_joins_its_own_terminal_to_the_containers(bundle):
     spec = in_memory(terminal_config("sh", "-i"))
     spec["process"]["env"] = ["PATH=/bin", "PS1=# "]
     bundle.write_config(spec)
-    assert check_at_a_terminal(*bundle.command("run", "--bundle", str(bundle.folder), bundle.id)) == 7
+    assert check_at_a_terminal(*bundle.command("run")) == 7
 
 
 @pytest.mark.skipif(not shutil.which("ctr"), reason="needs containerd's ctr")
@@ -171,7 +299,7 @@ def test_a_shim_that_is_killed_while_a_hook_runs_leaves_nothing(bundle, tmp_path
     options = ["-t", "--runc-binary=/usr/sbin/runX", "--config", str(bundle.folder / "config.json")]
     pid, engine = spawn("ctr", "run", *options, bundle.id)
     pid_file = tmp_path / "hook"
-    wait_until(lambda: pid_file.exists() and pid_file.read_text(), "the hook to run")
+    wait_in(tmp_path, lambda: pid_file.exists() and pid_file.read_text(), "the hook to run")
     os.kill(shim_pid(bundle.id), signal.SIGKILL)
     engine.rest()
     os.waitpid(pid, 0)
@@ -191,19 +319,14 @@ def test_a_shim_that_is_killed_while_a_hook_runs_leaves_nothing(bundle, tmp_path
         ({"args": ["/broken"]}, "exec /broken: Exec format error"),
     ],
 )
-def test_why_a_process_cannot_be_started_reaches_the_terminal(bundle, tmp_path, change, reason):
+def test_why_a_process_cannot_be_started_reaches_the_terminal(bundle, terminal, change, reason):
     """Before the terminal is there, and with it."""
     (bundle.rootfs / "file").touch()
     (bundle.rootfs / "broken").write_text("\x7fELF")
     (bundle.rootfs / "broken").chmod(0o755)
     spec = in_memory(terminal_config("true"))
-    spec["mounts"] = change.pop("mounts", []) + spec["mounts"]
-    spec["process"].update(change)
-    bundle.write_config(spec)
-    console_socket = ConsoleSocket(tmp_path / "console.sock")
-    pidfd = bundle.created("--console-socket", console_socket.path)
-    terminal = console_socket.receive()
-    assert bundle.runx("start", bundle.id).returncode == 0
+    spec["mounts"] = change.get("mounts", []) + spec["mounts"]
+    spec["process"].update({key: value for key, value in change.items() if key != "mounts"})
+    screen, pidfd = terminal(spec)
     wait_for(pidfd)
-    assert reason.encode() in terminal.rest() and reason in bundle.log.read_text()
-    os.close(terminal.fd)
+    assert reason.encode() in screen.rest() and reason in bundle.log.read_text()
