@@ -29,7 +29,6 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # annotations are never evaluated
-    import mmap
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
     from subprocess import Popen
@@ -228,16 +227,35 @@ def c_library() -> dict[str, Any]:
         return {"long": ctypes.c_long, "find": library.__getitem__, "errno": ctypes.get_errno}
 
 
-def system_call(name: str, *args: int | str | bytes | None) -> int:
-    """Call a function of the C library that takes numbers, as long, and strings.  Return its int.  Raise OSError."""
+def c_memory(size: int) -> Any:
+    """Return memory of so many bytes that a system_call() may fill: an array of long."""
     if not C_LIBRARY:
         C_LIBRARY.update(c_library())
-    values = [C_LIBRARY["long"](arg) if isinstance(arg, int) else arg and os.fsencode(arg) for arg in args]
+    long = C_LIBRARY["long"]
+    return (long * (size // struct.calcsize("l")))()
+
+
+def system_call(name: str, *args: Any) -> int:
+    """Call a function of the C library that takes numbers, as long, strings and memory.  Return its int.  Raise
+    OSError, or what ctypes does where there is no such function."""
+    if not C_LIBRARY:
+        C_LIBRARY.update(c_library())
+    long = C_LIBRARY["long"]
+    values = [long(arg) if isinstance(arg, int) else os.fsencode(arg) if isinstance(arg, str) else arg for arg in args]
     result: int = C_LIBRARY["find"](name)(*values)
     if result < 0:
         number = C_LIBRARY["errno"]()
         raise OSError(number, os.strerror(number))
     return result
+
+
+def has_function(name: str) -> bool:
+    """Return whether the C library has a function."""
+    try:
+        C_LIBRARY["find"](name)
+        return True
+    except (OSError, AttributeError):  # of _ctypes, of ctypes
+        return False
 
 
 def json_number(text: str) -> int | float:
@@ -653,13 +671,13 @@ class Xenstore:
 # A VM as dom0 has it.  The only place where xl is called, and where its configuration grammar (libxlu) is written.
 
 LOOK_TIME_LIMIT = 5  # seconds that a monitor waits for another's look at all domains
-XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself, such as a QEMU, has less
-# bytes of memory that xl has to unpack a kernel, and QEMU for all that a guest asks it for: 128 requests at once are
-# 128 MiB of coroutines and 64 threads.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
+XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself has less
+# bytes of memory that xl has to unpack a kernel, and the QEMU that it starts for an image in qcow2 or vhd for all that
+# a guest asks it for.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
 XL_DATA, XL_STACK = 384 << 20, 1 << 20
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MOST_REQUESTS = 150
-LOG_FOLDER = "/var/log/xen"  # where xl and QEMU write
+LOG_FOLDER = "/var/log/xen"
 
 
 def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
@@ -677,7 +695,7 @@ def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
         if data_limit:
             pid = spawn_tied(find_xl(), argv, environment, actions, data_limit)
         else:
-            # Python ignores SIGPIPE; xl and the device models it starts must not inherit that
+            # Python ignores SIGPIPE; xl and what it starts must not inherit that
             pid = os.posix_spawn(find_xl(), argv, environment, file_actions=actions, setsigdef=[SIGPIPE])
         ended, status = reap(pid, XL_TIME_LIMIT, os.kill)
         text = os.pread(output, 1 << 16, 0).decode("utf-8", "replace")
@@ -902,7 +920,8 @@ def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int) -> Doma
     free = xl_info("free_memory")
     if free.isdigit() and int(free) < memory:
         raise Error(f"Xen has not enough memory for a VM of {memory} MiB: {free} MiB are free")
-    raise Error(f"xl create failed: {xl_errors(output)}")
+    remedy = ": only an image in the format raw does without a QEMU" if "device model" in output.lower() else ""
+    raise Error(f"xl create failed: {xl_errors(output)}{remedy}")
 
 
 def find_domain(xenstore: Xenstore, uuid: str) -> Domain | None:
@@ -968,7 +987,7 @@ def look(fd: int) -> list[int]:
 
 
 def remove_logs(name: str) -> None:
-    """Remove what xl and QEMU have written of the domain of that name."""
+    """Remove what xl, and a QEMU that it has started for an image, have written of the domain of that name."""
     for file in os.listdir(LOG_FOLDER) if os.path.isdir(LOG_FOLDER) else ():
         if f"-{name}.log" in file:
             os.unlink(os.path.join(LOG_FOLDER, file))
@@ -984,14 +1003,15 @@ def new_uuid() -> str:
 
 # ==== devices ============================================================================================
 # What a VM has of dom0: a frontend and a backend that find one another in xenstore (xen/include/public/io/xenbus.h),
-# announced without xl.  Disks and network interfaces have backends in dom0's kernel, and `start` announces them; that
-# of a console is here, and the monitor announces it.
+# announced without xl.  Disks and network interfaces have backends in dom0's kernel, and `start` announces them; those
+# of consoles and of the container's files are runX, and the monitor announces them.
 
-XENBUS_INITIALISING, XENBUS_INITIALISED, XENBUS_CONNECTED, XENBUS_CLOSING, XENBUS_CLOSED = "1", "3", "4", "5", "6"
+XENBUS_INITIALISING, XENBUS_INITWAIT, XENBUS_INITIALISED, XENBUS_CONNECTED = "1", "2", "3", "4"
+XENBUS_CLOSING, XENBUS_CLOSED = "5", "6"
 
 
 class Device:
-    """Device `number` of a kind ("console", "vif", "vbd", "9pfs") of a domain."""
+    """Device `number` of a kind ("console", "fuse", "9pfs", "vif", "vbd") of a domain."""
 
     def __init__(self, domain: Domain, kind: str, number: int) -> None:
         self.domain, self.xenstore, self.kind, self.number = domain, domain.xenstore, kind, number
@@ -1052,12 +1072,14 @@ class Device:
 # The page stays mapped, and so readable, when the domain has ended: the last output is never lost.
 
 CONSOLE_IN, CONSOLE_OUT = 1024, 2048  # bytes
+PAGE = 4096  # bytes
 EVENT_CHANNELS = "/dev/xen/evtchn"
 CONSOLE_DELAY = 0.1  # seconds that xenconsoled has for what a VM has written last
 # <xen/gntdev.h>, <xen/evtchn.h>: _IOC(_IOC_NONE, letter, number, size)
 IOCTL_GNTDEV_MAP_GRANT_REF = (24 << 16) | (ord("G") << 8) | 0
 IOCTL_EVTCHN_BIND_INTERDOMAIN = (8 << 16) | (ord("E") << 8) | 1
 IOCTL_EVTCHN_NOTIFY = (4 << 16) | (ord("E") << 8) | 4
+IOCTL_EVTCHN_RESTRICT_DOMID = (2 << 16) | (ord("E") << 8) | 6
 
 
 class EventChannels:
@@ -1075,6 +1097,10 @@ class EventChannels:
         request = bytearray(struct.pack("=II", domid, port))  # for bytes, ioctl would not return the number
         return int(fcntl.ioctl(self.fd, IOCTL_EVTCHN_BIND_INTERDOMAIN, request))
 
+    def restrict(self, domid: int) -> None:
+        """Never bind a channel of another domain.  Raise OSError."""
+        fcntl.ioctl(self.fd, IOCTL_EVTCHN_RESTRICT_DOMID, struct.pack("=H", domid))
+
     def notify(self, port: int) -> None:
         fcntl.ioctl(self.fd, IOCTL_EVTCHN_NOTIFY, struct.pack("=I", port))
 
@@ -1086,19 +1112,30 @@ class EventChannels:
             pass
 
 
-def map_grant(domid: int, reference: int) -> mmap.mmap:
-    """A page that the guest has granted.  Raise OSError."""
-    import mmap
+class Grants:
+    """What guests grant of their memory."""
 
-    grants = os.open("/dev/xen/gntdev", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        request = bytearray(struct.pack("=IIQII", 1, 0, 0, domid, reference))
-        fcntl.ioctl(grants, IOCTL_GNTDEV_MAP_GRANT_REF, request)
-        offset = struct.unpack("=IIQII", request)[2]
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(grants, mmap.PAGESIZE, mmap.MAP_SHARED, protection, offset=offset)
-    finally:
-        os.close(grants)
+    def __init__(self) -> None:
+        import mmap
+
+        self.mmap = mmap.mmap
+        self.fd, self.null = (os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in ("/dev/xen/gntdev", "/dev/null"))
+
+    def map(self, domid: int, references: Sequence[int]) -> memoryview:
+        """Return the pages, one behind the other; they stay when this is closed.  Raise OSError."""
+        count = len(references)
+        pairs = [number for reference in references for number in (domid, reference)]
+        request = bytearray(struct.pack(f"=IIQ{2 * count}I", count, 0, 0, *pairs))
+        fcntl.ioctl(self.fd, IOCTL_GNTDEV_MAP_GRANT_REF, request)
+        copy = os.dup(self.fd)
+        os.close(copy)
+        pages = self.mmap(self.fd, PAGE * count, offset=struct.unpack_from("=Q", request, 8)[0])
+        os.dup2(self.null, copy, False)  # mmap keeps a copy of the descriptor, by which anything could be mapped
+        return memoryview(pages)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self.null)
 
 
 class Barrier:
@@ -1130,7 +1167,7 @@ class Console(Device):
         self.page: memoryview | None = None
 
     def introduce(self, transaction: int) -> None:
-        # a type of our own, so that neither QEMU ("ioemu") nor xenconsoled takes it
+        # a type of our own, so that xenconsoled does not take it
         self.announce({}, {"type": "runx", "limit": "0"}, transaction, listed=False)
 
     def follow(self) -> None:
@@ -1147,7 +1184,11 @@ class Console(Device):
         try:
             reference = int(self.xenstore.read(f"{self.frontend}/ring-ref"))
             port = int(self.xenstore.read(f"{self.frontend}/port"))
-            page = memoryview(map_grant(domid, reference))
+            grants = Grants()
+            try:
+                page = grants.map(domid, [reference])
+            finally:
+                grants.close()
             self.port = self.channels.bind(domid, port)
         except (OSError, ValueError, struct.error) as error:
             raise Error(f"cannot connect to console {self.number} of domain {domid}: {error}") from None
@@ -1305,7 +1346,7 @@ def parse_state(text: str) -> State:
     return state
 
 
-STANDARD_DEVICES = [["console", 1], ["console", 2], ["9pfs", 0]]  # which a VM may have from the beginning
+STANDARD_DEVICES = [["console", 1], ["console", 2], ["fuse", 0], ["9pfs", 0]]  # which a VM may have from the beginning
 
 
 def fill_up(found: dict[str, Any]) -> None:
@@ -1763,7 +1804,7 @@ class Machine(Record):
     type: str  # "pv" or "pvh"; "": what the host offers
     maxmem: int  # MiB, 0: no more than memory
     maxvcpus: int  # 0: no more than vcpus
-    rootfs: str  # "9p", "ramdisk", "block", "auto" (what works here) or "none"
+    rootfs: str  # "9p", "ramdisk", "block", "auto" or "none"
     image: str  # of a disk that is the rootfs; "": root.path says where that is
     kernel: BootFile | None  # None: ours
     ramdisk: BootFile | None
@@ -1771,6 +1812,10 @@ class Machine(Record):
     cmdline: list[str]  # words for its kernel
     options: Options
     lines: list[str]  # of xl.cfg, as they are
+
+    def share_device(self) -> str:
+        """Return the kind of device by which the kernel gets what dom0 serves: other kernels than ours have only 9p."""
+        return "9pfs" if self.kernel or self.own_init else "fuse"
 
 
 class Config(Record):
@@ -3236,7 +3281,6 @@ def pivot_root() -> None:
 # at a multiple of 4.
 
 PATH_MAX = 4096  # bytes with the NUL, <linux/limits.h>
-PAGE = 4096  # bytes
 INODE_MEMORY = 1024  # bytes of the guest's for each file, about
 SHARE_MAX = 1 << 20  # files, so that a hostile image ends
 RAMDISK_OVERHEAD = 18  # MiB that the guest needs beside its files
@@ -3630,8 +3674,6 @@ def await_blkback(vbd: Device, disk: Disk) -> None:
 
 # ---- the ways: over 9p, in the VM's memory, on a block device
 
-QEMU_FOLDERS = ("/usr/libexec", "/usr/libexec/xen/bin", "/usr/lib/xen/bin", "/usr/local/lib/xen/bin", "/usr/bin")
-
 
 class Rootfs:
     """How a VM comes to what is in the share; to the rootfs perhaps by a disk, which `start` gives to it.
@@ -3646,14 +3688,6 @@ class Rootfs:
         self.share, self.disk = share, disk
         if disk:
             self.modules += ("xen_blkfront", disk.kind, "overlay")
-
-    def why_not(self, error: Error | None = None) -> str:
-        """Return why this host cannot do it, as far as one sees before, or by the error of xl; "" if it can."""
-        return ""
-
-    def settings(self) -> dict[str, list[str]]:
-        """Return what of it is in xl.cfg."""
-        return {}
 
     def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
         """Return the container's ramdisk, to be written, and the path that xl gets.  Raise OSError."""
@@ -3673,25 +3707,10 @@ class Rootfs:
 
 
 class Share(Rootfs):
-    """Over 9p, from a QEMU that xl starts."""
+    """Over 9p, or over FUSE where the kernel is runX's own, from a process that the monitor forks."""
 
     modules = ("9pnet_xen", "9p")
     is_served = True
-
-    def why_not(self, error: Error | None = None) -> str:
-        is_there = "device model" not in str(error).lower() if error else has_qemu()
-        return "" if is_there else "QEMU cannot export the container's files over 9p on this host"
-
-    def settings(self) -> dict[str, list[str]]:
-        if "," in self.share:
-            raise Error(f"the state folder {self.share} must not hold a comma: xl cannot export it over 9p")
-        return {"p9": [f"tag=share,security_model=none,path={self.share}"]}
-
-
-def has_qemu() -> bool:
-    """Return whether this host has a QEMU that libxl may start, in the folders that Xen is built with."""
-    folders = filter(os.path.isdir, QEMU_FOLDERS)
-    return any("qemu-system-" in name for folder in folders for name in os.listdir(folder))
 
 
 class InMemory(Rootfs):
@@ -3708,21 +3727,1513 @@ class InMemory(Rootfs):
         return pack_share(ramdisk, self.share, memory)
 
 
-def choose_rootfs(config: Config, share: str, can_serve: bool = True) -> Rootfs:
-    """Return the way that is asked for (docs/machine.md), or the best one.  can_serve: whether dom0 can."""
+def choose_rootfs(config: Config, share: str) -> Rootfs:
+    """Return the way that is asked for (docs/machine.md)."""
     wanted = config.machine.rootfs
     if wanted == "block" or not os.path.isdir(config.rootfs):
         # volumes are served; the files that engines mount, such as /etc/hosts, are not worth a server
         has_volumes = any(each.on_host() and each.is_folder() for each in config.mounts)
-        return (Share if has_volumes and can_serve else InMemory)(share, find_disk(config))
+        return (Share if has_volumes else InMemory)(share, find_disk(config))
     if wanted in ("none", "ramdisk"):
         return (Rootfs if wanted == "none" else InMemory)(share)
-    if can_serve:
-        return Share(share)
+    return Share(share)
+
+
+# ==== file server ========================================================================================
+# The container's files, as its guest asks for them: FUSE for our own kernel, 9P for others.  A file is held by a
+# descriptor, and only single names below one are looked up, never through a link: nothing outside the share is reached.
+
+PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
+READERS_MAX = 128  # files that are kept open, as the guest reads them without opening
+PREFIXES_MAX = 1 << 15  # of files' numbers: each file system in the share has one
+CONTENT_MAX = 1 << 17  # bytes of a file in a message
+ENTRIES_MAX = 1 << 15  # bytes of a folder's entries that are read at once
+COPY_MAX = 1 << 22  # bytes that are copied before the next request is looked at
+SETTLED = 20_000_000  # ns after which a change gets another time than the last one: two ticks of the slowest clock
+CLOCK_REALTIME_COARSE = 5  # <linux/time.h>: that of the times of files
+MASK64, LONG_MAX = (1 << 64) - 1, (1 << 8 * struct.calcsize("l") - 1) - 1
+# <linux/magic.h>: apparmorfs, binfmt_misc, bpf, cgroup, cgroup2, configfs, debugfs, efivarfs, fusectl, mqueue, nfsd,
+# proc, pstore, resctrl, securityfs, selinuxfs, smackfs, sysfs, tracefs, xenfs: what they say of sizes means nothing
+SIZELESS = """
+    5a3c69f0 42494e4d cafe4a11 0027e0eb 63677270 62656570 64626720 de5e81e4 65735543 19800202 6e667364
+    00009fa0 6165676c 07655821 73636673 f97cff8c 43415d53 62656572 74726163 abba1974
+"""
+# <asm/unistd.h>, as not every C library has them: renameat2, statx
+SYSTEM_CALLS = {"x86_64": (316, 332), "aarch64": (276, 291), "riscv64": (276, 291)}
+AT_EMPTY_PATH, STATX_MNT_ID = 0x1000, 0x1000  # <linux/fcntl.h>, <linux/stat.h>
+CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+NO_USER = 0xFFFFFFFF
+DT_DIR, DT_LNK = 4, 10  # <dirent.h>
+DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64, getdents64(2); the name follows
+NOWHERE = (0, b"")  # the place of what is no folder
+NOW, KEEP = "now", None  # times that set_attributes() takes, beside nanoseconds
+
+
+def refuse(number: int) -> NoReturn:
+    raise OSError(number, os.strerror(number))
+
+
+def check_name(name: bytes) -> bytes:
+    """Return what names one file in one folder.  Raise OSError."""
+    if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+        refuse(errno.EINVAL)
+    return name
+
+
+def request_table(text: str) -> dict[str, tuple[int, str]]:
+    """Return {name: (number, what it carries)} of a table."""
+    rows = (row.split() for row in text.split(","))
+    return {name: (int(number), form.strip("-")) for name, number, form in rows}
+
+
+class Request:
+    """A message of the guest's, of which only the length has been checked, and copies and views of parts of it."""
+
+    head: bytes  # a copy of its first 80 bytes, or of all
+    length: int  # bytes
+
+    def bytes(self, start: int, end: int) -> bytes:
+        raise NotImplementedError
+
+    def content(self, start: int, count: int) -> list[memoryview]:
+        raise NotImplementedError
+
+    def room(self, start: int, count: int) -> list[memoryview]:
+        """Return a part of its reply."""
+        raise NotImplementedError
+
+
+class Protocol:
+    """What a guest and the file server say to each other."""
+
+    shortest: int  # bytes of a request
+    longest: int
+
+    def reply_room(self, message: Request) -> int:
+        """Return the most bytes that its reply can have."""
+        raise NotImplementedError
+
+    def is_ordered(self, message: Request) -> bool:
+        """Return whether it must come behind what the guest has asked before by another ring."""
+        return False
+
+    def answer(self, message: Request) -> tuple[bytes, int]:
+        """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
+        raise NotImplementedError
+
+
+def content_state(status: os.stat_result) -> tuple[int, ...]:
+    """Return what is another after each change of a file's content, but a second one within one tick of the clock."""
+    return status.st_ctime_ns, status.st_mtime_ns, status.st_size
+
+
+def is_settled(state: tuple[int, ...]) -> bool:
+    """Return whether its next change will make another state."""
+    return time.time_ns() - state[0] > SETTLED
+
+
+class Node:
+    """A file by an O_PATH descriptor, closed when nobody has the Node any more."""
+
+    __slots__ = ("fd", "path", "kind", "inode", "sizeless", "key", "number", "lookups", "place", "told", "seen", "own")
+
+    def __init__(self, fd: int, status: os.stat_result, inode: int, sizeless: bool) -> None:
+        self.fd, self.kind, self.inode, self.sizeless = fd, stat.S_IFMT(status.st_mode), inode, sizeless
+        self.path = b"/proc/self/fd/%d" % fd  # leads to the file itself, also where that is a link
+        # what Known keeps of it: where it finds it, its number for the guest, how often and, of a folder, where that
+        # has looked it up, in which state the guest has been told that it is, and that of the content it may have kept
+        self.key: int | tuple[int, int] = inode
+        self.number, self.lookups, self.place = 0, 0, NOWHERE
+        self.own = False  # in the rootfs, which dom0 seldom changes, and not in a volume
+        self.told: tuple[int, ...] = ()
+        self.seen: tuple[int, ...] = ()
+
+    def tell(self, status: os.stat_result) -> None:
+        """The guest gets these attributes.  Where time or size are others, it drops what it has of the content."""
+        state = content_state(status)
+        if state != self.seen:
+            drops = state[1:] != self.told[1:] and is_settled(state)
+            self.seen = state if drops else ()
+        self.told = state
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Handle:
+    """An open file or folder, closed when nobody has the Handle any more."""
+
+    __slots__ = ("fd", "node", "position")
+
+    def __init__(self, fd: int, node: Node) -> None:
+        self.fd, self.node, self.position = fd, node, 0
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Files:
+    """The files of a share, and what can be done with them.  All methods raise OSError."""
+
+    def __init__(self, root: int, capabilities: int) -> None:
+        """root: an O_PATH descriptor.  capabilities: of the guest's root where dom0 asks for some, a bit each."""
+        self.capabilities, self.memory = capabilities, c_memory(ENTRIES_MAX)
+        try:
+            home = os.open("rootfs", PATH_FLAGS, dir_fd=root)  # has most files; open, it keeps its number
+        except OSError:
+            home = root
+        self.device = os.fstat(home).st_dev
+        self.sizeless = self.is_sizeless(home, self.device)
+        self.prefixes = {(self.device, 0): 0}
+        self.getdents = "getdents64" if has_function("getdents64") else "getdents"  # as musl calls it
+        self.sys_renameat2, self.sys_statx = SYSTEM_CALLS.get(os.uname().machine * (LONG_MAX > 1 << 32), (0, 0))
+        self.root = self.node(root)
+
+    def node(self, fd: int) -> Node:
+        """fd: O_PATH, the Node's from now on."""
+        status = os.fstat(fd)
+        device = status.st_dev
+        sizeless = self.sizeless if device == self.device else self.is_sizeless(fd, device)
+        return Node(fd, status, self.inode(device, status.st_ino), sizeless)
+
+    def is_sizeless(self, fd: int, device: int) -> bool:
+        """Nothing is kept by a device's number: what is mounted later may get that of what was unmounted."""
+        if os.major(device):
+            return False
+        system_call("fstatfs", fd, self.memory)
+        return f"{self.memory[0] & 0xFFFFFFFF:08x}" in SIZELESS
+
+    def inode(self, device: int, number: int) -> int:
+        """Return a number that no other file in the share has; for most files it is their own."""
+        if device == self.device and number < 1 << 48:
+            return number
+        key = device, number >> 48
+        if key not in self.prefixes and len(self.prefixes) == PREFIXES_MAX:
+            refuse(errno.EOVERFLOW)
+        return self.prefixes.setdefault(key, len(self.prefixes)) << 48 | number & (1 << 48) - 1
+
+    def find(self, folder: Node, name: bytes) -> Node:
+        return self.node(os.open(name, PATH_FLAGS, dir_fd=folder.fd))
+
+    def mount(self, node: Node) -> int:
+        """Return the number of the mount by which it was found, 0 from a kernel before Linux 5.8."""
+        if not self.sys_statx:
+            return 0
+        system_call("syscall", self.sys_statx, node.fd, b"", AT_EMPTY_PATH, STATX_MNT_ID, self.memory)
+        mask, number = struct.unpack_from("=I140xQ", self.memory)
+        return number if mask & STATX_MNT_ID else 0
+
+    # ---- making
+
+    def create(self, folder: Node, name: bytes, flags: int, mode: int, uid: int, gid: int) -> Handle:
+        """Return a new regular file, open.  name: b"" for none.  Raise FileExistsError, whatever flags say."""
+        flags, mode = self.open_flags(flags) & ~os.O_TRUNC, mode & 0o7777
+        if name:
+            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=folder.fd)
+        else:
+            fd = os.open(b".", flags | os.O_TMPFILE, mode, dir_fd=folder.fd)
+        try:
+            node = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC))
+            self.give(node, folder, uid, gid)
+            return Handle(fd, node)
+        except OSError:
+            os.close(fd)
+            if name:
+                os.unlink(name, dir_fd=folder.fd)
+            raise
+
+    def make(self, folder: Node, name: bytes, uid: int, gid: int, work: Callable[..., None], *args: Any) -> Node:
+        """Return the new folder, link or special file that work(name, *args, dir_fd) makes."""
+        work(name, *args, dir_fd=folder.fd)
+        node = self.find(folder, name)
+        self.give(node, folder, uid, gid)
+        return node
+
+    def give(self, node: Node, folder: Node, uid: int, gid: int) -> None:
+        """Make a new file its maker's.  Its group is the folder's where that has set-group-ID."""
+        status = os.fstat(node.fd)
+        if status.st_gid != gid and os.fstat(folder.fd).st_mode & stat.S_ISGID:
+            gid = status.st_gid
+        if (status.st_uid, status.st_gid) != (uid, gid):
+            os.chown(node.path, uid, gid)
+            if status.st_mode & 0o6000 and node.kind == stat.S_IFREG:  # which chown(2) takes
+                os.chmod(node.path, stat.S_IMODE(status.st_mode))
+
+    @staticmethod
+    def link(node: Node, folder: Node, name: bytes) -> None:
+        os.link(node.path, name, dst_dir_fd=folder.fd, follow_symlinks=True)
+
+    def rename(self, old_folder: Node, old: bytes, new_folder: Node, new: bytes, flags: int = 0) -> None:
+        """flags: of renameat2(2)."""
+        if not flags:
+            os.rename(old, new, src_dir_fd=old_folder.fd, dst_dir_fd=new_folder.fd)
+        elif self.sys_renameat2:
+            system_call("syscall", self.sys_renameat2, old_folder.fd, old, new_folder.fd, new, flags)
+        else:
+            refuse(errno.EINVAL)
+
+    # ---- opening
+
+    @staticmethod
+    def open_flags(flags: int) -> int:
+        """Return those of open(2) that dom0 is to know; their numbers are the same on x86 and Arm.  Not O_APPEND: the
+        guest's kernel knows where its pages belong, and pwrite(2) would not."""
+        return flags & (os.O_ACCMODE | os.O_TRUNC | os.O_NOATIME) | os.O_CLOEXEC | os.O_NOCTTY
+
+    def open(self, node: Node, flags: int) -> Handle:
+        """Regular files and folders alone: all else is the guest's kernel's."""
+        if node.kind == stat.S_IFDIR:
+            return Handle(os.open(node.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), node)
+        if node.kind != stat.S_IFREG:
+            refuse(errno.ENXIO)
+        never_waits = os.O_NONBLOCK if node.sizeless else 0
+        return Handle(os.open(node.path, self.open_flags(flags) | never_waits), node)
+
+    def entries(
+        self, handle: Handle, offset: int, room: int, cost: Callable[[bytes], int]
+    ) -> Iterator[tuple[int, int, int, bytes]]:
+        """Yield inode, offset behind it, type (DT_*) and name of a folder's next entries.  cost: of room, by name."""
+        if offset != handle.position:
+            os.lseek(handle.fd, offset, os.SEEK_SET)
+        handle.position = offset
+        # about as many as there is room for: of one with a short name the kernel makes 24 bytes
+        size = max(min(room * 24 // cost(b"length 8"), ENTRIES_MAX), DIRENT.size + 261)
+        end = system_call(self.getdents, handle.fd, self.memory, size)
+        data = bytes(memoryview(self.memory).cast("B")[:end])
+        device, at = os.fstat(handle.fd).st_dev, 0
+        while at < end:
+            number, after, length, kind = DIRENT.unpack_from(data, at)
+            name = data[at + DIRENT.size : data.index(0, at + DIRENT.size)]
+            room -= cost(name)
+            if room < 0:
+                os.lseek(handle.fd, handle.position, os.SEEK_SET)
+                if not at:
+                    refuse(errno.EINVAL)
+                return
+            above = name == b".." and handle.node is self.root
+            yield self.root.inode if above else self.inode(device, number), after & MASK64, kind, name
+            handle.position = after
+            at += length
+
+    # ---- attributes
+
+    @staticmethod
+    def set_attributes(
+        node: Node, mode: int | None, uid: int, gid: int, size: int | None, times: Sequence[int | str | None]
+    ) -> None:
+        """mode, size: None if it stays.  uid, gid: -1 if it stays.  times: of the last access and change, in
+        nanoseconds, NOW or KEEP."""
+        if uid != -1 or gid != -1:
+            os.chown(node.path, uid, gid)
+        if mode is not None:
+            if node.kind == stat.S_IFLNK:
+                refuse(errno.EOPNOTSUPP)
+            os.chmod(node.path, mode & 0o7777)
+        if size is not None:
+            if node.kind != stat.S_IFREG:
+                refuse(errno.EINVAL)
+            os.truncate(node.path, size)
+        if any(each is not KEEP for each in times):
+            status, now = os.fstat(node.fd), time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+            kept = status.st_atime_ns, status.st_mtime_ns
+            access, change = (now if new == NOW else int(old if new is KEEP else new) for new, old in zip(times, kept))
+            os.utime(node.path, ns=(access, change))
+
+    @staticmethod
+    def drop_privileges(node: Node) -> None:
+        """Take set-user-ID, and set-group-ID of a program, as writing does without CAP_FSETID, which we have."""
+        mode = stat.S_IMODE(os.fstat(node.fd).st_mode)
+        taken = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+        if mode & taken:
+            os.chmod(node.path, mode & ~taken)
+
+    @staticmethod
+    def list_xattrs(node: Node) -> bytes:
+        return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(node.path))
+
+    def as_asker(self, uid: int, gid: int, work: Callable[..., T], *args: Any) -> T:
+        """Return work(*args), done with the rights that the process in the guest would have on dom0."""
+        if NO_USER in (uid, gid):
+            refuse(errno.EPERM)
+        header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+        system_call("capget", header, self.memory)
+        own = bytes(memoryview(self.memory).cast("B")[:24])  # effective, permitted, inheritable: 32 bits of each, twice
+        _, permitted_low, kept_low, _, permitted_high, kept_high = struct.unpack("=6I", own)
+        allowed = 0 if uid else self.capabilities
+        low, high = allowed & permitted_low, allowed >> 32 & permitted_high
+        try:
+            os.setresgid(-1, gid, -1)
+            os.setresuid(-1, uid, -1)  # not setfsuid(2): /proc/sys looks at this one
+            rights = struct.pack("=6I", low, permitted_low, kept_low, high, permitted_high, kept_high)
+            system_call("capset", header, rights)
+            return work(*args)
+        finally:
+            os.setresuid(-1, 0, -1)
+            os.setresgid(-1, 0, -1)
+            system_call("capset", header, own)
+
+
+# ---- FUSE, <linux/fuse.h>: a request is struct fuse_in_header, a structure of its kind, and strings
+
+FUSE_VERSION, FUSE_MINOR, FUSE_MINOR_LEAST, FUSE_ROOT_ID = 7, 40, 36, 1
+FUSE_BACKGROUND = 16  # requests at once that nobody in the guest waits for
+# opcode; the structure, or what counts of it; then n: a name in a folder, s: another string, b: the rest; -: nothing
+FUSE_REQUESTS = request_table(
+    """
+    lookup 1 n, forget 2 Q, getattr 3 -, setattr 4 IIQQQqqqIIIIIIII, readlink 5 -, symlink 6 ns, mknod 8 IIIIn,
+    mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 QQI, write 16 QQIIQI,
+    statfs 17 -, release 18 Q, fsync 20 QI, setxattr 21 IIIIsb, getxattr 22 IIs, listxattr 23 I, removexattr 24 s,
+    init 26 IIII, opendir 27 -, readdir 28 QQI, releasedir 29 Q, fsyncdir 30 QI, create 35 IIIIn, interrupt 36 -,
+    destroy 38 -, batch_forget 42 IIb, fallocate 43 QQQI, readdirplus 44 QQI, rename2 45 QIInn, lseek 46 QQI,
+    copy_file_range 47 QQQQQQQ, syncfs 50 -, tmpfile 51 III
+    """
+)
+FUSE_SILENT = {2, 36, 42}  # have no reply
+FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says how long its reply may be
+# ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO,
+# PARALLEL_DIROPS, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
+FUSE_FLAGS = sum(1 << bit for bit in (0, 3, 5, 6, 12, 13, 14, 15, 18, 20, 22, 23, 28, 29, 30))
+WRITEBACK_CACHE, POSIX_ACL = 1 << 16, 1 << 20
+FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME = 1, 2, 4, 8, 16, 32
+FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_KILL_SUIDGID = 128, 256, 1 << 11
+FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
+ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
+OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 4, 1, 1
+IN_HEADER, OUT_HEADER = struct.Struct("<IIQQIIIHH"), struct.Struct("<IiQ")  # 40 and 16 bytes
+RWF_APPEND = 16  # <linux/fs.h>; Python has it from 3.10 on
+WRITE_DATA = 80  # where a write has what is written
+ATTR = "QQQqqqIIIIIIIIII"
+ENTRY_OUT, ATTR_OUT, FUSE_DIRENT = (struct.Struct(form) for form in ("<QQQQII" + ATTR, "<QII" + ATTR, "<QQII"))
+INIT_OUT, STATFS_OUT = struct.Struct("<IIIIHHIIHHII24s"), struct.Struct("<QQQQQIIII24s")
+OPEN_OUT, U32_PAIR, U64 = struct.Struct("<QIi"), struct.Struct("<II"), struct.Struct("<Q")
+
+
+def split_strings(data: bytes, kinds: str) -> Iterator[bytes]:
+    """Yield the strings of a request, kinds as in FUSE_REQUESTS.  Raise OSError."""
+    for kind in kinds:
+        string, end, left = data.partition(b"\0")
+        if kind == "b":
+            string, end = data, b"\0"
+        if not end:
+            refuse(errno.EINVAL)
+        yield check_name(string) if kind == "n" else string
+        data = left
+
+
+def fuse_attr(node: Node, status: os.stat_result) -> tuple[int, ...]:
+    """Return struct fuse_attr."""
+    node.tell(status)
+    atime, atime_ns = divmod(status.st_atime_ns, 10**9)
+    mtime, mtime_ns = divmod(status.st_mtime_ns, 10**9)
+    ctime, ctime_ns = divmod(status.st_ctime_ns, 10**9)
+    return (
+        node.inode, status.st_size, status.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+        status.st_mode, status.st_nlink, status.st_uid, status.st_gid, status.st_rdev & 0xFFFFFFFF,
+        status.st_blksize, ATTR_NO_OPEN if node.own and node.seen and not node.sizeless else 0,
+    )  # fmt: skip
+
+
+class Call:
+    """A request of FUSE's: the message, the file that it is about, and whose it is."""
+
+    __slots__ = ("message", "node", "uid", "gid")
+
+    def __init__(self, message: Request, node: Node, uid: int, gid: int) -> None:
+        self.message, self.node, self.uid, self.gid = message, node, uid, gid
+
+
+class Known:
+    """What the guest knows: files by numbers that are never given twice, and what it has open."""
+
+    def __init__(self, files: Files) -> None:
+        self.files, self.last = files, FUSE_ROOT_ID
+        self.nodes: dict[int, Node] = {}
+        self.by_key: dict[int | tuple[int, int], Node] = {}
+        self.handles: dict[int, Handle] = {}
+        self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
+        self.forget_all()
+
+    def forget_all(self) -> None:
+        root = self.files.root
+        root.number = FUSE_ROOT_ID
+        self.handles.clear()
+        self.readers.clear()
+        self.nodes, self.by_key = {root.number: root}, {root.key: root}
+
+    def node(self, number: int) -> Node:
+        """Raise OSError."""
+        node = self.nodes.get(number)
+        if node is None:
+            refuse(errno.ESTALE)
+        return node
+
+    def enter(self, node: Node, place: tuple[int, bytes]) -> Node:
+        """Return the Node by which the guest knows a file.  place: its folder and name.  Raise OSError."""
+        known = self.by_key.get(node.key)
+        if known and known.kind == stat.S_IFDIR and known.place != place:
+            # it was moved, or is there by another mount: for Linux a folder is at one place
+            mount = self.files.mount(node)
+            if mount == self.files.mount(known):
+                known.place = place
+            else:
+                node.key = node.inode, mount
+                known = self.by_key.get(node.key)
+        if known is None:
+            if len(self.nodes) >= NODES_MAX:
+                refuse(errno.ENFILE)
+            self.last += 1
+            folder = self.nodes.get(place[0])
+            node.own = bool(folder and folder.own) or place == (FUSE_ROOT_ID, b"rootfs")
+            node.number, node.place = self.last, place if node.kind == stat.S_IFDIR else NOWHERE
+            self.nodes[node.number] = known = node
+            if not node.sizeless or node.kind != stat.S_IFLNK:  # the guest reads a link once, and these lead elsewhere
+                self.by_key[node.key] = node
+        known.lookups += 1
+        return known
+
+    def forget(self, number: int, count: int) -> None:
+        node = self.nodes.get(number)
+        if node is None or number == FUSE_ROOT_ID:
+            return
+        node.lookups -= count
+        if node.lookups <= 0:
+            self.readers.pop(number, None)
+            del self.nodes[number]
+            if self.by_key.get(node.key) is node:
+                del self.by_key[node.key]
+
+    def check_room(self) -> None:
+        """Raise OSError if there may be no room for one more file."""
+        if len(self.nodes) >= NODES_MAX or len(self.handles) >= HANDLES_MAX:
+            refuse(errno.ENFILE)
+
+    def open(self, handle: Handle, flags: int = 0) -> bytes:
+        """Return struct fuse_open_out.  Raise OSError."""
+        if len(self.handles) >= HANDLES_MAX:
+            refuse(errno.ENFILE)
+        self.last += 1
+        self.handles[self.last] = handle
+        return OPEN_OUT.pack(self.last, flags, 0)
+
+    def handle(self, number: int, node: Node) -> Handle:
+        """Return what the guest has open of a file, number 0: to read it without.  Raise OSError."""
+        if not number:
+            return self.reader(node)
+        handle = self.handles.get(number)
+        if handle is None or handle.node is not node:
+            refuse(errno.EBADF)
+        return handle
+
+    def reader(self, node: Node) -> Handle:
+        """Raise OSError, also for what counts who opens it."""
+        handle = self.readers.pop(node.number, None)
+        if handle is None:
+            if node.sizeless or node.kind != stat.S_IFREG:
+                refuse(errno.EBADF)
+            handle = self.files.open(node, os.O_RDONLY)
+            if len(self.readers) >= READERS_MAX:
+                del self.readers[next(iter(self.readers))]
+        self.readers[node.number] = handle
+        return handle
+
+
+class FuseNames(Protocol):
+    """FUSE's server, as far as it is about names and attributes.  The guest's kernel checks permissions."""
+
+    shortest, longest = IN_HEADER.size, WRITE_DATA + CONTENT_MAX
+    names_valid = attributes_valid = 1  # seconds for which the guest does not ask again
+
+    def __init__(self, root: int, capabilities: int, writeback: bool = False) -> None:
+        """root, capabilities: as for Files.  writeback: whether the guest may keep for a while what is written."""
+        self.files = Files(root, capabilities)
+        self.known = Known(self.files)
+        self.writeback = writeback
+        self.handlers: dict[int, tuple[Callable[..., bytes | int | None], struct.Struct, str]] = {}
+        for name, (opcode, form) in FUSE_REQUESTS.items():
+            structure = form.rstrip("nsb")
+            self.handlers[opcode] = getattr(self, name), struct.Struct("<" + structure), form[len(structure) :]
+
+    def reply_room(self, message: Request) -> int:
+        _, opcode = U32_PAIR.unpack_from(message.head)
+        at, size = FUSE_SIZED.get(opcode, 0), 0
+        if at and message.length >= at + U32_PAIR.size:
+            size, _ = U32_PAIR.unpack_from(message.head, at)
+        return OUT_HEADER.size + max(4096, min(size, CONTENT_MAX))
+
+    def answer(self, message: Request) -> tuple[bytes, int]:
+        _, opcode, unique, number, uid, gid, _, _, _ = IN_HEADER.unpack_from(message.head)
+        error, body, content = 0, b"", 0
+        try:
+            if opcode not in self.handlers:
+                refuse(errno.ENOSYS)
+            call = Call(message, self.known.node(number or FUSE_ROOT_ID), uid, gid)  # some are about no file
+            if call.node.sizeless:
+                result = self.files.as_asker(uid, gid, self.handle, call, opcode)
+            else:
+                result = self.handle(call, opcode)
+            if isinstance(result, int):
+                content = result
+            else:
+                body = result or b""
+        except OSError as failure:
+            error = failure.errno or errno.EIO
+        except (struct.error, ValueError, OverflowError):  # what it says makes no sense
+            error = errno.EINVAL
+        if opcode in FUSE_SILENT:
+            return b"", 0
+        return OUT_HEADER.pack(OUT_HEADER.size + len(body) + content, -error, unique) + body, content
+
+    def handle(self, call: Call, opcode: int) -> bytes | int | None:
+        """Return a reply's body, or how many bytes of content it has."""
+        handler, structure, kinds = self.handlers[opcode]
+        message, end = call.message, IN_HEADER.size + structure.size
+        data = message.head if end <= 80 else message.bytes(0, end)
+        fields = structure.unpack_from(data, IN_HEADER.size)
+        if kinds:
+            return handler(call, *fields, *split_strings(message.bytes(end, message.length), kinds))
+        return handler(call, *fields)
+
+    # ---- the connection
+
+    def init(self, call: Call, major: int, minor: int, readahead: int, flags: int) -> bytes:
+        if (major, minor) < (FUSE_VERSION, FUSE_MINOR_LEAST):
+            refuse(errno.EPROTO)
+        self.known.forget_all()
+        flags &= FUSE_FLAGS | (WRITEBACK_CACHE if self.writeback else 0)
+        return INIT_OUT.pack(
+            FUSE_VERSION, FUSE_MINOR, readahead, flags, FUSE_BACKGROUND, FUSE_BACKGROUND * 3 // 4, CONTENT_MAX,
+            1, CONTENT_MAX // 4096, 0, DIRECT_IO_ALLOW_MMAP >> 32, 0, b"",
+        )  # fmt: skip
+
+    def destroy(self, call: Call) -> None:
+        self.known.forget_all()
+
+    def interrupt(self, call: Call) -> None:
+        """Nothing waits."""
+
+    def forget(self, call: Call, count: int) -> None:
+        self.known.forget(call.node.number, count)
+
+    def batch_forget(self, call: Call, count: int, _: int, pairs: bytes) -> None:
+        for number, times in struct.iter_unpack("<QQ", pairs[: 16 * count]):
+            self.known.forget(number, times)
+
+    # ---- names
+
+    def entry(self, node: Node, folder: Node, name: bytes) -> bytes:
+        """Return struct fuse_entry_out of what was found by a name in a folder, or made there.  Raise OSError."""
+        node = self.known.enter(node, (folder.number, name))
+        return self.entry_out(node, os.fstat(node.fd))
+
+    def entry_out(self, node: Node, status: os.stat_result) -> bytes:
+        fields = fuse_attr(node, status)
+        return ENTRY_OUT.pack(node.number, 0, self.names_valid, self.attributes_valid, 0, 0, *fields)
+
+    def find(self, folder: Node, name: bytes) -> bytes:
+        """Return struct fuse_entry_out of what has a name in a folder.  Raise OSError."""
+        status = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+        known = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino))
+        if known is None or (known.kind == stat.S_IFDIR and known.place != (folder.number, name)):
+            return self.entry(self.files.find(folder, name), folder, name)
+        known.lookups += 1
+        return self.entry_out(known, status)
+
+    def lookup(self, call: Call, name: bytes) -> bytes:
+        try:
+            return self.find(call.node, name)
+        except FileNotFoundError:
+            return ENTRY_OUT.pack(0, 0, self.names_valid, *bytes(19))
+
+    def create(self, call: Call, flags: int, mode: int, umask: int, _: int, name: bytes) -> bytes:
+        self.known.check_room()
+        os.umask(umask & 0o777)  # counts where no default access list does
+        try:
+            handle = self.files.create(call.node, name, self.access(flags), mode, call.uid, call.gid)
+        except FileExistsError:
+            # the guest does not know of it and has checked no permission: it looks the name up and tries again
+            refuse(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
+        handle.node.told = handle.node.seen = content_state(os.fstat(handle.fd))
+        return self.entry(handle.node, call.node, name) + self.known.open(handle, self.appends(flags))
+
+    def make(self, call: Call, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
+        self.known.check_room()
+        os.umask(umask & 0o777)
+        node = self.files.make(call.node, name, call.uid, call.gid, work, *args)
+        return self.entry(node, call.node, name)
+
+    def mknod(self, call: Call, mode: int, device: int, umask: int, _: int, name: bytes) -> bytes:
+        return self.make(call, name, umask, os.mknod, mode, device)
+
+    def mkdir(self, call: Call, mode: int, umask: int, name: bytes) -> bytes:
+        return self.make(call, name, umask, os.mkdir, mode)
+
+    def symlink(self, call: Call, name: bytes, target: bytes) -> bytes:
+        return self.make(call, name, 0, lambda new, dir_fd: os.symlink(target, new, dir_fd=dir_fd))
+
+    def link(self, call: Call, number: int, name: bytes) -> bytes:
+        node = self.known.node(number)
+        self.change(node, self.files.link, node, call.node, name)
+        return self.find(call.node, name)
+
+    def unlink(self, call: Call, name: bytes) -> None:
+        os.unlink(name, dir_fd=call.node.fd)
+
+    def rmdir(self, call: Call, name: bytes) -> None:
+        os.rmdir(name, dir_fd=call.node.fd)
+
+    def rename(self, call: Call, folder: int, old: bytes, new: bytes) -> None:
+        self.rename2(call, folder, 0, 0, old, new)
+
+    def rename2(self, call: Call, folder: int, flags: int, _: int, old: bytes, new: bytes) -> None:
+        status = os.stat(old, dir_fd=call.node.fd, follow_symlinks=False)
+        node = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino), call.node)
+        self.change(node, self.files.rename, call.node, old, self.known.node(folder), new, flags)
+
+    # ---- attributes
+
+    def getattr(self, call: Call) -> bytes:
+        fields = fuse_attr(call.node, os.fstat(call.node.fd))
+        return ATTR_OUT.pack(self.attributes_valid, 0, 0, *fields)
+
+    def setattr(self, call: Call, valid: int, *fields: int) -> bytes:
+        _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = fields
+        times = (
+            KEEP if not valid & FATTR_ATIME else NOW if valid & FATTR_ATIME_NOW else atime * 10**9 + atime_ns,
+            KEEP if not valid & FATTR_MTIME else NOW if valid & FATTR_MTIME_NOW else mtime * 10**9 + mtime_ns,
+        )  # fmt: skip
+        if valid & FATTR_SIZE and valid & FATTR_KILL_SUIDGID:
+            self.files.drop_privileges(call.node)
+        self.change(
+            call.node, self.files.set_attributes, call.node, mode if valid & FATTR_MODE else None,
+            uid if valid & FATTR_UID else -1, gid if valid & FATTR_GID else -1, size if valid & FATTR_SIZE else None,
+            times,
+        )  # fmt: skip
+        return self.getattr(call)
+
+    def change(self, node: Node, work: Callable[..., T], *args: Any) -> T:
+        """Return work(*args), by which the guest changes a file: what it knows of the content stays true."""
+        same = node.seen == content_state(os.fstat(node.fd))
+        try:
+            return work(*args)
+        finally:
+            node.told = content_state(os.fstat(node.fd))
+            node.seen = node.told if same else ()
+
+    def access(self, flags: int) -> int:
+        """Return flags of open(2): who keeps what is written must read the rest of its page."""
+        return flags ^ os.O_WRONLY ^ os.O_RDWR if self.writeback and flags & os.O_ACCMODE == os.O_WRONLY else flags
+
+    def appends(self, flags: int) -> int:
+        """Return flags for what is open to append: where the end is, dom0 knows, and the guest keeps no page of it."""
+        return FOPEN_DIRECT_IO if flags & os.O_APPEND else 0
+
+
+class Fuse(FuseNames):
+    """FUSE's server.  Locks are the guest's kernel's alone."""
+
+    def open(self, call: Call, flags: int, more: int) -> bytes:
+        node = call.node
+        if node.kind != stat.S_IFREG:
+            refuse(errno.ENXIO)
+        if more & OPEN_KILL_SUIDGID:
+            self.files.drop_privileges(node)
+        if node.sizeless:
+            return self.known.open(self.files.open(node, flags), FOPEN_DIRECT_IO)
+        handle = self.files.open(node, self.access(flags))
+        state = content_state(os.fstat(handle.fd))
+        keeps = node.seen == state
+        # what was changed just now by others may be changed once more, and look the same
+        node.seen = state if keeps or flags & os.O_TRUNC or is_settled(state) else ()
+        return self.known.open(handle, self.appends(flags) | (FOPEN_KEEP_CACHE if keeps else 0))
+
+    def readlink(self, call: Call) -> bytes:
+        return os.readlink(b"", dir_fd=call.node.fd)
+
+    def read(self, call: Call, number: int, offset: int, size: int) -> int:
+        handle = self.known.handle(number, call.node)
+        return os.preadv(handle.fd, call.message.room(OUT_HEADER.size, min(size, CONTENT_MAX)), offset)
+
+    def write(self, call: Call, number: int, offset: int, size: int, flags: int, _: int, opened: int) -> bytes:
+        handle = self.known.handle(number, call.node)
+        if size > call.message.length - WRITE_DATA:
+            refuse(errno.EINVAL)
+        if flags & WRITE_KILL_SUIDGID:
+            self.files.drop_privileges(call.node)
+        how = RWF_APPEND if self.appends(opened) and not call.node.sizeless else 0
+        done = self.change(call.node, os.pwritev, handle.fd, call.message.content(WRITE_DATA, size), offset, how)
+        return U32_PAIR.pack(done, 0)
+
+    def tmpfile(self, call: Call, flags: int, mode: int, umask: int) -> bytes:
+        return self.create(call, flags, mode, umask, 0, b"")
+
+    def release(self, call: Call, number: int) -> None:
+        self.known.handle(number, call.node)
+        self.known.handles.pop(number, None)
+
+    def fsync(self, call: Call, number: int, flags: int) -> None:
+        handle = self.known.handle(number, call.node)
+        (os.fdatasync if flags & FSYNC_FDATASYNC else os.fsync)(handle.fd)
+
+    releasedir, fsyncdir = release, fsync
+
+    def syncfs(self, call: Call) -> None:
+        """All file systems of which the guest knows a file."""
+        nodes = [each for each in self.known.nodes.values() if each.kind in (stat.S_IFDIR, stat.S_IFREG)]
+        for node in {each.inode >> 48: each for each in nodes}.values():
+            handle = self.files.open(node, os.O_RDONLY)
+            system_call("syncfs", handle.fd)
+
+    def fallocate(self, call: Call, number: int, offset: int, length: int, mode: int) -> None:
+        handle = self.known.handle(number, call.node)
+        if offset + length > LONG_MAX:
+            refuse(errno.EFBIG)
+        if call.uid:
+            self.files.drop_privileges(call.node)
+        self.change(call.node, system_call, "fallocate", handle.fd, mode, offset, length)
+
+    def lseek(self, call: Call, number: int, offset: int, whence: int) -> bytes:
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            refuse(errno.EINVAL)
+        return U64.pack(os.lseek(self.known.handle(number, call.node).fd, offset, whence))
+
+    def copy_file_range(self, call: Call, number: int, offset: int, to: int, *fields: int) -> bytes:
+        to_number, to_offset, size, flags = fields
+        node = self.known.node(to)
+        source, target = self.known.handle(number, call.node), self.known.handle(to_number, node)
+        if node.sizeless or call.node.sizeless or flags:
+            refuse(errno.EXDEV)  # the guest copies by reading and writing
+        size = min(size, COPY_MAX)
+        return U32_PAIR.pack(self.change(node, os.copy_file_range, source.fd, target.fd, size, offset, to_offset), 0)
+
+    def statfs(self, call: Call) -> bytes:
+        found = os.statvfs(call.node.fd)
+        return STATFS_OUT.pack(
+            found.f_blocks, found.f_bfree, found.f_bavail, found.f_files, found.f_ffree, found.f_bsize, found.f_namemax,
+            found.f_frsize, 0, b"",
+        )  # fmt: skip
+
+    # ---- folders
+
+    def opendir(self, call: Call) -> bytes:
+        if call.node.kind != stat.S_IFDIR:
+            refuse(errno.ENOTDIR)
+        return self.known.open(self.files.open(call.node, os.O_RDONLY))
+
+    def readdir(self, call: Call, number: int, offset: int, size: int, plus: int = 0) -> bytes:
+        handle, room, parts = self.known.handle(number, call.node), min(size, CONTENT_MAX), []
+        least = plus + FUSE_DIRENT.size + 7
+        for inode, after, kind, name in self.files.entries(handle, offset, room, lambda name: least + len(name) & ~7):
+            if plus:
+                parts.append(self.entry_of(call.node, name))
+            parts.append(FUSE_DIRENT.pack(inode, after, len(name), kind) + name + bytes(-len(name) % 8))
+        return b"".join(parts)
+
+    def readdirplus(self, call: Call, number: int, offset: int, size: int) -> bytes:
+        return self.readdir(call, number, offset, size, ENTRY_OUT.size)
+
+    def entry_of(self, folder: Node, name: bytes) -> bytes:
+        """Return struct fuse_entry_out of what readdirplus finds, zeros where it does not matter or there is none."""
+        if name not in (b".", b".."):
+            try:
+                return self.find(folder, name)
+            except OSError:
+                pass  # removed meanwhile
+        return bytes(ENTRY_OUT.size)
+
+    # ---- extended attributes
+
+    def with_rights(self, call: Call, name: bytes, work: Callable[..., T], *args: Any) -> T:
+        """Return work(*args): for names that need CAP_SYS_ADMIN, which we have not, with the asker's own rights."""
+        if name.startswith((b"trusted.", b"security.")) and name != b"security.capability":
+            return self.files.as_asker(call.uid, call.gid, work, *args)
+        return work(*args)
+
+    @staticmethod
+    def xattr(size: int, value: bytes) -> bytes:
+        """Return what answers a question for an attribute, or for its size."""
+        if size and len(value) > size:
+            refuse(errno.ERANGE)
+        return value if size else U32_PAIR.pack(len(value), 0)
+
+    def getxattr(self, call: Call, size: int, _: int, name: bytes) -> bytes:
+        try:
+            return self.xattr(size, self.with_rights(call, name, os.getxattr, call.node.path, name))
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP and name.startswith(b"system.posix_acl_"):
+                refuse(errno.ENODATA)  # to the guest's kernel the other one is a reason to open nothing
+            raise
+
+    def listxattr(self, call: Call, size: int) -> bytes:
+        return self.xattr(size, self.files.as_asker(call.uid, call.gid, self.files.list_xattrs, call.node))
+
+    def setxattr(self, call: Call, size: int, flags: int, more: int, _: int, name: bytes, value: bytes) -> None:
+        if len(value) < size:
+            refuse(errno.EINVAL)
+        self.with_rights(call, name, os.setxattr, call.node.path, name, value[:size], flags)
+        if more & ACL_KILL_SGID:
+            os.chmod(call.node.path, stat.S_IMODE(os.fstat(call.node.fd).st_mode) & ~stat.S_ISGID)
+
+    def removexattr(self, call: Call, name: bytes) -> None:
+        self.with_rights(call, name, os.removexattr, call.node.path, name)
+
+
+# ---- 9P2000.L, for Linux's 9p (diod's protocol.md, <net/9p/9p.h>): a message is size[4] type[1] tag[2] and its body
+
+# type; the body, of numbers, n: a name in a folder, s: another string, b: the rest; -: nothing
+NINEP_REQUESTS = request_table(
+    """
+    statfs 8 I, lopen 12 II, lcreate 14 InIII, symlink 16 InsI, mknod 18 InIIII, readlink 22 I, getattr 24 I,
+    setattr 26 IIIIIQqQqQ, xattrwalk 30 IIs, xattrcreate 32 IsQI, readdir 40 IQI, fsync 50 II, lock 52 I,
+    getlock 54 IBQQIs, link 70 IIn, mkdir 72 InII, renameat 74 InIn, unlinkat 76 InI, version 100 Is,
+    attach 104 IIssI, flush 108 -, walk 110 IIHb, clunk 120 I
+    """
+)
+RLERROR, TREADDIR, TREAD, TWRITE = 7, 40, 116, 118
+# v9fs truncates a file, or opens it to do so, while what it has written before is still on its way in the other ring
+NINEP_ORDERED = {12, 26, 50, 108}  # Tlopen, Tsetattr, Tfsync, Tflush
+NINEP_NUMBERS = {kind: struct.Struct("<" + kind) for kind in "BHIQq"}
+U16, U32 = NINEP_NUMBERS["H"], NINEP_NUMBERS["I"]
+NINEP_HEADER, QID, NINEP_DIRENT, NINEP_CONTENT = (struct.Struct(form) for form in ("<IBH", "<BIQ", "<QBH", "<IQI"))
+NINEP_ATTR = struct.Struct("<Q13s3I5Q6q4Q")
+READ_DATA, WRITTEN_DATA = 11, 23  # where Rread and Twrite have content
+IOUNIT = 31 * 4096  # whole pages that fit into a message, beside its head
+V9FS_MAGIC, ATTR_BASIC, LOCK_SUCCESS, LOCK_UNLOCKED = 0x01021997, 0x7FF, 0, 2
+WALK_MAX, XATTR_MAX, NOBODY = 16, 1 << 16, 65534
+P9_EXCL, P9_REMOVEDIR = 0o200, 0x200
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_TIMES = 1, 2, 4, 8, ((16, 128), (32, 256))  # each to now, to a time
+
+
+def ninep_fields(data: bytes, kinds: str) -> Iterator[Any]:
+    """Yield what a body has, kinds as in NINEP_REQUESTS.  Raise struct.error or OSError."""
+    at = 0
+    for kind in kinds:
+        if kind in NINEP_NUMBERS:
+            yield NINEP_NUMBERS[kind].unpack_from(data, at)[0]
+            at += NINEP_NUMBERS[kind].size
+        elif kind == "b":
+            yield data[at:]
+        else:
+            start = at + 2
+            at = start + U16.unpack_from(data, at)[0]
+            if at > len(data):
+                refuse(errno.EINVAL)
+            yield check_name(data[start:at]) if kind == "n" else data[start:at]
+
+
+def ninep_string(data: bytes) -> bytes:
+    return U16.pack(len(data)) + data
+
+
+class Fid:
+    """What the guest calls by a number: a file, which may be open, or one of its extended attributes."""
+
+    __slots__ = ("node", "uid", "open", "xattr", "value", "size", "flags")
+
+    def __init__(self, node: Node, uid: int, xattr: bytes = b"", value: bytes = b"") -> None:
+        self.node, self.uid, self.xattr, self.value = node, uid, xattr, value
+        self.open: Handle | None = None
+        self.size, self.flags = -1, 0  # size: bytes of a value that is written, to be set when the Fid goes
+
+    def handle(self) -> Handle:
+        """Raise OSError."""
+        if self.open is None:
+            refuse(errno.EBADF)
+        return self.open
+
+    def check_unused(self) -> None:
+        """Raise OSError if it is open or an attribute."""
+        if self.open or self.xattr:
+            refuse(errno.EINVAL)
+
+
+class NinePFids(Protocol):
+    """9P2000.L's server, as far as it is about messages and what they call by numbers."""
+
+    shortest, longest = NINEP_HEADER.size, CONTENT_MAX
+
+    def __init__(self, root: int, capabilities: int) -> None:
+        """root, capabilities: as for Files."""
+        os.umask(0)  # the guest has applied its own
+        self.files = Files(root, capabilities)
+        self.fids: dict[int, Fid] = {}
+        self.size = CONTENT_MAX  # bytes of a message
+        self.handlers: dict[int, tuple[Callable[..., bytes | None], str]] = {
+            kind: (getattr(self, name), form) for name, (kind, form) in NINEP_REQUESTS.items()
+        }
+
+    def reply_room(self, message: Request) -> int:
+        size = 0
+        if message.head[4] in (TREAD, TREADDIR) and message.length >= WRITTEN_DATA:
+            (size,) = U32.unpack_from(message.head, WRITTEN_DATA - 4)
+        return READ_DATA + max(4096, min(size, self.size - READ_DATA))
+
+    def is_ordered(self, message: Request) -> bool:
+        return message.head[4] in NINEP_ORDERED
+
+    def answer(self, message: Request) -> tuple[bytes, int]:
+        length, kind, tag = NINEP_HEADER.unpack_from(message.head)
+        content, body = 0, b""
+        try:
+            if kind in (TREAD, TWRITE):
+                number, offset, size = NINEP_CONTENT.unpack_from(message.head, NINEP_HEADER.size)
+                content, body = (self.read if kind == TREAD else self.write)(message, self.fid(number), offset, size)
+            elif kind in self.handlers:
+                handler, form = self.handlers[kind]
+                body = handler(*ninep_fields(message.bytes(NINEP_HEADER.size, length), form)) or b""
+            else:
+                refuse(errno.EOPNOTSUPP)
+        except OSError as failure:
+            kind, body = RLERROR - 1, U32.pack(failure.errno or errno.EIO)
+        except (struct.error, ValueError, OverflowError):
+            kind, body = RLERROR - 1, U32.pack(errno.EINVAL)
+        return NINEP_HEADER.pack(NINEP_HEADER.size + len(body) + content, kind + 1, tag) + body, content
+
+    def read(self, message: Request, fid: Fid, offset: int, size: int) -> tuple[int, bytes]:
+        size = min(size, self.size - READ_DATA)
+        if fid.xattr:
+            part = fid.value[offset : offset + size]
+            return 0, U32.pack(len(part)) + part
+        done = self.with_rights(fid, os.preadv, fid.handle().fd, message.room(READ_DATA, size), offset)
+        return done, U32.pack(done)
+
+    def write(self, message: Request, fid: Fid, offset: int, size: int) -> tuple[int, bytes]:
+        if size > message.length - WRITTEN_DATA:
+            refuse(errno.EINVAL)
+        if not fid.xattr:
+            content = message.content(WRITTEN_DATA, size)
+            return 0, U32.pack(self.with_rights(fid, os.pwritev, fid.handle().fd, content, offset))
+        if offset != len(fid.value) or offset + size > fid.size:
+            refuse(errno.EINVAL)
+        fid.value += message.bytes(WRITTEN_DATA, WRITTEN_DATA + size)
+        return 0, U32.pack(size)
+
+    def with_rights(self, fid: Fid, work: Callable[..., T], *args: Any) -> T:
+        """Return work(*args), done with the rights of who has attached where dom0's kernel asks for some."""
+        if not fid.node.sizeless:
+            return work(*args)
+        return self.files.as_asker(fid.uid, NOBODY if fid.uid else 0, work, *args)
+
+    # ---- fids
+
+    def fid(self, number: int) -> Fid:
+        fid = self.fids.get(number)
+        if fid is None:
+            refuse(errno.EBADF)
+        return fid
+
+    def add(self, number: int, fid: Fid) -> None:
+        if number in self.fids:
+            refuse(errno.EINVAL)
+        if len(self.fids) >= NODES_MAX // 2:  # an open one has two descriptors
+            refuse(errno.EMFILE)
+        self.fids[number] = fid
+
+    @staticmethod
+    def qid(node: Node) -> bytes:
+        """Its version is 0 where v9fs is to keep nothing of the content."""
+        status = os.fstat(node.fd)
+        version = 0 if node.sizeless else (status.st_mtime_ns ^ status.st_size << 8) & 0xFFFFFFFF or 1
+        return QID.pack({stat.S_IFDIR: 0x80, stat.S_IFLNK: 2}.get(node.kind, 0), version, node.inode)
+
+    def version(self, size: int, name: bytes) -> bytes:
+        self.fids.clear()
+        if size < 8192:
+            refuse(errno.EMSGSIZE)
+        self.size = min(size, CONTENT_MAX)
+        return U32.pack(self.size) + ninep_string(name if name == b"9P2000.L" else b"unknown")
+
+    def attach(self, number: int, _afid: int, _name: bytes, where: bytes, uid: int) -> bytes:
+        if where not in (b"", b"/"):
+            refuse(errno.ENOENT)
+        self.add(number, Fid(self.files.root, 0 if uid == NO_USER else uid))
+        return self.qid(self.files.root)
+
+    def walk(self, number: int, new: int, count: int, names: bytes) -> bytes:
+        fid, found = self.fid(number), b""
+        if new == number:
+            fid.check_unused()
+        if count > WALK_MAX:
+            refuse(errno.EINVAL)
+        node = fid.node
+        for name in ninep_fields(names, "n" * count):
+            try:
+                node = self.files.find(node, name)
+            except OSError:
+                if not found:
+                    raise
+                return U16.pack(len(found) // QID.size) + found
+            found += self.qid(node)
+        if new == number:
+            del self.fids[number]
+        self.add(new, Fid(node, fid.uid))
+        return U16.pack(count) + found
+
+    def clunk(self, number: int) -> None:
+        fid = self.fid(number)
+        del self.fids[number]
+        if fid.size >= 0:
+            if len(fid.value) != fid.size:
+                refuse(errno.EINVAL)
+            if fid.size:
+                os.setxattr(fid.node.path, fid.xattr, fid.value, fid.flags)
+            else:
+                os.removexattr(fid.node.path, fid.xattr)
+
+    def flush(self) -> None:
+        """What it is about has been answered."""
+
+
+class NineP(NinePFids):
+    """9P2000.L's server.  Locks are the guest's kernel's alone, and it checks permissions."""
+
+    def lopen(self, number: int, flags: int) -> bytes:
+        fid = self.fid(number)
+        fid.check_unused()
+        fid.open = self.with_rights(fid, self.files.open, fid.node, flags)
+        return self.qid(fid.node) + U32.pack(IOUNIT)
+
+    def lcreate(self, number: int, name: bytes, flags: int, mode: int, gid: int) -> bytes:
+        fid = self.fid(number)
+        fid.check_unused()
+        try:
+            handle = self.files.create(fid.node, name, flags, mode, fid.uid, gid)
+        except FileExistsError:
+            node = self.files.find(fid.node, name)
+            if flags & P9_EXCL or node.kind != stat.S_IFREG:
+                raise
+            handle = self.with_rights(fid, self.files.open, node, flags)
+        fid.node, fid.open = handle.node, handle
+        return self.qid(fid.node) + U32.pack(IOUNIT)
+
+    def make(self, number: int, name: bytes, gid: int, work: Callable[..., None], *args: Any) -> bytes:
+        fid = self.fid(number)
+        return self.qid(self.files.make(fid.node, name, fid.uid, gid, work, *args))
+
+    def mkdir(self, number: int, name: bytes, mode: int, gid: int) -> bytes:
+        return self.make(number, name, gid, os.mkdir, mode)
+
+    def mknod(self, number: int, name: bytes, mode: int, major: int, minor: int, gid: int) -> bytes:
+        return self.make(number, name, gid, os.mknod, mode, os.makedev(major, minor))
+
+    def symlink(self, number: int, name: bytes, target: bytes, gid: int) -> bytes:
+        return self.make(number, name, gid, lambda new, dir_fd: os.symlink(target, new, dir_fd=dir_fd))
+
+    def link(self, folder: int, number: int, name: bytes) -> None:
+        self.files.link(self.fid(number).node, self.fid(folder).node, name)
+
+    def readlink(self, number: int) -> bytes:
+        return ninep_string(os.readlink(b"", dir_fd=self.fid(number).node.fd))
+
+    def renameat(self, old_folder: int, old: bytes, new_folder: int, new: bytes) -> None:
+        self.files.rename(self.fid(old_folder).node, old, self.fid(new_folder).node, new)
+
+    def unlinkat(self, number: int, name: bytes, flags: int) -> None:
+        (os.rmdir if flags & P9_REMOVEDIR else os.unlink)(name, dir_fd=self.fid(number).node.fd)
+
+    def getattr(self, number: int) -> bytes:
+        node = self.fid(number).node
+        status = os.fstat(node.fd)
+        times = (divmod(each, 10**9) for each in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns))
+        return NINEP_ATTR.pack(
+            ATTR_BASIC, self.qid(node), status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_rdev,
+            status.st_size, status.st_blksize, status.st_blocks, *(part for each in times for part in each), *bytes(4),
+        )  # fmt: skip
+
+    def setattr(self, number: int, valid: int, mode: int, uid: int, gid: int, size: int, *times: int) -> None:
+        fid, new = self.fid(number), []
+        for (now, chosen), seconds, fraction in zip(SET_TIMES, times[::2], times[1::2]):
+            new.append(KEEP if not valid & now else NOW if not valid & chosen else seconds * 10**9 + fraction)
+        self.with_rights(
+            fid, self.files.set_attributes, fid.node, mode if valid & SET_MODE else None,
+            uid if valid & SET_UID else -1, gid if valid & SET_GID else -1, size if valid & SET_SIZE else None, new,
+        )  # fmt: skip
+
+    def xattrwalk(self, number: int, new: int, name: bytes) -> bytes:
+        fid = self.fid(number)
+        value = os.getxattr(fid.node.path, name) if name else self.files.list_xattrs(fid.node)
+        self.add(new, Fid(fid.node, fid.uid, name or b"*", value))
+        return U64.pack(len(value))
+
+    def xattrcreate(self, number: int, name: bytes, size: int, flags: int) -> None:
+        fid = self.fid(number)
+        fid.check_unused()
+        if not name or size > XATTR_MAX:
+            refuse(errno.E2BIG if name else errno.EINVAL)
+        fid.xattr, fid.value, fid.size, fid.flags = name, b"", size, flags
+
+    def readdir(self, number: int, offset: int, size: int) -> bytes:
+        handle, room, parts = self.fid(number).handle(), min(size, self.size - READ_DATA), []
+        least = QID.size + NINEP_DIRENT.size
+        for inode, after, kind, name in self.files.entries(handle, offset, room, lambda name: least + len(name)):
+            qid = QID.pack({DT_DIR: 0x80, DT_LNK: 2}.get(kind, 0), 0, inode)
+            parts.append(qid + NINEP_DIRENT.pack(after, kind, len(name)) + name)
+        data = b"".join(parts)
+        return U32.pack(len(data)) + data
+
+    def fsync(self, number: int, only_data: int) -> None:
+        (os.fdatasync if only_data else os.fsync)(self.fid(number).handle().fd)
+
+    def lock(self, number: int) -> bytes:
+        self.fid(number)
+        return bytes([LOCK_SUCCESS])
+
+    def getlock(self, number: int, _kind: int, start: int, length: int, process: int, client: bytes) -> bytes:
+        self.fid(number)
+        return struct.pack("<BQQI", LOCK_UNLOCKED, start, length, process) + ninep_string(client)
+
+    def statfs(self, number: int) -> bytes:
+        found = os.statvfs(self.fid(number).node.fd)
+        return struct.pack(
+            "<IIQQQQQQI", V9FS_MAGIC, found.f_frsize, found.f_blocks, found.f_bfree, found.f_bavail, found.f_files,
+            found.f_ffree, found.f_fsid & MASK64, found.f_namemax,
+        )  # fmt: skip
+
+
+class Broken(Error):
+    """The guest does not keep to the protocol."""
+
+
+# ---- the rings: requests of the guest's, and our replies (xen/include/public/io/9pfs.h, ring.h: DEFINE_XEN_FLEX_RING)
+#
+#     indexes, 4 bytes each:  0 in_cons   1 in_prod   16 out_cons   17 out_prod   32 ring_order   33... references
+#     data, 2^ring_order pages: the first half has replies (in), the second requests (out)
+#
+# The indexes run freely modulo 2^32.  Ours are never read back from the page that the guest can write.
+
+IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER, REFERENCES = 0, 1, 16, 17, 32, 33
+RING_ORDER_MAX = 7  # 256 KiB in each direction
+RINGS_MAX = {"fuse": 1, "9pfs": 2}  # of a device of that kind; Linux's 9p takes no backend with less than two
+HEAD_MAX = 80  # bytes of a request that are copied at once
+
+
+class RingRequest(Request):
+    """One that the guest has put into a ring: head and length are as they were when they were first seen."""
+
+    __slots__ = ("head", "length", "ring")
+
+    def __init__(self, ring: Ring, head: bytes, length: int) -> None:
+        self.ring, self.head, self.length = ring, head, length
+
+    def bytes(self, start: int, end: int) -> bytes:
+        """Return a copy of a part."""
+        end, known = min(end, self.length), len(self.head)
+        if end <= known:
+            return self.head[start:end]
+        return self.head[start:] + self.ring.take(max(start, known), end)
+
+    def content(self, start: int, count: int) -> list[memoryview]:
+        """Return a part where it lies, which the guest may change at any time."""
+        return self.ring.views(self.ring.requests, self.ring.out_cons + start, count)
+
+    def room(self, start: int, count: int) -> list[memoryview]:
+        """Return a part of the reply where it will lie, from its byte `start` on."""
+        return self.ring.views(self.ring.replies, self.ring.in_prod + start, count)
+
+
+class Ring:
+    """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so."""
+
+    def __init__(self, indexes: memoryview, data: memoryview, channels: EventChannels, port: int) -> None:
+        self.indexes, self.channels, self.port, self.size = indexes, channels, port, len(data) // 2
+        self.replies, self.requests = data[: self.size], data[self.size :]
+        self.out_cons = self.in_prod = 0
+        self.barrier, self.is_stuck = Barrier(), False
+        self.other: Ring | None = None  # of the same guest
+
+    def views(self, half: memoryview, index: int, count: int) -> list[memoryview]:
+        """Return the count bytes of a half that begin at an index, without a copy."""
+        start = index & (self.size - 1)
+        end = start + count
+        return [half[start:end]] if end <= self.size else [half[start:], half[: end - self.size]]
+
+    def take(self, start: int, end: int) -> bytes:
+        """Return a copy of a part of the first request."""
+        return b"".join(self.views(self.requests, self.out_cons + start, end - start))
+
+    def serve(self, protocol: Protocol, in_order: bool = True) -> bool:
+        """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
+        none.  Return whether anything was answered.  in_order: between two rings too.  Raise Broken."""
+        begun, end, is_told = self.out_cons, self.indexes[OUT_PROD], True
+        self.barrier()  # the index is read before what it counts
+        while self.out_cons != end:
+            message = self.first(protocol, end)
+            if message is None or in_order and not self.is_next(protocol, message):
+                break
+            is_told = self.finish(message.length, *protocol.answer(message))
+        self.is_stuck = self.out_cons != end
+        if not is_told:
+            self.channels.notify(self.port)  # it may wait for room for a request
+        return self.out_cons != begun
+
+    def first(self, protocol: Protocol, end: int) -> RingRequest | None:
+        """Return the first request before the index end, None if it is not whole or its reply may have no room yet."""
+        waiting = (end - self.out_cons) & 0xFFFFFFFF
+        if waiting > self.size:
+            raise Broken("the indexes of its ring are impossible")
+        if waiting < protocol.shortest:
+            return None
+        head = self.take(0, min(waiting, HEAD_MAX))
+        length: int = struct.unpack_from("<I", head)[0]
+        if not protocol.shortest <= length <= min(protocol.longest, self.size):
+            raise Broken(f"a request of it is {length} bytes long")
+        if length > waiting:
+            return None
+        message = RingRequest(self, head[:length], length)
+        return message if self.has_room(protocol.reply_room(message)) else None
+
+    def has_room(self, count: int) -> bool:
+        """Return whether a reply of so many bytes has room; if not, the guest sees that, and tells of more."""
+        if count > self.size:
+            raise Broken(f"its ring has no room for a reply of {count} bytes")
+        for _ in range(2):
+            used = (self.in_prod - self.indexes[IN_CONS]) & 0xFFFFFFFF
+            if used > self.size:
+                raise Broken("the indexes of its ring are impossible")
+            # the guest has read all that is overwritten; and our last index is there before we look again
+            self.barrier()
+            if count <= self.size - used:
+                return True
+        return False
+
+    def is_next(self, protocol: Protocol, message: Request) -> bool:
+        """Return whether it may be answered now.  What must come behind all that the guest has asked before, such as a
+        change of size behind writes, waits until the other ring is empty."""
+        if not self.other or not protocol.is_ordered(message):
+            return True
+        self.other.serve(protocol, in_order=False)
+        return not self.other.is_stuck
+
+    def finish(self, length: int, beginning: bytes, count: int) -> bool:
+        """Give the request's place back, and its reply to the guest: the beginning, with count bytes behind it that are
+        there already; b"": there is none.  Return whether the guest knows."""
+        if beginning:
+            at = 0
+            for view in self.views(self.replies, self.in_prod, len(beginning)):
+                view[:] = beginning[at : at + len(view)]
+                at += len(view)
+        self.barrier()  # the indexes are written after all that they stand for has been read and written
+        self.out_cons = (self.out_cons + length) & 0xFFFFFFFF
+        self.indexes[OUT_CONS] = self.out_cons
+        if not beginning:
+            return False
+        self.in_prod = (self.in_prod + len(beginning) + count) & 0xFFFFFFFF
+        self.indexes[IN_PROD] = self.in_prod
+        self.channels.notify(self.port)
+        return True
+
+
+def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventChannels, grants: Grants) -> list[Ring]:
+    """Return the rings of a device.  ends: for each the reference of its indexes, and the guest's event channel.  Raise
+    Broken."""
+    rings = []
+    for reference, channel in ends:
+        try:
+            port = channels.bind(domid, channel)
+            indexes = grants.map(domid, [reference]).cast("I")
+            order = indexes[RING_ORDER]
+            if not 1 <= order <= RING_ORDER_MAX:
+                raise Broken("the size of its ring is impossible")
+            references = indexes[REFERENCES : REFERENCES + (1 << order)].tolist()
+            rings.append(Ring(indexes, grants.map(domid, references), channels, port))
+        except OSError as error:
+            raise Broken(f"cannot connect to a ring of domain {domid}: {error.strerror}") from None
+    if len(rings) == 2:
+        rings[0].other, rings[1].other = rings[1], rings[0]
+    return rings
+
+
+# ---- the process, and the device by which the guest finds it
+
+# <linux/capability.h>: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, MKNOD and SETFCAP, for files of whatever
+# owner; SETGID and SETUID, to open with another's rights what is not a file of a disk's
+SERVING_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 6, 7, 27, 31))
+PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 4, 15, 38  # <linux/prctl.h>
+SERVING_DATA = 128 << 20  # bytes of memory that it may write, most of it for what the guest has opened
+SENTENCE_MAX = 4000  # bytes
+
+
+class FileServer:
+    """The monitor's side of the process that serves a container's files: its pid, 0 if there is none, and a socket.
+
+    It says "+" when it can begin, is sent domid and where the rings are, and says "+" again when it has them.  All else
+    that it says is why it ends.
+    """
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.link: Any = None
+
+    def start(self, kind: str, share: str, capabilities: int) -> None:
+        """Have it begin, in our mount namespace and cgroup.  kind: of the device.  capabilities: a bit for each that
+        the container's processes may have.  Raise OSError."""
+        socket = import_socket()
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            run_file_server(kind, share, capabilities, theirs)
+        theirs.close()
+
+    def connect(self, domid: int, ends: Iterable[tuple[int, ...]]) -> None:
+        """Tell it where the rings are, as for connect_rings().  Raise struct.error."""
+        numbers = [domid, *(number for end in ends for number in end)]
+        try:
+            self.link.send(struct.pack(f"={len(numbers)}I", *numbers))
+        except OSError:
+            pass  # it has ended, as it tells or we see
+
+    def hear(self) -> str:
+        """Wait for its next word.  Return "" for "+", else why it has ended."""
+        try:
+            word: bytes = self.link.recv(SENTENCE_MAX)
+        except OSError:
+            word = b""
+        return "" if word == b"+" else word.decode("utf-8", "replace") or "its process was killed"
+
+    def stop(self) -> None:
+        """End it, wherever it is."""
+        if self.pid:
+            self.link.close()
+            os.kill(self.pid, SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+
+class ShareDevice(Device):
+    """What the guest mounts: of kind "fuse" for runX's own kernel, "9pfs" for others."""
+
+    def __init__(self, domain: Domain, kind: str, server: FileServer) -> None:
+        super().__init__(domain, kind, 0)
+        self.server, self.is_connected = server, False
+
+    def introduce(self, transaction: int) -> None:
+        limits = {"versions": "1", "max-rings": str(RINGS_MAX[self.kind]), "max-ring-page-order": str(RING_ORDER_MAX)}
+        self.announce({**limits, "state": XENBUS_INITWAIT}, {"tag": "share"}, transaction, listed=False)
+
+    def follow(self) -> None:
+        """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
+        state = self.xenstore.read(f"{self.frontend}/state")
+        if state == XENBUS_INITIALISED and not self.is_connected:
+            self.is_connected = True
+            self.connect()
+        elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
+            self.xenstore.write(f"{self.backend}/state", state)
+
+    def connect(self) -> None:
+        """Have the server take the rings; confirm() is called when it has.  Raise Error."""
+        try:
+            count = int(self.xenstore.read(f"{self.frontend}/num-rings"))
+            if not 1 <= count <= RINGS_MAX[self.kind]:
+                raise ValueError(f"it has {count} rings")
+            names = [(f"ring-ref{number}", f"event-channel-{number}") for number in range(count)]
+            ends = [tuple(int(self.xenstore.read(f"{self.frontend}/{key}")) for key in pair) for pair in names]
+            self.server.connect(self.domain.domid, ends)
+        except (ValueError, struct.error) as error:
+            domid = self.domain.domid
+            raise Error(f"cannot connect to device {self.kind} of domain {domid}: {error}") from None
+
+    def confirm(self) -> None:
+        self.xenstore.write(f"{self.backend}/state", XENBUS_CONNECTED)
+
+
+def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoReturn:
+    """The process's whole life: until the monitor is gone, or the guest does what it must not."""
+    import gc
+
     try:
-        return InMemory(share, find_disk(config))
-    except Error:
-        return InMemory(share)  # it is on no block device
+        system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
+        system_call("prctl", PR_SET_NAME, "runX files")  # for ps
+        gc.disable()  # nothing here refers to itself, and what is shared with the monitor stays so
+        channels, grants = EventChannels(), Grants()
+        close_other_descriptors({link.fileno(), channels.fd, grants.fd, grants.null})
+        for _ in range(3):
+            os.open("/dev/null", os.O_RDWR)
+        rights = int(read_file("/proc/self/status").partition("CapPrm:")[2].split()[0], 16)
+        enter_share(share)
+        share_fd = os.open("/share", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        protocol: Protocol = NineP(share_fd, capabilities) if kind == "9pfs" else Fuse(share_fd, capabilities, True)
+        give_up_rights(capabilities & rights)
+        link.send(b"+")
+        where = link.recv(256)
+        if where:
+            domid, *numbers = struct.unpack(f"={len(where) // 4}I", where)
+            channels.restrict(domid)
+            rings = connect_rings(domid, zip(numbers[::2], numbers[1::2]), channels, grants)
+            grants.close()
+            link.send(b"+")
+            serve_rings(protocol, rings, channels, link.fileno())
+    except Exception as error:
+        foreseen = isinstance(error, (Error, OSError))  # the latter such as a kernel without something
+        reason = str(error) if foreseen else f"internal error of the file server: {error!r}"
+        if isinstance(error, MemoryError):
+            reason = f"what it has open and remembers takes more than {SERVING_DATA >> 20} MiB"
+        link.send(reason.encode("utf-8", "replace")[:SENTENCE_MAX])
+    finally:
+        os._exit(0)
+
+
+def enter_share(share: str) -> None:
+    """Enter mount and network namespaces of our own, which have nothing but /share and, for what is opened again by its
+    descriptor, two folders of /proc/self.  Raise Error and OSError."""
+    system_call("unshare", CLONE_NEWNET)
+    own_mounts()
+    hide_ourselves(share)
+    root = os.path.dirname(share)
+    with Descriptor(os.open(share, os.O_PATH)) as source:
+        mount("tmpfs", root, MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=64k")
+        os.mkdir(f"{root}/share")
+        mount(mount_of(source), f"{root}/share", MS_BIND | MS_REC)
+    for folder in ("/proc/self/fd", "/proc/self/fdinfo"):
+        os.makedirs(f"{root}{folder}")
+        mount(folder, f"{root}{folder}", MS_BIND)
+    os.chdir(root)
+    pivot_root()
+
+
+def hide_ourselves(share: str) -> None:
+    """Cover our own folder in each /proc of dom0's below the share: a process can always write its own memory."""
+    if read_file("/proc/self/mountinfo").count(" - proc ") == 1:
+        return  # dom0's own; to look closer would take memory
+    places = [entry.target for entry in host_mounts() if entry.kind == "proc" and entry.root == "/"]
+    for place in places:
+        if place.startswith(share + "/"):
+            mount("tmpfs", f"{place}/{os.readlink(f'{place}/self')}", MS_RDONLY, "tmpfs", "size=4k")
+
+
+def give_up_rights(capabilities: int) -> None:
+    """Keep the rights to serve files, and in reach those that the container has.  Raise OSError."""
+    import resource
+
+    for limit, wanted in (
+        (resource.RLIMIT_NOFILE, NODES_MAX + HANDLES_MAX + 256),
+        (resource.RLIMIT_DATA, SERVING_DATA),
+    ):
+        most = resource.getrlimit(limit)[1]
+        most = wanted if most == resource.RLIM_INFINITY else min(most, wanted)
+        resource.setrlimit(limit, (most, most))
+    os.umask(0)
+    if os.getgroups():
+        os.setgroups([])
+    system_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    words = []
+    for shift in (0, 32):
+        serving, all_of_it = (value >> shift & 0xFFFFFFFF for value in (SERVING_CAPABILITIES, capabilities))
+        words += [serving, serving | all_of_it, 0]
+    system_call("capset", struct.pack("=II", CAPABILITY_VERSION_3, 0), struct.pack("=6I", *words))
+    system_call("prctl", PR_SET_DUMPABLE, 0)
+
+
+def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, link: int) -> None:
+    """Serve them until something is said on the link, or its other end is closed.  Raise Broken."""
+    poll = select.poll()
+    for fd in (channels.fd, link):
+        poll.register(fd, select.POLLIN)
+    while True:
+        if not any([ring.serve(protocol) for ring in rings]):
+            ready = poll.poll()
+            if (channels.fd, select.POLLIN) not in ready or len(ready) > 1:
+                return
+            channels.acknowledge()  # before the rings are looked at, so no event is lost
 
 
 # ==== cgroup =============================================================================================
@@ -3896,16 +5407,16 @@ MCL_FUTURE = 2  # <sys/mman.h>
 OOM_MEMORY, OOM_MEMORY_MAX = 4 << 20, 128 << 20  # bytes that the process asks for, beside what is used and with it
 
 
-def show_oom(cgroups: Cgroups) -> None:
-    """Let engines, which watch the container's cgroup, see that memory has run out, as the VM's kernel has told.
-
-    Raise OSError.
-    """
-    for root, path in cgroups:
-        for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
-            limit = f"{root}{path}/memory.{limit}"
-            if os.path.exists(limit):
-                run_out_of_memory(limit, f"{root}{path}/memory.{usage}")
+def show_oom(cgroups: Cgroups, log: Log) -> None:
+    """Let engines, which watch the container's cgroup, see that memory has run out, as the VM's kernel has told."""
+    try:
+        for root, path in cgroups:
+            for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+                limit = f"{root}{path}/memory.{limit}"
+                if os.path.exists(limit):
+                    run_out_of_memory(limit, f"{root}{path}/memory.{usage}")
+    except OSError as error:
+        log.debug(f"its cgroup does not show that memory has run out: {error}")
 
 
 def run_out_of_memory(limit: str, usage: str) -> None:
@@ -5324,21 +6835,11 @@ class Builder:
         self.attach_networks()
         self.rootfs = choose_rootfs(self.config, self.share)
         self.sources = build_share(self.share, self.config)
-        must_serve = self.config.machine.rootfs == "9p"
-        if (reason := self.rootfs.why_not()) and not must_serve:
-            self.do_without_server(reason)
-        while True:
-            try:
-                xl_cfg = self.write_settings(*self.write_boot_files())
-                domain = create_domain(xenstore, xl_cfg, self.container.state.uuid, self.sizes["memory"])
-                break
-            except Error as error:
-                reason = self.rootfs.why_not(error)
-                if must_serve or not reason:
-                    raise
-                self.do_without_server(reason)
-            finally:
-                self.discard_boot_files()
+        try:
+            xl_cfg = self.write_settings(*self.write_boot_files())
+            domain = create_domain(xenstore, xl_cfg, self.container.state.uuid, self.sizes["memory"])
+        finally:
+            self.discard_boot_files()
         self.keep(domain)
         return domain
 
@@ -5346,6 +6847,7 @@ class Builder:
         """Write down what is to be given back, before there is any of it."""
         container, config, uuid = self.container, self.config, new_uuid()
         pid, monitor = self.holder.pid, os.getpid()
+        devices = [each for each in STANDARD_DEVICES if each[0] in ("console", config.machine.share_device())]
         container.save(
             oci_version=config.oci_version, bundle=bundle, rootfs=config.rootfs, created=timestamp(),
             annotations=config.annotations, hooks=config.hooks, hostname=config.hostname or container.id[:63],
@@ -5353,7 +6855,7 @@ class Builder:
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
             boot=boot_id(), pid=pid, pid_start_time=process_start_time(pid),
-            monitor=[monitor, process_start_time(monitor)], devices=STANDARD_DEVICES,
+            monitor=[monitor, process_start_time(monitor)], devices=devices,
             namespace=config.namespace, rate=config.rate, resources=config.raw_resources, base=config.base,
         )  # fmt: skip
         os.mkfifo(container.path("control"), 0o600)  # says, as long as it is there, that something may be left
@@ -5388,12 +6890,6 @@ class Builder:
                 attach_network(attachment, network)
             finally:  # some plugins give back only what the result names, also that of half a chain
                 container.save(networks=[each.__dict__ for each in attachments])
-
-    def do_without_server(self, reason: str) -> None:
-        """Find another place for what dom0 cannot serve."""
-        self.rootfs = choose_rootfs(self.config, self.share, can_serve=False)
-        instead = "has its rootfs on a block device, the rest" if self.rootfs.disk else "has all of it"
-        self.log.warn(f"container {self.container.id}: {reason}: the VM {instead} in its memory")
 
     def write_boot_files(self) -> tuple[str, str]:
         """Return the paths of kernel and ramdisk; the latter is "" where a system of the VM's own needs none."""
@@ -5464,7 +6960,6 @@ class Builder:
         }  # fmt: skip
         if ramdisk:
             settings["ramdisk"] = ramdisk
-        settings.update(self.rootfs.settings())
         if resources.shares:
             settings["cpu_weight"] = resources.weight()
         if resources.cpus:
@@ -5736,24 +7231,23 @@ class Monitor:
     of its output have until `deadline`, or for ever; "done".
     """
 
-    def __init__(self, container: Container, config: Config, holder: Holder, domain: Domain, log: Log) -> None:
-        self.container, self.holder, self.domain = container, holder, domain
-        self.log = log.about(container.id)
+    def __init__(self, plan: Plan, holder: Holder, server: FileServer, domain: Domain) -> None:
+        self.container, self.holder, self.server, self.domain = plan.container, holder, server, domain
+        self.log, config = plan.log.about(plan.container.id), plan.config
         self.xenstore, self.own_init = domain.xenstore, config.machine.own_init
-        self.has_hooks = bool(config.hooks)
-        self.terminal = bool(config.process and config.process.terminal)
+        self.has_hooks, self.terminal = bool(config.hooks), bool(config.process and config.process.terminal)
         self.phase, self.deadline, self.exit_status = "serving", 0.0, 255
-        self.boot_console = BootConsole(-1)
-        self.channels = EventChannels()
+        self.boot_console, self.channels = BootConsole(-1), EventChannels()
         self.consoles = [] if self.own_init else [Console(domain, number, self.channels) for number in (1, 2)]
-        self.control = os.open(container.path("control"), os.O_RDWR | os.O_NONBLOCK)
+        self.share = ShareDevice(domain, config.machine.share_device(), server)
+        self.devices: list[Console | ShareDevice] = [*self.consoles, *([self.share] if server.pid else [])]
+        self.control = os.open(plan.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
 
     def prepare(self) -> None:
-        """Announce the consoles, and watch what the guest will say, before it runs."""
-        for console in self.consoles:
-            self.xenstore.transaction(console.introduce)
+        """Announce consoles and files, and watch what the guest will say, before it runs."""
+        self.xenstore.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
         self.xenstore.watch(
-            *((f"{console.frontend}/state", f"console {console.number}") for console in self.consoles),
+            *((f"{device.frontend}/state", f"device {number}") for number, device in enumerate(self.devices)),
             *((f"{self.domain.path}/data/{node}", node) for node in ("ready", "ended", "exit")),
             ("@releaseDomain", "release"),
         )
@@ -5766,13 +7260,11 @@ class Monitor:
         """Return the container's exit status."""
         self.signals = relay_signals(self.terminal)
         first = open_first_console(self.domain)
-        if self.own_init:
-            if first < 0:
-                raise Error("cannot reach the VM's console: is xenconsoled running?")
-            self.streams = Streams([FirstConsole(first)], self.terminal)
-        else:
+        if first < 0 and self.own_init:
+            raise Error("cannot reach the VM's console: is xenconsoled running?")
+        if not self.own_init:
             self.boot_console = BootConsole(first)
-            self.streams = Streams(self.consoles, self.terminal)
+        self.streams = Streams([FirstConsole(first)] if self.own_init else self.consoles, self.terminal)
         if self.terminal:
             self.resize()
         while not (self.phase == "done" or self.phase == "draining" and self.streams.are_delivered()):
@@ -5794,6 +7286,8 @@ class Monitor:
             self.signals: lambda: self.handle_signals(os.read(self.signals, 64)),
             self.holder.link.fileno(): self.handle_holder,
         }
+        if self.server.pid:
+            found[self.server.link.fileno()] = self.handle_server
         if self.boot_console.fd >= 0:
             found[self.boot_console.fd] = self.boot_console.read
         return found
@@ -5811,8 +7305,7 @@ class Monitor:
             if fd in ready:
                 work()
         self.streams.advance(ready)
-        unread = self.streams.newly_unread()
-        if unread:  # the process is to see that, as it would see it with a pipe of the host's
+        if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
             self.ask("look", "look", {"unread": unread})
         if self.deadline and time.monotonic() >= self.deadline:
             self.end(128 + SIGKILL, abandon=True)
@@ -5830,8 +7323,8 @@ class Monitor:
     def handle_xenstore(self) -> None:
         # the end of some domain comes last: if it is ours, it has told its exit status before
         for token in sorted(self.xenstore.take_events(), key="release".__eq__):
-            if token.startswith("console "):
-                self.consoles[int(token.split()[1]) - 1].follow()
+            if token.startswith("device "):
+                self.devices[int(token.split()[1])].follow()
             elif token == "ready" and not self.streams.ready:
                 self.streams.ready = bool(self.domain.told("ready"))
                 if self.streams.ready and self.has_hooks:  # for a start that comes too late to see it in xenstore
@@ -5852,18 +7345,15 @@ class Monitor:
         else:
             self.log.warn("the VM told no valid exit status")
             self.end(255)
-        for node, what in (("error", "the VM's init"), ("oom", "the VM has run out of memory")):
-            reason = self.domain.told(node)
-            if reason:
-                self.boot_console.report(self.log, f"{what}: {printable(reason)}")
-            if reason and node == "error" and self.has_hooks:  # for a start that waits, when xenstore has it no more
-                with open(self.container.path("error"), "w", encoding="utf-8") as file:
-                    file.write(reason)
-            if reason and node == "oom":
-                try:
-                    show_oom(self.container.state.cgroups)
-                except OSError as error:
-                    self.log.debug(f"its cgroup does not show that memory has run out: {error}")
+        error, oom = self.domain.told("error"), self.domain.told("oom")
+        if error:
+            self.boot_console.report(self.log, f"the VM's init: {printable(error)}")
+        if error and self.has_hooks:  # for a start that waits, when xenstore has it no more
+            with open(self.container.path("error"), "w", encoding="utf-8") as file:
+                file.write(error)
+        if oom:
+            self.boot_console.report(self.log, f"the VM has run out of memory: {printable(oom)}")
+            show_oom(self.container.state.cgroups, self.log)
 
     def check_domain(self) -> None:
         if seen_alive(self.domain.domid):
@@ -5873,19 +7363,28 @@ class Monitor:
         except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
             self.log.warn(str(error))
             return
-        if not end:
-            return
-        self.take_exit_status()  # which the guest may have told just before
-        if self.phase not in ("serving", "killing"):
+        if end:
+            self.take_exit_status()  # which the guest may have told just before
+        if not end or self.phase not in ("serving", "killing"):
             return
         if self.own_init and end == "-":
             self.end(0)
-            return
-        status, reason = ENDS.get(end, ENDS["c"])
-        self.boot_console.report(self.log, f"{reason}; exit status {status}")
-        self.end(status)
+        else:
+            status, reason = ENDS.get(end, ENDS["c"])
+            self.boot_console.report(self.log, f"{reason}; exit status {status}")
+            self.end(status)
 
     # ---- what the host says
+
+    def handle_server(self) -> None:
+        reason = self.server.hear()
+        if not reason:
+            return self.share.confirm()
+        self.server.stop()
+        self.take_exit_status()  # which the guest may have told just before
+        if self.phase in ("serving", "killing"):
+            self.boot_console.report(self.log, f"its files are not served any more: {printable(reason)}")
+            self.end(255, abandon=True)
 
     def handle_control(self) -> None:
         """Requests of other runX processes: "kill N", "destroy N" (N: a signal), a line each."""
@@ -5898,8 +7397,7 @@ class Monitor:
                 self.ask(f"kill {number}")
 
     def handle_holder(self) -> None:
-        signals = self.holder.take_signals()
-        self.handle_signals(signals)
+        self.handle_signals(signals := self.holder.take_signals())
         if not signals:
             self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
 
@@ -5915,8 +7413,7 @@ class Monitor:
                 self.ask(f"kill {number}")
 
     def resize(self) -> None:
-        size = self.streams.window_size()
-        if size:
+        if size := self.streams.window_size():
             self.ask("look", "look", {"winsize": size})
 
     def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
@@ -5951,17 +7448,18 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: int) -> NoRetur
     once create has done its part; its end without one means that create is gone, and all goes with it.
     """
     container, committed, status, failure, home = plan.container, False, 255, "", -1
+    server = FileServer()
     try:
         os.setsid()
         os.chdir("/")
         socket = plan.console_socket if isinstance(plan.console_socket, int) else None
         close_other_descriptors({0, 1, 2, report, commit, socket, holder.link.fileno()})
         home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-        monitor = build(plan, holder)
+        monitor = build(plan, holder, server)
         os.write(report, b"+")
         os.close(report)
         committed = bool(os.read(commit, 1))
-        return_home(home)  # the share is the holder's now, and QEMU's
+        return_home(home)  # the share is the holder's now, and the file server's
         if committed:
             status = monitor.serve()
     except BaseException as error:
@@ -5970,6 +7468,7 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: int) -> NoRetur
     try:
         for fd in (0, 1, 2):
             close_standard(fd)  # who reads the streams sees the end at once
+        server.stop()
         take_down(container, plan.log)
         if not committed:
             if home >= 0:
@@ -5985,15 +7484,20 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: int) -> NoRetur
     os._exit(status)
 
 
-def build(plan: Plan, holder: Holder) -> Monitor:
+def build(plan: Plan, holder: Holder, server: FileServer) -> Monitor:
     """Have the domain built; return what serves it.  Raise Error."""
     builder = Builder(plan.container, plan.config, plan.networks, holder, plan.log)
     domain = builder.build(plan.bundle, plan.systemd)
-    monitor = Monitor(plan.container, plan.config, holder, domain, plan.log)
+    if builder.rootfs.is_served:
+        capabilities = plan.config.process.capabilities["bounding"] if plan.config.process else 0
+        server.start(plan.config.machine.share_device(), builder.share, capabilities)
+    monitor = Monitor(plan, holder, server, domain)
     monitor.prepare()
     if monitor.terminal and plan.config.process and plan.console_socket is not None:
         take_terminal(plan.console_socket, plan.config.process.console_size)
     holder.enter(builder.rootfs.is_served and not builder.rootfs.disk)
+    if server.pid and (reason := server.hear()):
+        raise Error(f"cannot serve the container's files: {reason}")
     monitor.log.debug(f"domain {domain.domid} ({plan.container.state.name}) is built")
     return monitor
 
@@ -6026,8 +7530,7 @@ def take_down(container: Container, log: Log) -> None:
 
 
 def clean_up(state: State, log: Log) -> bool:
-    """Remove what a container has outside its folder: domain, QEMU with it, devices, log files.  Return whether nothing
-    is left.
+    """Remove what a container has outside its folder: domain, devices, log files.  Return whether nothing is left.
 
     What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
     """
@@ -6038,8 +7541,6 @@ def clean_up(state: State, log: Log) -> bool:
     domain = living or Domain(xenstore, state.domid, state.uuid)
     devices = [Device(domain, kind, number) for kind, number in state.devices]
     if living:
-        # xl destroy signals QEMU and then waits two seconds for each of its devices (LIBXL_QEMU_BODGE_TIMEOUT in
-        # libxl_internal.h), answer or not; a device that is not on libxl's list it does not wait for
         for device in devices:
             device.unlist()
         living.destroy()

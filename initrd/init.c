@@ -373,10 +373,11 @@ static int init_main(void)
 	if ((is_there("/modules") && set_up("modules")) ||	/* which has told why, if it fails */
 	    (is_there("/proc/sys/net/ipv4/conf/eth0") && set_up("network")))
 		finish(255);
-	/* The container's files are in the ramdisk, or dom0 exports them. */
-	if (!is_there(SHARE "/rootfs") &&
-	    mount("share", SHARE, "9p", 0, "trans=xen,version=9p2000.L,msize=131072,cache=mmap") < 0)
-		fail("cannot mount the share over 9p");
+	/* The container's files are in the ramdisk, or dom0 serves them: to a kernel that is not ours over 9p. */
+	if (!is_there(SHARE "/rootfs") && mount("share", SHARE, "xenfuse", 0, "") < 0 &&
+	    (errno != ENODEV ||
+	     mount("share", SHARE, "9p", 0, "trans=xen,version=9p2000.L,msize=131072,cache=mmap") < 0))
+		fail("cannot mount the share");
 	if (disk && set_up("disk"))
 		finish(255);
 

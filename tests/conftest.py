@@ -149,7 +149,7 @@ def namespaces(**paths):
 
 
 def in_memory(spec):
-    """The same with its rootfs in the VM's memory: where that does not matter, a life without QEMU is shorter."""
+    """The same with its rootfs in the VM's memory: where that does not matter, a life without a server is shorter."""
     return {**spec, "annotations": {**spec.get("annotations", {}), "org.runx.rootfs": "ramdisk"}}
 
 
@@ -435,13 +435,13 @@ def running():
 
 def processes():
     """Those that runX, xl or an engine may leave."""
-    names, prefixes = ("runX", "xl", "conmon", "ctr"), ("xen-qemu", "qemu", "containerd-shim")
+    names, prefixes = ("xl", "conmon", "ctr"), ("runX", "xen-qemu", "qemu", "containerd-shim")
     return {(pid, comm) for pid, comm in running() if comm in names or comm.startswith(prefixes)}
 
 
-def qemus():
+def file_servers():
     """The pids of what serves a guest's files."""
-    return {pid for pid, comm in processes() if comm.startswith(("qemu", "xen-qemu"))}
+    return {pid for pid, comm in processes() if comm == "runX files"}
 
 
 def can_run_pvh():

@@ -49,7 +49,6 @@ class Dom0:
         monkeypatch.setattr(runx, "Xenstore", lambda: "xenstore")
         monkeypatch.setattr(runx, "create_domain", self.create_domain)
         monkeypatch.setattr(runx, "host_guest_type", lambda: "pvh")
-        monkeypatch.setattr(runx, "has_qemu", lambda: True)
         monkeypatch.setattr(runx, "new_uuid", lambda: UUID)
         monkeypatch.setattr(runx, "HOST_CONFIG", str(folder / "host.json"))
 
@@ -129,7 +128,7 @@ def find_disk(monkeypatch, path="/dev/disk", writable=True):
 # ---- settings and ramdisk of each way
 
 
-def test_over_9p_xl_gets_the_share_and_the_guest_its_words(dom0):
+def test_what_is_served_is_in_the_share_and_the_guest_gets_its_words(dom0):
     built = dom0.annotate(rootfs="9p").build()
     (create,) = built.seen
     folder = dom0.folder / "root/c"
@@ -137,7 +136,6 @@ def test_over_9p_xl_gets_the_share_and_the_guest_its_words(dom0):
         "name": f"runx-c-{UUID[:8]}", "uuid": UUID, "type": "pvh", "kernel": str(dom0.folder / "kernel"),
         "cmdline": "console=hvc0 quiet loglevel=2 panic=-1", "memory": "64", "maxmem": "64", "vcpus": "1",
         "maxvcpus": "1", "cap": "0", "ramdisk": str(folder / "ramdisk"),
-        "p9": f'[ "tag=share,security_model=none,path={folder}/share" ]',
     }  # fmt: skip
     assert create["share"] == ["mounts/0/file", "mounts/1", "rootfs/bin/sh"]
     found, base = contents(create["ramdisk"])
@@ -156,7 +154,8 @@ def test_the_state_has_what_was_made(dom0):
     expected = {
         "oci_version": "1.0.2", "bundle": "/bundle", "rootfs": str(dom0.rootfs), "hostname": "box", "startable": True,
         "annotations": dom0.spec["annotations"], "hooks": dom0.spec["hooks"], "own_init": False, "uuid": UUID,
-        "name": f"runx-c-{UUID[:8]}", "boot": runx.boot_id(), "devices": runx.STANDARD_DEVICES, "namespace": None,
+        "name": f"runx-c-{UUID[:8]}", "boot": runx.boot_id(), "namespace": None,
+        "devices": [["console", 1], ["console", 2], ["fuse", 0]],
         "rate": "", "resources": dom0.spec["linux"]["resources"], "domid": 7, "disk": None, "maxmem": 128,
         "maxvcpus": 3, "cgroups": [],
         "base": {"default_memory": 64, "default_vcpus": 1, "minimum_memory": 24, "fixed_vcpus": 0,
@@ -197,7 +196,7 @@ def test_in_memory_the_ramdisk_has_the_files_and_no_name(dom0):
     os.setxattr(dom0.rootfs / "bin/sh", "security.capability", struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0))
     built = dom0.annotate(rootfs="ramdisk").build()
     (create,) = built.seen
-    assert re.fullmatch(r"/proc/\d+/fd/\d+", create["settings"]["ramdisk"]) and "p9" not in create["settings"]
+    assert re.fullmatch(r"/proc/\d+/fd/\d+", create["settings"]["ramdisk"])
     found, base = contents(create["ramdisk"])
     assert base == b"ours: initrd"
     assert found["mnt/rootfs/bin/sh"] == (0o100755, b"#!")
@@ -231,48 +230,16 @@ def test_on_a_block_device_the_share_has_only_the_rest(dom0, monkeypatch, volume
     (create,) = built.seen
     found, _ = contents(create["ramdisk"])
     assert found["container/disk"] == (0o100600, b"ext4 rw\n")
-    assert ("p9" in create["settings"], built.exported) == (volumes, volumes)
+    assert built.exported == volumes
     assert ("mnt/mounts/0" in found) == (not volumes) and "mnt/rootfs/bin" not in found
     assert "rootfs/bin/sh" not in create["share"]
     assert (built.state["disk"], built.mounted) == (disk, False)
 
 
-# ---- without a QEMU
-
-
-def test_without_a_qemu_auto_has_all_in_memory_and_says_so(dom0, monkeypatch):
-    monkeypatch.setattr(runx, "has_qemu", lambda: False)
-    built = dom0.annotate(rootfs="auto").build()
-    assert len(built.seen) == 1 and "p9" not in built.seen[0]["settings"]
-    assert "mnt/rootfs/bin/sh" in contents(built.seen[0]["ramdisk"])[0]
-    assert built.warnings == [
-        "container c: QEMU cannot export the container's files over 9p on this host: the VM has all of it in its memory"
-    ]
-
-
-@pytest.mark.parametrize("wanted", ["auto", "block"])
-def test_a_qemu_that_does_not_start_is_done_without_once(dom0, monkeypatch, wanted):
-    disk = find_disk(monkeypatch, writable=False)
-    dom0.failures = ["xl create failed: device model did not start"]
-    built = dom0.annotate(rootfs=wanted).build()
-    first, second = built.seen
-    assert "p9" in first["settings"] and "p9" not in second["settings"]
-    assert contents(second["ramdisk"])[0]["container/disk"][1] == b"ext4 ro\n"
-    assert built.warnings[0].endswith("the VM has its rootfs on a block device, the rest in its memory")
-    assert built.state["disk"] == disk
-
-
-@pytest.mark.parametrize(
-    "wanted, failures, attempts",
-    [
-        ("9p", ["device model"], 1), ("auto", ["no memory"], 1), ("ramdisk", ["device model"], 1),
-        ("auto", ["the Device Model is ill", "device model again"], 2),
-    ],
-)  # fmt: skip
-def test_an_error_that_nothing_can_be_done_about_is_the_users(dom0, wanted, failures, attempts):
-    dom0.failures = list(failures)
-    built = dom0.annotate(rootfs=wanted).build()
-    assert (built.error, len(built.seen), built.closed) == (failures[-1], attempts, True)
+def test_an_error_of_xl_is_the_users(dom0):
+    dom0.failures = ["no memory"]
+    built = dom0.annotate(rootfs="9p").build()
+    assert (built.error, len(built.seen), built.closed) == ("no memory", 1, True)
     assert built.left == ["control", "share", "state.json", "xl.cfg"]
 
 
@@ -281,12 +248,6 @@ def test_a_ramdisk_for_which_there_is_no_room_is_a_sentence(dom0, monkeypatch):
     built = dom0.annotate(rootfs="9p").build()
     assert built.error == "cannot write the container's ramdisk: No space left on device"
     assert (built.seen, built.closed) == ([], True)
-
-
-def test_9p_is_tried_where_no_qemu_is_seen(dom0, monkeypatch):
-    monkeypatch.setattr(runx, "has_qemu", lambda: False)
-    built = dom0.annotate(rootfs="9p").build()
-    assert "p9" in built.seen[0]["settings"] and built.warnings == []
 
 
 # ---- a kernel of the container's own
@@ -369,7 +330,8 @@ def test_a_system_of_its_own_has_its_own_ramdisk_and_nothing_of_ours(dom0, wante
     (create,) = built.seen
     assert (create["kernel"], create["ramdisk"]) == (b"theirs", b"their initrd")
     assert create["settings"]["cmdline"] == "console=hvc0 panic=-1"
-    assert ("p9" in create["settings"], built.exported) == (in_share, in_share)
+    assert built.exported == in_share
+    assert built.state["devices"] == [["console", 1], ["console", 2], ["9pfs", 0]]  # its kernel has no xenfuse
     assert built.state["own_init"] and built.left == ["control", "share", "state.json", "xl.cfg"]
 
 

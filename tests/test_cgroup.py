@@ -230,20 +230,20 @@ def test_a_process_that_asks_for_too_much_shows_that_memory_has_run_out(group, t
     monkeypatch.setattr(runx, "system_call", lock)
     (group / f"a/memory.{limit}").write_text("max\n")
     (group / f"a/memory.{usage}").write_text("1000\n")
-    runx.show_oom([[str(group), "/a"], [str(group), "/absent"]])
+    runx.show_oom([[str(group), "/a"], [str(group), "/absent"]], runx.Log())
     most = 1000 + (4 << 20)
     child = f"False oom_score_adj 1000\nFalse mlockall 2\nFalse memory.{limit} {most}\n"
     assert log.read_text() == child + f"True memory.{limit} max\n"
     assert (group / f"a/memory.{limit}").read_text() == "max"
     log.write_text("")
     (group / f"a/memory.{usage}").write_text(str((124 << 20) + 1))
-    runx.show_oom([[str(group), "/a"]])
+    runx.show_oom([[str(group), "/a"]], runx.Log())
     assert log.read_text() == ""  # the guest's word is not worth so much
     (group / f"a/memory.{usage}").write_text(str(124 << 20))
     monkeypatch.setattr(os, "fork", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        runx.show_oom([[str(group), "/a"]])
+        runx.show_oom([[str(group), "/a"]], runx.Log())
     read = runx.read_file
     monkeypatch.setattr(runx, "read_file", lambda path: "2" if path == "/proc/sys/vm/panic_on_oom" else read(path))
-    runx.show_oom([[str(group), "/a"]])
+    runx.show_oom([[str(group), "/a"]], runx.Log())
     assert log.read_text() == ""  # dom0 would panic

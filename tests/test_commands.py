@@ -360,8 +360,8 @@ def test_files_go_over_9p_or_into_the_ramdisk(dom0):
     for rootfs in ("9p", "ramdisk"):
         container = dom0.container("exit:0", annotations={"org.runx.rootfs": rootfs}).created()
         settings, files = dom0.domains()[container.domid()]["settings"], container.guest()["files"]
-        share = container.root / container.id / "share"
-        assert settings.get("p9") == ([f"tag=share,security_model=none,path={share}"] if rootfs == "9p" else None)
+        served = f"/local/domain/{container.domid()}/device/fuse/0/tag" in dom0.nodes()
+        assert (served, "p9" in settings) == (rootfs == "9p", False)
         assert ("mnt/rootfs/bin/guest" in files) == (rootfs == "ramdisk")
         assert settings["ramdisk"].endswith(f"/{container.id}/ramdisk") == (rootfs == "9p")
         assert not os.path.exists(container.root / container.id / "ramdisk")
@@ -369,17 +369,10 @@ def test_files_go_over_9p_or_into_the_ramdisk(dom0):
         finish(container)
 
 
-def test_without_a_device_model_the_rootfs_goes_into_memory(dom0):
+def test_where_xl_has_no_qemu_for_an_image_the_remedy_is_told(dom0):
     dom0.fail("xl", 1, "device model did not start", match="create")
-    container = dom0.container("exit:0", annotations={"org.runx.rootfs": "auto"}).started()
-    assert "level=warning" in container.log_text() and "has all of it in its memory" in container.log_text()
-    finish(container)
-
-
-def test_where_9p_is_asked_for_nothing_else_will_do(dom0):
-    dom0.fail("xl", 1, "device model did not start", match="create")
-    container = dom0.container("exit:0", annotations={"org.runx.rootfs": "9p"})
-    assert "xl create failed: device model did not start" in container.create().stderr
+    told = dom0.container("exit:0", annotations={"org.runx.rootfs": "9p"}).create().stderr
+    assert "xl create failed: device model did not start: only an image in the format raw does without a QEMU" in told
 
 
 def test_too_little_memory_is_told_with_what_there_is(dom0):

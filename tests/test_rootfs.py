@@ -967,33 +967,26 @@ def disks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wanted, is_folder, volume, can_serve, has_disk, way",
+    "wanted, is_folder, volume, way",
     [
-        ("9p", True, False, True, False, (runx.Share, False)),
-        ("auto", True, False, True, True, (runx.Share, False)),
-        ("auto", True, True, False, True, (runx.InMemory, True)),
-        ("auto", True, True, False, False, (runx.InMemory, False)),
-        ("auto", False, False, True, True, (runx.InMemory, True)),
-        ("auto", False, True, True, True, (runx.Share, True)),
-        ("auto", False, True, False, True, (runx.InMemory, True)),
-        ("block", True, True, True, True, (runx.Share, True)),
-        ("block", True, False, True, True, (runx.InMemory, True)),
-        ("ramdisk", True, True, True, True, (runx.InMemory, False)),
-        ("none", True, True, True, True, (runx.Rootfs, False)),
+        ("9p", True, False, (runx.Share, False)),
+        ("auto", True, False, (runx.Share, False)),
+        ("auto", False, False, (runx.InMemory, True)),
+        ("auto", False, True, (runx.Share, True)),
+        ("block", True, True, (runx.Share, True)),
+        ("block", True, False, (runx.InMemory, True)),
+        ("ramdisk", True, True, (runx.InMemory, False)),
+        ("none", True, True, (runx.Rootfs, False)),
     ],
 )  # fmt: skip
-def test_the_way_is_the_one_that_is_asked_for_or_works(
-    tmp_path, disks, wanted, is_folder, volume, can_serve, has_disk, way
-):
-    if not has_disk:
-        disks.clear()
+def test_the_way_is_the_one_that_is_asked_for(tmp_path, disks, wanted, is_folder, volume, way):
     mounts = [mount_entry("/etc/hosts", source=tmp_path / "hosts"), mount_entry("/proc", "proc", "proc", 0)]
     (tmp_path / "hosts").touch()
     if volume:
         mounts.append(mount_entry("/volume", source=tmp_path))
     rootfs = str(tmp_path if is_folder else tmp_path / "hosts")
     config = SimpleNamespace(rootfs=rootfs, mounts=mounts, machine=SimpleNamespace(rootfs=wanted))
-    chosen = runx.choose_rootfs(config, "/share", can_serve)
+    chosen = runx.choose_rootfs(config, "/share")
     assert (type(chosen), bool(chosen.disk)) == way
     assert chosen.share == "/share"
 
@@ -1005,18 +998,10 @@ def test_a_block_device_that_is_asked_for_must_be_there(tmp_path, disks):
         runx.choose_rootfs(config, "/share")
 
 
-def test_what_a_share_needs_of_xl_and_of_the_guest(monkeypatch):
+def test_what_a_share_needs_of_the_guest():
     share = runx.Share("/run/c/share")
-    assert share.settings() == {"p9": ["tag=share,security_model=none,path=/run/c/share"]}
     assert (share.modules, share.is_served) == (("9pnet_xen", "9p"), True)
     assert (share.entries(), share.pack(None, 64)) == ([], {})
-    with pytest.raises(runx.Error, match="the state folder /a,b must not hold a comma"):
-        runx.Share("/a,b").settings()
-    reason = "QEMU cannot export the container's files over 9p on this host"
-    monkeypatch.setattr(runx, "has_qemu", lambda: False)
-    assert share.why_not() == reason and share.why_not(runx.Error("xl create failed: no memory")) == ""
-    monkeypatch.setattr(runx, "has_qemu", lambda: True)
-    assert share.why_not() == "" and share.why_not(runx.Error("the Device Model did not start")) == reason
 
 
 def test_a_disk_needs_modules_and_a_word_for_the_guest():
@@ -1027,7 +1012,7 @@ def test_a_disk_needs_modules_and_a_word_for_the_guest():
         assert rootfs.entries() == [("container/disk", 0o100600, b"ext4 rw\n")]
     disk.writable = False
     assert rootfs.entries() == [("container/disk", 0o100600, b"ext4 ro\n")]
-    assert not way.modules and not rootfs.why_not(runx.Error("device model")) and not rootfs.is_served
+    assert not way.modules and not rootfs.is_served
 
 
 def test_a_ramdisk_with_the_files_has_no_name_and_takes_none_of_run(tmp_path):
@@ -1050,10 +1035,3 @@ def test_the_files_are_packed_for_a_vm_that_has_them_in_memory(root):
     output = io.BytesIO()
     assert runx.InMemory(str(root)).pack(output, 64) == {}
     assert output.getvalue() == packed(root)[0]
-
-
-@pytest.mark.parametrize("name, found", [("qemu-system-i386", True), ("qemu-img", False)])
-def test_a_qemu_is_looked_for_where_xen_has_it(tmp_path, monkeypatch, name, found):
-    (tmp_path / name).touch()
-    monkeypatch.setattr(runx, "QEMU_FOLDERS", (str(tmp_path / "none"), str(tmp_path)))
-    assert runx.has_qemu() == found

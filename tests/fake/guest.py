@@ -131,6 +131,69 @@ class Console:
         return data
 
 
+class Ring:
+    """One of those between a guest and what serves its share (xen/include/public/io/9pfs.h)."""
+
+    ORDER = 6
+
+    def __init__(self, guest, number):
+        self.guest, self.size, self.taken = guest, 4096 << self.ORDER - 1, b""
+        self.reference, self.port = 100 * (1 + number), 40 + number
+        self.indexes = memoryview(self.pages(self.reference, 1)).cast("I")
+        self.data = self.pages(self.reference + 1, 1 << self.ORDER)
+        self.indexes[32] = int(guest.hostile.get("order", self.ORDER))
+        for page in range(1 << self.ORDER):
+            self.indexes[33 + page] = self.reference + 1 + page
+
+    def pages(self, reference, count):
+        with open(self.guest.grant(reference), "w+b") as file:
+            file.truncate(4096 * count)
+            return mmap.mmap(file.fileno(), 4096 * count)
+
+    def put(self, request):
+        """There is room: only one is under way."""
+        produced = self.indexes[17]
+        for at, byte in enumerate(request):
+            self.data[self.size + (produced + at) % self.size] = byte
+        self.indexes[17] = produced + len(request) & 0xFFFFFFFF
+        self.guest.notify(self.port)
+
+    def take(self):
+        """The reply, once it is whole."""
+        while True:
+            consumed, produced = self.indexes[0], self.indexes[1]
+            self.taken += bytes(self.data[at % self.size] for at in range(consumed, produced))
+            self.indexes[0] = produced
+            if len(self.taken) >= 4 and len(self.taken) >= struct.unpack_from("<I", self.taken)[0]:
+                reply, self.taken = self.taken, b""
+                return reply
+            yield
+
+
+class Share:
+    """The frontend: of runX's own kernel, or of another, which has two rings."""
+
+    def __init__(self, guest, kind):
+        self.guest, self.node = guest, f"device/{kind}/0"
+        self.rings = [Ring(guest, number) for number in range(2 if kind == "9pfs" else 1)]
+
+    def connect(self):
+        guest, nodes = self.guest, {"version": 1, "num-rings": len(self.rings)}
+        for number, ring in enumerate(self.rings):
+            nodes.update({f"ring-ref{number}": ring.reference, f"event-channel-{number}": ring.port})
+        for key, value in {**nodes, "state": INITIALISED}.items():
+            guest.write(f"{self.node}/{key}", guest.hostile.get(f"{self.node}/{key}", str(value)))
+        backend = guest.read(f"{self.node}/backend")
+        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") == CONNECTED)
+        guest.write(f"{self.node}/state", CONNECTED)
+
+    def close(self):
+        guest = self.guest
+        backend = guest.read(f"{self.node}/backend")
+        guest.write(f"{self.node}/state", CLOSED)
+        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") in (CLOSED, None))
+
+
 class Guest:
     """machine: its domain, with read, write, remove, grant, notify and shut_down of the hypervisor's."""
 
@@ -162,9 +225,13 @@ class Guest:
     def live(self):
         early = [step[6:] for step in self.script if step.startswith("early:") and "index:" not in step]
         self.hostile = dict(step[8:].split("=", 1) for step in self.script if step.startswith("hostile:"))
-        self.consoles = []
+        self.consoles, self.share = [], None
         try:
             yield from self.process(early)
+            for kind in ("fuse", "9pfs"):
+                if self.read(f"device/{kind}/0/backend"):
+                    self.share = Share(self, kind)
+                    yield from self.share.connect()
             yield from self.connect()
             yield from self.process([step for step in self.script if not step.startswith(("early:", "hostile:"))])
             status = 0
@@ -173,8 +240,8 @@ class Guest:
         for console in self.consoles:
             yield from self.until(console.drained)
         self.write("data/exit", str(status))
-        for console in self.consoles:
-            yield from console.close()
+        for device in (*self.consoles, *([self.share] if self.share else [])):
+            yield from device.close()
         self.machine.shut_down("-")
 
     def connect(self):
@@ -327,6 +394,21 @@ class Guest:
         for number, value in enumerate(indexes.split(",")):
             self.consoles[0].indexes[number] = int(value, 0)
         self.notify(self.consoles[0].port)
+        yield from self.do_wait("")
+
+    def do_ask(self, request):
+        """Of the file server, in hexadecimal, by each ring in turn; the reply goes to standard output so."""
+        ring = self.share.rings[0]
+        self.share.rings.append(self.share.rings.pop(0))
+        ring.put(bytes.fromhex(request))
+        reply = yield from ring.take()
+        yield from self.output(0, reply.hex().encode() + b"\n")
+
+    def do_overrun(self, produced):
+        """Claims to have asked more than the ring can hold."""
+        (ring,) = self.share.rings
+        ring.indexes[17] = int(produced)
+        self.notify(ring.port)
         yield from self.do_wait("")
 
     def do_until(self, node):

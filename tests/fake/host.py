@@ -87,11 +87,10 @@ def furnish(folder):
     for place in ("/run", "/var/tmp", "/var/log", "/opt", "/sys/bus"):
         if os.path.isdir(place) and not folder.startswith(place):
             mount("tmpfs", place, "tmpfs", 0, "mode=755")
-    for place in ("/run/fake/grants", "/run/fake/bin", "/run/fake/lib", "/run/fake/libexec", "/run/fake/etc",
+    for place in ("/run/fake/grants", "/run/fake/bin", "/run/fake/lib", "/run/fake/etc",
                   "/var/log/xen", "/sys/bus/xen-backend/devices"):  # fmt: skip
         os.makedirs(place)
     shutil.copy(f"{folder}/xl", "/run/fake/bin/xl")
-    pathlib.Path("/run/fake/libexec/qemu-system-i386").touch()
     pathlib.Path("/run/fake/lib/kernel").write_bytes(b"a kernel")
     runx.pack_initrd("/run/fake/etc", "/run/fake/lib/initrd")
 
@@ -112,6 +111,9 @@ class EventChannels:
         self.socket.send(struct.pack("=cII", b"b", domid, port))
         return port
 
+    def restrict(self, domid):
+        pass
+
     def notify(self, port):
         self.socket.send(struct.pack("=cII", b"n", self.domids[port], port))
 
@@ -123,9 +125,25 @@ class EventChannels:
             pass
 
 
-def map_grant(domid, reference):
-    with open(f"{server.FOLDER}/grants/{domid}-{reference}", "r+b") as page:
-        return mmap.mmap(page.fileno(), 4096)
+class Grants:
+    """What stands for /dev/xen/gntdev: a file for each range of pages, by its first reference."""
+
+    def __init__(self):
+        self.fd = os.open(f"{server.FOLDER}/grants", os.O_RDONLY | os.O_DIRECTORY)
+        self.null = os.open("/dev/null", os.O_RDWR)
+
+    def map(self, domid, references):
+        file = os.open(f"{domid}-{references[0]}", os.O_RDWR, dir_fd=self.fd)
+        copy = os.dup(file)
+        os.close(copy)
+        pages = mmap.mmap(file, 4096 * len(references))
+        os.dup2(self.null, copy, False)  # as runX does it with what the device stands for
+        os.close(file)
+        return memoryview(pages)
+
+    def close(self):
+        os.close(self.fd)
+        os.close(self.null)
 
 
 class Faults:
@@ -151,10 +169,9 @@ def patch(page):
         "XENSTORED_SOCKET": server.XENSTORED,
         "PATH": f"/run/fake/bin:{runx.PATH}",
         "HOST_CONFIG": "/run/fake/etc/config.json",
-        "QEMU_FOLDERS": ("/run/fake/libexec",),
         "lib_folder": lambda: "/run/fake/lib",
         "EventChannels": EventChannels,
-        "map_grant": map_grant,
+        "Grants": Grants,
         "redirect": lambda netlink, source, target: None,  # not every kernel has the classifier
         "end_redirect": lambda netlink, index: None,
         "system_call": Faults(page).system_call,
