@@ -105,6 +105,7 @@ class Built:
 
     kernel: Path | None
     ramdisk: Path | None
+    debian: Path | None  # a disk: see debian.py
     tools: Path | None = None  # see tools.py
     pythons: Path | None = None  # see pythons.py; None if there are none
 
@@ -129,7 +130,10 @@ def build(
         say(f"installing {len(missing)} Debian packages: {' '.join(missing)}")
         install_packages(missing)
         report("the Debian packages are installed")
-    builders = {"image": Builder("the dom0 image", HERE / "image.py")}
+    builders = {
+        "image": Builder("the dom0 image", HERE / "image.py"),
+        "debian": Builder("the containers' Debian", HERE / "debian.py"),
+    }
     if not kernel:
         builders["kernel"] = Builder("the guest kernel", REPO / "kernel/build.sh")
     if not ramdisk:
@@ -138,7 +142,7 @@ def build(
         builders["tools"] = Builder("the environment for the tests", HERE / "tools.py")
         builders["pythons"] = Builder("the folder of other Pythons", HERE / "pythons.py", needed=False)
     paths = {"kernel": kernel, "ramdisk": ramdisk, **finished(builders, report)}
-    return Built(paths["kernel"], paths["ramdisk"], paths.get("tools"), paths.get("pythons"))
+    return Built(paths["kernel"], paths["ramdisk"], paths["debian"], paths.get("tools"), paths.get("pythons"))
 
 
 def finished(builders: dict[str, Builder], report: Callable[[str], None]) -> dict[str, Path | None]:

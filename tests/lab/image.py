@@ -47,8 +47,8 @@ SUITE = "bookworm"
 
 # fmt: off
 PACKAGES = [
-    # Xen's tools; the QEMU that serves 9p and disks to the guests
-    "xen-utils-4.17", "xenstore-utils", "qemu-system-xen",
+    # Xen's tools; no QEMU, which only recommendations of theirs would bring
+    "xen-utils-4.17", "xenstore-utils",
     # container engines, and what they call
     "containerd", "runc", "containernetworking-plugins", "podman", "conmon", "docker.io", "dnsmasq-base",
     # runX's interpreter; the tests
@@ -173,13 +173,13 @@ def apt_sources() -> str:
     return "".join(sorted(lines))
 
 
-def make_root(root: Path) -> None:
-    """Install PACKAGES and what they need into `root`."""
+def make_root(root: Path, packages: list[str], excluded: list[str]) -> None:
+    """Install packages and what they need into `root`, without the files that match these patterns."""
     # In a PID and mount namespace that ends when we do, so that an interrupted run leaves neither
     # processes nor mounts behind.
     shield = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
-    options = ["--mode=root", "--variant=essential", "--format=directory", f"--include={','.join(PACKAGES)}"]
-    options += [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS] + ["--dpkgopt=force-unsafe-io"]
+    options = ["--mode=root", "--variant=essential", "--format=directory", f"--include={','.join(packages)}"]
+    options += [f"--dpkgopt=path-exclude={path}" for path in excluded] + ["--dpkgopt=force-unsafe-io"]
     run(*shield, "mmdebstrap", *options, SUITE, root, "-", input=apt_sources())
 
 
@@ -362,7 +362,7 @@ def make_image(target: Path) -> None:
         root, unpacked, result = work / "root", work / "unpacked", work / "result"
         result.mkdir()
         say(f"installing {len(PACKAGES)} Debian packages and what they need")
-        make_root(root)
+        make_root(root, PACKAGES, EXCLUDED_PATHS)
         say("unpacking Xen and dom0's kernel")
         unpack_packages(unpacked)
         bzimage = next((unpacked / "boot").glob("vmlinuz-*"))

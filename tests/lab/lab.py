@@ -77,6 +77,7 @@ def command_run(args: argparse.Namespace) -> int:
         args.time_limit,
         kernel=built.kernel,
         ramdisk=built.ramdisk,
+        disk=built.debian,
         share=args.share,
         memory=args.memory,
         network=args.network,
@@ -104,7 +105,12 @@ def command_shell(args: argparse.Namespace) -> int:
         )
     built = build()
     with booted_lab(
-        kernel=built.kernel, ramdisk=built.ramdisk, share=args.share, memory=args.memory, network=args.network
+        kernel=built.kernel,
+        ramdisk=built.ramdisk,
+        disk=built.debian,
+        share=args.share,
+        memory=args.memory,
+        network=args.network,
     ) as lab:
         say("the dom0 is up; leaving the shell powers it off")
         with resize_events() as resizes, raw_terminal():

@@ -62,9 +62,10 @@ class Lab:
     """One emulated machine with Xen and a dom0: start() it, run() commands, stop() it.
 
     `kernel` and `ramdisk` are files that runX is installed with; without both it is not.
-    `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with `network` the
-    dom0 reaches other machines through this one.  QEMU runs no longer than the thread that calls
-    start().
+    `disk` is a file for /dev/vdb in the dom0, which never changes: what is written to it is
+    forgotten.  `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with
+    `network` the dom0 reaches other machines through this one.  QEMU runs no longer than the
+    thread that calls start().
 
     After start(), `steps` and `warnings` say how the boot went.
     """
@@ -79,11 +80,12 @@ class Lab:
         kernel: Path | None = None,
         ramdisk: Path | None = None,
         *,
+        disk: Path | None = None,
         share: Path | None = None,
         memory: int = DEFAULT_MEMORY,
         network: bool = False,
     ):
-        self.kernel, self.ramdisk, self.share = kernel, ramdisk, share
+        self.kernel, self.ramdisk, self.disk, self.share = kernel, ramdisk, disk, share
         self.memory, self.network = memory, network
         self.steps: list[Step] = []
         self.warnings: list[str] = []
@@ -164,13 +166,15 @@ class Lab:
             "-serial", f"file:{self.folder}/console.log",
             "-kernel", "xen", "-append", XEN_OPTIONS,
             "-initrd", f"vmlinux {options},initrd.img",
-            "-drive", "file=disk.img,if=virtio,format=raw,snapshot=on,cache=unsafe",
+            *forgetful_disk("disk.img"),
             "-chardev", f"socket,id=agent,fd={agent_fd}", "-device", "virtio-serial",
             "-device", "virtserialport,chardev=agent",
             *shared_folder("repo", REPO, readonly=True),
             *shared_folder("boot", self.folder / "boot", readonly=True),
         ]
         # fmt: on
+        if self.disk:
+            command += forgetful_disk(self.disk)
         if self.share:
             command += shared_folder("share", Path(self.share).resolve(), readonly=False)
         if self.network:
@@ -256,6 +260,11 @@ class Lab:
                 if resizes is not None and drain(resizes):
                     self.link.control(window=window_size())
             return status
+
+
+def forgetful_disk(path: str | Path) -> list[str]:
+    """QEMU's options for a disk with the content of a file, which is left as it is."""
+    return ["-drive", f"file={str(path).replace(',', ',,')},if=virtio,format=raw,snapshot=on,cache=unsafe"]
 
 
 def shared_folder(tag: str, path: Path, readonly: bool) -> list[str]:
