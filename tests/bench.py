@@ -5,27 +5,38 @@
     bench.py --smallest [--json FILE]               the smallest VMs in which `echo hello` runs
     bench.py --network [--json FILE] [--runs N]     TCP between a container and dom0, by iperf3
     bench.py --many N [--json FILE]                 how long a creation takes beside N running containers
+    bench.py --files DISK [--json FILE] [--runs N]  what programs do with files, on a disk or image with a Debian, which
+                                                    is written to: 9p and runc on its files, block on a copy of it
+    bench.py --files-native [--json FILE]           requests to the file server alone, which needs no Xen
 
-Runs on any dom0 with Xen's tools and an installed runX; in the lab: `lab.py run -- python3 /repo/tests/bench.py ...`.
+All else runs on any dom0 with Xen's tools and an installed runX; in the lab by
+`lab.py run -- python3 /repo/tests/bench.py ...`, where DISK is /dev/vdb (see lab/debian.py).
 """
 
 import argparse
 import contextlib
 import ctypes
 import hashlib
+import io
 import itertools
 import json
+import mmap
 import os
 import pathlib
 import select
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import bench_files  # noqa: E402
+import served  # noqa: E402
+
 import runx  # noqa: E402
 
 
@@ -257,8 +268,8 @@ def proportional_sizes():
 
 
 def measure_memory(folder, count=3):
-    """{way: KiB that a running container adds to dom0's processes, QEMU and all others apart, and that Xen gives to its
-    domain}, the mean of count."""
+    """{way: KiB that a running container adds to dom0's processes, the file server and all others apart, and that Xen
+    gives to its domain}, the mean of count."""
     results = {}
     for rootfs in ROOTFS:
         bundle = make_hello(folder / f"memory-{rootfs}", rootfs, "sleep", "1000")
@@ -269,10 +280,10 @@ def measure_memory(folder, count=3):
             with open(folder / "output", "wb") as output:
                 call("runX", "create", "--bundle", str(bundle), f"bench-{number}", stdout=output)
             call("runX", "start", f"bench-{number}")
-        added = {"QEMU": 0, "others": 0}
+        added = {"file server": 0, "others": 0}
         for pid, (command, size) in proportional_sizes().items():
             if pid not in before:
-                added["QEMU" if "qemu" in command else "others"] += size / count
+                added["file server" if command == "runX files" else "others"] += size / count
         added["domain"] = (free - int(runx.xl_info("free_memory")) << 10) / count
         results[rootfs] = added
         for number in range(count):
@@ -499,11 +510,140 @@ def print_network(results):
         print(f"{way:42}" + "".join(f"{cell:>16}" for cell in cells))
 
 
+# ---- what programs do with files
+
+PROGRAMS_MEMORY = 256  # MiB of each VM
+PROGRAMS_SECONDS = 60  # no group of figures is taken again in one VM when so many have gone
+PROGRAMS_PREPARED = """
+    set -e; mkdir /bench/repository; cd /bench/repository; export HOME=/bench
+    git init -q; tar -xf ../tree.tar --wildcards "tree/[0-4]/*"; git add .
+    git -c user.name=bench -c user.email=bench commit -qm all; git gc -q
+    dpkg-deb -b ../package ../package.deb; rm -r ../package
+"""
+
+
+def prepare_programs(root):
+    """Put into a Debian what bench_files.py works on: an archive of 2,000 files, a repository and a package of 500."""
+    folder = root / "bench"
+    tree, control = folder / "package/usr/share/bench", folder / "package/DEBIAN"
+    shutil.rmtree(folder, ignore_errors=True)
+    for each in (tree, control):
+        each.mkdir(parents=True)
+    (control / "control").write_text("Package: bench\nVersion: 1\nArchitecture: all\nMaintainer: x\nDescription: x\n")
+    with tarfile.open(folder / "tree.tar", "w") as tar:
+        for number in range(2000):
+            content = f"{number}\n".encode() * 200
+            member = tarfile.TarInfo(f"tree/{number % 20}/{number}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            if number < 500:
+                (tree / f"{number}").write_bytes(content)
+    shutil.copy(bench_files.__file__, folder)
+    call("chroot", str(root), "sh", "-c", PROGRAMS_PREPARED)
+
+
+def programs_bundle(folder, way, root, *args):
+    """A bundle of that Debian that runs bench_files.py."""
+    folder.mkdir(exist_ok=True)
+    capabilities = [f"CAP_{name}" for name in runx.CAPABILITIES]
+    spec = {
+        "ociVersion": "1.0.2",
+        "process": {
+            "args": ["/usr/bin/python3", "-I", "/bench/bench_files.py", *args], "cwd": "/",
+            "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "user": {"uid": 0, "gid": 0},
+            "capabilities": {name: capabilities for name in ("bounding", "effective", "permitted")},
+        },
+        "root": {"path": str(root)},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+        ],
+        "linux": {"namespaces": [{"type": kind} for kind in ("mount", "pid", "ipc", "network")]},
+        "annotations": {"org.runx.memory": str(PROGRAMS_MEMORY), **({} if way == "runc" else {"org.runx.rootfs": way})},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(spec))
+    return folder
+
+
+def measure_programs(folder, disk, runs):
+    """{way: {what: seconds of each time}}, a group of figures after the other, each in a VM of its own; they are
+    printed on standard error when they are there."""
+    with contextlib.ExitStack() as stack:
+        image, root = folder / "image", folder / "root"
+        root.mkdir()
+        call("mount", disk, str(root))
+        stack.callback(call, "umount", str(root))
+        prepare_programs(root)
+        call("umount", str(root))
+        call("cp", "--sparse=always", disk, str(image))
+        call("mount", disk, str(root))
+        roots = {"9p": root, "block": image, **({"runc": root} if shutil.which("runc") else {})}
+        found = {way: {} for way in roots}
+        for group, way in itertools.product(bench_files.GROUPS, roots):
+            bundle = programs_bundle(folder / way, way, roots[way], group, str(runs), str(PROGRAMS_SECONDS))
+            command = ["runc" if way == "runc" else "runX", "run", "--bundle", str(bundle), "bench"]
+            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as running:
+                for line in running.stdout:
+                    name, seconds = line.split("\t")
+                    found[way].setdefault(name, []).append(float(seconds))
+                    print(f"{way}: {line}", end="", file=sys.stderr, flush=True)
+            if running.returncode:
+                raise SystemExit(f"{' '.join(command)}: status {running.returncode}")
+    return found
+
+
+def print_programs(results):
+    medians = {way: {name: statistics.median(each) for name, each in found.items()} for way, found in results.items()}
+    print(f"{'seconds (of block), times':34}" + "".join(f"{way:>20}" for way in results))
+    for name, base in medians["block"].items():
+        cells = [f"{each[name]:.3f} ({each[name] / base:.2f})" for each in medians.values()]
+        times = [f", {len(found[name])}" for found in results.values()]
+        print(f"{name:34}" + "".join(f"{cell + count:>20}" for cell, count in zip(cells, times)))
+
+
+# ---- the file server
+
+
+def measure_files(folder, runs):
+    """{what: requests per second}, medians: FUSE's, from memory and into memory as that of a ring."""
+    (folder / "file").write_bytes(os.urandom(1 << 20))
+    guest = served.Guest(runx.Fuse(os.open(folder, os.O_PATH), 0))
+    node = guest.look_up(b"file")
+    _, handle, _ = guest.open(node, os.O_RDWR)
+    requests = {"getattr": ["getattr", node, bytes(16)], "lookup": ["lookup", 1, b"file\0"]}
+    for size in (4096, runx.CONTENT_MAX):
+        head = struct.pack("<QQIIQII", handle, 0, size, 0, 0, 0, 0)
+        requests[f"read {size >> 10} KiB"] = ["read", node, head]
+        requests[f"write {size >> 10} KiB"] = ["write", node, head + bytes(size)]
+    return {
+        what: statistics.median(request_rate(guest.fuse, served.fuse_request(*request)) for _ in range(runs))
+        for what, request in requests.items()
+    }
+
+
+def request_rate(fuse, data, count=2000):
+    request, reply = (memoryview(mmap.mmap(-1, served.MESSAGE_MAX)) for _ in range(2))
+    request[: len(data)] = data
+    begin = time.perf_counter()
+    for _ in range(count):
+        message = served.Message(request[: len(data)], reply)
+        fuse.reply_room(message)
+        fuse.answer(message)
+    return count / (time.perf_counter() - begin)
+
+
+def print_files(rates):
+    for what, rate in rates.items():
+        print(f"{what:20} {rate:10,.0f} requests per second")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="store_true")
     parser.add_argument("--many", type=int, metavar="N")
     parser.add_argument("--smallest", action="store_true")
+    parser.add_argument("--files", metavar="DISK")
+    parser.add_argument("--files-native", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--runs", type=int, metavar="N")
     options = parser.parse_args()
@@ -512,14 +652,21 @@ def main():
     if options.many is not None and options.many < 2 * ENDS:
         parser.error(f"--many compares the first {ENDS} with the last {ENDS}: it needs {2 * ENDS} or more")
     results = {}
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+    # of --files on a disk, where an engine's files are too: /tmp may be in the memory
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/var/tmp" if options.files else None) as name:
         folder = pathlib.Path(name)
-        if options.network:
+        if options.files_native:
+            results["files"] = measure_files(folder, options.runs or 5)
+            print_files(results["files"])
+        elif options.network:
             results["network"] = measure_network(folder, options.runs or 3)
             print_network(results["network"])
         elif options.many:
             results["many"] = measure_many(folder, options.many)
             print_many(results["many"])
+        elif options.files:
+            results["programs"] = measure_programs(folder, options.files, options.runs or 5)
+            print_programs(results["programs"])
         elif options.smallest:
             results["smallest"] = measure_smallest(folder)
         else:
