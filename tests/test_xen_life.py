@@ -428,7 +428,7 @@ STAGES = {
     "xl.cfg": lambda bundle: (bundle.root / bundle.id / "xl.cfg").exists(),
     "xl": lambda _: any(comm == "xl" for _, comm in processes()),
     "domain": lambda bundle: bundle.domain() is not None,
-    "QEMU": lambda _: any(comm.startswith(("qemu", "xen-qemu")) for _, comm in processes()),
+    "file server": lambda _: any(comm == "runX files" for _, comm in processes()),
     "consoles": lambda _: runx.Xenstore().list("/local/domain/0/backend/console"),
 }
 
@@ -560,13 +560,13 @@ def test_a_state_of_before_a_reboot_hurts_no_living_vm_and_a_lost_one_can_be_rem
         (folder / "state.json").write_text(
             json.dumps({**state, "status": "running", "name": "runx-old", "vifs": [0], "joined": [], **changes})
         )
-        before = {kind: xenstore.list(f"/local/domain/0/backend/{kind}/{domid}") for kind in ("console", "9pfs")}
+        before = {kind: xenstore.list(f"/local/domain/0/backend/{kind}/{domid}") for kind in ("console", "fuse")}
         assert second.state()["status"] == "stopped"
         for command in (["kill", "KILL"], ["pause"], ["events", "--stats"]):
             assert "not running" in second.refused(*command)
         second.succeed("delete")
         after = {kind: xenstore.list(f"/local/domain/0/backend/{kind}/{domid}") for kind in before}
-        assert after == before == {"console": ["0", "1", "2"], "9pfs": ["0"]}
+        assert after == before == {"console": ["0", "1", "2"], "fuse": ["0"]}
     bundle.succeed("kill", "USR1")
     bundle.wait_for_output("caught\n")
     living.write_bytes(bytes(4096))

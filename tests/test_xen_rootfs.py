@@ -13,10 +13,10 @@ from conftest import (
     SEEN,
     call,
     config,
+    file_servers,
     in_memory,
     make_image,
     mounted,
-    qemus,
     runx_command,
     wait_for,
     wait_in,
@@ -87,13 +87,13 @@ def test_a_read_only_root_and_volumes_are_so_and_other_mounts_can_be_written(bun
 
 def test_the_guest_cannot_fill_the_hosts_memory(bundle):
     # what is exported beside the rootfs is the state folder's, on the host's /run
-    script = """
-        mkdir /s; mount -t 9p -o trans=xen,version=9p2000.L share /s || exit 9
-        ls /s; echo x >/s/file; echo x >/s/mounts/file
-    """
-    result = bundle.run(config("sh", "-c", script))
-    assert (result.returncode, result.stdout) == (1, b"mounts\nrootfs\n"), result
-    assert result.stderr.count(b"Read-only file system") == 2, result
+    before = file_servers()
+    bundle.started(config("sh", "-c", "mkdir /s; mount -t xenfuse share /s || echo refused; exec sleep 1000"))
+    bundle.wait_for_output("refused\n")
+    (pid,) = file_servers() - before
+    places = [line.split() for line in pathlib.Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+    assert [fields[5].split(",")[0] for fields in places if fields[4] == "/share"] == ["ro"]
+    bundle.succeed("delete", "--force")
 
 
 # ---- in the VM's memory
@@ -130,10 +130,10 @@ def test_a_rootfs_in_memory_is_as_the_image_has_it(bundle):
         cat same out; wc -c <sparse; dd if=sparse bs=1 skip=1048576 count=13 2>/dev/null; echo
         echo lost >written; echo no >volume/new; busybox mount | sed -n 's/^rootfs on/on/p'"""
     bundle.add_applets("stat", "wc")
-    before = qemus()
+    before = file_servers()
     bundle.started(with_volume(bundle, "sh", "-c", f"{script}; echo over; exec sleep 1000"))
     bundle.wait_for_output("over\n")
-    assert qemus() == before
+    assert file_servers() == before
     text = bundle.output()
     for line in (
         "file regular file 644 12:34 2 981158400 0,0", "same regular file 644 12:34 2 981158400 0,0",
@@ -167,15 +167,6 @@ def test_what_does_not_fit_is_refused(bundle):
         file.truncate(5 << 30)
     assert "need a VM of 15" in bundle.refused("create")
     assert not bundle.root.joinpath(bundle.id).exists()
-
-
-def test_where_qemu_cannot_start_auto_takes_the_memory(bundle):
-    spec = config("sh", "-c", "cat /proc/mounts")
-    spec["vm"] = {"hypervisor": {"parameters": ['device_model_override="/bin/false"']}}
-    spec["annotations"] = {"org.runx.rootfs": "auto"}
-    result = bundle.run(spec)
-    assert result.returncode == 0 and b"9p" not in result.stdout, result
-    assert "cannot export the container's files over 9p on this host: the VM has all" in bundle.log.read_text()
 
 
 # ---- on a block device, or in an image
@@ -248,11 +239,11 @@ def test_what_an_engine_has_mounted_is_taken_over_at_start(bundle):
         assert (target / "written").read_text() == "kept\n"
 
 
-def test_without_volumes_there_is_no_qemu_and_a_read_only_mount_may_stay(bundle):
-    image, target, before = make_image(bundle.folder, bundle.rootfs), bundle.folder / "mnt", qemus()
+def test_without_volumes_there_is_no_file_server_and_a_read_only_mount_may_stay(bundle):
+    image, target, before = make_image(bundle.folder, bundle.rootfs), bundle.folder / "mnt", file_servers()
     with mounted(image, target, "ro"):
         bundle.started(on_disk(target, "sleep", "1000"))
-        assert qemus() == before
+        assert file_servers() == before
         assert os.path.ismount(target)
         bundle.succeed("delete", "--force")
 
@@ -300,16 +291,6 @@ def test_two_vms_share_only_what_neither_writes(bundle, second):
     bundle.succeed("delete", "--force")
 
 
-def test_without_qemu_auto_takes_the_block_device(bundle):
-    image, target = make_image(bundle.folder, bundle.rootfs), bundle.folder / "mnt"
-    with mounted(image, target):
-        spec = on_disk(target, "sh", "-c", SEEN, **{"org.runx.rootfs": "auto"})
-        spec["vm"] = {"hypervisor": {"parameters": ['device_model_override="/bin/false"']}}
-        result = bundle.run(spec)
-        assert result.stdout == b"ext4 rw\n/\n", result
-        assert "the VM has its rootfs on a block device, the rest in its memory" in bundle.log.read_text()
-
-
 def test_an_image_with_a_backing_file_is_refused(bundle):
     image = bundle.folder / "image"
     image.write_bytes(struct.pack(">4sIQI", b"QFI\xfb", 3, 0x200, 12).ljust(0x200, b"\0") + b"/root/secret")
@@ -318,6 +299,17 @@ def test_an_image_with_a_backing_file_is_refused(bundle):
     bundle.write_config(spec)
     result = bundle.create()
     assert result.returncode == 1 and b"for it has a backing file" in result.stderr, result
+
+
+def test_an_image_in_qcow2_is_refused_where_there_is_no_qemu(bundle):
+    """Xen's tools are all that this dom0 has: nothing else of runX's needs a QEMU."""
+    assert not list(pathlib.Path("/usr").rglob("qemu-system*"))
+    image = bundle.folder / "image"
+    image.write_bytes(struct.pack(">4sIQIIQ", b"QFI\xfb", 3, 0, 0, 16, 16 << 20).ljust(0x10000, b"\0"))
+    spec = {**config("true"), "vm": {"kernel": {"path": "/usr/lib/runX/kernel"}}}
+    spec["vm"]["image"] = {"path": str(image), "format": "qcow2"}
+    bundle.write_config(spec)
+    bundle.check_refused("only an image in the format raw does without a QEMU")
 
 
 # ---- on dom0, by the container's pid
