@@ -77,7 +77,25 @@ class Ended(Exception):
     """The process has ended with a status."""
 
 
-class Console:
+class Frontend:
+    """A device of `guest` at `node`; told() is what it tells its backend before they connect."""
+
+    def connect(self):
+        guest = self.guest
+        for key, value in {**self.told(), "state": INITIALISED}.items():
+            guest.write(f"{self.node}/{key}", guest.hostile.get(f"{self.node}/{key}", str(value)))
+        backend = guest.read(f"{self.node}/backend")
+        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") == CONNECTED)
+        guest.write(f"{self.node}/state", CONNECTED)
+
+    def close(self):
+        guest = self.guest
+        backend = guest.read(f"{self.node}/backend")
+        guest.write(f"{self.node}/state", CLOSED)
+        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") in (CLOSED, None))
+
+
+class Console(Frontend):
     """The frontend of a console (xen/include/public/io/console.h)."""
 
     def __init__(self, guest, number, start=0):
@@ -92,19 +110,8 @@ class Console:
         for number in range(4):
             self.indexes[number] = start
 
-    def connect(self):
-        guest = self.guest
-        for key, value in (("ring-ref", self.reference), ("port", self.port), ("state", INITIALISED)):
-            guest.write(f"{self.node}/{key}", guest.hostile.get(f"{self.node}/{key}", str(value)))
-        backend = guest.read(f"{self.node}/backend")
-        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") == CONNECTED)
-        guest.write(f"{self.node}/state", CONNECTED)
-
-    def close(self):
-        guest = self.guest
-        backend = guest.read(f"{self.node}/backend")
-        guest.write(f"{self.node}/state", CLOSED)
-        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") in (CLOSED, None))
+    def told(self):
+        return {"ring-ref": self.reference, "port": self.port}
 
     def put(self, data):
         while data:
@@ -170,28 +177,18 @@ class Ring:
             yield
 
 
-class Share:
+class Share(Frontend):
     """The frontend: of runX's own kernel, or of another, which has two rings."""
 
     def __init__(self, guest, kind):
         self.guest, self.node = guest, f"device/{kind}/0"
         self.rings = [Ring(guest, number) for number in range(2 if kind == "9pfs" else 1)]
 
-    def connect(self):
-        guest, nodes = self.guest, {"version": 1, "num-rings": len(self.rings)}
+    def told(self):
+        nodes = {"version": 1, "num-rings": len(self.rings)}
         for number, ring in enumerate(self.rings):
             nodes.update({f"ring-ref{number}": ring.reference, f"event-channel-{number}": ring.port})
-        for key, value in {**nodes, "state": INITIALISED}.items():
-            guest.write(f"{self.node}/{key}", guest.hostile.get(f"{self.node}/{key}", str(value)))
-        backend = guest.read(f"{self.node}/backend")
-        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") == CONNECTED)
-        guest.write(f"{self.node}/state", CONNECTED)
-
-    def close(self):
-        guest = self.guest
-        backend = guest.read(f"{self.node}/backend")
-        guest.write(f"{self.node}/state", CLOSED)
-        yield from guest.until(lambda: guest.read_absolute(f"{backend}/state") in (CLOSED, None))
+        return nodes
 
 
 class Guest:
