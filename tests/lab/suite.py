@@ -120,19 +120,20 @@ def fast_tests(built: Built, words: list[str], results: Path) -> int:
     return call([python_of(built), "tests/fast.py", *PYTEST, *words], env)
 
 
-def other_pythons(built: Built) -> int:
+def other_pythons(built: Built, share: Path) -> int:
     """Run the fast tests, but for those of ONE_PYTHON, under every other CPython; return 1 if one fails."""
     found = pythons.find(built.pythons)
     missing = [f"3.{minor}" for minor in range(pythons.OLDEST, max(found)) if minor not in found]
     print(f"no CPython {', '.join(missing)} to test with" if missing else "no CPython is missing", flush=True)
     packages = next(python_of(built).parents[1].glob("lib/python3.*/site-packages"))
-    env = {"PYTHONPATH": str(packages), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env = {"PYTHONPATH": f"{packages}:{LAB}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     ignored = ["--ignore-glob=*/test_xen_*", *(f"--ignore-glob=*/test_{name}.py" for name in ONE_PYTHON)]
-    words: list[str | Path] = ["-m", "pytest", "-q", "-pno:cacheprovider", *ignored, REPO / "tests"]
+    words: list[str | Path] = ["-m", "pytest", "-q", *PYTEST, *ignored, REPO / "tests"]
 
     def run(minor: int) -> int:
         began = time.monotonic()
-        status = call([found[minor], *words], env, PYTHON_TIME_LIMIT, quiet=True)
+        results = {"LAB_RESULTS": str(share / f"python3.{minor}")}
+        status = call([found[minor], *words], {**env, **results}, PYTHON_TIME_LIMIT, quiet=True)
         what = f"failed with status {status}" if status else "passed"
         print(f"CPython 3.{minor} ({found[minor]}): {what}, {time.monotonic() - began:.0f} s", flush=True)
         return status
@@ -186,7 +187,7 @@ def run_all(built: Built) -> int:
         here = [
             Job("checks", lambda: check(built)),
             Job("here", lambda: fast_tests(built, [], share / "here")),
-            Job("pythons", lambda: other_pythons(built)),
+            Job("pythons", lambda: other_pythons(built, share)),
         ]
         words = ["/repo/tests", *(f"--deselect={test}" for test in BY_NAME)]
         print(f"left out, and run by name: {', '.join(BY_NAME)}", flush=True)
@@ -219,8 +220,12 @@ def results_folder() -> Iterator[Path]:
 def summary(jobs: list[Job], statuses: list[int], share: Path) -> int:
     """Print what became of all jobs and tests; return the status for all."""
     outcomes: list[str] = []
-    for path in share.glob("*.*.json"):
-        outcomes += [outcome for outcome, _ in json.loads(path.read_text()).values()]
+    for path in sorted(share.glob("*.*.json")):
+        place = path.name.rsplit(".", 2)[0]  # such as dom0-1 or python3.9
+        results = json.loads(path.read_text())
+        outcomes += [outcome for outcome, _ in results.values() if not place.startswith("python")]
+        for test in (test for test, (outcome, _) in results.items() if outcome == "failed"):
+            say(f"{place}: {test} has failed")
     # That no test was selected may well be so in one of the places.
     bad = [status for status in statuses if status not in (0, NONE_SELECTED)]
     for job, status in zip(jobs, statuses):
