@@ -8215,7 +8215,7 @@ def apply_resources(container: Container, new: Resources, old: Resources | None)
         change_domain("vcpu-pin", domid, "all", new.cpus or "all")
 
 
-# ---- list, features, pack-initrd
+# ---- list, features, spec, pack-initrd
 
 
 def command_list(call: Invocation) -> None:
@@ -8246,6 +8246,9 @@ def print_table(states: list[dict[str, Any]]) -> None:
         print("   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+OWN_NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "uts")  # those that a VM has instead of dom0's
+
+
 def command_features(call: Invocation) -> None:
     """runtime-spec features.md: what is in it is there, what is not is not."""
     off = {"enabled": False}
@@ -8258,7 +8261,7 @@ def command_features(call: Invocation) -> None:
         "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],
     }
     linux = {
-        "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+        "namespaces": list(OWN_NAMESPACES),
         "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
         "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
         "seccomp": seccomp,
@@ -8276,6 +8279,69 @@ def command_features(call: Invocation) -> None:
         "annotations": {"org.runx.version": VERSION},
         "potentiallyUnsafeConfigAnnotations": ["org.runx."],
     })  # fmt: skip
+
+
+# what `spec` writes, runc's values: of a mount its destination, type, source and options
+SPEC_CAPABILITIES = ("CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE")
+SPEC_MOUNTS = (
+    ("/proc", "proc", "proc", ""),
+    ("/dev", "tmpfs", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),
+    ("/dev/pts", "devpts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
+    ("/dev/shm", "tmpfs", "shm", "nosuid,noexec,nodev,mode=1777,size=65536k"),
+    ("/dev/mqueue", "mqueue", "mqueue", "nosuid,noexec,nodev"),
+    ("/sys", "sysfs", "sysfs", "nosuid,noexec,nodev,ro"),
+    ("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid,noexec,nodev,relatime,ro"),
+)
+SPEC_MASKED = """
+    /proc/acpi /proc/asound /proc/kcore /proc/keys /proc/latency_stats /proc/timer_list /proc/timer_stats
+    /proc/sched_debug /sys/firmware /proc/scsi
+""".split()
+SPEC_READONLY = "/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split()
+
+
+def command_spec(call: Invocation) -> None:
+    """As `runc spec`: write a config.json to begin with, which runc takes too.  Raise Error if there is one."""
+    if "rootless" in call.options:
+        raise Error("cannot write a rootless config.json: root of dom0 makes VMs, so call spec without --rootless")
+    path = os.path.join(call.options.get("bundle", "."), "config.json")
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            print(json_text(example_config(), 4), file=file)
+    except FileExistsError:
+        raise Error("File config.json exists. Remove it first") from None
+    except OSError as error:
+        raise Error(f"cannot write {printable(path)}: {error.strerror}") from None
+
+
+def example_config() -> dict[str, Any]:
+    """Return a config.json for a shell on a terminal, in a bundle whose rootfs is the folder of that name."""
+    process = {
+        "terminal": True,
+        "user": {"uid": 0, "gid": 0},
+        "args": ["sh"],
+        "env": [f"PATH={PATH}", "TERM=xterm"],
+        "cwd": "/",
+        "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), SPEC_CAPABILITIES),
+        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+        "noNewPrivileges": True,
+    }
+    mounts: list[dict[str, Any]] = []
+    for destination, kind, source, options in SPEC_MOUNTS:
+        mounts.append({"destination": destination, "type": kind, "source": source})
+        if options:
+            mounts[-1]["options"] = options.split(",")
+    return {
+        "ociVersion": "1.0.2",
+        "process": process,
+        "root": {"path": "rootfs", "readonly": True},
+        "hostname": "runX",
+        "mounts": mounts,
+        "linux": {
+            "namespaces": [{"type": kind} for kind in OWN_NAMESPACES],
+            "maskedPaths": SPEC_MASKED,
+            "readonlyPaths": SPEC_READONLY,
+        },
+    }
 
 
 def command_pack_initrd(call: Invocation) -> None:
@@ -8309,6 +8375,7 @@ COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str]
     "update": (command_update, set(), {"resources", *UPDATE_OPTIONS}, 1),
     "list": (command_list, {"quiet"}, {"format"}, 0),
     "features": (command_features, set(), set(), 0),
+    "spec": (command_spec, {"rootless"}, {"bundle"}, 0),
     "pack-initrd": (command_pack_initrd, set(), set(), 2),
 }
 # what other runtimes have, so that the refusal can say that it is known
@@ -8331,6 +8398,7 @@ commands:
   update [--resources FILE|-] [--memory N] ID      change memory, processors and their share: see docs/lifecycle.md
   list [--format table|json] [--quiet]             all containers below the root
   features                                         what this runtime can do, as JSON
+  spec [--bundle DIR]                              write a config.json to begin with
   pack-initrd FOLDER FILE                          make a ramdisk
 
 The root is {DEFAULT_ROOT} by default."""

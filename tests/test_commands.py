@@ -6,7 +6,7 @@ import os
 import pathlib
 
 import pytest
-from conftest import Terminal, wait_until
+from conftest import Terminal, call, runx_command, wait_until
 from fake.dom0 import config
 
 
@@ -469,3 +469,45 @@ def test_a_state_of_a_newer_runx_is_refused_with_a_sentence(dom0):
         assert "its state has version 99" in result.stderr and "use the newer one" in result.stderr
     (container.root / container.id / "state.json").write_text(state)
     assert container.runx("delete").returncode == 0
+
+
+# ---- spec
+
+
+def test_spec_writes_a_config_that_create_accepts(dom0):
+    container = dom0.container()
+    path = container.bundle / "config.json"
+    path.unlink()
+    result = dom0.run("spec", "--bundle", str(container.bundle))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    spec = json.loads(path.read_text())
+    assert (spec["process"]["terminal"], spec["process"]["args"]) == (True, ["sh"])
+    assert spec["process"]["capabilities"]["bounding"] == ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    spec["process"].update(args=["/bin/guest", "exit:3"], terminal=False)
+    container.write(spec)
+    container.started()
+    told = container.guest()["records"]
+    assert ["readonly", ["/proc/sys"]] in told and ["mask", ["/proc/keys"]] in told and ["hostname", ["runX"]] in told
+    assert {operands[1] for keyword, operands in told if keyword == "mount" and operands[0]} >= {"/proc", "/sys"}
+    finish(container, 3)
+    assert container.log_text() == ""
+
+
+def test_spec_writes_where_it_is_called_and_nothing_over(tmp_path):
+    folder, command = tmp_path / "bundle", runx_command("spec")
+    folder.mkdir()
+    for path in (folder / "config.json", tmp_path / "config.json"):
+        options = ["-b", str(folder)] if path.parent == folder else []
+        assert call(*command, *options, cwd=tmp_path, umask=0o027).returncode == 0
+        assert path.stat().st_mode & 0o777 == 0o640
+        path.write_text("mine")
+        result = call(*command, *options, cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (1, b"runX: File config.json exists. Remove it first\n")
+        assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("option, words", [("--rootless", "without --rootless"), ("-b=/no/such", "/no/such/config")])
+def test_what_spec_cannot_write(tmp_path, option, words):
+    result = call(*runx_command("spec", option), cwd=tmp_path)
+    assert (result.returncode, result.stderr.count(b"\n"), list(tmp_path.iterdir())) == (1, 1, [])
+    assert words in result.stderr.decode()

@@ -83,6 +83,33 @@ def test_state_through_a_life(bundle):
     assert "does not exist" in bundle.refused("state")
 
 
+@pytest.mark.skipif(not shutil.which("runc"), reason="needs runc, to compare with")
+def test_what_spec_writes_runs_as_it_does_under_runc(bundle):
+    path = bundle.folder / "config.json"
+    assert call("runc", "spec", cwd=bundle.folder).returncode == 0
+    runcs = json.loads(path.read_text())
+    path.unlink()
+    assert call(*runx_command("spec", "--bundle", str(bundle.folder))).returncode == 0
+    spec = json.loads(path.read_text())
+    same = ("root", "mounts", "process", "linux")
+    for document in (runcs, spec):  # where they may differ
+        document["process"]["capabilities"].pop("ambient", None)  # runc 1.1 asks for what the kernel does not grant
+        document["linux"].pop("resources", None)
+    kinds, runcs_kinds = ({entry["type"] for entry in each["linux"].pop("namespaces")} for each in (spec, runcs))
+    assert kinds - {"cgroup"} == runcs_kinds - {"cgroup"}
+    assert {key: spec[key] for key in same} == {key: runcs[key] for key in same}
+    script = "hostname; ulimit -n; id -u; grep Cap /proc/self/status; touch /x; echo 1 >/proc/sys/vm/swappiness; pwd"
+    bundle.add_applets("hostname", "grep", "touch")
+    spec = json.loads(path.read_text())
+    spec["process"].update(args=["sh", "-c", script], terminal=False)
+    bundle.write_config(spec)
+    runc = ["runc", "--root", str(bundle.folder / "root-runc"), "run", "--bundle", str(bundle.folder), bundle.id]
+    theirs, ours = (call(*command) for command in (runc, bundle.command("run")))
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, theirs.stdout, theirs.stderr)
+    assert ours.stdout.startswith(b"runX\n1024\n0\n") and ours.stderr.count(b"Read-only file system") == 2
+    assert not bundle.log.exists()  # no warning
+
+
 def test_kill_of_a_created_container_destroys_the_domain(bundle):
     pidfd = bundle.created(in_memory(config("sleep", "1000")))
     bundle.succeed("kill", "TERM")
