@@ -7,7 +7,7 @@ usage() {
     cat <<END
 usage: [DESTDIR=DIR] [PREFIX=/usr] ./install.sh [--kernel FILE] [--initrd FILE] [--uninstall]
 
-Installs PREFIX/sbin/runX and PREFIX/lib/runX.  The kernel and the base ramdisk of the VMs
+Installs PREFIX/sbin/runX, PREFIX/lib/runX, the manual and bash's completion.  The kernel and the base ramdisk of the VMs
 are, if not given, those that kernel/build.sh and initrd/build.sh have built on this machine.
 END
 }
@@ -20,6 +20,8 @@ fail() {
 prefix=${PREFIX:-/usr}
 sbin=${DESTDIR:-}$prefix/sbin
 lib=${DESTDIR:-}$prefix/lib/runX
+manual=${DESTDIR:-}$prefix/share/man/man8
+completions=${DESTDIR:-}$prefix/share/bash-completion/completions
 here=$(cd "$(dirname "$0")" && pwd)
 kernel='' initrd='' uninstall=''
 
@@ -35,7 +37,7 @@ while [ $# -gt 0 ]; do
 done
 
 if [ "$uninstall" ]; then
-    rm -rf "$sbin/runX" "$lib"
+    rm -rf "$sbin/runX" "$lib" "$manual/runX.8" "$completions/runX"
     exit
 fi
 
@@ -53,8 +55,10 @@ install_boot_file() {
     fi
 }
 
-install -d "$sbin" "$lib"
+install -d "$sbin" "$lib" "$manual" "$completions"
 install -m 644 "$here/runx.py" "$lib/runx.py"
+install -m 644 "$here/docs/runX.8" "$manual/runX.8"
+install -m 644 "$here/docs/runX.bash-completion" "$completions/runX"
 install_boot_file kernel "$kernel" kernel/build.sh
 install_boot_file initrd "$initrd" initrd/build.sh
 

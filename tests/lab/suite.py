@@ -93,7 +93,7 @@ def shell_scripts() -> list[str]:
         if name and (REPO / name).is_file():
             with open(REPO / name, "rb") as file:
                 first = file.readline(100).rstrip()
-            if first.startswith(b"#!") and first.endswith((b"sh", b"bash")):
+            if name.endswith(".bash-completion") or first.startswith(b"#!") and first.endswith((b"sh", b"bash")):
                 found.append(name)
     return found
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What install.sh puts on a dom0 beside the module: the command, its manual page and bash's completion of it."""
+
+import re
+import shlex
+
+import pytest
+from conftest import REPOSITORY, call
+
+import runx
+
+MANUAL, COMPLETION = (REPOSITORY / "docs" / name for name in ("runX.8", "runX.bash-completion"))
+# a command that is documented before it is there
+COMING = runx.UNSUPPORTED & {"exec"}
+
+
+def long_options(command):
+    """Of a command, or with "" those before it."""
+    sets = runx.COMMANDS[command][1:3] if command else (runx.GLOBAL_FLAGS, runx.GLOBAL_VALUES)
+    return {f"--{name}" for names in sets for name in names}
+
+
+# ---- the manual page
+
+
+def manual_sections():
+    """{heading: text} of the page, its escapes undone.  Sections of commands are headed by these."""
+    text = MANUAL.read_text().replace(r"\-", "-")
+    parts = re.split(r"^\.S[HS] (.*)\n", re.sub(r"\\f.|\\&", "", text), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def manual_options():
+    """{command: options}, with "" for those before it."""
+    sections, found = manual_sections(), {}
+    headings = list(sections)
+    for heading in headings[headings.index("COMMANDS") + 1 : headings.index("ANNOTATIONS AND NETWORKS")]:
+        for command in heading.split(", "):
+            assert command not in found
+            found[command] = sections[heading]
+    found[""] = sections["OPTIONS"]
+    return {command: set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text)) for command, text in found.items()}
+
+
+def test_the_manual_has_every_command_and_option_and_no_other():
+    found = manual_options()
+    assert found.keys() - {""} - COMING == runx.COMMANDS.keys()
+    for command in found.keys() - COMING:
+        known = long_options(command)
+        known |= {f"-{letter}" for letter, name in runx.SHORT.items() if f"--{name}" in known}
+        assert found[command] == known, command
+
+
+def test_the_manual_names_the_places_that_runx_uses():
+    files = manual_sections()["FILES"]
+    assert all(path in files for path in (runx.HOST_CONFIG, runx.DEFAULT_ROOT, "/etc/runX/xl", "/etc/cni/net.d"))
+
+
+# ---- completion
+
+
+def completed(*lines):
+    """For each command line, a list of words, what bash offers for the last one; "FILES": names of files."""
+    script = [
+        f"set -eu; source {shlex.quote(str(COMPLETION))}",
+        "compopt() { COMPREPLY+=(FILES); }",
+        "runX() { case $* in 'list --quiet') echo c1 c2 d ;; '--root /r list --quiet') echo r1 ;; *) false ;; esac; }",
+    ]
+    for words in lines:
+        script.append(f"COMP_WORDS=(runX {shlex.join(words)}) COMP_CWORD={len(words)} COMPREPLY=()")
+        script.append(f'_runX runX {shlex.quote(words[-1])} x; echo "${{COMPREPLY[*]}}"')
+    result = call("bash", "--norc", "-c", "\n".join(script))
+    assert (result.returncode, result.stderr) == (0, b""), result
+    return [line.split() for line in result.stdout.decode().split("\n")[:-1]]
+
+
+def test_bash_completes_every_command_and_option_and_no_other():
+    assert set(*completed([""])) - COMING == runx.COMMANDS.keys()
+    commands = ["", *runx.COMMANDS]
+    for command, offered in zip(commands, completed(*([*command.split(), "-"] for command in commands))):
+        assert set(offered) == long_options(command), command
+
+
+def test_bash_knows_which_options_have_a_value():
+    cases = [(command, option) for command in ("", *runx.COMMANDS) for option in sorted(long_options(command))]
+    lines = [[*command.split(), option, "-"] for command, option in cases]
+    for (command, option), offered in zip(cases, completed(*lines)):
+        values = runx.COMMANDS[command][2] if command else runx.GLOBAL_VALUES - {"rootless"}
+        assert bool(long_options(command) & set(offered)) == (option[2:] not in values), (command, option)
+
+
+@pytest.mark.parametrize(
+    "line, offered",
+    [
+        ("sta", "start state"),
+        ("start ''", "c1 c2 d"),
+        ("delete --force c", "c1 c2"),
+        ("--root /r state ''", "r1"),
+        ("--root = /r --debug state ''", "r1"),  # bash takes --root=/r apart
+        ("kill c1 T", "TERM"),
+        ("kill --signal K", "KILL"),
+        ("list --format ''", "table json"),
+        ("list --format = j", "json"),
+        ("--log-format =", "text json"),
+        ("create --bundle ''", "FILES"),
+        ("pack-initrd ''", "FILES"),
+        ("create ''", ""),
+        ("state c1 ''", ""),
+    ],
+)
+def test_bash_completes(line, offered):
+    assert completed(shlex.split(line)) == [offered.split()]
+
+
+# ---- install.sh
+
+
+def install(folder, *options, prefix="/usr"):
+    env = {"PATH": runx.PATH, "DESTDIR": str(folder), "PREFIX": prefix}
+    result = call("sh", str(REPOSITORY / "install.sh"), *options, env=env, cwd="/")
+    assert result.returncode == 0, result
+
+
+def test_install_puts_everything_below_destdir_and_uninstall_takes_it_away(tmp_path):
+    boot_file, folder = tmp_path / "file", tmp_path / "image"
+    boot_file.write_text("kernel")
+    install(folder, "--kernel", str(boot_file), "--initrd", str(boot_file), prefix="/opt/x")
+    modes = {
+        str(path.relative_to(folder / "opt/x")): path.stat().st_mode & 0o777
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert modes == {
+        "sbin/runX": 0o755, "lib/runX/runx.py": 0o644, "lib/runX/kernel": 0o644, "lib/runX/initrd": 0o644,
+        "share/man/man8/runX.8": 0o644, "share/bash-completion/completions/runX": 0o644,
+    }  # fmt: skip
+    share = folder / "opt/x/share"
+    assert (share / "man/man8/runX.8").read_bytes() == MANUAL.read_bytes()
+    assert (share / "bash-completion/completions/runX").read_bytes() == COMPLETION.read_bytes()
+    install(folder, "--uninstall", prefix="/opt/x")
+    assert [path for path in folder.rglob("*") if not path.is_dir()] == []
