@@ -3,10 +3,10 @@
 """runX: an OCI runtime that runs each container as a Xen VM of its own.
 
 An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a holder, whose pid is the
-container's pid and whose namespaces are the container's, and a monitor, which builds a paused domain with `xl create`.
-`start` unpauses it.  The monitor then carries the standard streams over PV consoles, waits for the domain to end and
-destroys it; the holder exits with the container's exit status.  In the VM there is an init and no agent; host and guest
-meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p, vif).
+container's pid and whose namespaces are the container's, and a monitor, which builds a domain with `xl create`; that
+boots, and waits until `start` lets it execute the process.  The monitor carries the standard streams over PV consoles,
+waits for the domain to end and destroys it; the holder exits with the container's exit status.  In the VM there is an
+init and no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p, vif).
 
 One module, standard library only.  It is started for every operation of every container, so what only one operation
 needs is imported there: json, signal or ctypes cost more than most operations.
@@ -50,6 +50,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class Error(Exception):
     """What went wrong with which object and, where there is one, the remedy, in one sentence."""
 
+    exit_status = 1
+
 
 class NoContainer(Error):
     """There is no container of that id."""
@@ -63,6 +65,15 @@ class NotRunning(Error):
 
     def __init__(self) -> None:
         super().__init__("container not running")
+
+
+class ExecError(Error):
+    """`exec` has not executed its command: runc's words and exit status."""
+
+    exit_status = 255
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(f"exec failed: {reason}")
 
 
 class Log:
@@ -132,6 +143,10 @@ class Undo:
         while self.steps:
             what, work, args = self.steps.pop()
             self.log.attempt(what, work, *args)
+
+    def keep(self) -> None:
+        """Whatever happens, nothing is given back that has been acquired until now."""
+        self.steps.clear()
 
     def __enter__(self) -> Undo:
         return self
@@ -388,7 +403,7 @@ def read_file(path: str) -> str:
 
 def write_file(path: str, value: str | int) -> None:
     """Raise OSError."""
-    with open(path, "w", encoding="ascii") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(str(value))
 
 
@@ -876,42 +891,67 @@ class Domain:
         if status != 0 and self.end() != "gone":
             raise Error(f"xl destroy failed: {xl_errors(output)}")
 
-    def shut_down(self) -> None:
-        """Ask a VM that boots a system of its own to power off, as `xl shutdown` does."""
+    def pause(self) -> None:
+        change_domain("pause", self.domid)
+
+    def unpause(self) -> None:
+        change_domain("unpause", self.domid)
+
+    def write(self, node: str, value: str) -> None:
+        """Write a node of its own.  Raise NotRunning."""
 
         def write(transaction: int) -> None:
             self.check(transaction)
-            self.xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
+            self.xenstore.write(f"{self.path}/{node}", value, transaction)
 
         self.xenstore.transaction(write)
 
-    def request(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
-        """Queue what the guest's init is asked for, and ring; one that is not ready yet looks at the queue by itself.
+    def shut_down(self) -> None:
+        """Ask a VM that boots a system of its own to power off, as `xl shutdown` does."""
+        self.write("control/shutdown", "poweroff")
 
-        request: "kill N", "killall N", "look" or "cpus", see initrd/poweroff.  key: of two requests with one key the
-        guest gets the last.  data: nodes to be written with it, below data/.
+    def start(self, words: Iterable[str]) -> None:
+        """Have the guest's init execute the container's process, which until now it was waiting to do.  words: what
+        the VM has got meanwhile, and is to set up before: "network", "disk"."""
+        self.write("data/process/0/start", " ".join(words) or "-")
+
+    def request(
+        self, request: str, key: str = "", data: dict[str, str] | None = None,
+        more: Callable[[int], object] | None = None,
+    ) -> None:  # fmt: skip
+        """Queue what the guest's init is asked for, and ring if the process that it is about is there: who comes up
+        looks at the queue by itself, and a kernel that still boots takes the bell for the VM's end.
+
+        request: "kill N SIGNAL", "killall 0 SIGNAL", "look N", "run N" or "cpus", of process N: 0 is the container's.
+        key: of two requests with one key the guest gets the last.  data: nodes to be written with it, below data/.
+        more: what else belongs to the transaction, called with its id.
         """
         xenstore, queue = self.xenstore, f"{self.path}/data/request"
+        verb, _, operand = request.partition(" ")
+        number = operand.split()[0] if verb in ("kill", "look") else "0"
 
         def write(transaction: int) -> None:
             self.check(transaction)
+            if more:
+                more(transaction)
             for name, value in (data or {}).items():
                 xenstore.write(f"{self.path}/data/{name}", value, transaction)
             # one reply must hold all their names, or the guest cannot list them any more (XENSTORE_PAYLOAD_MAX)
             if len(xenstore.list(queue, transaction)) >= MOST_REQUESTS:
                 raise Error("the container's VM does not take its signals: kill it with SIGKILL")
             xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request, transaction)
-            if xenstore.read(f"{self.path}/data/ready", transaction=transaction):
+            if xenstore.read(f"{self.path}/data/process/{number}/ready", transaction=transaction):
                 xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
 
         xenstore.transaction(write)
 
 
-def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int) -> Domain:
-    """`xl create` of a paused domain, with no xl left behind.  path: of its settings, with that uuid.  memory: MiB that
-    the VM may get."""
+def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int, paused: bool) -> Domain:
+    """`xl create` of a domain that runs at once, or is paused, with no xl left behind.  path: of its settings, with
+    that uuid.  memory: MiB that the VM may get."""
+    options = ["-e", "-p", "-q"] if paused else ["-e", "-q"]
     # beside what it has of its own, libxc has a few bytes for each page of the VM
-    status, output = xl("create", "-e", "-p", "-q", path, data_limit=XL_DATA + (memory << 20 >> 6))
+    status, output = xl("create", *options, path, data_limit=XL_DATA + (memory << 20 >> 6))
     if status == 0:
         domain = find_domain(xenstore, uuid)
         if not domain:
@@ -1059,7 +1099,7 @@ class Device:
         self.xenstore.transaction(remove)
 
     def forget(self) -> None:
-        """Withdraw it from a VM that has never run, and so never seen it."""
+        """Withdraw it from a VM that has not been told to use it."""
         self.withdraw()
         self.xenstore.remove(self.frontend)
 
@@ -1175,9 +1215,18 @@ class Console(Device):
         state = self.xenstore.read(f"{self.frontend}/state")
         if state == XENBUS_INITIALISED and self.page is None:
             self.connect()
-            self.xenstore.write(f"{self.backend}/state", XENBUS_CONNECTED)
+            self.answer(XENBUS_CONNECTED)
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
-            self.xenstore.write(f"{self.backend}/state", state)
+            self.answer(state)
+
+    def answer(self, state: str) -> None:
+        """Change the backend's state, unless somebody has withdrawn it: that would make its folder anew."""
+
+        def write(transaction: int) -> None:
+            if self.xenstore.read(f"{self.backend}/state", transaction=transaction):
+                self.xenstore.write(f"{self.backend}/state", state, transaction)
+
+        self.xenstore.transaction(write)
 
     def connect(self) -> None:
         domid = self.domain.domid
@@ -1236,6 +1285,11 @@ class Console(Device):
         return len(data)
 
 
+def consoles_of(domain: Domain, number: int) -> list[Device]:
+    """Those of process `number`: standard input and output, and errors."""
+    return [Device(domain, "console", 2 * number + each) for each in (1, 2)]
+
+
 class FirstConsole:
     """The VM's first console, of which xenconsoled makes a pty: for a VM that boots a system of its own."""
 
@@ -1290,6 +1344,7 @@ class State(Record):
     hostname: str = ""  # that a DHCP server is told
     startable: bool = True  # config.json has a process
     own_init: bool = False
+    starts_paused: bool = True  # the VM does not run before `start`
     # what is there of it
     boot: str = ""  # of which boot_id() all of it is
     pid: int = 0  # the container's: the holder's
@@ -1508,18 +1563,18 @@ class Container:
         domain.check()
         return domain
 
-    def switch(self, verb: str, **changes: Any) -> None:
-        """Have xl `pause` or `unpause` the VM, which is not so yet, and store what has changed by that.
+    def switch(self, work: Callable[[Domain], None], **changes: Any) -> None:
+        """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.
 
-        A file `unsettled` is there from before to after: whoever finds it asks Xen how it is.  It is empty, so that a
-        full disk has room for it, and there the rest can wait; its name tells whether the VM has ever run.
+        A file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
+        disk has room for it, and there the rest can wait; its name tells whether the container has been started.
         """
         domain, mark = self.domain(), self.path(f"unsettled-{self.state.status}")
         try:
             open(mark, "w", encoding="ascii").close()
         except OSError as error:
             raise Error(f"cannot make {mark}: {error.strerror}") from None
-        change_domain(verb, domain.domid)
+        work(domain)
         try:
             self.save(**changes)
         except Error:
@@ -1531,17 +1586,20 @@ class Container:
         return list(filter(os.path.exists, map(self.path, ("unsettled-created", "unsettled-running"))))
 
     def settle(self) -> None:
-        """Take over from Xen whether the VM runs."""
-        if self.path("unsettled-running") in self.unsettled():
-            self.state.status = "running"
+        """Take over from Xen and xenstore whether the container is started, and its VM paused."""
+        state = self.state
         try:
-            listing = self.domain().listing()
+            domain = self.domain()
+            listing, started = domain.listing(), self.path("unsettled-running") in self.unsettled()
+            if not started and not state.starts_paused:
+                started = bool(domain.told("process/0/start"))
         except NotRunning:
             return  # its monitor is about to end
-        if listing and not listing.is_paused():
-            self.state.status, self.state.paused = "running", False
-        elif listing and self.state.status == "running":
-            self.state.paused = True
+        paused = bool(listing and listing.is_paused())
+        if started or state.starts_paused and listing and not paused:
+            state.status = "running"
+        if listing and (state.status == "running" or not state.starts_paused):
+            state.paused = paused
 
     def acquire(self, device: Device, undo: Undo) -> None:
         """Note a device before it is announced: whoever ends the container withdraws it."""
@@ -1549,7 +1607,7 @@ class Container:
         undo.add(f"withdraw the VM's {device.kind} {device.number}", self.release, device)
 
     def release(self, device: Device) -> None:
-        """Take it away from a VM that has never run."""
+        """Take it away from a VM that has not been told to use it."""
         device.forget()
         self.save(devices=[each for each in self.state.devices if each != [device.kind, device.number]])
 
@@ -1570,6 +1628,19 @@ class Container:
             return os.pidfd_open(self.state.pid)
         except ProcessLookupError:
             return None
+
+
+def carriers_of(container: Container) -> dict[int, list[int]]:
+    """pid and start time of who carries it, or 0 and 0, for each process of `exec` by its number."""
+    found: dict[int, list[int]] = {}
+    for name in os.listdir(container.folder):
+        kind, _, number = name.partition("-")
+        if kind == "process" and number.isdecimal():
+            try:
+                found[int(number)] = [*map(int, read_file(container.path(name)).split()), 0, 0][:2]
+            except FileNotFoundError:
+                pass  # it has just ended
+    return found
 
 
 def remove_empty(path: str) -> None:
@@ -2469,6 +2540,27 @@ def parse_process(spec: Section) -> Process:
     )
 
 
+def parse_exec(spec: Section, asked: dict[str, Any], where: str) -> tuple[Process, Linux, list[str]]:
+    """Return the Process of `exec`, what Linux has of it, and warnings.
+
+    spec: config.json.  asked: an object as its process, from where.  As under runc, what that does not say of
+    capabilities, limits and umask is what the container's process has, and its score for the OOM killer always.
+    """
+    own = spec.section("process")
+    values = {**asked, "oomScoreAdj": own.values.get("oomScoreAdj")}
+    if values.get("capabilities") is None:
+        values["capabilities"] = own.values.get("capabilities")
+    values["rlimits"] = values.get("rlimits") or own.values.get("rlimits")
+    user = Section(values, where, ": ").section("user").values
+    if user.get("umask") is None:
+        values["user"] = {**user, "umask": own.section("user").values.get("umask")}
+    section = Section(values, where, ": ")
+    process = parse_process(section)
+    if process.terminal and not any(mount.text("type", "") == "devpts" for mount in spec.sections("mounts")):
+        section.refuse("needs a mount of the type devpts at /dev/pts", "terminal")
+    return process, parse_linux(spec.section("linux"), {}), section.warnings
+
+
 def parse_capabilities(spec: Section) -> dict[str, int]:
     """Return a bit set for each of CAPABILITY_SETS; without any the process has no capability, as under runc."""
     asked, unknown = dict.fromkeys(CAPABILITY_SETS, 0), []
@@ -2855,7 +2947,7 @@ def statement(code: int, operand: int) -> Instruction:
 
 # ==== guest protocol =====================================================================================
 # What runX and the guest's init (initrd/) agree on: /container/config in the ramdisk, and nodes below the domain's
-# data/ in xenstore.  All of it is written before the domain runs, but for requests.
+# data/ in xenstore, as docs/design.md lists them.
 
 if TYPE_CHECKING:
     Words = list[Union[str, int]]
@@ -2888,8 +2980,20 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
     if config.domainname:
         words += ["domainname", config.domainname]
     if config.process:
-        words += guest_process(config, config.process)
+        words += guest_process(config.linux, config.process)
         words += guest_program(config.process, parse_hooks(config.hooks, "startContainer"), state)
+    return encode_words(words)
+
+
+def exec_config(linux: Linux, process: Process) -> bytes:
+    """Return what init gets for a process of `exec`, by its console: the length in 4 bytes, and words as in
+    /container/config."""
+    words: Words = [0, *(["terminal"] if process.terminal else []), "cwd", process.cwd]
+    content = encode_words(words + guest_process(linux, process) + guest_program(process, [], ""))
+    return struct.pack("<I", len(content)) + content
+
+
+def encode_words(words: Words) -> bytes:
     return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
 
 
@@ -2953,8 +3057,8 @@ def guest_seals(config: Config) -> Words:
     return words
 
 
-def guest_process(config: Config, process: Process) -> Words:
-    """Return what the container's process gets, up to its user."""
+def guest_process(linux: Linux, process: Process) -> Words:
+    """Return what a process of the container gets, up to its user."""
     words: Words = []
     for limit in process.rlimits:
         words += ["rlimit", *limit]
@@ -2963,12 +3067,12 @@ def guest_process(config: Config, process: Process) -> Words:
         words += ["ioprio", process.io_priority]
     if process.scheduler:
         words += ["scheduler", *process.scheduler]
-    if config.linux.personality is not None:
-        words += ["personality", config.linux.personality]
+    if linux.personality is not None:
+        words += ["personality", linux.personality]
     words += ["capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)]
     if process.no_new_privileges:
         words += ["no_new_privileges"]
-    seccomp = config.linux.seccomp and compile_seccomp(config.linux.seccomp, os.uname().machine)
+    seccomp = linux.seccomp and compile_seccomp(linux.seccomp, os.uname().machine)
     if seccomp:
         flags, program = seccomp
         words += ["seccomp", flags, len(program)]
@@ -3563,7 +3667,7 @@ def attach_loop(path: str, writable: bool) -> Descriptor:
 
 
 def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
-    """Give a VM that does not run yet the block device of its rootfs, if it is to have one."""
+    """Give a VM the block device of its rootfs, if it is to have one, before it is told of it."""
     if not container.state.disk:
         return
     disk, device = Disk(**container.state.disk), Device(domain, "vbd", DISK)
@@ -3575,7 +3679,7 @@ def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
         if top and top.device == number:
             unmount(top.target)
             target, flags, options = disk.mounted
-            # no VM has seen the device yet, so dom0 may have it mounted again
+            # no VM has been told to use the device, so dom0 may have it mounted again
             undo.add(f"mount {disk.path} on {target} again", mount, disk.path, target, flags, disk.kind, options)
         check_image(disk, number)
         check_unused(disk, number)
@@ -5373,6 +5477,15 @@ def scope_command(path: str, resources: Resources) -> tuple[str, list[str]]:
     return unit, command
 
 
+def enter_cgroups(cgroups: Cgroups, log: Log) -> None:
+    """Move us there, as far as it is possible."""
+    for root, path in cgroups:
+        try:
+            write_file(f"{root}{path}/cgroup.procs", os.getpid())
+        except OSError as error:
+            log.debug(f"cannot enter the cgroup {path} in {root}: {error.strerror}")
+
+
 def remove_cgroups(cgroups: Cgroups, pids: Sequence[int]) -> None:
     """Remove what make_cgroups() has made, with cgroups below; of who is still there, pids go to the root.
 
@@ -6316,11 +6429,12 @@ def made_interface(attachment: Attachment, log: Log) -> Interface:
     raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
 
 
-def plug(container: Container, domain: Domain, undo: Undo) -> None:
-    """Give a VM that does not run yet its network interfaces, and tell it about them.  Raise Error."""
+def plug(container: Container, domain: Domain, undo: Undo) -> bool:
+    """Give a VM its network interfaces, and write down for it what they are.  Return whether it has any.  Raise
+    Error."""
     state = container.state
     if state.namespace is None and not state.networks:
-        return
+        return False
     taken = domain.xenstore.list(f"/libxl/{domain.domid}/device/vif")  # what a file of xl's settings asks for
     interfaces = find_interfaces(container, len(taken), undo.log)
     numbers = [number for number in range(len(interfaces) + len(taken)) if str(number) not in taken]
@@ -6337,6 +6451,7 @@ def plug(container: Container, domain: Domain, undo: Undo) -> None:
         domain.xenstore.write(f"{vif.backend}/hotplug-status", "connected")
     if interfaces:
         tell_guest(domain, container.state, interfaces)
+    return bool(interfaces)
 
 
 def announce_vif(vif: Device, interface: Interface) -> Link:
@@ -6511,7 +6626,7 @@ def run_hook(hook: Hook, state: bytes, bundle: str, namespaces: Sequence[str]) -
 PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
 TITLE_MAX = 4096  # bytes of the command line that the holder shows
 SHOWN: list[bytes] = []
-RELAYED = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # <signal.h>: also INT, QUIT, USR1, USR2, TERM
 
 
 class Holder:
@@ -6581,7 +6696,7 @@ def run_holder(config: Config, share: str, link: Any) -> NoReturn:
         os.setsid()
         os.umask(0o022)
         close_other_descriptors({link.fileno()})
-        signals, monitor = relay_signals(False), None
+        signals, monitor = relay_signals(RELAYED), None
         message, rights, _, _ = link.recvmsg(16, socket.CMSG_SPACE(8))
         if rights:  # else the monitor has failed before
             monitor, namespace = struct.unpack("ii", rights[0][2])
@@ -6637,13 +6752,13 @@ def show_arguments(args: list[str]) -> None:
         pass  # a kernel without it shows runX
 
 
-def relay_signals(terminal: bool) -> int:
-    """The descriptor from which arrive, a byte each, the signals that a container's own process would get."""
+def relay_signals(numbers: Iterable[int]) -> int:
+    """The descriptor from which these signals arrive, a byte each."""
     signal = import_signal()
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for name in (*RELAYED, "SIGWINCH") if terminal else RELAYED:
-        signal.signal(getattr(signal, name), lambda *_: None)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
     return reader
 
 
@@ -6816,7 +6931,7 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
 
 
 class Builder:
-    """Makes one domain, paused."""
+    """Makes one domain."""
 
     def __init__(self, container: Container, config: Config, networks: list[Network], holder: Holder, log: Log) -> None:
         self.container, self.config, self.networks = container, config, networks
@@ -6837,7 +6952,11 @@ class Builder:
         self.sources = build_share(self.share, self.config)
         try:
             xl_cfg = self.write_settings(*self.write_boot_files())
-            domain = create_domain(xenstore, xl_cfg, self.container.state.uuid, self.sizes["memory"])
+            xenstore.watch(("@releaseDomain", "release"))  # as soon as it is there it may end
+            xenstore.read("domid")  # the watch fires once when it is made, and before this is answered
+            xenstore.take_events()
+            state = self.container.state
+            domain = create_domain(xenstore, xl_cfg, state.uuid, self.sizes["memory"], state.starts_paused)
         finally:
             self.discard_boot_files()
         self.keep(domain)
@@ -6851,7 +6970,8 @@ class Builder:
         container.save(
             oci_version=config.oci_version, bundle=bundle, rootfs=config.rootfs, created=timestamp(),
             annotations=config.annotations, hooks=config.hooks, hostname=config.hostname or container.id[:63],
-            startable=bool(config.process), own_init=config.machine.own_init, uuid=uuid,
+            startable=bool(config.process), own_init=config.machine.own_init,
+            starts_paused=config.machine.own_init, uuid=uuid,
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
             boot=boot_id(), pid=pid, pid_start_time=process_start_time(pid),
@@ -7036,7 +7156,7 @@ class Input:
     def advance(self, readable: bool) -> None:
         if readable and self.open and not self.pending:
             try:
-                data = os.read(self.fd, CONSOLE_IN)
+                data = os.read(self.fd, PAGE)  # more than a ring, so that the next one is at hand
             except OSError:
                 data = b""  # such as the terminal of another session
             self.open = bool(data)
@@ -7080,8 +7200,7 @@ class Streams:
             written = output.advance(output.fd in ready and not (written and self.share_a_pipe)) or written
         if written and self.share_a_pipe:
             self.outputs.reverse()  # the other one's turn, when the pipe is writable again
-        if self.ready:
-            self.input.advance(self.input.fd in ready)
+        self.input.advance(self.ready and self.input.fd in ready)
 
     def are_delivered(self) -> bool:
         """Whether all output is written, once the VM has ended."""
@@ -7119,6 +7238,173 @@ class Streams:
             return ""
         self.told_unread = unread
         return unread
+
+
+class Ending:
+    """How a process of a VM ends: when, and with what exit status.
+
+    number: the process's, of the guest protocol.  phase: "serving"; "draining", when it has ended and the readers of
+    its output have until `deadline`, or for ever; "done".  deadline: when it is to have ended, or 0.
+    """
+
+    def __init__(self, domain: Domain, number: int, log: Log) -> None:
+        self.domain, self.number, self.log = domain, number, log
+        self.phase, self.deadline, self.status = "serving", 0.0, 255
+
+    def is_open(self) -> bool:
+        return self.phase == "serving"
+
+    def is_over(self, streams: Streams) -> bool:
+        return self.phase == "done" or self.phase == "draining" and streams.are_delivered()
+
+    def end(self, status: int, abandon: bool = False) -> None:
+        """It has ended with status; abandon: do not wait for readers of its output."""
+        if self.is_open():
+            self.status, self.phase = status, "draining"
+            self.log.debug(f"the exit status is {status}")
+        if abandon:
+            self.phase = "done"
+
+    def told(self, node: str) -> str:
+        """What the guest has said of the process, "" if nothing."""
+        return self.domain.told(f"process/{self.number}/{node}")
+
+    def take_exit_status(self) -> bool:
+        """Return whether the guest has told it, and it was not known."""
+        text = self.told("exit")
+        if not text or not self.is_open():
+            return False
+        if text.isascii() and text.isdecimal() and int(text) <= 255:
+            self.end(int(text))
+        else:
+            self.log.warn("the VM told no valid exit status")
+            self.end(255)
+        return True
+
+
+class Loop:
+    """Carries the streams of a process of a VM, and what host and guest tell each other about it, until it has ended
+    and its output is delivered."""
+
+    streams: Streams
+
+    def __init__(self, ending: Ending, consoles: int, terminal: bool) -> None:
+        """consoles: how many the process has."""
+        self.ending, self.domain, self.number, self.log = ending, ending.domain, ending.number, ending.log
+        self.xenstore, self.terminal, self.channels = self.domain.xenstore, terminal, EventChannels()
+        numbers = [console.number for console in consoles_of(self.domain, self.number)[:consoles]]
+        self.consoles = [Console(self.domain, number, self.channels) for number in numbers]
+        self.devices: list[Console | ShareDevice] = [*self.consoles]
+
+    def watch(self) -> None:
+        """Watch devices, and what the guest says of the process; each watch fires once when it is made, so nothing that
+        it has said before is missed."""
+        self.xenstore.watch(
+            *((f"{device.frontend}/state", f"device {number}") for number, device in enumerate(self.devices)),
+            *((f"{self.domain.path}/data/process/{self.number}/{node}", node) for node in ("ready", "ended", "exit")),
+        )
+
+    def run(self, signals: int) -> int:
+        """Return the process's exit status.  signals: see relay_signals()."""
+        self.signals = signals
+        while not self.is_over():
+            handlers, poll = self.handlers(), select.poll()
+            for fd in handlers:
+                poll.register(fd, select.POLLIN)
+            for fd, events in self.streams.interests():
+                poll.register(fd, events)
+            ready = {fd for fd, _ in poll.poll(self.timeout())}
+            self.handle(ready, handlers)
+        return self.ending.status
+
+    def is_over(self) -> bool:
+        return self.ending.is_over(self.streams)
+
+    def handlers(self) -> dict[int, Callable[[], None]]:
+        """What is called, in this order, when a descriptor is readable."""
+        return {
+            self.channels.fd: self.channels.acknowledge,
+            self.xenstore.fd: self.handle_xenstore,
+            self.signals: lambda: self.handle_signals(os.read(self.signals, 64)),
+        }
+
+    def timeout(self) -> float | None:
+        """Milliseconds; None waits for ever."""
+        if self.xenstore.events:
+            return 0
+        deadline = self.ending.deadline
+        return max(0, (deadline - time.monotonic()) * 1000) if deadline else None
+
+    def handle(self, ready: set[int], handlers: dict[int, Callable[[], None]]) -> None:
+        if self.xenstore.events:
+            ready.add(self.xenstore.fd)
+        for fd, work in handlers.items():
+            if fd in ready:
+                work()
+        self.advance(ready)
+        if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
+            self.look("unread", unread)
+        if self.ending.deadline and time.monotonic() >= self.ending.deadline:
+            self.expire()
+
+    def advance(self, ready: set[int]) -> None:
+        self.streams.advance(ready)
+
+    def expire(self) -> None:
+        """The deadline is over."""
+        self.ending.end(128 + SIGKILL, abandon=True)
+
+    # ---- what the guest says
+
+    def handle_xenstore(self) -> None:
+        # the end of some domain comes last: if it is ours, it has told its exit status before
+        for token in sorted(self.xenstore.take_events(), key="release".__eq__):
+            if token.startswith("device "):
+                self.devices[int(token.split()[1])].follow()
+            else:
+                self.hear(token)
+
+    def hear(self, token: str) -> None:
+        """A watch has fired."""
+        if token == "ready" and not self.streams.ready and self.ending.told("ready"):
+            self.streams.ready = True
+            self.begin()
+        elif token == "ended":
+            self.streams.close_ended(self.ending.told("ended"))
+        elif token == "exit":
+            self.ending.take_exit_status()
+
+    def begin(self) -> None:
+        """The program is executed."""
+
+    # ---- what the host says
+
+    def handle_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number == SIGWINCH and self.terminal:
+                self.resize()
+            elif number == SIGHUP and self.terminal:
+                self.streams.hang_up()
+            else:
+                self.send(number)
+
+    def send(self, number: int) -> None:
+        """A signal for the process."""
+        self.ask(f"kill {self.number} {number}")
+
+    def resize(self) -> None:
+        if size := self.streams.window_size():
+            self.look("winsize", size)
+
+    def look(self, node: str, value: str) -> None:
+        """Have the process's supervisor see what is new below its node."""
+        self.ask(f"look {self.number}", f"look-{self.number}", {f"process/{self.number}/{node}": value})
+
+    def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
+        try:
+            self.domain.request(request, key, data)
+        except Error as error:
+            self.log.debug(str(error))  # gone, or its quota is full: the deadline or the container's end ends it
 
 
 def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
@@ -7224,139 +7510,68 @@ class BootConsole:
             log.warn(f"the VM's console: {words}")
 
 
-class Monitor:
-    """Serves one domain until it has ended and all its output is delivered.
+class Commit:
+    """create's word that it has done its part: a byte on a pipe, whose end without one means that create is gone, and
+    all goes with it.
 
-    phase: "serving"; "killing", until `deadline`, after SIGKILL; "draining", when the container has ended and readers
-    of its output have until `deadline`, or for ever; "done".
+    Until then the monitor is where the share is, in a mount namespace of its own, for createContainer hooks.
     """
 
-    def __init__(self, plan: Plan, holder: Holder, server: FileServer, domain: Domain) -> None:
-        self.container, self.holder, self.server, self.domain = plan.container, holder, server, domain
-        self.log, config = plan.log.about(plan.container.id), plan.config
-        self.xenstore, self.own_init = domain.xenstore, config.machine.own_init
-        self.has_hooks, self.terminal = bool(config.hooks), bool(config.process and config.process.terminal)
-        self.phase, self.deadline, self.exit_status = "serving", 0.0, 255
-        self.boot_console, self.channels = BootConsole(-1), EventChannels()
-        self.consoles = [] if self.own_init else [Console(domain, number, self.channels) for number in (1, 2)]
-        self.share = ShareDevice(domain, config.machine.share_device(), server)
-        self.devices: list[Console | ShareDevice] = [*self.consoles, *([self.share] if server.pid else [])]
-        self.control = os.open(plan.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
+    def __init__(self) -> None:
+        self.fd, self.writer = os.pipe()
+        self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self.waits, self.is_given = True, False
 
-    def prepare(self) -> None:
-        """Announce consoles and files, and watch what the guest will say, before it runs."""
-        self.xenstore.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
-        self.xenstore.watch(
-            *((f"{device.frontend}/state", f"device {number}") for number, device in enumerate(self.devices)),
-            *((f"{self.domain.path}/data/{node}", node) for node in ("ready", "ended", "exit")),
-            ("@releaseDomain", "release"),
-        )
-        self.xenstore.read("domid")  # each watch fires once when it is made, and before this is answered
-        self.xenstore.take_events()
+    def take(self) -> bool:
+        """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
+        Return whether all was done.  Raise Error."""
+        if self.waits:
+            self.waits, self.is_given = False, bool(os.read(self.fd, 1))
+            self.return_home()
+        return self.is_given
 
-    # ---- the loop
+    def return_home(self) -> None:
+        """Raise Error."""
+        try:
+            system_call("setns", self.home, CLONE_NEWNS)
+            os.chdir("/")
+        except OSError as error:
+            raise Error(f"cannot return to dom0's mount namespace: {error.strerror}") from None
 
-    def serve(self) -> int:
-        """Return the container's exit status."""
-        self.signals = relay_signals(self.terminal)
-        first = open_first_console(self.domain)
-        if first < 0 and self.own_init:
-            raise Error("cannot reach the VM's console: is xenconsoled running?")
-        if not self.own_init:
-            self.boot_console = BootConsole(first)
-        self.streams = Streams([FirstConsole(first)] if self.own_init else self.consoles, self.terminal)
-        if self.terminal:
-            self.resize()
-        while not (self.phase == "done" or self.phase == "draining" and self.streams.are_delivered()):
-            handlers, poll = self.handlers(), select.poll()
-            for fd in handlers:
-                poll.register(fd, select.POLLIN)
-            for fd, events in self.streams.interests():
-                poll.register(fd, events)
-            ready = {fd for fd, _ in poll.poll(self.timeout())}
-            self.handle(ready, handlers)
-        return self.exit_status
 
-    def handlers(self) -> dict[int, Callable[[], None]]:
-        """What is called, in this order, when a descriptor is readable."""
-        found = {
-            self.channels.fd: self.channels.acknowledge,
-            self.xenstore.fd: self.handle_xenstore,
-            self.control: self.handle_control,
-            self.signals: lambda: self.handle_signals(os.read(self.signals, 64)),
-            self.holder.link.fileno(): self.handle_holder,
-        }
-        if self.server.pid:
-            found[self.server.link.fileno()] = self.handle_server
-        if self.boot_console.fd >= 0:
-            found[self.boot_console.fd] = self.boot_console.read
-        return found
+class ContainerEnding(Ending):
+    """How a container ends, and why."""
 
-    def timeout(self) -> float | None:
-        """Milliseconds; None waits for ever."""
-        if self.xenstore.events:
-            return 0
-        return max(0, (self.deadline - time.monotonic()) * 1000) if self.deadline else None
+    def __init__(self, container: Container, domain: Domain, own_init: bool, log: Log) -> None:
+        super().__init__(domain, 0, log)
+        self.container, self.own_init, self.console = container, own_init, BootConsole(-1)
 
-    def handle(self, ready: set[int], handlers: dict[int, Callable[[], None]]) -> None:
-        if self.xenstore.events:
-            ready.add(self.xenstore.fd)
-        for fd, work in handlers.items():
-            if fd in ready:
-                work()
-        self.streams.advance(ready)
-        if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
-            self.ask("look", "look", {"unread": unread})
-        if self.deadline and time.monotonic() >= self.deadline:
-            self.end(128 + SIGKILL, abandon=True)
+    def explain(self, message: str, reason: str = "") -> None:
+        """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
+        self.console.report(self.log, message)
+        self.leave("error", reason or message)
 
-    def end(self, status: int, abandon: bool = False) -> None:
-        """The container has ended with status; abandon: do not wait for readers of its output."""
-        if self.phase in ("serving", "killing"):
-            self.exit_status, self.phase = status, "draining"
-            self.log.debug(f"the exit status is {status}")
-        if abandon:
-            self.phase = "done"
+    def leave(self, name: str, text: str) -> None:
+        """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first
+        "error", for which it will never be."""
+        path = self.container.path(name)
+        if not any(map(os.path.exists, map(self.container.path, ("ready", "error")))):
+            self.log.attempt(f"write {path}", write_file, path, text)
 
-    # ---- what the guest says
-
-    def handle_xenstore(self) -> None:
-        # the end of some domain comes last: if it is ours, it has told its exit status before
-        for token in sorted(self.xenstore.take_events(), key="release".__eq__):
-            if token.startswith("device "):
-                self.devices[int(token.split()[1])].follow()
-            elif token == "ready" and not self.streams.ready:
-                self.streams.ready = bool(self.domain.told("ready"))
-                if self.streams.ready and self.has_hooks:  # for a start that comes too late to see it in xenstore
-                    open(self.container.path("ready"), "w", encoding="utf-8").close()
-            elif token == "ended":
-                self.streams.close_ended(self.domain.told("ended"))
-            elif token == "exit":
-                self.take_exit_status()
-            elif token == "release" and self.phase in ("serving", "killing"):
-                self.check_domain()
-
-    def take_exit_status(self) -> None:
-        text = self.domain.told("exit")
-        if not text or self.phase not in ("serving", "killing"):
-            return
-        if text.isascii() and text.isdecimal() and int(text) <= 255:
-            self.end(int(text))
-        else:
-            self.log.warn("the VM told no valid exit status")
-            self.end(255)
-        error, oom = self.domain.told("error"), self.domain.told("oom")
+    def take_exit_status(self) -> bool:
+        if not super().take_exit_status():
+            return False
+        error, oom = printable(self.told("error")), self.domain.told("oom")
         if error:
-            self.boot_console.report(self.log, f"the VM's init: {printable(error)}")
-        if error and self.has_hooks:  # for a start that waits, when xenstore has it no more
-            with open(self.container.path("error"), "w", encoding="utf-8") as file:
-                file.write(error)
+            self.explain(f"the VM's init: {error}", error)
         if oom:
-            self.boot_console.report(self.log, f"the VM has run out of memory: {printable(oom)}")
+            self.console.report(self.log, f"the VM has run out of memory: {printable(oom)}")
             show_oom(self.container.state.cgroups, self.log)
+        return True
 
     def check_domain(self) -> None:
-        if seen_alive(self.domain.domid):
+        """Look whether it was ours, when some domain has ended."""
+        if not self.is_open() or seen_alive(self.domain.domid):
             return
         try:
             end = self.domain.end()
@@ -7365,65 +7580,172 @@ class Monitor:
             return
         if end:
             self.take_exit_status()  # which the guest may have told just before
-        if not end or self.phase not in ("serving", "killing"):
+        if not end or not self.is_open():
             return
         if self.own_init and end == "-":
             self.end(0)
         else:
             status, reason = ENDS.get(end, ENDS["c"])
-            self.boot_console.report(self.log, f"{reason}; exit status {status}")
+            self.explain(f"{reason}; exit status {status}", reason)
             self.end(status)
 
+
+class Execs:
+    """The processes of `exec` in a container: what their carriers have announced is given back when these have ended,
+    however that was."""
+
+    def __init__(self, container: Container, domain: Domain, log: Log) -> None:
+        self.container, self.domain, self.log = container, domain, log
+        self.carriers: dict[int, int] = {}  # number of the process, by a pidfd of its carrier
+
+    def handlers(self) -> dict[int, Callable[[], None]]:
+        """What is called when a descriptor is readable."""
+        return dict.fromkeys(self.carriers, self.look)
+
+    def take(self, number: int, pid: int) -> None:
+        """A process of dom0's carries process `number` from now on."""
+        try:
+            self.carriers[os.pidfd_open(pid)] = number
+        except ProcessLookupError:
+            self.log.attempt(f"end process {number}", self.lose, number)
+
+    def look(self) -> None:
+        """Some carrier has ended."""
+        for pidfd in select.select(self.carriers, [], [], 0)[0]:
+            os.close(pidfd)
+            number = self.carriers.pop(pidfd)
+            self.log.attempt(f"end process {number}", self.lose, number)
+
+    def lose(self, number: int) -> None:
+        """Nobody carries process `number` any more: kill it, if it has not ended, and forget it."""
+        domain, node = self.domain, f"process/{number}"
+        domain.xenstore.remove(f"{domain.path}/data/request/run-{number}")  # if the guest has not taken it
+        for console in consoles_of(domain, number):  # first: without them the guest tells nothing of it any more
+            console.forget()
+        if domain.told(f"{node}/ready") and not domain.told(f"{node}/exit"):
+            domain.request(f"kill {number} {SIGKILL}")
+        domain.xenstore.remove(f"{domain.path}/data/{node}")
+        discard(self.container.path(f"process-{number}"))
+
+
+class Monitor(Loop):
+    """Serves one domain until it has ended, and all output of the container's process is delivered."""
+
+    ending: ContainerEnding
+
+    def __init__(self, plan: Plan, holder: Holder, server: FileServer, commit: Commit, domain: Domain) -> None:
+        config, log = plan.config, plan.log.about(plan.container.id)
+        self.container, self.holder, self.server, self.commit = plan.container, holder, server, commit
+        self.own_init = config.machine.own_init
+        terminal = bool(config.process and config.process.terminal)
+        ending = ContainerEnding(plan.container, domain, self.own_init, log)
+        super().__init__(ending, 0 if self.own_init else 2, terminal)
+        self.share = ShareDevice(domain, config.machine.share_device(), server)
+        self.devices += [self.share] if server.pid else []
+        self.execs = Execs(plan.container, domain, log)
+        self.control = os.open(plan.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
+
+    def prepare(self) -> None:
+        """Announce consoles and files, and watch what the guest says: it runs already."""
+        self.xenstore.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
+        self.watch()
+        self.first_console = open_first_console(self.domain)
+        if self.first_console < 0 and self.own_init:
+            raise Error("cannot reach the VM's console: is xenconsoled running?")
+
+    def serve(self) -> int:
+        """Return the container's exit status."""
+        signals = relay_signals((*RELAYED, SIGWINCH) if self.terminal else RELAYED)
+        if not self.own_init:
+            self.ending.console = BootConsole(self.first_console)
+        self.streams = Streams([FirstConsole(self.first_console)] if self.own_init else self.consoles, self.terminal)
+        if self.terminal:
+            self.resize()
+        return self.run(signals)
+
+    def is_over(self) -> bool:
+        return not self.commit.waits and super().is_over()
+
+    def handlers(self) -> dict[int, Callable[[], None]]:
+        found = {self.commit.fd: self.handle_commit} if self.commit.waits else {}
+        if self.ending.phase == "done":
+            return found
+        found.update(super().handlers())
+        found[self.control] = self.handle_control
+        found[self.holder.link.fileno()] = self.handle_holder
+        if self.server.pid:
+            found[self.server.link.fileno()] = self.handle_server
+        if self.ending.console.fd >= 0:
+            found[self.ending.console.fd] = self.ending.console.read
+        return {**found, **self.execs.handlers()}
+
+    def timeout(self) -> float | None:
+        return None if self.ending.phase == "done" else super().timeout()
+
+    # ---- what the guest says
+
+    def hear(self, token: str) -> None:
+        if token == "release":
+            self.ending.check_domain()
+        else:
+            super().hear(token)
+
+    def begin(self) -> None:
+        self.ending.leave("ready", "")
+
     # ---- what the host says
+
+    def handle_commit(self) -> None:
+        if not self.commit.take():
+            self.ending.end(255, abandon=True)
 
     def handle_server(self) -> None:
         reason = self.server.hear()
         if not reason:
             return self.share.confirm()
         self.server.stop()
-        self.take_exit_status()  # which the guest may have told just before
-        if self.phase in ("serving", "killing"):
-            self.boot_console.report(self.log, f"its files are not served any more: {printable(reason)}")
-            self.end(255, abandon=True)
+        self.ending.take_exit_status()  # which the guest may have told just before
+        if self.ending.is_open():
+            self.ending.explain(f"its files are not served any more: {printable(reason)}")
+            self.ending.end(255, abandon=True)
 
     def handle_control(self) -> None:
-        """Requests of other runX processes: "kill N", "destroy N" (N: a signal), a line each."""
+        """Requests of other runX processes: "kill N", "destroy N" (N: a signal), "exec N PID", a line each."""
         for line in os.read(self.control, 4096).decode("ascii").splitlines():
-            verb, _, number = line.partition(" ")
-            if verb == "destroy" or self.phase in ("draining", "done"):
-                self.end(128 + int(number), abandon=True)
-            elif self.phase == "serving":
-                self.phase, self.deadline = "killing", time.monotonic() + KILL_GRACE
-                self.ask(f"kill {number}")
+            verb, number, *pid = line.split()
+            if verb == "exec":
+                self.execs.take(int(number), int(pid[0]))
+            elif verb == "destroy" or not self.ending.is_open():
+                self.ending.end(128 + int(number), abandon=True)
+            elif not self.ending.deadline:
+                self.ending.deadline = time.monotonic() + KILL_GRACE
+                self.ask(f"kill 0 {number}")
 
     def handle_holder(self) -> None:
         self.handle_signals(signals := self.holder.take_signals())
         if not signals:
-            self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
+            self.ending.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
 
-    def handle_signals(self, numbers: bytes) -> None:
-        for number in numbers:
-            if number == SIGWINCH:
-                self.resize()
-            elif number == SIGHUP and self.terminal:
-                self.streams.hang_up()
-            elif self.container.load().state.status == "created" and not self.container.unsettled():
-                self.end(128 + number)
-            else:
-                self.ask(f"kill {number}")
+    def send(self, number: int) -> None:
+        if self.is_started():
+            super().send(number)
+        else:
+            self.ending.end(128 + number)
 
-    def resize(self) -> None:
-        if size := self.streams.window_size():
-            self.ask("look", "look", {"winsize": size})
+    def is_started(self) -> bool:
+        """Whether there is a process that takes signals, or will be."""
+        if self.own_init:
+            return self.container.load().state.status == "running" or bool(self.container.unsettled())
+        return self.streams.ready or bool(self.domain.told("process/0/start"))
 
     def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
         try:
             if not self.own_init:
-                self.domain.request(request, key, data)
+                super().ask(request, key, data)
             elif request.startswith("kill"):
                 self.domain.shut_down()
         except Error as error:
-            self.log.debug(str(error))  # gone, or its quota is full: the deadline or @releaseDomain ends it
+            self.log.debug(str(error))
 
 
 # ---- the process
@@ -7441,38 +7763,33 @@ class Plan(Record):
     log: Log
 
 
-def run_monitor(plan: Plan, holder: Holder, report: int, commit: int) -> NoReturn:
-    """The monitor's whole life.
-
-    report: a pipe to create, that gets "+" or an error.  commit: a pipe from create, that gets one byte
-    once create has done its part; its end without one means that create is gone, and all goes with it.
-    """
-    container, committed, status, failure, home = plan.container, False, 255, "", -1
+def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoReturn:
+    """The monitor's whole life.  report: a pipe to create, that gets "+" or an error."""
+    container, monitor, committed, status, failure = plan.container, None, False, 255, ""
     server = FileServer()
     try:
         os.setsid()
         os.chdir("/")
         socket = plan.console_socket if isinstance(plan.console_socket, int) else None
-        close_other_descriptors({0, 1, 2, report, commit, socket, holder.link.fileno()})
-        home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-        monitor = build(plan, holder, server)
+        close_other_descriptors({0, 1, 2, report, commit.fd, commit.home, socket, holder.link.fileno()})
+        monitor = build(plan, holder, server, commit)
         os.write(report, b"+")
         os.close(report)
-        committed = bool(os.read(commit, 1))
-        return_home(home)  # the share is the holder's now, and the file server's
-        if committed:
-            status = monitor.serve()
+        status = monitor.serve()
     except BaseException as error:
         foreseen = isinstance(error, (Error, OSError))  # the latter such as a full disk
         failure = str(error) if foreseen else f"internal error of the monitor: {error!r}"
     try:
         for fd in (0, 1, 2):
             close_standard(fd)  # who reads the streams sees the end at once
+        if monitor:
+            if failure:
+                monitor.ending.leave("error", failure)
+            committed = commit.take()
         server.stop()
         take_down(container, plan.log)
         if not committed:
-            if home >= 0:
-                return_home(home)  # poststop hooks run where the others have run
+            commit.return_home()  # poststop hooks run where the others have run
             destroy(container, plan.log)
     except BaseException as error:
         plan.log.write("error", f"cannot clean up after container {container.id}: {error}")
@@ -7484,14 +7801,14 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: int) -> NoRetur
     os._exit(status)
 
 
-def build(plan: Plan, holder: Holder, server: FileServer) -> Monitor:
+def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Monitor:
     """Have the domain built; return what serves it.  Raise Error."""
     builder = Builder(plan.container, plan.config, plan.networks, holder, plan.log)
     domain = builder.build(plan.bundle, plan.systemd)
     if builder.rootfs.is_served:
         capabilities = plan.config.process.capabilities["bounding"] if plan.config.process else 0
         server.start(plan.config.machine.share_device(), builder.share, capabilities)
-    monitor = Monitor(plan, holder, server, domain)
+    monitor = Monitor(plan, holder, server, commit, domain)
     monitor.prepare()
     if monitor.terminal and plan.config.process and plan.console_socket is not None:
         take_terminal(plan.console_socket, plan.config.process.console_size)
@@ -7502,20 +7819,12 @@ def build(plan: Plan, holder: Holder, server: FileServer) -> Monitor:
     return monitor
 
 
-def return_home(namespace: int) -> None:
-    """Go back to dom0's mount namespace, a descriptor.  Raise Error."""
-    try:
-        system_call("setns", namespace, CLONE_NEWNS)
-        os.chdir("/")
-    except OSError as error:
-        raise Error(f"cannot return to dom0's mount namespace: {error.strerror}") from None
-
-
 def report_failure(report: int, failure: str) -> None:
+    """Tell who waits at the pipe."""
     try:
         os.write(report, failure.encode("utf-8", "replace"))
     except OSError:
-        pass  # create is gone too
+        pass  # who has asked is gone too
 
 
 def take_down(container: Container, log: Log) -> None:
@@ -7524,22 +7833,24 @@ def take_down(container: Container, log: Log) -> None:
         container.load()  # `start` has added to it
     except Error:
         pass
-    if clean_up(container.state, log) and os.path.exists(container.path("control")):
+    if clean_up(container, log) and os.path.exists(container.path("control")):
         os.unlink(container.path("control"))  # tells delete that nothing is left outside the folder
     log.about(container.id).debug("the domain is gone")
 
 
-def clean_up(state: State, log: Log) -> bool:
+def clean_up(container: Container, log: Log) -> bool:
     """Remove what a container has outside its folder: domain, devices, log files.  Return whether nothing is left.
 
     What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
     """
+    state = container.state
     if not state.uuid:
         return True  # it came no further
     xenstore = Xenstore()
     living = find_domain(xenstore, state.uuid) or find_half_built(xenstore, state.uuid)
     domain = living or Domain(xenstore, state.domid, state.uuid)
     devices = [Device(domain, kind, number) for kind, number in state.devices]
+    devices += [console for number in carriers_of(container) for console in consoles_of(domain, number)]
     if living:
         for device in devices:
             device.unlist()
@@ -7559,7 +7870,7 @@ def destroy(container: Container, log: Log) -> None:
     if not of_this_boot:  # nor is anything else in Xen
         log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)
     elif os.path.exists(container.path("control")):  # it goes when a monitor has taken all down
-        clean_up(state, log)
+        clean_up(container, log)
     for fields in reversed(state.networks):
         log.attempt(f"give back a network of {container.id}", detach_network, fields, log)
     log.attempt(f"remove the network namespace of {container.id}", discard, container.path("netns"))
@@ -7573,6 +7884,128 @@ def destroy(container: Container, log: Log) -> None:
 def run_poststop(container: Container, log: Log) -> None:
     for error in hook_errors(container, "poststop", "stopped"):
         log.warn(error)
+
+
+# ==== carrier ============================================================================================
+# The process on dom0 that stands for one of `exec`, as the holder stands for the container's own: the engine signals it
+# and reaps it.  It is in dom0's namespaces, where nobody looks for the container's, and carries the streams itself.
+
+EXECS_MAX = 27  # of a container at a time: of the 64 consoles that its kernel has each takes two
+EXEC_TIME_LIMIT = 60.0  # seconds until the VM has executed the program, or told why it cannot
+# all that can be caught, but for those that the C library has for itself, and those of faults, which return to them
+CARRIED = [number for number in range(1, 65) if number not in (4, 7, 8, SIGKILL, 11, 19, 32, 33)]
+
+
+class Order(Record):
+    """What `exec` has made of its command line: all that the carrier needs."""
+
+    container: Container
+    number: int  # the process's
+    process: Process
+    words: bytes  # see exec_config()
+    console_socket: str | int | None
+    is_patient: bool  # the VM is paused, and takes its time
+    log: Log
+
+
+class Carrier(Loop):
+    """Has a VM execute one more process, and carries its streams."""
+
+    def __init__(self, order: Order, report: int) -> None:
+        """report: a pipe to `exec`, that gets "+" when the program is executed."""
+        container, process = order.container, order.process
+        ending = Ending(container.domain(), order.number, order.log.about(container.id))
+        super().__init__(ending, 1 if process.terminal else 2, process.terminal)
+        self.order, self.report, self.is_greeted = order, report, False
+        holder = container.open_pidfd()
+        if holder is None:
+            raise NotRunning()
+        self.holder = holder
+
+    def prepare(self) -> None:
+        """Take what the process is to have on dom0, noted before it is there, and have the VM run it.  Raise Error."""
+        container, number = self.order.container, self.number
+        container.tell_monitor(f"exec {number} {os.getpid()}")
+        fd = os.open(container.path(f"process-{number}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.write(fd, f"{os.getpid()} {process_start_time(os.getpid())}".encode())
+        os.close(fd)
+        enter_cgroups(container.state.cgroups, self.log)
+        data = {}
+        if self.terminal and self.order.console_socket is not None:
+            take_terminal(self.order.console_socket, self.order.process.console_size)
+        self.streams = Streams(self.consoles, self.terminal)
+        if self.terminal and (size := self.streams.window_size()):
+            data[f"process/{number}/winsize"] = size
+        show_arguments(self.order.process.args)
+        self.watch()
+        try:
+            self.domain.request(f"run {number}", f"run-{number}", data, self.introduce)
+        except XenstoreError as error:
+            raise Error(f"the container's VM has no room for another process: {error}") from None
+        if not self.order.is_patient:
+            self.ending.deadline = time.monotonic() + EXEC_TIME_LIMIT
+
+    def introduce(self, transaction: int) -> None:
+        """Announce the consoles; and forget what the guest has told late of another process of that number."""
+        self.xenstore.remove(f"{self.domain.path}/data/process/{self.number}", transaction)
+        for console in self.consoles:
+            console.introduce(transaction)
+
+    def handlers(self) -> dict[int, Callable[[], None]]:
+        return {**super().handlers(), self.holder: self.lose_container}
+
+    def advance(self, ready: set[int]) -> None:
+        """What the guest says first is that its side of the console is raw: not one byte of the words is lost then."""
+        if not self.is_greeted and (greeting := self.consoles[0].take()):
+            self.is_greeted = True
+            self.streams.input.pending, self.streams.outputs[0].pending = self.order.words, greeting[1:]
+        if self.is_greeted:
+            super().advance(ready)
+
+    def expire(self) -> None:
+        raise Error(f"the container's VM has not executed it within {EXEC_TIME_LIMIT:.0f} s: is it too busy?")
+
+    def begin(self) -> None:
+        self.ending.deadline = 0
+        os.write(self.report, b"+")
+        os.close(self.report)
+        self.report = -1
+
+    def hear(self, token: str) -> None:
+        if token == "exit":
+            super().hear("ready")  # which it has told before
+        super().hear(token)
+        if self.report >= 0 and not self.ending.is_open():
+            reason = printable(self.ending.told("error")) or "the VM does not tell why"
+            raise Error(f"unable to start container process: {reason}")
+
+    def lose_container(self) -> None:
+        self.ending.end(128 + SIGKILL, abandon=True)
+        if self.report >= 0:
+            raise NotRunning()
+
+
+def run_carrier(order: Order, report: int) -> NoReturn:
+    """The carrier's whole life."""
+    status, failure, carrier, lock = ExecError.exit_status, "", None, order.container.lock_fd
+    try:
+        os.setsid()
+        os.chdir("/")
+        socket = order.console_socket if isinstance(order.console_socket, int) else None
+        close_other_descriptors({0, 1, 2, report, lock, socket})
+        signals = relay_signals(CARRIED)
+        carrier = Carrier(order, report)
+        carrier.prepare()
+        os.close(lock)
+        status = carrier.run(signals)
+    except BaseException as error:
+        foreseen = isinstance(error, (Error, OSError))
+        failure = str(error) if foreseen else f"internal error of the carrier: {error!r}"
+    if failure and carrier and carrier.report < 0:
+        carrier.log.write("error", failure)
+    elif failure:
+        report_failure(report, failure)
+    os._exit(status)
 
 
 # ==== commands ===========================================================================================
@@ -7600,6 +8033,12 @@ REFUSED = {
     "kill": {"creating": NOT_RUNNING, "stopped": NOT_RUNNING},
     "pause": {"creating": NOT_RUNNING, "paused": NOT_RUNNING, "stopped": NOT_RUNNING},
     "resume": {"creating": NOT_PAUSED, "created": NOT_PAUSED, "running": NOT_PAUSED, "stopped": NOT_PAUSED},
+    "exec": {
+        "creating": "cannot exec in a container that is being created",
+        "created": "cannot exec in a container that is not started: there is no process yet whose namespaces to enter",
+        "paused": "cannot exec in a paused container (use --ignore-paused to override)",
+        "stopped": "cannot exec in a stopped container",
+    },
     "ps": {"creating": NOT_RUNNING},
     "events": {"creating": GONE, "stopped": GONE},
     "update": {"creating": NOT_RUNNING, "stopped": NOT_RUNNING},
@@ -7650,7 +8089,7 @@ def make_plan(call: Invocation, attached: bool) -> Plan:
     networks = [load_network(request, config.netconf_folders) for request in config.netconf]
     return Plan(
         container=container, config=config, networks=networks, bundle=bundle, systemd=call.systemd, log=call.log,
-        console_socket=find_console_socket(call, config, attached),
+        console_socket=find_console_socket(call, config.process, attached),
     )  # fmt: skip
 
 
@@ -7663,10 +8102,10 @@ def fit_vcpus(config: Config) -> None:
         machine.maxvcpus = min(machine.maxvcpus, most)
 
 
-def find_console_socket(call: Invocation, config: Config, attached: bool) -> str | None:
+def find_console_socket(call: Invocation, process: Process | None, attached: bool) -> str | None:
     """The absolute path of --console-socket, or None; Error, in runc's words, unless it is there just when needed."""
     path = call.options.get("console-socket")
-    terminal = bool(config.process and config.process.terminal)
+    terminal = bool(process and process.terminal)
     if terminal and not path and not attached:
         raise Error("cannot allocate tty if runX will detach without setting console socket")
     if path and (attached or not terminal):
@@ -7686,20 +8125,20 @@ def create(plan: Plan, pid_file: str | None) -> int:
             log.about(container.id).warn(warning)
         holder = start_holder(plan.config, container.path("share"))
         report_reader, report_writer = os.pipe()
-        commit_reader, commit_writer = os.pipe()
+        word = Commit()
         pid = os.fork()
         if pid == 0:
-            run_monitor(plan, holder, report_writer, commit_reader)
-        os.close(report_writer)
-        os.close(commit_reader)
+            run_monitor(plan, holder, report_writer, word)
+        for fd in (report_writer, word.fd, word.home):
+            os.close(fd)
         holder.link.close()
         for child in (holder.pid, pid):
             undo.add(f"wait for process {child}", os.waitpid, child, 0)
-        undo.add("end the monitor", os.close, commit_writer)  # it takes all down when it sees this
+        undo.add("end the monitor", os.close, word.writer)  # it takes all down when it sees this
         report = read_all(report_reader)
         if report != b"+":
             raise Error(f"cannot create container {container.id}: {report.decode() or 'its monitor was killed'}")
-        commit(container.load(), holder.pid, pid, pid_file, commit_writer)
+        commit(container.load(), holder.pid, pid, pid_file, word.writer)
         return holder.pid
 
 
@@ -7745,54 +8184,75 @@ def command_start(call: Invocation) -> None:
 
 
 def start(container: Container, log: Log) -> None:
+    """Have the container's process executed.  Raise Error if it cannot be, with the reason."""
     with container:
-        check_status("start", container, container.status())
-        if not container.state.startable:
-            raise Error(f"cannot start container {container.id}: its config.json has no process")
-        domain = container.domain()
-        for kind, number in container.state.devices:  # of a `start` that was killed, or whose xl has failed
-            if [kind, number] not in STANDARD_DEVICES:
-                container.release(Device(domain, kind, number))
-        with Undo(log) as undo:
-            attach_disk(container, domain, undo)
-            plug(container, domain, undo)
-            try:
-                container.switch("unpause", status="running")
-            except BaseException:
-                if container.unsettled():  # xl was called: the VM may run, and needs its devices
-                    undo.steps.clear()
-                raise
-    # without the lock: a hook may call runX
-    if container.state.hooks.get("startContainer") or container.state.hooks.get("poststart"):
-        if not container.state.own_init:
-            await_process(container)
+        status = container.status()
         try:
-            run_hooks(container, "poststart", "running")
-        except Error:
-            with container:
-                stop_monitor(container)
-                destroy(container, log)
+            check_status("start", container, status)
+            begin(container, log)
+        except Error as error:
+            reason = reason_of_end(container) if container.state.status == "created" else ""
+            if reason and (status == "stopped" or isinstance(error, NotRunning)):
+                error = Error(f"{REFUSED['start']['stopped']}: {reason}")  # it has ended by itself, or is about to
+            raise error from None
+    # without the lock: it may be killed meanwhile, and a hook may call runX
+    if not container.state.starts_paused:
+        await_process(container)
+    try:
+        run_hooks(container, "poststart", "running")
+    except Error:
+        with container:
+            stop_monitor(container)
+            destroy(container, log)
+        raise
+
+
+def reason_of_end(container: Container) -> str:
+    """Why the process of a container that has ended was never executed; "" if its monitor has not told."""
+    try:
+        return read_text(container.path("error"))
+    except OSError:
+        return ""
+
+
+def begin(container: Container, log: Log) -> None:
+    """Give the VM what it is to have by `start`, and have it go on.  Raise Error."""
+    state = container.state
+    if not state.startable:
+        raise Error(f"cannot start container {container.id}: its config.json has no process")
+    domain = container.domain()
+    for kind, number in state.devices:  # of a `start` that was killed, or has failed
+        if [kind, number] not in STANDARD_DEVICES:
+            container.release(Device(domain, kind, number))
+    with Undo(log) as undo:
+        attach_disk(container, domain, undo)
+        words = ["disk"] if state.disk else []
+        words += ["network"] if plug(container, domain, undo) else []
+        try:
+            container.switch(Domain.unpause if state.starts_paused else lambda vm: vm.start(words), status="running")
+        except BaseException:
+            if container.unsettled():  # it was asked for: the VM may go on, and needs its devices
+                undo.keep()
             raise
 
 
 def await_process(container: Container) -> None:
-    """Wait until the container's process is executed; Error if it ends before: a startContainer hook has failed."""
+    """Return once the container's process is executed.  Raise Error, in runc's words, if it cannot be."""
     domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
-    xenstore = domain.xenstore
-    xenstore.watch((f"{domain.path}/data", "data"))
-    pidfd = container.open_pidfd()
-    while pidfd is not None:
+    xenstore, pidfd, error = domain.xenstore, container.open_pidfd(), ""
+    xenstore.watch((f"{domain.path}/data/process/0", "process"))
+    while pidfd is not None and not error:
         if not xenstore.events and pidfd in select.select([xenstore.fd, pidfd], [], [])[0]:
             break
         xenstore.take_events()
-        if domain.told("ready"):
+        error = domain.told("process/0/error")
+        if domain.told("process/0/ready"):
             os.close(pidfd)
             return
-    if os.path.exists(container.path("ready")):
+    if not error and os.path.exists(container.path("ready")):
         return  # it was over before we were told
-    error = container.path("error")
-    reason = printable(read_file(error)) if os.path.exists(error) else "its VM has ended, see the log"
-    raise Error(f"cannot start container {container.id}: {reason}")
+    reason = printable(error) or reason_of_end(container) or "its VM has ended, see the log"
+    raise Error(f"unable to start container process: {reason}")
 
 
 def command_run(call: Invocation) -> int:
@@ -7800,9 +8260,7 @@ def command_run(call: Invocation) -> int:
     attached, engine = "detach" not in call.options, None
     plan = make_plan(call, attached)
     if attached and plan.config.process and plan.config.process.terminal:
-        import socket
-
-        engine, plan.console_socket = (end.detach() for end in socket.socketpair())
+        engine, plan.console_socket = console_sockets()
     pid = create(plan, call.options.get("pid-file"))
     if attached:
         forward_signals(pid)
@@ -7813,14 +8271,34 @@ def command_run(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    if engine is not None and isinstance(plan.console_socket, int):
-        os.close(plan.console_socket)
-        with socket.socket(fileno=engine) as connection:
-            attach(socket.recv_fds(connection, 4096, 1)[1][0])
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if engine is not None:
+        attach(take_master(engine))
+    status = wait_for_child(pid)
     if "keep" not in call.options:
         delete(call.container(), True, call.log)
+    return status
+
+
+def wait_for_child(pid: int) -> int:
+    """Return its exit status as a shell has it."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return status if status >= 0 else 128 - status
+
+
+def console_sockets() -> tuple[int, int]:
+    """Descriptors of two connected sockets: for take_master(), and in place of --console-socket."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+def take_master(engine: int) -> int:
+    """The terminal that comes by that socket, which is closed."""
+    import socket
+
+    with socket.socket(fileno=engine) as connection:
+        return socket.recv_fds(connection, 4096, 1)[1][0]
 
 
 def attach(master: int) -> None:
@@ -7869,7 +8347,7 @@ def join_terminal(master: int) -> NoReturn:
 
 
 def forward_signals(pid: int) -> None:
-    """What a person or a supervisor sends to `run` goes to the container, as to a process."""
+    """What a person or a supervisor sends to `run` or `exec` goes to the process."""
     import signal
 
     def forward(number: int, _: object) -> None:
@@ -7878,8 +8356,158 @@ def forward_signals(pid: int) -> None:
         except ProcessLookupError:
             pass  # it has just ended
 
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    for number in RELAYED:
         signal.signal(number, forward)
+
+
+# ---- exec
+
+
+def command_exec(call: Invocation) -> int:
+    """Run one more process in a container; unless detached, wait: the exit status is the process's."""
+    try:
+        return execute(call)
+    except (Error, OSError) as error:
+        raise ExecError(error) from None
+
+
+def execute(call: Invocation) -> int:
+    attached, engine, options = "detach" not in call.options, None, call.options
+    order = make_order(call, attached)
+    if attached and order.process.terminal:
+        engine, order.console_socket = console_sockets()
+    pid = start_carrier(call, order, attached)
+    try:
+        if "pidfd-socket" in options:
+            send_pidfd(options["pidfd-socket"], pid)
+        if "pid-file" in options:
+            write_pid_file(options["pid-file"], pid)
+    except BaseException:
+        os.kill(pid, SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    if not attached:
+        return 0
+    if engine is not None:
+        attach(take_master(engine))
+    else:
+        for fd in (0, 1, 2):  # the carrier alone has them now, so that it can end them one by one
+            close_standard(fd)
+    return wait_for_child(pid)
+
+
+def make_order(call: Invocation, attached: bool) -> Order:
+    """What exec begins with, and nothing is made yet.  Raise Error."""
+    container = call.container().load()
+    check_exec(call, container)
+    for name in call.options.get("cgroup", []):
+        if name.strip("/"):
+            raise Error(f"cannot run it in the cgroup {printable(name)}: runX has only the container's own")
+    spec, path = read_config(container.state.bundle), call.options.get("process", "")
+    asked = read_process(path) if path else ask_process(call, spec.section("process"))
+    process, linux, warnings = parse_exec(spec, asked, path or "the process")
+    for warning in warnings:
+        call.log.about(container.id).warn(warning)
+    return Order(
+        container=container, number=0, process=process, words=exec_config(linux, process),
+        console_socket=find_console_socket(call, process, attached), is_patient=False, log=call.log,
+    )  # fmt: skip
+
+
+def read_process(path: str) -> dict[str, Any]:
+    """The OCI process in a file.  Raise Error."""
+    try:
+        process = read_document(path)
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read the process from {path}: {error}") from None
+    if not isinstance(process, dict):
+        raise Error(f"the process in {path} must be a JSON object")
+    return process
+
+
+def check_exec(call: Invocation, container: Container) -> None:
+    """Raise Error where no process can be run."""
+    status = container.status()
+    if container.state.own_init:
+        raise Error("cannot exec in a container whose VM boots a system of its own: reach it by its console or network")
+    if status == "paused" and container.state.status == "created":
+        status = "created"
+    if status != "paused" or "ignore-paused" not in call.options:
+        check_status("exec", container, status)
+
+
+def ask_process(call: Invocation, own: Section) -> dict[str, Any]:
+    """The OCI process that the options ask for: config.json's own, changed as `runc exec` changes it."""
+    options, user, args = call.options, own.section("user"), call.arguments[1:]
+    if not args:
+        raise Error("process args cannot be empty")
+    capabilities = {name: own.section("capabilities").texts(name) for name in CAPABILITY_SETS}
+    for name in ("bounding", "effective", "permitted"):
+        capabilities[name] += options.get("cap", [])
+    uid, _, gid = options.get("user", "").partition(":")
+    groups = [parse_user_number("gid", text) for text in options.get("additional-gids", [])]
+    return {
+        **own.values,
+        "args": args,
+        "cwd": options.get("cwd") or own.values.get("cwd"),
+        "env": own.texts("env") + options.get("env", []),
+        "terminal": "tty" in options,
+        "noNewPrivileges": "no-new-privs" in options or own.flag("noNewPrivileges"),
+        "capabilities": capabilities if "cap" in options else own.values.get("capabilities"),
+        "user": {
+            **user.values,
+            "uid": parse_user_number("uid", uid) if uid else user.unsigned("uid", 32),
+            "gid": parse_user_number("gid", gid) if gid else user.unsigned("gid", 32),
+            "additionalGids": user.each("additionalGids", Section.unsigned, 32, REQUIRED) + groups,
+        },
+    }
+
+
+def parse_user_number(what: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) < 1 << 32):
+        raise Error(f"bad {what}: {printable(text)} is no number of a user or group")
+    return int(text)
+
+
+def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
+    """Return the pid of the carrier once the program is executed.  Raise Error."""
+    container = order.container
+    with container:
+        check_exec(call, container)
+        order.is_patient = container.status() == "paused"
+        taken = carriers_of(container)
+        order.number = next((number for number in range(1, EXECS_MAX + 1) if number not in taken), 0)
+        if not order.number:
+            raise Error(f"{EXECS_MAX} processes run there besides its own, and its VM has consoles for no more")
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            run_carrier(order, writer)
+        os.close(writer)
+    if attached:
+        forward_signals(pid)
+    if isinstance(order.console_socket, int):
+        os.close(order.console_socket)
+    report = read_all(reader)
+    os.close(reader)
+    if report != b"+":
+        os.waitpid(pid, 0)
+        raise Error(report.decode("utf-8", "replace") or "the process that carries its streams was killed")
+    return pid
+
+
+def send_pidfd(path: str, pid: int) -> None:
+    """Send a descriptor of the process, as runc does it.  Raise Error."""
+    import socket
+
+    try:
+        with socket.socket(socket.AF_UNIX) as engine:
+            engine.connect(path)
+            pidfd = os.pidfd_open(pid)
+            socket.send_fds(engine, [b"setns"], [pidfd])
+            os.close(pidfd)
+    except OSError as error:
+        raise Error(f"cannot send a pidfd to the socket {path}: {error.strerror}") from None
 
 
 # ---- state, kill, delete
@@ -7937,14 +8565,14 @@ def send_signal(container: Container, number: int, to_all: bool) -> None:
         container.tell_monitor(f"destroy {number}" if state.own_init else f"kill {number}")
         try:  # so that its last writes reach the host, if that can be
             if container.status() == "paused" and state.status == "running" and not state.own_init:
-                container.switch("unpause", paused=False)
+                container.switch(Domain.unpause, paused=False)
         except Error:
             pass
     elif state.own_init:
         if number in ENDING_SIGNALS:
             container.domain().shut_down()
     elif number != 0:
-        container.domain().request(f"killall {number}" if to_all else f"kill {number}")
+        container.domain().request(f"{'killall' if to_all else 'kill'} 0 {number}")
 
 
 def command_delete(call: Invocation) -> None:
@@ -7984,23 +8612,22 @@ def stop_monitor(container: Container) -> None:
 
 
 def command_pause(call: Invocation) -> None:
-    """The VM gets no processor time until `resume`.  One that is not started has none anyway."""
+    """The VM gets no processor time until `resume`."""
     with call.container() as container:
-        status = container.status()
-        check_status("pause", container, status)
-        if status == "running":
-            container.switch("pause", status="running", paused=True)
-        else:
+        check_status("pause", container, container.status())
+        if container.state.status == "created" and container.state.starts_paused:  # it has none anyway
             container.save(paused=True)
+        else:
+            container.switch(Domain.pause, paused=True)
 
 
 def command_resume(call: Invocation) -> None:
     with call.container() as container:
         check_status("resume", container, container.status())
-        if container.state.status == "running":
-            container.switch("unpause", paused=False)
-        else:
+        if container.state.status == "created" and container.state.starts_paused:
             container.save(paused=False)
+        else:
+            container.switch(Domain.unpause, paused=False)
 
 
 def output_format(call: Invocation) -> str:
@@ -8012,13 +8639,15 @@ def output_format(call: Invocation) -> str:
 
 
 def command_ps(call: Invocation) -> None:
-    """The container's process as dom0 sees it: the holder.  What runs in the VM, only the VM knows."""
+    """The container's processes as dom0 has them, who are in engines' hands: the holder, and the carriers of `exec`.
+    What else runs in the VM, only the VM knows."""
     import subprocess
 
     container, form = call.container().load(), output_format(call)
     status, pid = container.status(), container.state.pid
     check_status("ps", container, status)
     shown = [pid] if status != "stopped" else []
+    shown += [carrier for carrier, start in carriers_of(container).values() if process_start_time(carrier) == start]
     if form == "json":
         print_json(shown or None, None)
         return
@@ -8358,7 +8987,12 @@ CREATE_FLAGS = {"no-pivot", "no-new-keyring", "detach", "no-subreaper", "keep"}
 CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
 SHORT = {
     "b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet", "r": "resources", "h": "help", "v": "version",
+    "p": "process", "e": "env", "u": "user", "g": "additional-gids", "c": "cap", "t": "tty",
 }  # fmt: skip
+EXEC_FLAGS = {"detach", "tty", "no-new-privs", "ignore-paused"}
+REPEATED = {"env", "cap", "additional-gids", "cgroup"}  # options of which all values count
+EXEC_VALUES = {"process", "cwd", "user", "apparmor", "process-label", "pid-file", "console-socket", "pidfd-socket",
+               "preserve-fds", *REPEATED}  # fmt: skip
 
 # command: (function, flags, options with a value, most arguments)
 COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str], int]] = {
@@ -8370,6 +9004,7 @@ COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str]
     "delete": (command_delete, {"force"}, set(), 1),
     "pause": (command_pause, set(), set(), 1),
     "resume": (command_resume, set(), set(), 1),
+    "exec": (command_exec, EXEC_FLAGS, EXEC_VALUES, sys.maxsize),
     "ps": (command_ps, set(), {"format"}, 1000),
     "events": (command_events, {"stats"}, {"interval"}, 1),
     "update": (command_update, set(), {"resources", *UPDATE_OPTIONS}, 1),
@@ -8379,7 +9014,7 @@ COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str]
     "pack-initrd": (command_pack_initrd, set(), set(), 2),
 }
 # what other runtimes have, so that the refusal can say that it is known
-UNSUPPORTED = {"checkpoint", "exec", "restore"}
+UNSUPPORTED = {"checkpoint", "restore"}
 GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
 GLOBAL_VALUES = {"root", "log", "log-format", "rootless", "criu", "cgroup-manager"}
 
@@ -8392,8 +9027,9 @@ commands:
   state ID                                         print its state as JSON
   kill [--all] ID [SIGNAL]                         send a signal to its process
   delete [--force] ID                              remove what is left of it
+  exec [--process FILE | OPTIONS] ID [COMMAND..]   run one more process in it: see docs/exec.md
   pause ID, resume ID                              stop and continue its VM
-  ps [--format table|json] ID [PS OPTIONS]         its process on this host
+  ps [--format table|json] ID [PS OPTIONS]         its processes on this host
   events [--stats] [--interval 5s] ID              what Xen counts for it, as JSON
   update [--resources FILE|-] [--memory N] ID      change memory, processors and their share: see docs/lifecycle.md
   list [--format table|json] [--quiet]             all containers below the root
@@ -8446,8 +9082,8 @@ def parse_options(command: str, words: list[str]) -> tuple[dict[str, Any], list[
             break
         if len(word) < 2 or not word.startswith("-"):
             arguments.append(word)
-            if command == "ps":
-                return options, arguments + words  # the options of ps(1)
+            if command in ("ps", "exec"):
+                return options, arguments + words  # ps(1)'s own, or the program's
             continue
         name, value = split_option(word)
         if command in ("list", "ps") and name == "force":
@@ -8458,7 +9094,8 @@ def parse_options(command: str, words: list[str]) -> tuple[dict[str, Any], list[
         elif name in values:
             if value is None and not words:
                 raise Error(f"option --{name} of {command} needs a value")
-            options[name] = words.pop(0) if value is None else value
+            value = words.pop(0) if value is None else value
+            options[name] = [*options.get(name, []), value] if name in REPEATED else value
         else:
             raise Error(f"{command} has no option {word}: see runX --help")
     if len(arguments) > most and "help" not in options:
@@ -8494,7 +9131,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
 
 def main(words: list[str]) -> int:
     """Run one command line; return the exit status.  The only place where an Error ends."""
-    log, call = Log(), None
+    log, call, status = Log(), None, 1
     options: dict[str, Any] = {}
     try:
         try:
@@ -8504,7 +9141,7 @@ def main(words: list[str]) -> int:
         call = parse_command(words, options, log)
         return (COMMANDS[call.command][0](call) or 0) if call else 0
     except Error as error:
-        message = str(error)
+        message, status = str(error), error.exit_status
     except KeyboardInterrupt:
         message = "interrupted"
     except OSError as error:
@@ -8518,7 +9155,7 @@ def main(words: list[str]) -> int:
     if log.path:
         log.write("error", message)
     print(f"runX: {message}", file=sys.stderr)
-    return 1
+    return status
 
 
 def run() -> NoReturn:

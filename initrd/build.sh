@@ -223,16 +223,15 @@ cp "$built/busybox" "$root/bin/busybox"
 while read -r link; do
     ln -s busybox "$root/bin/${link##*/}"
 done <"$built/links"
-# /sbin/poweroff is the doorbell; a second command of that name would be taken for it.
-rm "$root/bin/poweroff"
 
 # shellcheck disable=SC2086 # a compiler and its options
 $compiler -Os -Wall -Wextra -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
-    -static -s -Wl,--gc-sections -o "$root/sbin/init" "$here/init.c" "$here/container.c" "$here/streams.c" >&2 ||
+    -static -s -Wl,--gc-sections -o "$root/sbin/init" "$here"/*.c >&2 ||
     fail "cannot compile init in $here; the compiler's messages stand above."
 ln -s sbin/init "$root/init"
-ln -s init "$root/sbin/xs"
-ln -s init "$root/sbin/net"
+for name in poweroff xs net; do
+    ln -s init "$root/sbin/$name"
+done
 
 # Names and numbers of system calls, for seccomp filters: container.c looks them up.  "-": those of 32-bit programs.
 syscalls() { # HEADER PREFIX
@@ -249,7 +248,7 @@ syscalls() { # HEADER PREFIX
     [ "$arch" != x86_64 ] || syscalls unistd_32.h -
 } | LC_ALL=C sort >"$root/etc/syscalls"
 grep -q '^execve [0-9]' "$root/etc/syscalls" || fail "cannot list the system calls: install $headers_package."
-cp "$here/setup" "$here/poweroff" "$root/sbin"
+cp "$here/setup" "$root/sbin"
 cp "$here/udhcpc" "$root/sbin/udhcpc.script"
 chmod 755 "$root" "$root"/* "$root/bin/busybox" "$root"/sbin/*
 chmod 1777 "$root/tmp"

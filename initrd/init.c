@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * init:  PID 1 of the VM.  A child of it, the supervisor, starts the container's process and carries its streams.
- * xs:    the same program under a second name, one xenstore request from the shell.
- * net:   under a third one, sets up the VM's network interfaces as xenstore says.
+ * init:      PID 1 of the VM.  A child of it, the supervisor, starts the container's process and carries its streams.
+ * poweroff:  the same program under a second name, the doorbell: does what the host asks for (doorbell.c).
+ * xs:        under a third one, one xenstore request from the shell.
+ * net:       sets up the VM's network interfaces as xenstore says (net.c).
  *
  * They do what busybox cannot: exact argv and environment, mounts that cannot leave the rootfs, credentials,
  * binary-safe streams; and, as a process costs a VM's start more than all else here, what every container needs.
@@ -10,13 +11,12 @@
  * Nothing here decides anything about the host: the other end of the consoles checks what it reads.
  */
 #include "init.h"
-#include <linux/netlink.h>
-#include <net/if.h>
+#include <poll.h>
 #include <stdarg.h>
-#include <sys/ioctl.h>
+#include <sys/inotify.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
-#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -73,25 +73,23 @@ int write_at(int folder, const char *path, const char *value)
 	return n < 0 ? -1 : 0;
 }
 
-int64_t milliseconds(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
-}
-
 /* ---- errors ---- */
 
 int parent = -1;
+unsigned long process_number;
 
+/* message: a sentence, without an end of line. */
 void die_with(int status, const char *message)
 {
-	put(2, message, strlen(message));
-	if (parent >= 0)
+	if (parent >= 0) {
 		put(parent, message, strlen(message));
-	else
-		xs_write("data/error", message);
+	} else {
+		put(2, message, strlen(message));
+		put(2, "\n", 1);
+		if (process_number)
+			end_exec(CANNOT_START, message);
+		tell("error", message);
+	}
 	_exit(status);
 }
 
@@ -99,7 +97,7 @@ void die_as(int status, const char *operation, const char *object)
 {
 	char message[MESSAGE_MAX];
 
-	join(message, sizeof message, operation, " ", object, ": ", strerror(errno), "\n", NULL);
+	join(message, sizeof message, operation, " ", object, ": ", strerror(errno), NULL);
 	die_with(status, message);
 }
 
@@ -119,6 +117,30 @@ int check(int result, const char *operation, const char *object)
 	if (result < 0)
 		die(operation, object);
 	return result;
+}
+
+/* ---- time and events ---- */
+
+int64_t milliseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+}
+
+int64_t in_seconds(int count)
+{
+	return milliseconds() + count * INT64_C(1000);
+}
+
+/* Returns what can be read from when a file is made there. */
+int watch_folder(const char *path)
+{
+	int fd = check(inotify_init1(IN_NONBLOCK | IN_CLOEXEC), "open", "inotify");
+
+	check(inotify_add_watch(fd, path, IN_CREATE), "watch", path);
+	return fd;
 }
 
 /* ---- xenstore: the kernel's /dev/xen/xenbus, wire format of xen/include/public/io/xs_wire.h ---- */
@@ -162,108 +184,101 @@ int xs_write(const char *path, const char *value)
 	return xs_request(XS_WRITE, path, value, reply);
 }
 
-/* xs read PATH | write PATH VALUE | rm PATH | ls PATH.  Exit status 1 where xenstore refuses, 2 for another usage. */
-static int xs_main(int argc, char **argv)
+/* Has what changes at a path be told, and at once too.  fd: of another watch, or -1.  Returns what to read from. */
+int xs_watch(int fd, const char *path)
 {
-	char reply[XS_REPLY_MAX];
-	const char *verb = argc > 2 ? argv[1] : "";
-	uint32_t type = !strcmp(verb, "read") ? XS_READ : !strcmp(verb, "ls") ? XS_DIRECTORY :
-			!strcmp(verb, "rm") ? XS_RM : !strcmp(verb, "write") ? XS_WRITE : 0;
-	int len;
+	struct { struct xs_header header; char payload[128]; } message;
+	size_t len = join(message.payload, sizeof message.payload - 2, path, NULL) + 1;
 
-	if (!type || argc != (type == XS_WRITE ? 4 : 3))
-		return 2;
-	len = xs_request(type, argv[2], type == XS_WRITE ? argv[3] : "", reply);
-	if (len < 0)
-		return 1;
-	for (int i = 0; type == XS_DIRECTORY && i < len; i++)
-		reply[i] = reply[i] ? reply[i] : '\n';
-	if (type == XS_READ)
-		reply[len++] = '\n';
-	if (type == XS_READ || type == XS_DIRECTORY)
-		put(1, reply, len);
-	return 0;
+	message.payload[len++] = 0;	/* the token */
+	message.header = (struct xs_header){ .type = XS_WATCH, .len = len };
+	if (fd < 0)
+		fd = check(open("/dev/xen/xenbus", O_RDWR | O_NONBLOCK | O_CLOEXEC), "open", "/dev/xen/xenbus");
+	check(write(fd, &message, sizeof message.header + len), "watch xenstore's", path);
+	return fd;
 }
 
-/* ---- net: interfaces, addresses and routes, as messages of rtnetlink(7) that runx.py has made ---- */
-
-static unsigned char hex_byte(const char *hex)
+/* The nodes of the process that this is about. */
+static const char *node_of(const char *name)
 {
-	unsigned char byte = 0;
+	static char path[64];
 
-	for (int i = 0; i < 2; i++)
-		byte = byte << 4 | (hex[i] >= 'a' ? hex[i] - 'a' + 10 : hex[i] - '0');
-	return byte;
+	join(path, sizeof path, "data/process/", decimal(process_number), "/", name, NULL);
+	return path;
 }
 
-/* The number of the interface with a MAC address, which is 12 hexadecimal digits. */
-static uint32_t find_interface(const char *mac)
+/* Returns -1 also where the host has taken an exec's consoles away: the nodes may be of another one already. */
+int tell(const char *name, const char *value)
 {
-	int fd = check(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), "open", "a socket");
-	struct ifreq request;
+	return process_number && is_withdrawn() ? -1 : xs_write(node_of(name), value);
+}
 
-	for (int number = 1; number < 1024; number++) {
-		int i = 0;
-		request.ifr_ifindex = number;
-		if (ioctl(fd, SIOCGIFNAME, &request) < 0 || ioctl(fd, SIOCGIFHWADDR, &request) < 0)
-			continue;
-		while (i < 6 && (unsigned char)request.ifr_hwaddr.sa_data[i] == hex_byte(mac + 2 * i))
-			i++;
-		if (i == 6) {
-			close(fd);
-			return number;
+/* Returns the value's length, or -1. */
+int ask(const char *name, char *reply)
+{
+	return xs_request(XS_READ, node_of(name), "", reply);
+}
+
+/* ---- devices, and what else is waited for ---- */
+
+enum { SILENCE = 1000 };	/* milliseconds */
+
+/*
+ * The kernel looks for devices once, and only then watches for more: of those that come in between it hears when
+ * something is written below their nodes.
+ */
+static void show_devices(void)
+{
+	char kinds[XS_REPLY_MAX], numbers[XS_REPLY_MAX], path[64];
+	int kinds_len = xs_request(XS_DIRECTORY, "device", "", kinds), len;
+
+	for (char *kind = kinds; kind < kinds + kinds_len; kind += strlen(kind) + 1) {
+		join(path, sizeof path, "device/", kind, NULL);
+		len = xs_request(XS_DIRECTORY, path, "", numbers);
+		for (char *number = numbers; number < numbers + len; number += strlen(number) + 1) {
+			join(path, sizeof path, "device/", kind, "/", number, "/shown", NULL);
+			xs_write(path, "1");
 		}
 	}
-	refuse(ENODEV, "find the network interface", mac);
-}
-
-/* Sends a message, in hexadecimal with "@" for the interface's number, and dies if the kernel's answer is no. */
-static void send_message(int netlink, const char *hex, uint32_t interface)
-{
-	char message[XS_PAYLOAD_MAX / 2 + sizeof interface];
-	struct { struct nlmsghdr header; struct nlmsgerr error; char more[sizeof message]; } answer;
-	size_t len = 0;
-
-	for (const char *c = hex; *c && len + sizeof interface <= sizeof message;) {
-		if (*c == '@') {
-			memcpy(message + len, &interface, sizeof interface);
-			len += sizeof interface;
-			c++;
-		} else {
-			message[len++] = hex_byte(c);
-			c += 2;
-		}
-	}
-	check(send(netlink, message, len, 0), "send rtnetlink message", hex);
-	check(recv(netlink, &answer, sizeof answer, 0), "get the answer to rtnetlink message", hex);
-	if (answer.error.error)
-		refuse(-answer.error.error, "apply rtnetlink message", hex);
 }
 
 /*
- * data/network/0, 1, ... in this order: a MAC address, then words that are messages, or files below /proc with what is
- * to be written to them: "sys/net/..=1".
+ * Waits until one of two descriptors, the second may be -1, has something to read, and reads it: all that it says is
+ * that it is worth looking again.  Watch first, look, and then wait, so that nothing is missed.  end: when to fail with
+ * the sentence, by milliseconds(); negative: never, and it is not about a device.
  */
-static int net_main(void)
+void await_event(int fd, int other, int64_t end, const char *sentence)
 {
-	int netlink = check(socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE), "open", "rtnetlink");
-	int proc = check(open("/proc", O_PATH | O_CLOEXEC), "open", "/proc");
-	char path[64], text[XS_REPLY_MAX], *value;
+	struct pollfd fds[] = { { fd, POLLIN, 0 }, { other, POLLIN, 0 } };
+	int64_t left = end - milliseconds();
+	char events[4096];
 
-	for (unsigned long number = 0;; number++) {
-		join(path, sizeof path, "data/network/", decimal(number), NULL);
-		if (xs_request(XS_READ, path, "", text) < 0)
-			return 0;
-		uint32_t interface = find_interface(strtok(text, " "));
-		for (char *word; (word = strtok(NULL, " "));) {
-			if (!(value = strchr(word, '='))) {
-				send_message(netlink, word, interface);
-			} else {
-				*value++ = 0;
-				write_at(proc, word, value);	/* what this kernel has not, it need not be told */
-			}
-		}
-	}
+	if (end >= 0 && left <= 0)
+		die_with(CANNOT_START, sentence);
+	/* those of other processes come when the kernel has long watched */
+	if (poll(fds, 2, end < 0 ? -1 : left < SILENCE ? left : SILENCE) == 0 && !process_number)
+		show_devices();
+	for (int i = 0; i < 2; i++)
+		while (fds[i].revents && read(fds[i].fd, events, sizeof events) > 0)
+			;
+}
+
+/* xs read PATH | write PATH VALUE.  Exit status 1 where xenstore refuses, 2 for another usage. */
+static int xs_main(int argc, char **argv)
+{
+	char reply[XS_REPLY_MAX];
+	int len;
+
+	if (argc == 4 && !strcmp(argv[1], "write"))
+		return xs_write(argv[2], argv[3]) < 0;
+	if (argc != 3 || strcmp(argv[1], "read"))
+		return 2;
+	len = xs_request(XS_READ, argv[2], "", reply);
+	if (len < 0)
+		return 1;
+	reply[len++] = '\n';
+	put(1, reply, len);
+	return 0;
 }
 
 /* ---- scripts ---- */
@@ -284,19 +299,24 @@ pid_t start_script(const char *path, const char *word)
 
 	if (child == 0) {
 		unblock_signals();
+		signal(SIGPIPE, SIG_DFL);
 		execl(path, path, word, (char *)NULL);
 		_exit(NOT_FOUND);
 	}
 	return child;
 }
 
-/* The exit status of a child as a shell has it. */
+/* The exit status of a child as a shell has it.  Others that end before are reaped too, if this is PID 1. */
 static int wait_for(pid_t child)
 {
+	pid_t pid;
 	int status;
 
-	if (child < 0 || waitpid(child, &status, 0) < 0)
-		return 255;
+	if (child < 0)
+		return CANNOT_START;
+	while ((pid = waitpid(getpid() == 1 ? -1 : child, &status, 0)) != child)
+		if (pid < 0 && errno != EINTR)
+			return CANNOT_START;
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
@@ -331,19 +351,10 @@ static const struct { const char *path, *value; } tuning[] = {
 static void finish(int status) __attribute__((noreturn));
 static void finish(int status)
 {
-	xs_write("data/exit", decimal(status));
+	tell("exit", decimal(status));
 	reboot(RB_POWER_OFF);	/* never halt: on Arm that spins for ever */
 	for (;;)
 		pause();
-}
-
-static void fail(const char *sentence)
-{
-	char line[MESSAGE_MAX];
-
-	put(2, line, join(line, sizeof line, "init: ", sentence, "\n", NULL));
-	xs_write("data/error", sentence);
-	finish(255);
 }
 
 /* Whether the kernel has killed a process because memory ran out.  /proc gives a page at a time. */
@@ -363,36 +374,31 @@ static int was_short_of_memory(void)
 
 static int init_main(void)
 {
-	int status, disk = is_there("/container/disk");
+	char requests[XS_REPLY_MAX];
 	pid_t supervisor;
+	int status;
 
-	if (mount("dev", "/dev", "devtmpfs", 0, NULL) < 0 || mount("proc", "/proc", "proc", 0, NULL) < 0)
-		fail("cannot mount /dev and /proc");
+	if (mount("dev", "/dev", "devtmpfs", 0, NULL) < 0 || mount("proc", "/proc", "proc", 0, NULL) < 0 ||
+	    mkdir(PROCESSES, 0700) < 0 || note_process(0, 0, 0) < 0 || mknod(BELL, S_IFREG | 0600, 0) < 0) {
+		tell("error", "cannot mount /dev and /proc");
+		finish(CANNOT_START);
+	}
 	for (size_t i = 0; i < COUNT(tuning); i++)
 		write_at(AT_FDCWD, tuning[i].path, tuning[i].value);
-	if ((is_there("/modules") && set_up("modules")) ||	/* which has told why, if it fails */
-	    (is_there("/proc/sys/net/ipv4/conf/eth0") && set_up("network")))
-		finish(255);
-	/* The container's files are in the ramdisk, or dom0 serves them: to a kernel that is not ours over 9p. */
-	if (!is_there(SHARE "/rootfs") && mount("share", SHARE, "xenfuse", 0, "") < 0 &&
-	    (errno != ENODEV ||
-	     mount("share", SHARE, "9p", 0, "trans=xen,version=9p2000.L,msize=131072,cache=mmap") < 0))
-		fail("cannot mount the share");
-	if (disk && set_up("disk"))
-		finish(255);
-
 	supervisor = fork();
 	if (supervisor == 0)
-		exit(supervise());
+		_exit(supervise());
 	if (supervisor < 0)
-		fail("cannot fork the supervisor");
+		tell("error", "cannot fork the supervisor");
+	if (xs_request(XS_DIRECTORY, "data/request", "", requests) > 0)	/* from before the doorbell could act */
+		start_script("/sbin/poweroff", NULL);
 	status = wait_for(supervisor);
 	if (was_short_of_memory())
 		set_up("oom");
 	/* The host may destroy the VM as soon as it reads the status, so what is dirty goes first; a file system that
 	   was unmounted needs no repair. */
 	sync();
-	if (disk && umount(SHARE "/rootfs") < 0)
+	if (is_there("/container/disk") && umount(SHARE "/rootfs") < 0)
 		mount(NULL, SHARE "/rootfs", NULL, MS_REMOUNT | MS_RDONLY, NULL);
 	finish(status);
 }
@@ -401,5 +407,6 @@ int main(int argc, char **argv)
 {
 	char *slash = strrchr(argv[0], '/'), *name = slash ? slash + 1 : argv[0];
 
-	return !strcmp(name, "xs") ? xs_main(argc, argv) : !strcmp(name, "net") ? net_main() : init_main();
+	return !strcmp(name, "poweroff") ? doorbell_main() : !strcmp(name, "xs") ? xs_main(argc, argv) :
+	       !strcmp(name, "net") ? net_main() : init_main();
 }

@@ -46,13 +46,26 @@ class Dom0:
         ]
         self.spec["hostname"], self.networks = "box", []
         monkeypatch.setattr(runx, "installed_file", lambda name: str(folder / name))
-        monkeypatch.setattr(runx, "Xenstore", lambda: "xenstore")
+        monkeypatch.setattr(runx, "Xenstore", lambda: self)
         monkeypatch.setattr(runx, "create_domain", self.create_domain)
         monkeypatch.setattr(runx, "host_guest_type", lambda: "pvh")
         monkeypatch.setattr(runx, "new_uuid", lambda: UUID)
         monkeypatch.setattr(runx, "HOST_CONFIG", str(folder / "host.json"))
 
-    def create_domain(self, xenstore, path, uuid, memory):
+    # ---- of xenstore
+
+    def watch(self, *watches):
+        self.watches = watches
+
+    def read(self, _):
+        return "0"
+
+    def take_events(self):
+        return []
+
+    # ---- of xl
+
+    def create_domain(self, xenstore, path, uuid, memory, paused):
         lines = pathlib.Path(path).read_text().splitlines()
         pairs = [line.split(" = ", 1) for line in reversed(lines) if " = " in line]  # of two, ours, which is before
         settings = {key: value.strip('"') for key, value in pairs}
@@ -60,8 +73,8 @@ class Dom0:
         share = {}
         for path, _, names in os.walk(self.folder / "root/c/share"):
             share.update((os.path.join(path, name)[len(str(self.folder)) + 14 :], name) for name in names)
-        self.seen.append({"settings": settings, "memory": memory, "share": sorted(share), **files})
-        assert (xenstore, uuid) == ("xenstore", UUID)
+        self.seen.append({"settings": settings, "memory": memory, "paused": paused, "share": sorted(share), **files})
+        assert (xenstore, uuid, self.watches) == (self, UUID, (("@releaseDomain", "release"),))
         if self.failures:
             raise runx.Error(self.failures.pop(0))
         return SimpleNamespace(domid=7)

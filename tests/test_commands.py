@@ -118,11 +118,14 @@ def test_a_poststop_hook_that_fails_is_a_warning_and_the_others_run(dom0):
     assert [kind for kind, *_ in records(container)] == ["one", "two"]
 
 
-def test_start_waits_for_the_process_where_a_hook_needs_it(dom0):
-    container = with_hooks(dom0, "early:until:data/go", "wait", kinds=["poststart"]).created()
+def test_start_waits_for_the_process(dom0):
+    container = with_hooks(dom0, "begun:until:data/go", "wait", kinds=["poststart"]).created()
+    dom0.forget()
     start = container.start_runx("start")
-    dom0.ask("await_calls", "xl", "unpause")
-    dom0.ask("write", f"/local/domain/{container.domid()}/data/go", "1")
+    data = f"/local/domain/{container.domid()}/data"
+    dom0.ask("await_calls", "xenstore", f"watch {data}/process/0")
+    assert not (container.bundle / "notes").exists()
+    dom0.ask("write", f"{data}/go", "1")
     assert start.wait().returncode == 0
     assert json.loads(records(container)[0][2])["status"] == "running"
     kill(container)
@@ -131,8 +134,8 @@ def test_start_waits_for_the_process_where_a_hook_needs_it(dom0):
 
 def test_a_start_container_hook_that_fails_fails_start(dom0):
     hooks = {"startContainer": [{"path": "/bin/false", "args": ["false", "x"], "env": ["A=b"], "timeout": 9}]}
-    reason = "data/error=error running startContainer hook #0: exit status 1"
-    steps = ("early:until:data/go", f"early:set:{reason}", "early:exit:1")
+    reason = "data/process/0/error=error running startContainer hook #0: exit status 1"
+    steps = ("begun:until:data/go", f"begun:set:{reason}", "begun:exit:1")
     container = dom0.container(*steps, hooks=hooks).created()
     told = dict(container.guest()["records"])
     assert told["hook"] == ["/bin/false", 9, ["false", "x"], ["A=b"]]
@@ -140,11 +143,12 @@ def test_a_start_container_hook_that_fails_fails_start(dom0):
     dom0.forget()
     start = container.start_runx("start")
     data = f"/local/domain/{container.domid()}/data"
-    dom0.ask("await_calls", "xenstore", f"watch {data}")
+    dom0.ask("await_calls", "xenstore", f"watch {data}/process/0")
     dom0.ask("write", f"{data}/go", "1")
     result = start.wait()
     assert result.returncode == 1
-    assert "error running startContainer hook #0: exit status 1\n" in result.stderr
+    reason = "error running startContainer hook #0: exit status 1"
+    assert result.stderr == f"runX: unable to start container process: {reason}\n"
     finish(container, 1)
 
 
@@ -203,9 +207,17 @@ def test_what_is_sent_to_run_goes_to_the_process(dom0):
 
 def test_run_of_what_cannot_start_leaves_nothing(dom0):
     container = dom0.container()
-    dom0.fail("xl", 1, "no luck", match="unpause")
+    dom0.fail("xenstore", 1, "EIO", match="process/0/start")
     result = run(container).wait()
-    assert (result.returncode, result.stderr) == (1, "runX: xl unpause failed: no luck\n")
+    assert (result.returncode, result.stderr.endswith("/data/process/0/start in xenstore: EIO\n")) == (1, True)
+    dom0.settle()
+
+
+def test_run_of_what_cannot_be_executed_leaves_nothing(dom0):
+    reason = 'exec: "x": exec format error'
+    container = dom0.container(f"begun:set:data/process/0/error={reason}", "begun:exit:255")
+    result = run(container).wait()
+    assert (result.returncode, result.stderr) == (1, f"runX: unable to start container process: {reason}\n")
     dom0.settle()
 
 
@@ -313,7 +325,7 @@ def test_after_an_update_that_was_killed_the_next_one_sets_everything(dom0):
 
 
 def test_events_end_with_the_container_and_tell_of_its_lack_of_memory(dom0):
-    container = dom0.container("early:until:data/go", "set:data/oom=killed", "exit:137").started()
+    container = dom0.container("until:data/go", "set:data/oom=killed", "exit:137").started()
     reader, writer = os.pipe()
     events = container.start_runx("events", "--interval", "1h", stdout=writer)
     os.close(writer)

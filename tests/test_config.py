@@ -823,7 +823,8 @@ def test_unknown_signals_are_refused(text):
 @pytest.mark.parametrize(
     "words",
     [["--version"], ["-v"], ["features"], ["--help"], ["-h"], ["help"], [], ["create", "--help"], ["kill", "x", "-h"],
-     ["--help", "create"], ["list", "--help"], ["--debug=false", "--version"], ["ps", "--help"], ["exec", "--help"]],
+     ["--help", "create"], ["list", "--help"], ["--debug=false", "--version"], ["ps", "--help"], ["exec", "--help"],
+     ["restore", "-h"]],
 )  # fmt: skip
 def test_what_needs_no_xen(words):
     result = call(*RUNX, *words)
@@ -834,7 +835,7 @@ def test_what_needs_no_xen(words):
     "words, sentence",
     [
         (["bogus"], "unknown command 'bogus': see runX --help"),
-        (["exec", "x"], "runX does not support exec"),
+        (["restore", "x"], "runX does not support restore"),
         (["kill"], "a container ID is required as an argument"),
         (["create", "--bundle"], "option --bundle of create needs a value"),
         (["--log-format", "xml", "list"], "invalid log-format: xml"),
@@ -1005,6 +1006,14 @@ def test_the_options_of_update_are_fields_of_resources(tmp_path):
 def test_what_follows_the_id_of_ps_is_for_ps():
     assert runx.parse_options("ps", ["--format", "json", "id"]) == ({"format": "json"}, ["id"])
     assert runx.parse_options("ps", ["id", "-o", "pid"]) == ({}, ["id", "-o", "pid"])
+
+
+def test_what_follows_the_id_of_exec_is_the_command_and_its_own():
+    options, arguments = runx.parse_options(
+        "exec", ["-t", "--env=A=1", "-e", "B=-d", "id", "ls", "-d", "--", "--env", "C"]
+    )
+    assert options == {"tty": True, "env": ["A=1", "B=-d"]}
+    assert arguments == ["id", "ls", "-d", "--", "--env", "C"]
 
 
 # ---- process and linux

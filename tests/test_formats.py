@@ -237,10 +237,13 @@ class Channels:
 class Frontend(dict):
     """What a guest has written to xenstore."""
 
-    def read(self, path):
+    def read(self, path, transaction=0):
         return self.get(path.rpartition("/")[2])
 
-    def write(self, path, value):
+    def transaction(self, work):
+        work(1)
+
+    def write(self, path, value, transaction=0):
         self[path.rpartition("/")[2]] = value
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 
 INITRD = REPOSITORY / "initrd"
-PARTS = ("init.c", "container.c", "streams.c")
+PARTS = sorted(path.name for path in INITRD.glob("*.c"))
 WARNINGS = (
     "-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Wmissing-prototypes", "-Wwrite-strings", "-Wcast-qual",
     "-Wpointer-arith", "-Wvla", "-Wundef", "-Werror",
@@ -98,29 +98,50 @@ def run_in(root, program, *words):
     return subprocess.run(["chroot", root, "/program", *words], capture_output=True, text=True)
 
 
-CONTAINER_MAIN = r"""
+FILES_MAIN = r"""
 #include <stdio.h>
 
 int main(int argc, char **argv)
 {
-	const char *what = argv[1];
 	char **word = argv + 2;
 	int missing;
 
-	if (!strcmp(what, "resolve")) {
+	(void)argc;
+	if (!strcmp(argv[1], "resolve")) {
 		char *found = resolve(word[0], &missing);
 		printf("%s %d", found, missing);
-	} else if (!strcmp(what, "mask")) {
+	} else {
 		apply_mask(word);
-	} else if (!strcmp(what, "home")) {
-		settings.env = allocate(argc, sizeof *settings.env);
+	}
+	return 0;
+}
+"""
+
+PROCESS_MAIN = r"""
+#include <stdio.h>
+
+int main(int argc, char **argv)
+{
+	char **word = argv + 2;
+
+	make_settings(argc);
+	if (!strcmp(argv[1], "home")) {
 		settings.uid = number(word[0]);
 		while (*++word)
 			apply_env(word);
 		set_home();
 		for (char **variable = settings.env; *variable; variable++)
 			printf("%s\n", *variable);
-	} else if (!strcmp(what, "seccomp")) {
+	} else if (!strcmp(argv[1], "cwd")) {
+		settings.cwd = word[0];
+		enter_cwd();
+	} else if (!strcmp(argv[1], "execute")) {
+		sigset_t none;
+		sigemptyset(&none);
+		setenv("PATH", "/no/such:/folder:/file", 1);
+		settings.args = word;
+		execute(&none);
+	} else {
 		init_root = open("/", O_PATH);
 		next_word = word[2];
 		words_end = argv[argc - 1] + strlen(argv[argc - 1]);
@@ -134,8 +155,13 @@ int main(int argc, char **argv)
 
 
 @pytest.fixture(scope="session")
-def container(compile_part):
-    return compile_part("container.c", CONTAINER_MAIN)
+def files(compile_part):
+    return compile_part("files.c", FILES_MAIN)
+
+
+@pytest.fixture(scope="session")
+def process(compile_part):
+    return compile_part("process.c", PROCESS_MAIN)
 
 
 @pytest.fixture
@@ -162,24 +188,24 @@ def root(tmp_path):
         ("../../../../out", "/link", "/out 1"),
     ],
 )
-def test_a_path_leads_to_names_that_are_no_links_and_below_the_root(container, root, link, path, found):
+def test_a_path_leads_to_names_that_are_no_links_and_below_the_root(files, root, link, path, found):
     (root / "link").symlink_to(link)
-    assert run_in(root, container, "resolve", path).stdout == found
+    assert run_in(root, files, "resolve", path).stdout == found
 
 
 @pytest.mark.parametrize(
     "link, path, reason",
     [("link", "/link", "Too many levels of symbolic links"), ("a/" * 2000, "/link/" + "b/" * 99, "File name too long")],
 )
-def test_a_path_without_an_end_is_refused(container, root, link, path, reason):
+def test_a_path_without_an_end_is_refused(files, root, link, path, reason):
     (root / "link").symlink_to(link)
-    result = run_in(root, container, "resolve", path)
+    result = run_in(root, files, "resolve", path)
     assert (result.returncode, result.stderr) == (126, f"follow {path}: {reason}\n")
 
 
-def test_what_is_to_be_masked_may_be_missing_but_not_unknown(container, root):
-    assert run_in(root, container, "mask", "/no/such").returncode == 0
-    result = run_in(root, container, "mask", "/file/below")
+def test_what_is_to_be_masked_may_be_missing_but_not_unknown(files, root):
+    assert run_in(root, files, "mask", "/no/such").returncode == 0
+    result = run_in(root, files, "mask", "/file/below")
     assert (result.returncode, result.stderr) == (126, "mask /file/below: Not a directory\n")
 
 
@@ -197,13 +223,13 @@ PASSWD = "root:x:0:0::/root:/bin/sh\nshort:x:7\nlong:x:7:7::/long:/bin/sh:more\n
         (["9"], ["HOME=/"]),
     ],
 )
-def test_home_is_that_of_the_images_passwd_unless_it_is_set(container, root, words, environment):
+def test_home_is_that_of_the_images_passwd_unless_it_is_set(process, root, words, environment):
     (root / "etc/passwd").write_text(PASSWD)
-    assert run_in(root, container, "home", *words).stdout.splitlines() == environment
+    assert run_in(root, process, "home", *words).stdout.splitlines() == environment
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "endless"])
-def test_home_is_the_root_folder_where_the_image_has_no_passwd_to_be_read(container, root, kind):
+def test_home_is_the_root_folder_where_the_image_has_no_passwd_to_be_read(process, root, kind):
     path = root / "etc/passwd"
     if kind == "folder":
         path.mkdir()
@@ -212,15 +238,79 @@ def test_home_is_the_root_folder_where_the_image_has_no_passwd_to_be_read(contai
     elif kind == "endless":  # a hole, of more than there is memory
         path.touch()
         os.truncate(path, 2**42)
-    assert run_in(root, container, "home", "7").stdout == "HOME=/\n"
+    assert run_in(root, process, "home", "7").stdout == "HOME=/\n"
 
 
-def test_a_seccomp_filter_gets_numbers_for_names(container, root):
+def test_a_seccomp_filter_gets_numbers_for_names(process, root):
     (root / "etc/syscalls").write_text("-exit 1\n-read 3\nclose 3\nread 0\nwrite 1\n")
     names = ["read", "write", "-read", "-exit", "unknown", "close", "7", "max", "-max"]
     instructions = [word for name in names for word in ("1", "2", "3", name)]
-    result = run_in(root, container, "seccomp", "0", str(len(names)), *instructions)
+    result = run_in(root, process, "seccomp", "0", str(len(names)), *instructions)
     assert result.stdout.split() == ["0", "1", "3", "1", str(2**32 - 1), "3", "7", "3", "3"]
+
+
+@pytest.mark.parametrize(
+    "name, status, reason",
+    [
+        ("nowhere", 127, "executable file not found in $PATH"),
+        ("plain", 127, "executable file not found in $PATH"),
+        ("broken", 126, "exec format error"),
+        ("/no/such", 127, "stat /no/such: no such file or directory"),
+        ("/file/below", 126, "stat /file/below: not a directory"),
+        ("/folder", 126, "permission denied"),
+        ("folder/plain", 126, "permission denied"),
+        ("/folder/broken", 126, "exec format error"),
+        ("/folder/script", 127, "no such file or directory"),  # that is to interpret it
+    ],
+)
+def test_what_cannot_be_executed_is_told_in_runcs_words(process, root, name, status, reason):
+    for file, content, mode in (("plain", "", 0o644), ("broken", "?", 0o755), ("script", "#!/no/such", 0o755)):
+        path = root / "folder" / file
+        path.write_text(content)
+        path.chmod(mode)
+    result = run_in(root, process, "execute", name)
+    assert (result.returncode, result.stderr) == (status, f'exec: "{name}": {reason}\n')
+
+
+def test_a_working_directory_that_cannot_be_entered_is_told_in_runcs_words(process, root):
+    result = run_in(root, process, "cwd", "/no/such")
+    words = 'chdir to cwd ("/no/such") set in config.json failed: no such file or directory\n'
+    assert (result.returncode, result.stderr) == (126, words)
+
+
+DOORBELL_MAIN = r"""
+int main(int argc, char **argv)
+{
+	pid_t pid, supervisor;
+	int noted = argc < 5 ? 0 : note_process(7, strtoul(argv[3], NULL, 10), strtoul(argv[4], NULL, 10));
+
+	if (noted < 0 || (argc == 5 && (find_process(7, &pid, &supervisor) < 0 || supervisor != 222)))
+		return 2;
+	return is_early(argv[1], strtoul(argv[2], NULL, 10));
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def doorbell(compile_part):
+    return compile_part("doorbell.c", DOORBELL_MAIN)
+
+
+@pytest.mark.parametrize(
+    "words, stays",
+    [
+        (["kill", "7", "0", "222"], True),
+        (["killall", "7", "0", "222"], True),
+        (["look", "7", "0", "222"], True),
+        (["kill", "7", "111", "222"], False),
+        (["kill", "8", "0", "222"], False),  # there is no such process
+        (["run", "7", "0", "222"], False),
+        (["cpus", ""], False),
+    ],
+)
+def test_what_is_asked_of_a_process_waits_until_it_is_executed(doorbell, root, words, stays):
+    (root / "run/process").mkdir(parents=True)
+    assert run_in(root, doorbell, *words).returncode == stays
 
 
 STREAMS_MAIN = r"""

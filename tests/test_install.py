@@ -10,8 +10,6 @@ from conftest import REPOSITORY, call
 import runx
 
 MANUAL, COMPLETION = (REPOSITORY / "docs" / name for name in ("runX.8", "runX.bash-completion"))
-# a command that is documented before it is there
-COMING = runx.UNSUPPORTED & {"exec"}
 
 
 def long_options(command):
@@ -44,8 +42,8 @@ def manual_options():
 
 def test_the_manual_has_every_command_and_option_and_no_other():
     found = manual_options()
-    assert found.keys() - {""} - COMING == runx.COMMANDS.keys()
-    for command in found.keys() - COMING:
+    assert found.keys() - {""} == runx.COMMANDS.keys()
+    for command in found.keys():
         known = long_options(command)
         known |= {f"-{letter}" for letter, name in runx.SHORT.items() if f"--{name}" in known}
         assert found[command] == known, command
@@ -75,7 +73,7 @@ def completed(*lines):
 
 
 def test_bash_completes_every_command_and_option_and_no_other():
-    assert set(*completed([""])) - COMING == runx.COMMANDS.keys()
+    assert set(*completed([""])) == runx.COMMANDS.keys()
     commands = ["", *runx.COMMANDS]
     for command, offered in zip(commands, completed(*([*command.split(), "-"] for command in commands))):
         assert set(offered) == long_options(command), command

@@ -4,6 +4,8 @@
 import json
 
 import pytest
+from conftest import wait_until
+from fake.dom0 import config
 
 STATES = ("created", "running", "paused", "stopped")
 
@@ -49,22 +51,22 @@ NOT_RUNNING, NOT_PAUSED = "container not running", "container not paused"
 REFUSED = {
     "unknown": {
         "state": GONE, "start": GONE, "kill": GONE, "kill --all": GONE, "pause": GONE, "resume": GONE, "ps": GONE,
-        "events --stats": GONE, "update --memory=32m": GONE, "delete": GONE, "exec": "runX does not support exec",
+        "events --stats": GONE, "update --memory=32m": GONE, "delete": GONE,
         "checkpoint": "runX does not support checkpoint", "restore": "runX does not support restore",
     },
-    "created": {"create": EXISTS, "resume": NOT_PAUSED, "exec": "runX does not support exec"},
+    "created": {"create": EXISTS, "resume": NOT_PAUSED},
     "running": {
         "create": EXISTS, "start": "cannot start an already running container", "resume": NOT_PAUSED,
-        "delete": "cannot delete container {id} that is not stopped: running", "exec": "runX does not support exec",
+        "delete": "cannot delete container {id} that is not stopped: running",
     },
     "paused": {
         "create": EXISTS, "start": "cannot start a container in the paused state", "pause": NOT_RUNNING,
-        "delete": "cannot delete container {id} that is not stopped: paused", "exec": "runX does not support exec",
+        "delete": "cannot delete container {id} that is not stopped: paused",
     },
     "stopped": {
         "create": EXISTS, "start": "cannot start a container that has stopped", "kill": NOT_RUNNING,
         "pause": NOT_RUNNING, "resume": NOT_PAUSED, "events --stats": "container with id {id} is not running",
-        "update --memory=32m": NOT_RUNNING, "exec": "runX does not support exec",
+        "update --memory=32m": NOT_RUNNING,
     },
 }  # fmt: skip
 
@@ -161,6 +163,7 @@ def test_other_signals_do_nothing_to_what_is_not_started(dom0, status):
     container = bring(dom0, "created")
     if status != "created":
         assert container.runx("pause").returncode == 0
+        assert dom0.domains()[container.domid()]["paused"]
     for signal in ("0", "USR1", "CHLD", "CONT", "URG", "WINCH", "RTMIN+1"):
         assert kill(container, signal).returncode == 0
     assert container.status() == status.split()[0]
@@ -175,7 +178,7 @@ def test_signals_reach_the_process_by_name_and_number(dom0):
     for signal, number in signals.items():
         assert kill(container, signal).returncode == 0
         if number and signal != "RTMAX":  # which is the last
-            dom0.ask("await_asked", container.domid(), f"kill {number}")
+            dom0.ask("await_asked", container.domid(), f"kill 0 {number}")
     assert container.wait() == 0
     assert container.output() == "15 10 12 36 63 64"
     remove(container)
@@ -255,9 +258,114 @@ def test_pause_and_resume(dom0):
 def test_one_that_is_paused_before_it_is_started_is_created_again_after_resume(dom0):
     container = bring(dom0, "created", "exit:4")
     assert (container.runx("pause").returncode, container.status()) == (0, "paused")
+    assert dom0.domains()[container.domid()]["paused"]
     assert container.runx("start").stderr == "runX: cannot start a container in the paused state\n"
     assert (container.runx("resume").returncode, container.status()) == (0, "created")
+    assert not dom0.domains()[container.domid()]["paused"]
     assert (container.runx("start").returncode, container.wait()) == (0, 4)
+    remove(container)
+
+
+@pytest.mark.parametrize("command, before, after", [("pause", "created", "paused"), ("resume", "paused", "created")])
+@pytest.mark.parametrize("done", [False, True], ids=["not done", "done"])
+def test_a_pause_or_resume_of_a_created_container_that_is_killed_leaves_no_wrong_state(
+    dom0, command, before, after, done
+):
+    container = bring(dom0, "created", "exit:4")
+    assert before == "created" or container.runx("pause").returncode == 0
+    dom0.fail("xl", 1, "kill", done)
+    assert container.runx(command).returncode == -9
+    dom0.forget()
+    assert container.status() == (after if done else before)
+    if container.status() == "paused":
+        assert container.runx("resume").returncode == 0
+    assert container.runx("start").returncode == 0
+    assert container.wait() == 4
+    remove(container)
+
+
+# ---- start
+
+
+def test_start_starts_no_xl_and_returns_when_the_process_is_there(dom0):
+    container = dom0.container("begun:until:data/go", "wait").created()
+    dom0.forget()
+    start, ready = container.start_runx("start"), f"/local/domain/{container.domid()}/data/process/0/ready"
+    dom0.ask("await_calls", "xenstore", f"watch {ready.removesuffix('/ready')}")
+    assert container.status() == "running"
+    assert container.runx("start").stderr == "runX: cannot start an already running container\n"
+    dom0.ask("write", f"/local/domain/{container.domid()}/data/go", "1")
+    assert start.wait().returncode == 0
+    assert (dom0.nodes()[ready], dom0.calls("xl")) == ("1", [])
+    remove(container)
+
+
+@pytest.mark.parametrize("text", ['exec: "x": permission denied', "no\x07 \u20ac " + "x" * 1900])
+def test_a_start_whose_process_cannot_be_executed_says_why(dom0, text):
+    container = dom0.container(f"begun:set:data/process/0/error={text}", "begun:exit:126").created()
+    result = container.runx("start")
+    reason = text.replace("\x07", " ")
+    assert result.stderr == f"runX: unable to start container process: {reason}\n"
+    assert (result.returncode, container.wait(), container.status()) == (1, 126, "stopped")
+    assert f"the VM's init: {reason}\n" in container.log_text()
+    assert container.runx("start").stderr == "runX: cannot start a container that has stopped\n"
+    remove(container)
+
+
+def test_a_vm_that_ends_while_start_waits_is_the_reason(dom0):
+    container = dom0.container("begun:end:c").created()
+    assert container.runx("start").stderr == "runX: unable to start container process: the VM crashed\n"
+    assert container.wait() == 255
+    remove(container)
+
+
+def test_a_signal_while_start_waits_is_the_processs(dom0):
+    container = dom0.container("begun:until:data/go", "signal:1").created()
+    start, data = container.start_runx("start"), f"/local/domain/{container.domid()}/data"
+    dom0.ask("await_node", f"{data}/process/0/start", "-")
+    assert kill(container, "TERM").returncode == 0
+    dom0.ask("write", f"{data}/go", "1")
+    assert (start.wait().returncode, container.wait(), container.output()) == (0, 0, "15")
+    remove(container)
+
+
+def test_sigkill_ends_one_whose_start_waits(dom0):
+    dom0.constants["KILL_GRACE"] = 0.05
+    container = dom0.container("begun:mute").created()
+    start = container.start_runx("start")
+    dom0.ask("await_node", f"/local/domain/{container.domid()}/data/process/0/start", "-")
+    assert kill(container, "KILL").returncode == 0
+    assert (start.wait().returncode, container.wait()) == (1, 137)
+    remove(container)
+
+
+def test_a_start_that_is_killed_while_it_waits_has_started_the_container(dom0):
+    container = dom0.container("begun:until:data/go", "wait").created()
+    dom0.forget()
+    start, data = container.start_runx("start"), f"/local/domain/{container.domid()}/data"
+    dom0.ask("await_calls", "xenstore", f"watch {data}/process/0")
+    start.signal(9)
+    assert start.wait().returncode == -9
+    dom0.ask("write", f"{data}/go", "1")
+    assert container.ready().status() == "running"
+    assert kill(container, "TERM").returncode == 0
+    assert container.wait() == 143
+    remove(container)
+
+
+def test_a_vm_that_ends_while_a_hook_of_create_runs_is_a_stopped_container(dom0):
+    container = dom0.container()
+    ended = container.bundle / "ended"
+    script = f"until [ -e {ended} ]; do sleep 0.02; done"
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]}
+    container.write(config("early:end:c", hooks={"createRuntime": [hook]}))
+    create = container.start_runx("create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file))
+    wait_until(lambda: "the VM crashed" in container.log_text(), "the monitor to see the end")
+    ended.touch()
+    assert create.wait().returncode == 0
+    assert (container.wait(), container.status()) == (255, "stopped")
+    result = container.runx("start")
+    assert result.stderr == "runX: cannot start a container that has stopped: the VM crashed\n"
     remove(container)
 
 
@@ -311,9 +419,12 @@ def test_the_exit_status_of_each_end(dom0, end):
 
 
 def test_one_that_ends_before_its_process_is_there(dom0):
-    container = dom0.container("early:say:No init found\n", "early:end:c").started()
+    container = dom0.container("early:say:No init found\n", "early:end:c").created()
     assert container.wait() == 255
     assert "the VM's console: No init found" in container.log_text()
+    assert container.status() == "stopped"
+    result = container.runx("start")
+    assert result.stderr == "runX: cannot start a container that has stopped: the VM crashed\n"
     remove(container)
 
 
@@ -337,7 +448,9 @@ def test_the_end_of_another_vm_ends_nothing(dom0):
 
 
 def test_why_it_could_not_be_started_is_in_the_log(dom0):
-    container = dom0.container("set:data/error=cannot mount\x07 it", "err:no such thing\n", "exit:127").started()
+    container = dom0.container(
+        "set:data/process/0/error=cannot mount\x07 it", "err:no such thing\n", "exit:127"
+    ).started()
     assert (container.wait(), container.errors()) == (127, "no such thing\n")
     assert f"msg=container {container.id}: the VM's init: cannot mount  it\n" in container.log_text()
     remove(container)

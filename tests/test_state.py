@@ -71,7 +71,7 @@ class Dom0:
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.root = folder, folder / "root"
-        self.nodes = {f"/local/domain/{DOMID}/vm": f"/vm/{UUID}", f"/local/domain/{DOMID}/data/ready": "1"}
+        self.nodes = {f"/local/domain/{DOMID}/vm": f"/vm/{UUID}", f"/local/domain/{DOMID}/data/process/0/ready": "1"}
         self.call("xl", XL)
         (folder / "domain").write_text("p\n")
         monkeypatch.setattr(runx, "find_xl", lambda: str(folder / "xl"))
@@ -512,7 +512,7 @@ def test_a_link_of_the_image_leads_vm_to_no_file_of_dom0s(tmp_path, section, key
 
 def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
     dom0.call("xl", '#!/bin/sh\ngrep -E "data|stack" /proc/$$/limits >"${0%/*}/limits"\n')
-    runx.create_domain(runx.Xenstore(), "/x", UUID, 64)
+    runx.create_domain(runx.Xenstore(), "/x", UUID, 64, False)
     lines = (dom0.folder / "limits").read_text().splitlines()
     data, stack = ([int(word) for word in line.split()[3:5]] for line in lines)
     assert (data, stack) == ([(384 << 20) + (1 << 20)] * 2, [1 << 20] * 2)

@@ -47,9 +47,11 @@ def test_input_that_comes_late_and_never_ends(dom0):
 
 def test_input_waits_until_the_process_is_there(dom0):
     """What init and hooks have not asked for is the process's."""
-    container = dom0.container("early:set:data/x=1", "early:until:data/go", "cat:").started(stdin=b"mine")
+    container = dom0.container("begun:set:data/x=1", "begun:until:data/go", "cat:").created(stdin=b"mine")
+    start = container.start_runx("start")
     dom0.ask("await_node", f"/local/domain/{container.domid()}/data/x", "1")
     dom0.ask("write", f"/local/domain/{container.domid()}/data/go", "1")
+    assert start.wait().returncode == 0
     finish(container)
     assert container.output() == "mine"
 
@@ -147,8 +149,9 @@ def test_indexes_run_over(dom0, start):
      ("port", "99999999999")],
 )  # fmt: skip
 def test_a_console_that_cannot_be_connected_ends_the_container(dom0, node, value):
-    container = dom0.container(f"hostile:device/console/1/{node}={value}", "wait").started()
+    container = dom0.container(f"hostile:device/console/1/{node}={value}", "wait").created()
     assert container.wait() == 255
+    assert "cannot connect to console 1 of domain" in container.runx("start").stderr
     assert "cannot connect to console 1 of domain" in container.log_text()
     assert "internal error" not in container.log_text()
     assert container.runx("delete").returncode == 0
@@ -209,7 +212,7 @@ def test_a_terminals_size_reaches_the_guest_now_and_after_each_change(dom0, engi
     assert container.create("--console-socket", engine.path).returncode == 0
     terminal = engine.receive()
     assert container.runx("start").returncode == 0
-    size = f"/local/domain/{container.domid()}/data/winsize"
+    size = f"/local/domain/{container.domid()}/data/process/0/winsize"
     dom0.ask("await_node", size, "30 99")
     terminal.resize(50, 132)
     dom0.ask("await_node", size, "50 132")
@@ -219,7 +222,7 @@ def test_a_terminals_size_reaches_the_guest_now_and_after_each_change(dom0, engi
     finish(container, 143)
 
 
-@pytest.mark.parametrize("script, status", [(["broken:"], 141), (["until:data/unread", "exit:9"], 9)])
+@pytest.mark.parametrize("script, status", [(["broken:"], 141), (["until:data/process/0/unread", "exit:9"], 9)])
 def test_a_terminal_that_the_engine_closes_hangs_up(dom0, engine, script, status):
     """Also where nothing is written, and so nothing fails."""
     container = dom0.container(*script, terminal=True)

@@ -324,7 +324,7 @@ class Container:
 
     def ready(self):
         """Waits until its process runs."""
-        self.dom0.ask("await_node", f"/local/domain/{self.domid()}/data/ready", "1")
+        self.dom0.ask("await_node", f"/local/domain/{self.domid()}/data/process/0/ready", "1")
         return self
 
     def pid(self):

@@ -2,8 +2,9 @@
 """A guest: what initrd/ does in a VM, as far as dom0 can see it, and what a hostile VM might do instead.
 
 It reads /container/config from its ramdisk, as init would, and "executes" the container's process: whose arguments
-are the steps of a script.  `guest early:crash` crashes before the process is there; `guest out:hello exit:3` says
-hello and ends.  A step is a generator that yields whenever it waits, and is continued whenever anything has happened.
+are the steps of a script.  `guest out:hello exit:3` says hello and ends; `guest early:end:c` crashes while it boots,
+and `guest begun:end:c` after `start`, before the process is there.  A step is a generator that yields whenever it
+waits, and is continued whenever anything has happened.
 """
 
 import gzip
@@ -145,7 +146,7 @@ class Ring:
 
     def __init__(self, guest, number):
         self.guest, self.size, self.taken = guest, 4096 << self.ORDER - 1, b""
-        self.reference, self.port = 100 * (1 + number), 40 + number
+        self.reference, self.port = 100 * (1 + number), 140 + number
         self.indexes = memoryview(self.pages(self.reference, 1)).cast("I")
         self.data = self.pages(self.reference + 1, 1 << self.ORDER)
         self.indexes[32] = int(guest.hostile.get("order", self.ORDER))
@@ -195,11 +196,8 @@ class Guest:
     """machine: its domain, with read, write, remove, grant, notify and shut_down of the hypervisor's."""
 
     def __init__(self, machine, ramdisk):
-        self.machine, self.hostile, self.signals, self.asked = machine, {}, [], []
-        self.read, self.write, self.remove = machine.read, machine.write, machine.remove
-        self.read_absolute, self.grant, self.notify = machine.read_absolute, machine.grant, machine.notify
-        self.deadly, self.ready, self.escaped, self.input_ended = None, False, False, False
-        self.ignores, self.input, self.cut = False, b"", set()
+        self.prepare(machine, 0)
+        self.others = {}  # the processes of `runX exec`, by number
         self.files = {}
         for archive in archives(ramdisk):
             for name, member in archive.items():
@@ -209,9 +207,19 @@ class Guest:
         self.terminal = ("terminal", []) in self.records
         self.life = self.live()
 
+    def prepare(self, machine, number):
+        """What every process has."""
+        self.machine, self.number, self.hostile, self.signals, self.asked = machine, number, {}, [], []
+        self.read, self.write, self.remove = machine.read, machine.write, machine.remove
+        self.read_absolute, self.grant, self.notify = machine.read_absolute, machine.grant, machine.notify
+        self.deadly, self.ready, self.escaped, self.input_ended = None, False, False, False
+        self.ignores, self.input, self.cut, self.sizes = False, b"", set(), []
+
     def run(self):
         """Goes on until it waits; nothing any more once it has ended."""
         next(self.life, None)
+        for process in list(self.others.values()):
+            next(process.life, None)
 
     def until(self, condition):
         while not condition():
@@ -221,22 +229,30 @@ class Guest:
 
     def live(self):
         early = [step[6:] for step in self.script if step.startswith("early:") and "index:" not in step]
+        begun = [step[6:] for step in self.script if step.startswith("begun:")]
         self.hostile = dict(step[8:].split("=", 1) for step in self.script if step.startswith("hostile:"))
         self.consoles, self.share = [], None
         try:
             yield from self.process(early)
+            yield from self.do_until("device/console/2/backend")  # dom0 announces all its devices at once
             for kind in ("fuse", "9pfs"):
                 if self.read(f"device/{kind}/0/backend"):
                     self.share = Share(self, kind)
                     yield from self.share.connect()
             yield from self.connect()
-            yield from self.process([step for step in self.script if not step.startswith(("early:", "hostile:"))])
+            yield from self.do_until("data/process/0/start")
+            yield from self.process(begun)
+            self.write("data/process/0/ready", "1")
+            self.ready = True
+            self.take_requests()
+            apart = ("early:", "begun:", "hostile:")
+            yield from self.process([step for step in self.script if not step.startswith(apart)])
             status = 0
         except Ended as end:
             status = end.args[0]
         for console in self.consoles:
             yield from self.until(console.drained)
-        self.write("data/exit", str(status))
+        self.write("data/process/0/exit", str(status))
         for device in (*self.consoles, *([self.share] if self.share else [])):
             yield from device.close()
         self.machine.shut_down("-")
@@ -246,9 +262,6 @@ class Guest:
         self.consoles = [Console(self, number, *start) for number in (1, 2)]
         for console in self.consoles:
             yield from console.connect()
-        self.write("data/ready", "1")
-        self.ready = True
-        self.take_requests()
 
     def take_requests(self):
         """What the doorbell does."""
@@ -256,11 +269,16 @@ class Guest:
             request = self.read(f"data/request/{name}")
             self.remove(f"data/request/{name}")
             self.asked.append(request)
-            verb, _, number = request.partition(" ")
-            if verb in ("kill", "killall"):
-                self.take_signal(int(number))
-            elif verb == "look":
-                self.cut |= set(self.read("data/unread") or "")
+            verb, *operands = request.split()
+            process = self.others.get(int(operands[0])) if operands and operands[0] != "0" else self
+            if verb == "run":
+                assert process is None, request
+                self.others[int(operands[0])] = Further(self, int(operands[0]))
+            elif verb in ("kill", "killall") and process:
+                process.take_signal(int(operands[1]))
+            elif verb == "look" and process:
+                process.cut |= set(self.read(f"data/process/{process.number}/unread") or "")
+                process.sizes.append(self.read(f"data/process/{process.number}/winsize"))
 
     def take_signal(self, number):
         self.signals.append(number)
@@ -357,7 +375,7 @@ class Guest:
         raise Ended(128 + 13)
 
     def do_close(self, streams):
-        self.write("data/ended", streams)
+        self.write(f"data/process/{self.number}/ended", streams)
         yield from ()
 
     def do_exit(self, status):
@@ -411,6 +429,60 @@ class Guest:
     def do_until(self, node):
         """Until a node of its own is there."""
         yield from self.until(lambda: self.read(node) is not None)
+
+
+class Further(Guest):
+    """A process of `runX exec`, and its supervisor: its words come by its console."""
+
+    def __init__(self, guest, number):
+        self.prepare(guest.machine, number)
+        self.guest, self.records, self.node = guest, [], f"data/process/{number}"
+        self.hostile = guest.hostile
+        self.life = self.live()
+
+    def live(self):
+        numbers = [2 * self.number + 1, 2 * self.number + 2]
+        self.consoles = [Console(self, n) for n in numbers if self.read(f"device/console/{n}/backend")]
+        for console in self.consoles:
+            yield from console.connect()
+        try:
+            yield from self.take_words()
+            self.write(f"{self.node}/ready", "1")
+            self.ready = True
+            yield from self.process(self.script)
+            status = 0
+        except Ended as end:
+            status = end.args[0]
+        for console in self.consoles:
+            if self.read(f"{console.node}/backend"):
+                yield from self.until(console.drained)
+        del self.guest.others[self.number]
+        if status is not None:
+            self.write(f"{self.node}/exit", str(status))
+
+    def take_words(self):
+        yield from self.consoles[0].put(self.hostile.get("greeting", "+").encode())
+        data, length = b"", 4
+        while len(data) < length:
+            data += self.consoles[0].take()
+            if length == 4 and len(data) >= 4:
+                length += struct.unpack_from("<I", data)[0]
+            if len(data) < length:
+                yield from self.wait()
+        assert len(data) == length, "input came before the process"
+        self.records = parse_config(data[4:])
+        self.terminal = ("terminal", []) in self.records
+        program, *self.script = [operands[0] for keyword, operands in self.records if keyword == "arg"]
+        if program != "guest":
+            self.write(f"{self.node}/error", f'exec: "{program}": executable file not found in $PATH')
+            raise Ended(255)
+
+    def wait(self):
+        yield
+        if not self.read(f"{self.consoles[0].node}/backend") and self.deadly is None and not self.ready:
+            raise Ended(255)  # its console has been hung up
+        if self.deadly is not None:
+            raise Ended(128 + self.deadly)
 
 
 def pattern(count):

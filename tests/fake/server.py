@@ -327,6 +327,10 @@ class Xen:
             "records": [[keyword, repr(operands) if keyword == "file_capability" else operands]
                         for keyword, operands in guest.records],
             "files": sorted(guest.files), "signals": guest.signals, "asked": guest.asked,
+            "others": {
+                number: {"records": process.records, "signals": process.signals, "sizes": process.sizes}
+                for number, process in guest.others.items()
+            },
         }  # fmt: skip
 
     def test_await_node(self, path, value=None):

@@ -177,13 +177,14 @@ class Xl:
         self.machine(domid).told["pinned"] = [which, processors]
 
     def do_create(self, *words):
-        if list(words[:3]) != ["-e", "-p", "-q"]:
-            raise Failure(f"a create that would stay or run: {words}\n")
+        *options, path = words
+        if options not in (["-e", "-p", "-q"], ["-e", "-q"]):
+            raise Failure(f"a create that would stay: {words}\n")
         try:
-            with open(words[3], encoding="utf-8") as file:
+            with open(path, encoding="utf-8") as file:
                 settings = parse_settings(file.read())
         except (OSError, ValueError) as error:
-            raise Failure(f"Failed to read config file: {words[3]}: {error}\n") from None
+            raise Failure(f"Failed to read config file: {path}: {error}\n") from None
         files = {}
         for key in ("kernel", "ramdisk"):
             if key in settings:
@@ -198,6 +199,7 @@ class Xl:
             raise Failure(f'libxl: error: libxl_create.c:1: Domain with name "{settings["name"]}" already exists\n')
         machine = self.xen.make_domain(settings, files.get("ramdisk") if not own_init(settings) else None)
         self.write_domain(machine)
+        machine.pauses = int("-p" in options)
         self.store.fire("@introduceDomain")
 
     def do_destroy(self, domid):
