@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -116,6 +117,43 @@ def test_kill_of_a_created_container_destroys_the_domain(bundle):
     wait_for(pidfd)
     assert bundle.domain() is None
     assert "cannot start a container that has stopped" in bundle.refused("start")
+
+
+def test_what_changes_in_the_rootfs_before_start_is_what_the_process_finds(bundle):
+    """As `docker cp` into a created container does it; the VM is up and has the share by then."""
+    script(bundle.rootfs / "tool", "echo old")
+    pidfd = bundle.created(config("/tool"))
+    share = f"/local/domain/{bundle.domain()}/device/fuse/0/state"
+    wait_in_xenstore(share, lambda: runx.Xenstore().read(share) == runx.XENBUS_CONNECTED, "the share to be connected")
+    script(bundle.rootfs / "new", "cat /made/later")
+    (bundle.rootfs / "new").rename(bundle.rootfs / "tool")
+    (bundle.rootfs / "made").mkdir()
+    (bundle.rootfs / "made/later").write_text("new\n")
+    bundle.succeed("start")
+    wait_for(pidfd)
+    assert bundle.output() == "new\n"
+
+
+def test_a_vm_that_ends_before_start_is_a_stopped_container_and_start_says_why(bundle):
+    pidfd = bundle.created(in_memory(config("true")))
+    xl("destroy", str(bundle.domain()))
+    wait_for(pidfd)
+    assert bundle.state()["status"] == "stopped"
+    assert bundle.refused("start") == "runX: cannot start a container that has stopped: the VM was destroyed\n"
+    assert "the VM was destroyed; exit status 137" in bundle.log.read_text()
+    bundle.succeed("delete")
+
+
+def test_what_only_the_guest_can_know_is_the_error_of_start(bundle):
+    (bundle.rootfs / "junk").write_text("junk")
+    (bundle.rootfs / "junk").chmod(0o755)
+    pidfd = bundle.created(in_memory(config("/junk")))
+    reason = 'exec: "/junk": exec format error'
+    assert bundle.refused("start") == f"runX: unable to start container process: {reason}\n"
+    wait_for(pidfd)
+    assert bundle.state()["status"] == "stopped"
+    assert json.dumps(reason)[1:-1] in bundle.log.read_text()
+    bundle.succeed("delete")
 
 
 # ---- hooks
@@ -291,7 +329,7 @@ def test_a_vm_that_ends_in_a_way_of_its_own_has_a_status_and_a_reason(bundle, na
     spec["linux"] = {"resources": {"memory": {"limit": 48 << 20}}}
     result = bundle.run(spec)
     assert (result.returncode, result.stdout, result.stderr) == (status, b"", b"")
-    assert reason in bundle.log.read_text()
+    assert json.dumps(reason)[1:-1] in bundle.log.read_text()
     if name == "panic":
         assert "Kernel panic - not syncing: Out of memory" in bundle.log.read_text()
 
@@ -300,7 +338,7 @@ def test_what_the_guest_writes_to_xenstore_is_checked(bundle):
     # a container that is root in its VM can reach the guest's xenstore device
     script = (
         "mknod /tmp/xenbus c 10 $(sed -n 's/ xen.xenbus//p' /proc/misc) || exit 1;"
-        "printf '\\013\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\020\\0\\0\\0data/exit\\0999999' >/tmp/xenbus; sleep 1000"
+        r"printf '\13\0\0\0\0\0\0\0\0\0\0\0\32\0\0\0data/process/0/exit\0999999' >/tmp/xenbus; sleep 1000"
     )
     spec = in_memory(config("sh", "-c", script))
     spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
@@ -356,7 +394,7 @@ def test_a_killed_monitor_means_stopped_and_delete_removes_the_domain(bundle, st
     else:
         spec, node = in_memory(config("true")), "exit"
     pidfd = bundle.created(spec)
-    path = f"/local/domain/{bundle.domain()}/data/{node}"
+    path = f"/local/domain/{bundle.domain()}/data/process/0/{node}"
     bundle.succeed("start")
     wait_in_xenstore(path, lambda: runx.Xenstore().read(path), f"{node} in xenstore")
     os.kill(bundle.monitor(), signal.SIGKILL)
@@ -389,10 +427,10 @@ def test_pause_resume_ps_events_and_update(bundle):
         bundle.succeed("kill", name)
     assert "container not paused" in bundle.refused("resume")
     bundle.succeed("pause")
-    assert bundle.state()["status"] == "paused"
+    assert status_and_xen(bundle) == ("paused", True)
     assert "cannot start a container in the paused state" in bundle.refused("start")
     bundle.succeed("resume")
-    assert bundle.state()["status"] == "created"
+    assert status_and_xen(bundle) == ("created", False)
     # running
     bundle.succeed("start")
     wait_in(bundle.folder, bundle.output, "the process to run")
@@ -524,33 +562,38 @@ def status_and_xen(bundle):
     return bundle.state()["status"], letters[2] == "p"
 
 
-@pytest.fixture
-def killed_by_xl(tmp_path):
-    """Run a runX command whose xl kills it as soon as Xen has done what it was asked for."""
-    path, real, fake = runx.find_xl(), tmp_path / "real-xl", tmp_path / "xl"
-    shutil.copy(path, real)
-    fake.write_text(f'#!/bin/sh\n{real} "$@"\ncase $1 in *pause) kill -9 $PPID ;; esac\n')
-    fake.chmod(0o755)
-
-    def run(bundle, command):
-        script = f"mount --bind {fake} {path}; {' '.join(bundle.command(command))}; exit $?"
-        assert call("unshare", "-m", "sh", "-c", script).returncode == 128 + signal.SIGKILL
-
-    return run
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import runx
+work = getattr(runx.Domain, sys.argv[2])
+def work_and_die(*args):
+    work(*args)
+    os.kill(os.getpid(), 9)
+setattr(runx.Domain, sys.argv[2], work_and_die)
+runx.main(sys.argv[3:])
+"""
 
 
-def test_a_command_that_is_killed_or_finds_no_space_leaves_no_wrong_state(bundle, killed_by_xl):
+def killed(bundle, command):
+    """Run a runX command that is killed as soon as the VM has got what it asks for."""
+    work = {"start": "start", "pause": "pause", "resume": "unpause"}[command]
+    folder, words = os.path.dirname(runx.__file__), bundle.command(command)[1:]
+    assert call(sys.executable, "-c", KILLED, folder, work, *words).returncode == -signal.SIGKILL
+
+
+def test_a_command_that_is_killed_or_finds_no_space_leaves_no_wrong_state(bundle):
     bundle.root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(bundle.root)], check=True)
     try:
         pidfd = bundle.created(in_memory(config("sh", "-c", FOR_EVER)))
-        killed_by_xl(bundle, "start")
+        killed(bundle, "start")
         bundle.wait_for_output("ready\n")
         assert bundle.state()["status"] == "running"
-        killed_by_xl(bundle, "pause")
+        killed(bundle, "pause")
         assert status_and_xen(bundle) == ("paused", True)
         assert bundle.refused("pause") == "runX: container not running\n"
-        killed_by_xl(bundle, "resume")
+        killed(bundle, "resume")
         assert status_and_xen(bundle) == ("running", False)
         assert bundle.refused("resume") == "runX: container not paused\n"
         bundle.succeed("kill", "USR1")
@@ -563,7 +606,7 @@ def test_a_command_that_is_killed_or_finds_no_space_leaves_no_wrong_state(bundle
         assert status_and_xen(bundle) == ("running", False)
         refused = bundle.refused("update", "--memory", "32m")
         assert "cannot write" in refused and "No space left on device" in refused
-        killed_by_xl(bundle, "pause")
+        killed(bundle, "pause")
         bundle.succeed("kill", "KILL")
         wait_for(pidfd)
         bundle.succeed("delete")

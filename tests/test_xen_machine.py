@@ -12,7 +12,7 @@ import time
 import zlib
 
 import pytest
-from conftest import call, can_run_pvh, config, file_servers, in_memory, wait_for, wait_in, wait_until, xl
+from conftest import call, can_run_pvh, config, file_servers, in_memory, runx_command, wait_for, wait_in, wait_until, xl
 
 import runx
 
@@ -150,6 +150,8 @@ def test_a_system_of_its_own_is_shut_down_by_term_and_ends_by_kill(own_system):
     pidfd = own_system.started()
     assert file_servers() == set()  # nothing that would need one
     wait_in(own_system.folder, lambda: "own system" in own_system.output(), "its first words")
+    refused = call(*runx_command(*own_system.globals(), "exec", own_system.id, "true"))
+    assert refused.returncode == 255 and b"boots a system of its own: reach it by its console" in refused.stderr
     own_system.succeed("kill", "TERM")
     wait_for(pidfd)
     assert "told to" in own_system.output()

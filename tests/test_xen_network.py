@@ -431,11 +431,11 @@ def test_ctr_with_cni(network):
 
 
 @contextlib.contextmanager
-def docker_daemon(folder):
+def docker_daemon(folder, *options):
     """Docker's daemon with runX as a runtime; yields the start of a docker command."""
     host = f"unix://{folder}/docker.sock"
     (folder / "daemon.json").write_text(json.dumps({"runtimes": {"runx": {"path": "/usr/sbin/runX"}}}))
-    command = ["dockerd", "--config-file", str(folder / "daemon.json"), "--host", host]
+    command = ["dockerd", "--config-file", str(folder / "daemon.json"), "--host", host, *options]
     for option in ("data-root", "exec-root", "pidfile"):
         command += [f"--{option}", str(folder / option)]
     with open(folder / "log", "wb") as log:
@@ -452,14 +452,30 @@ def docker_daemon(folder):
         shutil.rmtree("/run/docker", ignore_errors=True)
 
 
+# Without it, tables that nobody had used before an engine did would stay as this has left them
+EMPTY_TABLES = b"""*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+COMMIT
+*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:POSTROUTING ACCEPT [0:0]
+COMMIT
+"""
+
+
 @pytest.fixture
 def firewall():
-    """Engines leave rules and a bridge of their own, for the next container."""
+    """Engines leave rules, a policy and a bridge of their own, for the next container."""
     links, rules = host_state()["links"], call("iptables-save").stdout
     yield
     for link in host_state()["links"] - links:
         call("ip", "link", "del", link.split("@")[0].rstrip(":"))
-    call("iptables-restore", input=rules)
+    call("iptables-restore", input=EMPTY_TABLES + rules)
+    assert b":FORWARD DROP" not in call("iptables-save").stdout
 
 
 def test_podmans_network_with_a_published_port(bundle, clean_dom0, firewall, podman):

@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`exec`, as a person and an engine meet it.
+
+With EXEC_OF=runc in the environment it is runc's, in the same dom0: so these tests were found to say what is right.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import uuid
+
+import pytest
+from conftest import (
+    IMAGE,
+    Bundle,
+    ConsoleSocket,
+    Terminal,
+    call,
+    closing,
+    config,
+    difference,
+    dom0_state,
+    in_memory,
+    namespaces,
+    nodes,
+    processes,
+    wait_for,
+    wait_in,
+    wait_until,
+)
+from test_xen_config import DATA, DEFAULT_CAPABILITIES, REPORT, compare, report, report_config
+from test_xen_network import docker_daemon
+from test_xen_streams import check_at_a_terminal, follows
+
+import runx
+
+KINDS = ("bounding", "effective", "permitted")  # of capabilities
+RUNTIME = os.environ.get("EXEC_OF", "runX")
+MANY = int(os.environ.get("EXECS", 30))  # how many one after the other; 500 for a long look
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("runc") or not REPORT.exists(), reason="needs runc, to compare with, and the lab's reporter"
+)
+
+
+class Box(Bundle):
+    """A bundle, and commands in the container made of it, of either runtime."""
+
+    def __init__(self, folder, runtime):
+        folder.mkdir()
+        super().__init__(folder)
+        self.runtime = runtime
+        self.add_applets(*call("busybox", "--list").stdout.decode().split())
+        shutil.copy(REPORT, self.rootfs / "bin/report")
+        (self.rootfs / "etc").mkdir()
+        (self.rootfs / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
+
+    def command(self, command, *args):
+        return [self.runtime, *super().command(command, *args)[1:]]
+
+    def exec_command(self, *words, options=()):
+        """Return the argv of `exec`."""
+        return [self.runtime, *self.globals(), "exec", *map(str, options), self.id, *words]
+
+    def exec(self, *words, options=(), **streams):
+        return call(*self.exec_command(*words, options=options), **streams)
+
+    def sh(self, script, **streams):
+        """Return the standard output of a script that succeeds."""
+        result = self.exec("sh", "-c", script, **streams)
+        assert (result.returncode, result.stderr) == (0, b""), result
+        return result.stdout.decode()
+
+    def begin(self, script):
+        """Start a script with three pipes; return the process of `exec`."""
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(self.exec_command("sh", "-c", script), bufsize=0, **pipes)
+
+    def detach(self, *words, options=(), **streams):
+        """`exec --detach`, as a shim calls it; return the pid, which is our child."""
+        pid_file = self.folder / f"pid-{uuid.uuid4().hex}"
+        command = self.exec_command(*words, options=["--detach", "--pid-file", pid_file, *options])
+        streams = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL), **streams}
+        with subreaper():
+            assert subprocess.run(command, timeout=120, **streams).returncode == 0
+        return int(pid_file.read_text())
+
+    def refuse(self, *words, options=()):
+        """Return what `exec` that must fail says in the log; it says the same on standard error, and nothing else."""
+        result = self.exec(*words, options=options)
+        assert (result.returncode, result.stdout, result.stderr.count(b"\n")) == (255, b"", 1), result
+        message = self.last_log()["msg"]
+        assert result.stderr.decode().removeprefix("runX: ") == message + "\n"
+        return message
+
+    def footprint(self):
+        """Return all that dom0 has of the container that an exec may add to."""
+        if self.runtime == "runc":
+            return {}
+        folder, xenstore, domid = self.root / self.id, runx.Xenstore(), self.domain()
+        places = f"/local/domain/{domid}", f"/local/domain/0/backend/console/{domid}"
+        return {
+            "nodes": {path for place in places for path in nodes(xenstore, place)},
+            "files": set(os.listdir(folder)),
+            "descriptors": {(pid, len(os.listdir(f"/proc/{pid}/fd"))) for pid in (self.pid(), self.monitor())},
+        }
+
+    def check(self, before):
+        """The footprint is as before."""
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: self.footprint() == before, "", 10)
+        assert not {what: changed for what, now in self.footprint().items() if (changed := now ^ before[what])}
+
+
+@contextlib.contextmanager
+def subreaper():
+    """Have orphans below us as children, as an engine's shim has: PR_SET_CHILD_SUBREAPER, <linux/prctl.h>."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    yield
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+
+
+def reaped(pid, seconds=60):
+    """Return the status of a child when it has ended, negative for the signal that has ended it."""
+    pidfd = os.pidfd_open(pid)
+    wait_for(pidfd, seconds)
+    os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# answers what is asked in its own memory, and TERM with a status
+PROCESS = """
+    trap 'cp /dev/shm/asked /dev/shm/answered' USR1; trap 'exit 8' TERM; echo ready
+    while :; do sleep 1000 & wait $!; done
+"""
+
+
+def process_spec():
+    """A container such as Docker's: what exec has of it, and not of its own words, is not the default."""
+    spec = report_config(
+        args=["sh", "-c", PROCESS], env=["PATH=/bin", "OF=the container"], cwd="/tmp",
+        capabilities=dict.fromkeys(KINDS, [*DEFAULT_CAPABILITIES, "CAP_DAC_OVERRIDE"]),
+        rlimits=[{"type": "RLIMIT_CORE", "soft": 1 << 20, "hard": 1 << 21}],
+    )  # fmt: skip
+    spec["hostname"] = "box"
+    spec["linux"]["resources"] = {"pids": {"limit": 200}}
+    spec["linux"]["seccomp"] = json.loads((DATA / "docker-20.10.24.json").read_text())["linux"]["seccomp"]
+    return spec
+
+
+@pytest.fixture(scope="class")
+def boxes(tmp_path_factory):
+    """A running container of each runtime, for all tests here; when they have ended, dom0 is as it was."""
+    before, folder = dom0_state(), tmp_path_factory.mktemp("boxes")
+    found = {runtime: Box(folder / runtime, runtime) for runtime in ("runc", "runX")}
+    try:
+        for box in found.values():
+            box.started(process_spec())
+            box.wait_for_output("ready\n")
+            box.sh("true")  # the folder of requests stays
+        yield found
+    finally:
+        for box in found.values():
+            box.runx("delete", "--force")
+            for pidfd in box.pidfds:
+                os.close(pidfd)
+    wait_until(lambda: not difference(before), "dom0 as it was before these tests", 10)
+
+
+@pytest.fixture
+def box(boxes):
+    """One of them; afterwards dom0 has no more of it than before."""
+    box = boxes[RUNTIME]
+    before = box.footprint()
+    yield box
+    box.check(before)
+
+
+class TestOfARunningContainer:
+    def test_output_and_status_come_back(self, box):
+        for script, status in (("true", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -KILL $$", 137)):
+            result = box.exec("sh", "-c", f"echo out; echo err >&2; {script}")
+            assert (result.returncode, result.stdout, result.stderr) == (status, b"out\n", b"err\n"), script
+
+    def test_much_passes_through_unchanged_with_its_end(self, box):
+        data = os.urandom(100_000) + b"\x10\x04\x00\x11\x13\x03" * 100
+        result = box.exec("sh", "-c", "cat; dd if=/dev/zero bs=1000 count=100 2>/dev/null; sha256sum >&2", input=data)
+        assert (result.returncode, result.stdout) == (0, data + bytes(100_000))
+        assert result.stderr.split()[0] == hashlib.sha256(b"").hexdigest().encode()
+
+    @pytest.mark.parametrize("how", ["bare", "options", "file"])
+    def test_the_process_is_as_it_should_be(self, boxes, how, tmp_path):
+        """Of the container's own process come capabilities, limits and cwd, where exec does not give others."""
+        options, limits, words = [], ["CORE"], ["report", "/dev/null"]
+        if how == "options":
+            options = ["--cwd", "/dev/shm", "--env", "OF=exec", "--env", "PATH=/bin:/sbin", "--user", "1000:1000"]
+            options += ["--additional-gids", 5, "--additional-gids", 6, "--cap", "CAP_SYS_TIME", "--no-new-privs"]
+        elif how == "file":
+            limits, kinds = ["CORE", "STACK", "FSIZE"], [*KINDS, "inheritable", "ambient"]
+            process = {
+                "args": words, "cwd": "/dev", "env": ["PATH=/bin", "EMPTY=", "HOME=/tmp", "QUOTED=\"' \\"],
+                "user": {"uid": 1000, "gid": 1001, "additionalGids": [7]},
+                "capabilities": dict.fromkeys(kinds, ["CAP_NET_BIND_SERVICE"]),
+                "rlimits": [{"type": "RLIMIT_STACK", "soft": 1 << 20, "hard": 1 << 24},
+                            {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+                            {"type": "RLIMIT_FSIZE", "soft": 1 << 30, "hard": 1 << 31}],
+            }  # fmt: skip
+            (tmp_path / "process.json").write_text(json.dumps(process))
+            options, words = ["--process", tmp_path / "process.json"], []
+        reports = {}
+        for runtime, box in boxes.items():
+            result = box.exec(*words, options=options)
+            assert (result.returncode, result.stderr) == (0, b""), result
+            reports[runtime] = report(result.stdout)
+            # it leads a session of its own, and is the first after those of the container: numbers differ
+            assert reports[runtime].pop("session") == reports[runtime].pop("pid") > 1
+        assert reports["runc"]["parent"] == 0 and reports["runc"]["seccomp"] == 2
+        compare(reports["runc"], reports["runX"], *limits)
+
+    def test_it_is_in_the_containers_namespaces_and_cgroup(self, box):
+        kinds = "cgroup ipc mnt net pid uts"
+        script = f"for kind in {kinds}; do for pid in 1 self; do readlink /proc/$pid/ns/$kind; done; done"
+        links = box.sh(script).split()
+        assert len(set(links)) == 6 and links[::2] == links[1::2], links
+        first, second, *rest = box.sh("cat /proc/1/cgroup /proc/self/cgroup; hostname; ps -o pid,comm").splitlines()
+        name, _, *processes = [line.split() for line in rest]
+        assert first == second and name == ["box"] and processes[0] == ["1", "sh"]
+        assert {command for _, command in processes} == {"sh", "sleep", "ps"}  # and nothing of the VM's own
+        # what it writes where only the container is, the container's process reads, and back
+        script = """
+            echo "of exec" >/dev/shm/asked; kill -USR1 1; until [ -s /dev/shm/answered ]; do sleep 0.1; done
+            cat /dev/shm/answered; rm /dev/shm/*; echo "for dom0" >/tmp/file
+        """
+        assert box.sh(script) == "of exec\n"
+        assert (box.rootfs / "tmp/file").read_text() == "for dom0\n"
+
+    def test_what_cannot_be_executed_is_told_with_the_reason(self, box):
+        (box.rootfs / "plain").write_text("x")
+        failed = "exec failed: unable to start container process: "
+        for word, reason in (
+            ("nosuch", "executable file not found in $PATH"), ("/no/such", "stat /no/such: no such file or directory"),
+            ("./no", "stat ./no: no such file or directory"), ("/plain", "permission denied"),
+            ("/etc", "permission denied"),
+        ):  # fmt: skip
+            assert box.refuse(word) == f'{failed}exec: "{word}": {reason}'
+        for cwd, reason in (("/nosuch", "no such file or directory"), ("/plain/x", "not a directory")):
+            message = box.refuse("true", options=["--cwd", cwd])
+            assert message == f'{failed}chdir to cwd ("{cwd}") set in config.json failed: {reason}'
+        if box.runtime == "runX":  # of which runc 1.1 has another status, and newer ones this
+            (box.rootfs / "broken").write_text("\x7fELF")
+            (box.rootfs / "broken").chmod(0o755)
+            assert box.refuse("/broken") == f'{failed}exec: "/broken": exec format error'
+
+    def test_what_makes_no_sense_is_refused(self, box, tmp_path):
+        assert "cannot use console socket if" in box.refuse("true", options=["--console-socket", tmp_path / "s"])
+        assert "cannot allocate tty if" in box.refuse("true", options=["--detach", "--tty"])
+        assert "missing.json" in box.refuse(options=["--process", tmp_path / "missing.json"])
+        box.refuse()
+        box.refuse("true", options=["--user", "no number"])
+        box.refuse("true", options=["--cwd", "relative"])
+        assert not list(box.folder.glob("pid-*"))
+
+    def test_a_terminal_has_its_size_at_once_and_after_each_change(self, box, tmp_path):
+        env = ["PATH=/bin", "TERM=xterm", "PS1=ready> "]
+        process = {"args": ["sh", "-i"], "cwd": "/", "env": env, "user": {"uid": 0, "gid": 0}, "terminal": True,
+                   "consoleSize": {"height": 33, "width": 101}}  # fmt: skip
+        (tmp_path / "process.json").write_text(json.dumps(process))
+        console = ConsoleSocket(tmp_path / "console.sock")
+        options = ["--process", tmp_path / "process.json", "--console-socket", console.path]
+        pid = box.detach(options=options)
+        connection, _ = console.socket.accept()
+        with connection:
+            shell, prompt = Terminal(socket.recv_fds(connection, 4096, 1)[1][0]), b"ready> "
+        shell.expect(prompt)
+        shell.type(b"stty size; tty; test -t 2 && echo error too\n")
+        size, tty, error = shell.expect(prompt).split(b"\r\n")[1:4]
+        assert (size, tty[:9], error) == (b"33 101", b"/dev/pts/", b"error too")
+        for rows in (40, 41):
+            shell.resize(rows, 121)
+            wait_until(lambda rows=rows: follows(shell, b"stty size\n", b"%d 121\r\n" % rows), "the new window size")
+        shell.type(b"sleep 1000\n")
+        shell.expect(b"sleep 1000\r\n")
+        wait_until(lambda: follows(shell, b"\x03", prompt), "Ctrl-C to end it")
+        shell.type(b"echo status $?; exit 5\n")
+        shell.expect(b"status 130\r\n")
+        assert shell.rest() == b"" and reaped(pid) == 5
+        os.close(shell.fd)
+
+    def test_at_our_own_terminal(self, box):
+        command = box.exec_command("sh", "-i", options=["--tty", "--env", "PS1=# ", "--env", "PATH=/bin"])
+        assert check_at_a_terminal(*command) == 7
+
+    def test_the_pid_of_one_that_is_detached_is_the_process_to_its_parent(self, box):
+        reader, writer = os.pipe()
+        script = "trap 'echo usr1' USR1; trap 'echo term; exit 6' TERM; echo ready; while :; do sleep 9 & wait $!; done"
+        pid = box.detach("sh", "-c", script, stdout=writer)
+        os.close(writer)
+        with open(reader, "rb", buffering=0) as output:
+            assert output.readline() == b"ready\n"
+            for number, line in ((signal.SIGUSR1, b"usr1\n"), (signal.SIGUSR1, b"usr1\n"), (signal.SIGTERM, b"term\n")):
+                os.kill(pid, number)
+                assert select.select([output], [], [], 60)[0] and output.readline() == line
+            assert reaped(pid) == 6
+        assert reaped(box.detach("sh", "-c", "exit 4")) == 4
+
+    def test_streams_that_the_process_closes_end_while_it_lives(self, box):
+        script = "trap 'exit 9' TERM; exec >&-; read -r line; echo $line >&2; exec <&-; echo closed >&2; sleep 9 & wait"
+        (to_read, to_type), (out, to_out), (error, to_error) = os.pipe(), os.pipe(), os.pipe()
+        pid = box.detach("sh", "-c", script, stdin=to_read, stdout=to_out, stderr=to_error)
+        for fd in (to_read, to_out, to_error):
+            os.close(fd)
+        with open(to_type, "wb", 0) as stdin, open(out, "rb", 0) as stdout, open(error, "rb", 0) as stderr:
+            assert stdout.read() == b""
+            stdin.write(b"typed\n")
+            assert [stderr.readline(), stderr.readline()] == [b"typed\n", b"closed\n"]
+            os.kill(pid, signal.SIGTERM)
+            assert reaped(pid) == 9
+
+    def test_what_it_leaves_running_lives_on(self, box):
+        mine = " >/dev/null 2>&1" if box.runtime == "runc" else ""  # runc waits for the end of the streams
+        child = box.sh(f"sleep 4320{mine} & echo $!").strip()
+        assert "sleep 4320" in box.sh("ps -o args")
+        box.sh(f"kill {child}")
+        wait_until(lambda: "sleep 4320" not in box.sh("ps -o args"), "the child to end")
+
+    def test_one_whose_output_nobody_reads_holds_up_no_other(self, box):
+        blocked = box.begin("dd if=/dev/zero bs=1000 count=500 2>/dev/null; exit 7")
+        assert blocked.stdout.read(1000) == bytes(1000)
+        assert box.sh("echo through") == "through\n"
+        assert (len(blocked.communicate()[0]), blocked.returncode) == (499_000, 7)
+
+    def test_sixteen_at_once(self, box):
+        script = "echo begun; read -r word; echo $word; echo error $word >&2; exit $word"
+        several = [box.begin(script) for _ in range(16)]
+        for each in several:
+            assert each.stdout.read(6) == b"begun\n"
+        for number, each in enumerate(several):
+            each.stdin.write(b"%d\n" % number)
+        for number, each in enumerate(several):
+            assert each.communicate(timeout=60) == (b"%d\n" % number, b"error %d\n" % number)
+            assert each.returncode == number
+
+    def test_sigkill_of_the_pid_ends_the_process(self, box):
+        pid = box.detach("sh", "-c", "exec sleep 4321")
+        assert "sleep 4321" in box.sh("ps -o args")
+        os.kill(pid, signal.SIGKILL)
+        assert reaped(pid) == -signal.SIGKILL
+        wait_until(lambda: "sleep 4321" not in box.sh("ps -o args"), "the process to be killed")
+
+
+# ---- others, of containers of their own
+
+
+@pytest.fixture
+def own(clean_dom0, tmp_path):
+    """A container that is not created yet."""
+    yield from closing(Box(tmp_path / "own", RUNTIME))
+
+
+def test_it_ends_with_the_container_and_only_a_running_one_takes_it(own):
+    assert "does not exist" in own.refuse("true")
+    spec = in_memory(config("sh", "-c", PROCESS))
+    spec["linux"] = {"namespaces": namespaces()}
+    pidfd = own.created(spec)
+    if own.runtime == "runX":  # under runc it runs beside runc's own init
+        assert "cannot exec in a container that is not started" in own.refuse("true")
+    own.succeed("start")
+    own.wait_for_output("ready\n")
+    before = own.footprint()
+    own.succeed("pause")
+    assert own.refuse("true") == "exec failed: cannot exec in a paused container (use --ignore-paused to override)"
+    own.check(before)
+    own.succeed("resume")
+    attached = own.begin("echo begun; exec sleep 1000")
+    detached = own.detach("sleep", "1000")
+    assert attached.stdout.readline() == b"begun\n"
+    own.succeed("kill", "KILL")
+    assert attached.wait(60) == 137
+    assert reaped(detached) in (137, -signal.SIGKILL)
+    wait_for(pidfd)  # no namespace ends before all of its processes are reaped
+    wait_until(lambda: own.state()["status"] == "stopped", "the container to be stopped")  # runc asks its cgroup
+    assert own.refuse("true") == "exec failed: cannot exec in a stopped container"
+
+
+REFS = ("ring-ref", "port")  # of a console: its grant and its event channel
+
+
+@pytest.mark.skipif(RUNTIME != "runX", reason="looks at runX's VM")
+def test_many_one_after_the_other_leave_nothing(own):
+    """This VM has one pid namespace, so that an exec sees also what serves it."""
+    spec = in_memory(config("sleep", "1000"))
+    spec["mounts"].append({"destination": "/sys", "type": "sysfs", "source": "sysfs"})
+    own.started(spec)
+
+    def once(number):
+        result = own.exec("sh", "-c", f"read -r line; echo $line; exit {number % 100}", input=b"typed\n")
+        assert (result.returncode, result.stdout, result.stderr) == (number % 100, b"typed\n", b""), result
+
+    def looks():
+        """What the VM has, and the highest grants and event channels of an exec's two consoles."""
+        script = """
+            sed 's/.* //' /proc/interrupts | sort; ps -o args | grep -v '\\['; ls /sys/bus/xen/devices /sys/class/tty
+            mount; echo end; read -r _
+        """
+        lines, consoles, xenstore = [], f"/local/domain/{own.domain()}/device/console", runx.Xenstore()
+        with own.begin(script) as process:
+            while (line := process.stdout.readline()) != b"end\n":
+                assert line, process.stderr.read()
+                lines.append(line)
+            refs = [[int(xenstore.read(f"{consoles}/{number}/{key}")) for number in (3, 4)] for key in REFS]
+            process.communicate(b"\n")
+        return lines, list(map(max, refs))
+
+    for number in range(4):  # what is made once
+        once(number)
+    lines, refs = looks()
+    folder = own.root / own.id
+    wait_in(folder, lambda: not list(folder.glob("process-*")), "no exec to be left")
+    before = own.footprint()
+    for number in range(MANY):
+        once(number)
+    lines_after, refs_after = looks()
+    assert lines_after == lines
+    assert all(after < ref + 8 for ref, after in zip(refs, refs_after)), (refs, refs_after)
+    own.check(before)
+
+
+# ---- engines
+
+
+def check_exec(command, name, terminal="-it", input="-i"):
+    """`exec` of an engine: its streams, its status, its terminal, and what cannot be executed."""
+    script = "cat; echo err >&2; exit 3"
+    result = call(*command, *([input] if input else []), *name, "sh", "-c", script, input=b"in\n")
+    assert (result.returncode, result.stdout, result.stderr) == (3, b"in\n", b"err\n"), result
+    result = call(*command, *name, "nosuch")
+    words = (result.stdout + result.stderr).decode()
+    assert result.returncode != 0 and 'exec: "nosuch": executable file not found in $PATH' in words, result
+    assert check_at_a_terminal(*command, terminal, *name, "sh", "-i") == 7
+
+
+def test_containerd(clean_dom0):
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    options = ["--runc-binary=/usr/sbin/runX", "--annotation", "org.runx.rootfs=ramdisk"] if RUNTIME == "runX" else []
+    assert call("ctr", "run", "-d", "--env", "PS1=# ", *options, IMAGE, name, "sh", "-c", PROCESS).returncode == 0
+    try:
+        command = ["ctr", "task", "exec", "--exec-id", "one"]
+        check_exec(command, [name], "-t", None)
+        script = "trap 'exit 4' TERM; echo begun; while :; do sleep 9 & wait $!; done"
+        with subprocess.Popen([*command, name, "sh", "-c", script], stdout=subprocess.PIPE) as running:
+            assert running.stdout.readline() == b"begun\n"
+            assert len(call("ctr", "task", "ps", name).stdout.splitlines()) > 2
+            assert call("ctr", "task", "kill", "--exec-id", "one", name).returncode == 0
+            assert running.wait(60) == 4
+    finally:
+        call("ctr", "task", "rm", "--force", name)
+        call("ctr", "container", "rm", name)
+
+
+def test_podman_and_its_health_check(clean_dom0, podman, bundle):
+    """The check's own timer would be systemd's."""
+    before = processes()
+    engine = ["podman", "--cgroup-manager", "cgroupfs", "--runtime", shutil.which(RUNTIME)]
+    health = ["--health-cmd", "[ -e /tmp/well ]", "--health-interval", "disable", "--health-retries", "1"]
+    options = ["--detach", "--network", "none", "--name", bundle.id, "--env", "PS1=# ", "--env", "PATH=/bin"]
+    started = call(*engine, "run", *options, *health, "--rootfs", str(bundle.rootfs), "sh", "-c", PROCESS)
+    assert started.returncode == 0, started
+    try:
+        check_exec([*engine, "exec"], [bundle.id])
+        well = bundle.rootfs / "tmp/well"
+        for change, status in ((well.touch, 0), (well.unlink, 1)):
+            change()
+            assert call(*engine, "healthcheck", "run", bundle.id).returncode == status
+    finally:
+        assert podman("rm", "--force", "--time", "0", bundle.id).returncode == 0
+        for pid, comm in processes() - before:
+            if comm == "conmon":  # that of an exec waits five minutes for somebody who asks for its status
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_docker_and_its_health_check(clean_dom0, bundle, tmp_path):
+    bundle.add_applets("rm")
+    (bundle.rootfs / "tmp/well").touch()
+    rootfs = subprocess.run(["tar", "-C", str(bundle.rootfs), "-c", "."], stdout=subprocess.PIPE, check=True)
+    health = ["--health-cmd", "[ -e /tmp/well ]", "--health-interval", "1s", "--health-retries", "1"]
+    with docker_daemon(tmp_path, "--bridge=none", "--iptables=false") as docker:
+        assert call(*docker, "import", "-", "test", input=rootfs.stdout).returncode == 0
+        options = ["--network", "none", "--runtime", RUNTIME.lower(), "--env", "PATH=/bin", "--env", "PS1=# "]
+        started = call(*docker, "run", "-d", *options, *health, "--name", "box", "test", "sh", "-c", PROCESS)
+        assert started.returncode == 0, started
+
+        def becomes(health):
+            look = [*docker, "inspect", "--format", "{{.State.Health.Status}}", "box"]
+            wait_until(lambda: call(*look).stdout.decode().strip() == health, f"the container {health}", 60)
+
+        becomes("healthy")
+        check_exec([*docker, "exec"], ["box"])
+        assert call(*docker, "exec", "box", "rm", "/tmp/well").returncode == 0
+        becomes("unhealthy")
+        assert "sh -c" in call(*docker, "top", "box").stdout.decode()
+        assert call(*docker, "rm", "--force", "box").returncode == 0
