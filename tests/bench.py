@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runX costs on this dom0, each figure beside its yardstick of the same run.
 
-    bench.py [--json FILE] [--runs N]               a container's life, its processes, memory and output
+    bench.py [--json FILE] [--runs N]               a container's life, exec, its processes, memory and output
+    bench.py --waits [--json FILE] [--runs N]       of these only how long one waits: for exec, an engine, a late start
     bench.py --smallest [--json FILE]               the smallest VMs in which `echo hello` runs
     bench.py --network [--json FILE] [--runs N]     TCP between a container and dom0, by iperf3
     bench.py --many N [--json FILE]                 how long a creation takes beside N running containers
@@ -107,6 +108,11 @@ def wait_for(pid):
     return processor_time(usage)
 
 
+def be_subreaper():
+    """A monitor whose runX create has ended becomes our child, so that we see its end and its processor time."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def spawn(*args, stdout=None):
     return subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=stdout).pid
 
@@ -163,7 +169,8 @@ def bare_life(folder):
     }  # fmt: skip
 
 
-def container_life(runtime, bundle):
+def container_life(runtime, bundle, rest=0):
+    """rest: seconds between create and start, which no figure has in it."""
     before, started = forks(), time.monotonic()
     reader, writer = os.pipe()
     pid_file = bundle / "pid"
@@ -171,6 +178,8 @@ def container_life(runtime, bundle):
     used = wait_for(pid)
     os.close(writer)
     created = time.monotonic()
+    time.sleep(rest)
+    starting = time.monotonic()
     pid = spawn(runtime, "start", "bench")
     first_byte(reader)
     output = time.monotonic()
@@ -180,8 +189,9 @@ def container_life(runtime, bundle):
     deleted = time.monotonic()
     os.close(reader)
     return {
-        "create": created - started, "start to output": output - created, "output to end": end - output,
-        "delete": deleted - end, "whole life": deleted - started, "processes": forks() - before, "CPU": used,
+        "create": created - started, "start to output": output - starting, "output to end": end - output,
+        "delete": deleted - end, "whole life": deleted - started - (starting - created),
+        "processes": forks() - before, "CPU": used,
     }  # fmt: skip
 
 
@@ -224,6 +234,77 @@ def print_life(results):
         print(f"{way:22}" + "".join(f"{cell:>18}" for cell in cells))
         both = (each["create"] + each["start to output"]) / (base["create"] + base["start to output"])
         print(f"{'':22}create and start to output: {both:.2f} of bare xl")
+
+
+REST = 2  # seconds between create and start, when an engine takes its time
+IMAGE = "docker.io/library/busybox:latest"  # of containerd's
+WAITS = {  # what is waited for, and what of a bare domain's life stands beside it
+    f"start to output, {REST} s after create": ["start to output"],
+    "exec to output": ["start to output"],
+    "ctr run to output": ["create", "start to output"],
+}
+
+
+def seconds_to_output(*command):
+    """From the start of a command to the first byte of its output; wait for its end."""
+    reader, writer = os.pipe()
+    started = time.monotonic()
+    pid = spawn(*command, stdout=writer)
+    os.close(writer)
+    first_byte(reader)
+    output = time.monotonic()
+    wait_for(pid)
+    os.close(reader)
+    return output - started
+
+
+def ways_to_wait(folder, stack):
+    """{(what, way): its measurement}"""
+    ways, (late, executed, engine) = {}, WAITS
+    for rootfs in ("ramdisk", "9p"):
+        bundle = make_hello(folder / f"late-{rootfs}", rootfs)
+        ways[late, f"runX, {rootfs}"] = lambda bundle=bundle: container_life("runX", bundle, REST)["start to output"]
+    for runtime, way in (("runX", "runX, 9p"), *((name, name) for name in ("runc",) if shutil.which(name))):
+        bundle, name = make_hello(folder / f"executed-{runtime}", "9p", "sleep", "100000"), f"bench-{runtime}"
+        with open(folder / "output", "wb") as output:
+            call(runtime, "create", "--bundle", str(bundle), name, stdout=output)
+        stack.callback(call, runtime, "delete", "--force", name)
+        call(runtime, "start", name)
+        command = [runtime, "exec", name, "/bin/busybox", "echo", "hello"]
+        ways[executed, way] = lambda command=command: seconds_to_output(*command)
+    if shutil.which("ctr") and IMAGE in call("ctr", "images", "ls", "-q").decode().split():
+        binary = ["--runc-binary", shutil.which("runX")]
+        for way, options in (
+            ("runX, ramdisk", [*binary, "--annotation", "org.runx.rootfs=ramdisk"]), ("runX, 9p", binary), ("runc", []),
+        ):  # fmt: skip
+            command = ["ctr", "run", "--rm", *options, IMAGE, "bench", "echo", "hello"]
+            ways[engine, way] = lambda command=command: seconds_to_output(*command)
+    return ways
+
+
+def measure_waits(folder, runs):
+    """{what: {way: seconds, the median}}, by turns."""
+    with contextlib.ExitStack() as stack:
+        ways = ways_to_wait(folder, stack)
+        for measured in (lambda: bare_life(folder), *ways.values()):
+            measured()  # what is read for the first time is not in the memory yet
+        found, lives = {key: [] for key in ways}, []
+        for _ in range(runs):
+            lives.append(bare_life(folder))
+            for key, measured in ways.items():
+                found[key].append(measured())
+    results = {what: {"bare xl": statistics.median(sum(life[key] for key in keys) for life in lives)}
+               for what, keys in WAITS.items()}  # fmt: skip
+    for (what, way), seconds in found.items():
+        results[what][way] = statistics.median(seconds)
+    return results
+
+
+def print_waits(results):
+    for what, ways in results.items():
+        base = ways["bare xl"]
+        cells = ", ".join(f"{way} {seconds:.2f} s ({seconds / base:.2f})" for way, seconds in ways.items())
+        print(f"{what}: {cells}")
 
 
 def measure_commands(folder, runs):
@@ -639,6 +720,7 @@ def print_files(rates):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--waits", action="store_true")
     parser.add_argument("--network", action="store_true")
     parser.add_argument("--many", type=int, metavar="N")
     parser.add_argument("--smallest", action="store_true")
@@ -658,6 +740,10 @@ def main():
         if options.files_native:
             results["files"] = measure_files(folder, options.runs or 5)
             print_files(results["files"])
+        elif options.waits:
+            be_subreaper()
+            results["waits"] = measure_waits(folder, options.runs or 10)
+            print_waits(results["waits"])
         elif options.network:
             results["network"] = measure_network(folder, options.runs or 3)
             print_network(results["network"])
@@ -670,10 +756,11 @@ def main():
         elif options.smallest:
             results["smallest"] = measure_smallest(folder)
         else:
-            # a monitor whose runX create has ended becomes our child, so that we see its end and its processor time
-            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            be_subreaper()
             results["life"] = measure_life(folder, options.runs or 10)
             print_life(results["life"])
+            results["waits"] = measure_waits(folder, options.runs or 10)
+            print_waits(results["waits"])
             results["commands"] = measure_commands(folder, options.runs or 10)
             print_commands(results["commands"])
             results["memory"] = measure_memory(folder)
