@@ -449,8 +449,9 @@ def test_the_end_of_another_vm_ends_nothing(dom0):
 
 def test_why_it_could_not_be_started_is_in_the_log(dom0):
     container = dom0.container(
-        "set:data/process/0/error=cannot mount\x07 it", "err:no such thing\n", "exit:127"
-    ).started()
+        "begun:set:data/process/0/error=cannot mount\x07 it", "begun:err:no such thing\n", "begun:exit:127"
+    ).created()
+    assert "cannot mount  it" in container.runx("start").stderr
     assert (container.wait(), container.errors()) == (127, "no such thing\n")
     assert f"msg=container {container.id}: the VM's init: cannot mount  it\n" in container.log_text()
     remove(container)

@@ -28,7 +28,9 @@ TIME_LIMIT = 3600  # seconds, for a dom0's tests
 PYTHON_TIME_LIMIT = 600  # seconds, for the fast tests under one Python
 PYTEST = ["-pplugin", "-pno:cacheprovider", "-rs"]
 # What every Python runs too is the rest: these start many processes, or none that runs runx.py.
-ONE_PYTHON = ("commands", "exec", "failures", "initrd", "interfaces", "lab", "machine", "mutations", "shape", "streams")
+ONE_PYTHON = (
+    "commands", "exec", "failures", "initrd", "interfaces", "lab", "life", "machine", "mutations", "shape", "streams",
+)  # fmt: skip
 NONE_SELECTED = 5  # pytest's status where -k, or a path, leaves nothing
 
 
