@@ -353,6 +353,19 @@ class Terminal:
         return self.seen
 
 
+def check_our_terminal(start):
+    """What `out:go line: exit:4` of the fake guest shows and takes at a terminal of ours.  start: with streams."""
+    master, slave = os.openpty()
+    terminal = Terminal(master)
+    process = start(stdin=slave, stdout=slave, session=True)
+    os.close(slave)
+    terminal.expect(b"go")
+    terminal.type(b"\x03typed\n")
+    terminal.expect(b"\x03typed\n")
+    assert process.wait().returncode == 4
+    os.close(master)
+
+
 class ConsoleSocket:
     """What an engine waits at for the terminal of a container that it creates."""
 

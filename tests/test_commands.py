@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine meets beside the life itself: hooks, `run`, update, events, and what the guest is told."""
 
+import functools
 import json
 import os
 import pathlib
 
 import pytest
-from conftest import Terminal, call, runx_command, wait_until
+from conftest import call, check_our_terminal, runx_command, wait_until
 from fake.dom0 import config
 
 
@@ -228,16 +229,8 @@ def test_run_joins_a_terminal_to_ours(dom0):
 
 
 def test_run_joins_our_own_terminal(dom0):
-    master, slave = os.openpty()
-    terminal = Terminal(master)
     container = dom0.container("out:go", "line:", "exit:4", terminal=True)
-    process = run(container, stdin=slave, stdout=slave, session=True)
-    os.close(slave)
-    terminal.expect(b"go")
-    terminal.type(b"\x03typed\n")
-    terminal.expect(b"\x03typed\n")
-    assert process.wait().returncode == 4
-    os.close(master)
+    check_our_terminal(functools.partial(run, container))
 
 
 def test_run_cannot_have_a_console_socket(dom0):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`runX exec` in a dom0 without Xen: what the VM is asked for, streams, signals, exit status, and what is left."""
 
+import functools
 import json
 import os
 import signal
 import socket
 
 import pytest
-from conftest import ConsoleSocket, Terminal, wait_until
+from conftest import ConsoleSocket, check_our_terminal, wait_until
 from fake.guest import pattern
 from test_failures import try_each
 from test_life import bring, remove
@@ -348,16 +349,8 @@ def test_a_terminal_needs_a_console_socket_where_exec_does_not_stay(dom0):
 
 
 def test_a_terminal_is_joined_to_ours(dom0):
-    master, slave = os.openpty()
-    terminal = Terminal(master)
     container = running(dom0, mounts=PTS)
-    process = execute(container, "out:go", "line:", "exit:4", options=["-t"], stdin=slave, stdout=slave, session=True)
-    os.close(slave)
-    terminal.expect(b"go")
-    terminal.type(b"\x03typed\n")
-    terminal.expect(b"\x03typed\n")
-    assert process.wait().returncode == 4
-    os.close(master)
+    check_our_terminal(functools.partial(execute, container, "out:go", "line:", "exit:4", options=["-t"]))
     finish(container)
 
 

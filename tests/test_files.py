@@ -689,18 +689,24 @@ def test_what_is_mounted_later_is_not_taken_for_what_had_its_number(shared):
 
 
 @pytest.fixture
-def guest(tmp_path):
-    """Asks for what is in tmp_path/share; tmp_path/secret is outside."""
+def exported(tmp_path):
+    """Opens tmp_path/share as a server does; tmp_path/secret is outside, and no descriptor is to be left."""
     (tmp_path / "share/folder").mkdir(parents=True)
     (tmp_path / "share/file").write_text("content")
     (tmp_path / "secret").write_text("secret")
     os.symlink("..", tmp_path / "share/up")
-    os.symlink("../secret", tmp_path / "share/link")
     before = len(conftest.open_descriptors())
-    guest = served.Guest(runx.Fuse(os.open(tmp_path / "share", os.O_PATH), CAPABILITIES))
+    yield lambda: os.open(tmp_path / "share", os.O_PATH)
+    assert len(conftest.open_descriptors()) <= before
+
+
+@pytest.fixture
+def guest(exported, tmp_path):
+    """Asks for what is in tmp_path/share."""
+    os.symlink("../secret", tmp_path / "share/link")
+    guest = served.Guest(runx.Fuse(exported(), CAPABILITIES))
     yield guest
     guest.fuse = None
-    assert len(conftest.open_descriptors()) <= before
 
 
 BAD_NAMES = (b"", b".", b"..", b"a/b", b"/", b"../secret", b"x" * 300)
@@ -864,17 +870,11 @@ def test_a_kernel_of_another_version_is_told_ours_or_refused(guest):
 
 
 @pytest.fixture
-def ninep(tmp_path):
-    """As for guest."""
-    (tmp_path / "share/folder").mkdir(parents=True)
-    (tmp_path / "share/file").write_text("content")
-    (tmp_path / "secret").write_text("secret")
-    os.symlink("..", tmp_path / "share/up")
-    before = len(conftest.open_descriptors())
-    ninep = served.NinePGuest(runx.NineP(os.open(tmp_path / "share", os.O_PATH), CAPABILITIES))
+def ninep(exported):
+    """As guest."""
+    ninep = served.NinePGuest(runx.NineP(exported(), CAPABILITIES))
     yield ninep
     ninep.ninep = None
-    assert len(conftest.open_descriptors()) <= before
 
 
 def test_ninep_finds_reads_and_writes_files(ninep, tmp_path):

@@ -33,12 +33,13 @@ import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 sys.dont_write_bytecode = True  # no __pycache__ in the working tree
 
 import image  # noqa: E402
 import suite  # noqa: E402
-from build import build  # noqa: E402
+from build import Built, build  # noqa: E402
 from common import Interrupted, LabError, say  # noqa: E402
 from machine import DEFAULT_MEMORY, DEFAULT_TIME_LIMIT, DOM0_MEMORY, booted_lab, window_size  # noqa: E402
 
@@ -62,6 +63,12 @@ def command_build(_args: argparse.Namespace) -> int:
     return 0
 
 
+def options_of(args: argparse.Namespace, built: Built) -> dict[str, Any]:
+    """Return what a Lab is made with for `run` and `shell`."""
+    files = {"kernel": built.kernel, "ramdisk": built.ramdisk, "disk": built.debian, "share": args.share}
+    return {**files, "memory": args.memory, "network": args.network}
+
+
 def command_run(args: argparse.Namespace) -> int:
     """run: run one command in the dom0."""
     if args.share and not args.share.is_dir():
@@ -73,15 +80,7 @@ def command_run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     built = build(progress, args.kernel, args.initrd)
     deadline = time.monotonic() + args.time_limit
-    with booted_lab(
-        args.time_limit,
-        kernel=built.kernel,
-        ramdisk=built.ramdisk,
-        disk=built.debian,
-        share=args.share,
-        memory=args.memory,
-        network=args.network,
-    ) as lab:
+    with booted_lab(args.time_limit, **options_of(args, built)) as lab:
         progress(f"{time.monotonic() - began:.1f} s: the dom0 is up")
         return lab.run(args.words, stdin=own_stdin(), time_limit=deadline - time.monotonic())
 
@@ -104,14 +103,7 @@ def command_shell(args: argparse.Namespace) -> int:
             "starting a shell: standard input or output is not a terminal; use lab.py run -- COMMAND instead"
         )
     built = build()
-    with booted_lab(
-        kernel=built.kernel,
-        ramdisk=built.ramdisk,
-        disk=built.debian,
-        share=args.share,
-        memory=args.memory,
-        network=args.network,
-    ) as lab:
+    with booted_lab(**options_of(args, built)) as lab:
         say("the dom0 is up; leaving the shell powers it off")
         with resize_events() as resizes, raw_terminal():
             return lab.run(
