@@ -1759,227 +1759,62 @@ class Section:
         return {name: section.text(name) for name in section.values}
 
 
-# ---- records
-
-
-class Mount(Record):
-    """An entry of `mounts`; flags are those of mount(2), data what the file system gets."""
-
-    destination: str
-    type: str
-    source: str
-    flags: int
-    data: str
-    propagation: int  # flags of mount(2), 0: private
-    copy_up: bool  # a tmpfs that begins with what is below it
-
-    def on_host(self) -> bool:
-        """Return whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
-        return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
-
-    def is_sealed_late(self) -> bool:
-        """Return whether it is read-only memory of the guest's, in which mount points and nodes are made before."""
-        return self.type == "tmpfs" and bool(self.flags & MS_RDONLY) and not self.on_host()
-
-    def is_folder(self) -> bool:
-        """Return whether what dom0 mounts is a folder: all but a bind mount of a file."""
-        return not self.flags & MS_BIND or os.path.isdir(self.source)
-
-
-class Process(Record):
-    args: list[str]
-    env: list[str]
-    cwd: str
-    terminal: bool
-    console_size: tuple[int, int]  # rows, columns; 0, 0: not said
-    uid: int
-    gid: int
-    groups: list[int]
-    umask: int
-    capabilities: dict[str, int]  # set's name: a bit for each capability
-    no_new_privileges: bool
-    rlimits: list[tuple[int, int, int]]  # number, soft, hard
-    oom_score_adj: int
-    io_priority: int | None  # as ioprio_set(2) takes it
-    scheduler: tuple[int, ...] | None  # policy, flags, nice, priority, runtime, deadline, period
-
-
-class Linux(Record):
-    """What of config-linux.md the guest applies to itself."""
-
-    pid_namespace: bool
-    devices: list[tuple[str, int, int, int, int, int]]  # path, mode, major, minor, uid, gid
-    sysctl: dict[str, str]
-    masked_paths: list[str]
-    readonly_paths: list[str]
-    propagation: int  # flags of mount(2), 0: private as it is
-    personality: int | None  # as personality(2) takes it
-    cgroup: dict[str, str]  # file of the container's cgroup: what is written to it
-    seccomp: dict[str, Any] | None  # as in config.json
-
-
-class Hook(Record):
-    path: str
-    args: list[str]  # argv
-    env: list[str]
-    timeout: int  # seconds, 0: none
-
-
-VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes a half
-DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
-
-
-class Resources(Record):
-    """What Xen can give a VM, of linux.resources; 0 or "": not said."""
-
-    memory: int  # bytes; -1: no limit
-    quota: int  # microseconds of processor time in each period, of all processors together; -1: no limit
-    period: int  # microseconds
-    shares: int  # cgroup v1's weight: 1024 is the usual one
-    cpus: str  # physical processors, such as 0-3,7
-    # what is not said there; an older runX has not kept all of it
-    default_memory: int = DEFAULT_MEMORY  # MiB
-    minimum_memory: int = MINIMUM_MEMORY  # MiB
-    default_vcpus: int = 1
-    fixed_vcpus: int = 0  # whatever the quota is
-    most_vcpus: int = VCPUS_MAX  # whatever is asked for
-
-    def mebibytes(self, unlimited: int) -> int:
-        """Return the memory of the VM; unlimited: what it gets where there is no limit."""
-        if self.memory < 0:
-            return unlimited
-        return max(self.memory >> 20, self.minimum_memory) if self.memory else self.default_memory
-
-    def vcpus(self, unlimited: int) -> int:
-        """Return as many as the quota can keep busy."""
-        if self.fixed_vcpus or not self.quota:
-            wanted = self.fixed_vcpus or self.default_vcpus
-        else:
-            wanted = unlimited if self.quota < 0 else -(-self.quota // self.period)
-        return min(wanted, self.most_vcpus)
-
-    def cap(self) -> int:
-        """Return the most that all vcpus may use together, in percent of one processor; 0: no limit."""
-        if self.quota <= 0:
-            return 0
-        return min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0))
-
-    def weight(self) -> int:
-        """Return the weight for Xen's scheduler, where 256 is the usual one."""
-        return min(65535, max(1, self.shares * 256 // 1024))
-
-
-class Machine(Record):
-    """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
-
-    type: str  # "pv" or "pvh"; "": what the host offers
-    maxmem: int  # MiB, 0: no more than memory
-    maxvcpus: int  # 0: no more than vcpus
-    rootfs: str  # "9p", "ramdisk", "block", "auto" or "none"
-    image: str  # of a disk that is the rootfs; "": root.path says where that is
-    kernel: BootFile | None  # None: ours
-    ramdisk: BootFile | None
-    own_init: bool  # the VM boots a system of its own, and nothing of ours is in it
-    cmdline: list[str]  # words for its kernel
-    options: Options
-    lines: list[str]  # of xl.cfg, as they are
-
-    def share_device(self) -> str:
-        """Return the kind of device by which the kernel gets what dom0 serves: other kernels than ours have only 9p."""
-        return "9pfs" if self.kernel or self.own_init else "fuse"
-
-
-class Config(Record):
-    oci_version: str
-    rootfs: str  # absolute
-    readonly: bool
-    process: Process | None  # None: such a container can be created but not started
-    hostname: str
-    domainname: str
-    linux: Linux
-    warnings: list[str]  # what is asked for and cannot be had in a VM, a sentence each
-    mounts: list[Mount]
-    annotations: dict[str, str]
-    hooks: dict[str, Any]  # as in config.json: parse_hooks() has accepted it
-    resources: Resources
-    raw_resources: dict[str, Any]  # as in config.json: what `update` must not change
-    namespace: str | None  # path of the network namespace to join; "": a new one; None: none
-    cgroup: str  # linux.cgroupsPath
-    netconf: list[Netconf]  # each network that process.env asks for
-    netconf_folders: list[str]  # where these files may be
-    rate: str  # of the network interfaces, as netback wants it, or ""
-    base: dict[str, int]  # what parse_resources() needs beside them
-    machine: Machine
-
-
-class Host(Record):
-    """The host's own settings (docs/machine.md)."""
-
-    type: str
-    memory: int  # MiB, 0: not said
-    vcpus: int  # 0: not said
-    cmdline: str
-    rootfs: str
-    xlconf: list[str]  # folders
-    netconf: list[str]  # folders
-    maxmem: int  # MiB
-    annotations: list[str]  # of ANNOTATIONS, those that are believed
-    environment: list[str]  # of VARIABLES
-
-
 # ---- the whole
 
 
+class Config:
+    """<bundle>/config.json."""
+
+    def __init__(self, bundle: str, spec: Section) -> None:
+        """Raise Error, in runc's words where engines show them."""
+        linux, vm = spec.section("linux"), spec.section("vm")
+        namespaces = parse_namespaces(linux)
+        warn_of_no_effect(spec)
+        self.warnings = spec.warnings  # what is asked for and cannot be had in a VM, a sentence each
+        self.hostname, self.domainname = parse_names(spec, namespaces)
+        self.hooks = spec.section("hooks").values  # as there: parse_hooks() accepts them
+        for kind in HOOK_KINDS:
+            parse_hooks(self.hooks, kind)
+        # None: such a container can be created but not started
+        self.process = Process(spec.section("process")) if "process" in spec else None
+        self.mounts = [Mount(bundle, mount) for mount in spec.sections("mounts")]
+        if self.process and self.process.terminal and not any(mount.type == "devpts" for mount in self.mounts):
+            spec.refuse("needs a mount of the type devpts at /dev/pts", "process.terminal")
+        host = load_host_config()
+        hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
+        annotations = parse_annotations(spec, linux.section("resources"), host)
+        env = believed_variables(spec, self.process.env if self.process else [], host)
+        self.machine = Machine(vm, hardware_options(hardware), annotations, env, host)
+        if self.machine.own_init and self.hooks.get("startContainer"):
+            spec.section("hooks").refuse("need runX's own init, and the VM boots another one", "startContainer")
+        self.raw_resources = linux.section("resources").values  # linux.resources: what `update` must not change
+        memory = hardware.number("memory", 0, 0) or annotations.number("memory") << 20
+        if memory:
+            limit = {**(self.raw_resources.get("memory") or {}), "limit": memory}
+            self.raw_resources = {**self.raw_resources, "memory": limit}
+        self.base = {  # those fields of Resources that are not there
+            "default_memory": host.memory or DEFAULT_MEMORY,
+            "minimum_memory": 1 if self.machine.own_init else MINIMUM_MEMORY,
+            "default_vcpus": host.vcpus or 1,
+            "fixed_vcpus": hardware.number("vcpus", 0, 0) or annotations.number("vcpus"),
+            "most_vcpus": VCPUS_MAX,
+        }
+        # each network that process.env asks for; path of the network namespace to join, "": a new one, None: none
+        self.netconf, self.namespace = find_networks(spec, env, namespaces, self.mounts)
+        self.netconf_folders = host.netconf  # where these files may be
+        self.oci_version = check_version(spec.text("ociVersion"))
+        self.rootfs = find_rootfs(bundle, spec, self.machine)  # absolute
+        self.readonly = spec.section("root").flag("readonly")
+        self.linux = Linux(linux, namespaces)
+        self.annotations = spec.table("annotations")
+        self.resources = Resources(self.raw_resources, "config.json: linux.resources", self.base)
+        self.cgroup = linux.text("cgroupsPath", "")
+        rate = annotations.text("rate", "")
+        self.rate = rate and parse_rate(rate)  # of the network interfaces, as netback wants it
+
+
 def load_config(bundle: str) -> Config:
-    """Read <bundle>/config.json.  Raise Error, in runc's words where engines show them."""
-    spec = read_config(bundle)
-    linux, vm = spec.section("linux"), spec.section("vm")
-    namespaces = parse_namespaces(linux)
-    warn_of_no_effect(spec)
-    hostname, domainname = parse_names(spec, namespaces)
-    hooks = spec.section("hooks")
-    for kind in HOOK_KINDS:
-        parse_hooks(hooks.values, kind)
-    process = parse_process(spec.section("process")) if "process" in spec else None
-    mounts = [parse_mount(bundle, mount) for mount in spec.sections("mounts")]
-    if process and process.terminal and not any(mount.type == "devpts" for mount in mounts):
-        spec.refuse("needs a mount of the type devpts at /dev/pts", "process.terminal")
-    host = load_host_config()
-    hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
-    annotations = parse_annotations(spec, linux.section("resources"), host)
-    env = believed_variables(spec, process.env if process else [], host)
-    machine = parse_machine(vm, hardware_options(hardware), annotations, env, host)
-    if machine.own_init and hooks.values.get("startContainer"):
-        hooks.refuse("need runX's own init, and the VM boots another one", "startContainer")
-    memory = hardware.number("memory", 0, 0) or annotations.number("memory") << 20
-    resources = linux.section("resources").values
-    if memory:
-        resources = {**resources, "memory": {**(resources.get("memory") or {}), "limit": memory}}
-    vcpus = hardware.number("vcpus", 0, 0) or annotations.number("vcpus")
-    base = resources_base(host, vcpus, machine.own_init)
-    netconf, namespace = find_networks(spec, env, namespaces, mounts)
-    return Config(
-        oci_version=check_version(spec.text("ociVersion")),
-        rootfs=find_rootfs(bundle, spec, machine),
-        readonly=spec.section("root").flag("readonly"),
-        process=process,
-        hostname=hostname,
-        domainname=domainname,
-        linux=parse_linux(linux, namespaces),
-        warnings=spec.warnings,
-        mounts=mounts,
-        annotations=spec.table("annotations"),
-        hooks=hooks.values,
-        resources=parse_resources(resources, "config.json: linux.resources", base),
-        raw_resources=resources,
-        base=base,
-        namespace=namespace,
-        cgroup=linux.text("cgroupsPath", ""),
-        netconf=netconf,
-        netconf_folders=host.netconf,
-        rate=annotations.text("rate", "") and parse_rate(annotations.text("rate")),
-        machine=machine,
-    )
+    return Config(bundle, read_config(bundle))
 
 
 def read_config(bundle: str) -> Section:
@@ -2079,19 +1914,17 @@ def check_links(vm: dict[str, Any], roots: set[str]) -> None:
 HOOK_KINDS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 
 
+class Hook:
+    def __init__(self, spec: Section) -> None:
+        self.path = spec.path("path")
+        self.args = spec.texts("args") or [self.path]  # argv
+        self.env = spec.texts("env")
+        self.timeout = spec.number("timeout", 0, 1, 2**31 - 1)  # seconds, 0: none
+
+
 def parse_hooks(hooks: dict[str, Any], kind: str) -> list[Hook]:
     """Return the Hooks of one kind of config.json's hooks object."""
-    parsed = []
-    for spec in Section(hooks, "config.json: hooks").sections(kind):
-        path = spec.path("path")
-        hook = Hook(
-            path=path,
-            args=spec.texts("args") or [path],
-            env=spec.texts("env"),
-            timeout=spec.number("timeout", 0, 1, 2**31 - 1),
-        )
-        parsed.append(hook)
-    return parsed
+    return [Hook(spec) for spec in Section(hooks, "config.json: hooks").sections(kind)]
 
 
 # ---- what the host says, and whom it believes
@@ -2103,6 +1936,25 @@ ANNOTATIONS = "memory vcpus maxmem maxvcpus rootfs rate type kernel ramdisk cmdl
 VARIABLES = ("NETCONF", "RUNX_KERNEL", "RUNX_RAMDISK", "XLCONF")
 
 
+class Host:
+    """The host's own settings (docs/machine.md)."""
+
+    def __init__(self, spec: Section) -> None:
+        self.type = spec.choice("type", MACHINE_TYPES, "")
+        self.memory = spec.number("memory", 0, 0)  # MiB, 0: not said
+        self.vcpus = spec.number("vcpus", 0, 0)  # 0: not said
+        self.cmdline = spec.text("cmdline", "")
+        self.rootfs = spec.choice("rootfs", ROOTFS_MODES, "auto")
+        self.xlconf = spec.texts("xlconf", ["/etc/runX/xl"])  # folders
+        self.netconf = spec.texts("netconf", ["/etc/cni/net.d"])  # folders
+        self.maxmem = spec.number("maxmem", 512, 0)  # MiB
+        # those that are believed
+        self.annotations = spec.each("annotations", Section.choice, ANNOTATIONS, default=ANNOTATIONS[:6])
+        self.environment = spec.each("environment", Section.choice, VARIABLES, default=VARIABLES[:3])
+        if spec.values.keys() - vars(self).keys():
+            spec.refuse(f"must be a JSON object with no other members than {', '.join(vars(self))}")
+
+
 def load_host_config() -> Host:
     """Read HOST_CONFIG; what is silent or absent there has its default."""
     try:
@@ -2111,21 +1963,7 @@ def load_host_config() -> Host:
         document = {}
     except (OSError, ValueError) as error:
         raise Error(f"cannot read {HOST_CONFIG}: {error}") from None
-    spec, members = Section(document, HOST_CONFIG, ": "), list(Host.__annotations__)
-    if spec.values.keys() - set(members):
-        spec.refuse(f"must be a JSON object with no other members than {', '.join(members)}")
-    return Host(
-        type=spec.choice("type", MACHINE_TYPES, ""),
-        memory=spec.number("memory", 0, 0),
-        vcpus=spec.number("vcpus", 0, 0),
-        cmdline=spec.text("cmdline", ""),
-        rootfs=spec.choice("rootfs", ROOTFS_MODES, "auto"),
-        xlconf=spec.texts("xlconf", ["/etc/runX/xl"]),
-        netconf=spec.texts("netconf", ["/etc/cni/net.d"]),
-        maxmem=spec.number("maxmem", 512, 0),
-        annotations=spec.each("annotations", Section.choice, ANNOTATIONS, default=ANNOTATIONS[:6]),
-        environment=spec.each("environment", Section.choice, VARIABLES, default=VARIABLES[:3]),
-    )
+    return Host(Section(document, HOST_CONFIG, ": "))
 
 
 def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
@@ -2148,7 +1986,7 @@ def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
 
 def annotation_bounds(resources: Section, host: Host) -> dict[str, int]:
     """Return what config.json's resources allow, or the host where these do not say: annotations may be the image's."""
-    limits = parse_resources(resources.values, resources.where, {})
+    limits = Resources(resources.values, resources.where, {})
     bounds = {"maxmem": host.maxmem, "memory": host.maxmem}
     if limits.memory > 0:
         bounds["memory"] = limits.memory >> 20
@@ -2217,44 +2055,47 @@ def parse_iomem(spec: Section) -> str:
     return f"{first:x},{count:x}" + (f"@{guest:x}" if guest >= 0 else "")
 
 
-def parse_machine(vm: Section, options: Options, annotations: Section, env: list[str], host: Host) -> Machine:
-    """Return the Machine.  vm goes before annotations, these before what the image says in its environment."""
-    boot, disk, hypervisor = vm.section("kernel"), vm.section("image"), vm.section("hypervisor")
-    variables = {"RUNX_KERNEL": "", "RUNX_RAMDISK": "", "XLCONF": ""}
-    for variable in env:
-        name, _, variables[name] = variable.partition("=")
-    kernel = find_boot_file(boot.text("path", ""), annotations.text("kernel", "") or variables["RUNX_KERNEL"])
-    ramdisk = find_boot_file(boot.text("initrd", ""), annotations.text("ramdisk", "") or variables["RUNX_RAMDISK"])
-    image = disk.text("path", "")
-    kind = (disk.choice("format", IMAGE_FORMATS, "") or "raw") if image else ""
-    own_init = bool(ramdisk or (image and kernel))
-    if image and own_init:
-        check_references(image, kind)
-        options = {**options, "disk": [f"format={kind},vdev=xvda,access=rw,target={image}"]}
-    if not kernel and (ramdisk or kind not in ("", "raw")):
-        raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
-    program = hypervisor.text("path", "")
-    if program and os.path.basename(program) != "xl":
-        hypervisor.refuse(f"cannot be {program}: runX drives Xen with xl", "path")
-    lines = [check_line(line) for line in hypervisor.texts("parameters")]
-    xlconf = annotations.text("xlconf", "") or variables["XLCONF"]
-    if xlconf:
-        lines.append(read_trusted("XLCONF", xlconf, host.xlconf))
-    words = f"{host.cmdline} {annotations.text('cmdline', '')}".split()
-    rootfs = annotations.choice("rootfs", ("", "9p", "none") if own_init else ("", *ROOTFS_MODES), "")
-    return Machine(
-        type=annotations.choice("type", MACHINE_TYPES, "") or host.type,
-        maxmem=annotations.number("maxmem"),
-        maxvcpus=annotations.number("maxvcpus"),
-        rootfs=rootfs or ("none" if own_init else host.rootfs),
-        image="" if own_init else image,
-        kernel=kernel,
-        ramdisk=ramdisk,
-        own_init=own_init,
-        cmdline=words + [quote_word(word) for word in boot.texts("parameters")],
-        options=options,
-        lines=lines,
-    )
+class Machine:
+    """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
+
+    def __init__(self, vm: Section, options: Options, annotations: Section, env: list[str], host: Host) -> None:
+        """vm goes before annotations, these before what the image says in its environment."""
+        boot, disk, hypervisor = vm.section("kernel"), vm.section("image"), vm.section("hypervisor")
+        said = dict(variable.partition("=")[::2] for variable in env)
+        kernel = annotations.text("kernel", "") or said.get("RUNX_KERNEL", "")
+        ramdisk = annotations.text("ramdisk", "") or said.get("RUNX_RAMDISK", "")
+        self.kernel = find_boot_file(boot.text("path", ""), kernel)  # None: ours
+        self.ramdisk = find_boot_file(boot.text("initrd", ""), ramdisk)
+        image = disk.text("path", "")
+        kind = (disk.choice("format", IMAGE_FORMATS, "") or "raw") if image else ""
+        # the VM boots a system of its own, and nothing of ours is in it
+        self.own_init = bool(self.ramdisk or (image and self.kernel))
+        self.image = "" if self.own_init else image  # of a disk that is the rootfs; "": root.path says where that is
+        self.options = options  # of xl.cfg
+        if image and self.own_init:
+            check_references(image, kind)
+            self.options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
+        if not self.kernel and (self.ramdisk or kind not in ("", "raw")):
+            raise Error("a VM with its own ramdisk or disk image needs its own kernel too: name it where that is named")
+        program = hypervisor.text("path", "")
+        if program and os.path.basename(program) != "xl":
+            hypervisor.refuse(f"cannot be {program}: runX drives Xen with xl", "path")
+        self.lines = [check_line(line) for line in hypervisor.texts("parameters")]  # of xl.cfg, as they are
+        xlconf = annotations.text("xlconf", "") or said.get("XLCONF", "")
+        if xlconf:
+            self.lines.append(read_trusted("XLCONF", xlconf, host.xlconf))
+        self.cmdline = f"{host.cmdline} {annotations.text('cmdline', '')}".split()  # words for its kernel
+        self.cmdline += [quote_word(word) for word in boot.texts("parameters")]
+        modes = ("9p", "none") if self.own_init else ROOTFS_MODES
+        rootfs = annotations.choice("rootfs", ("", *modes), "")
+        self.rootfs = rootfs or ("none" if self.own_init else host.rootfs)
+        self.type = annotations.choice("type", MACHINE_TYPES, "") or host.type  # "": what the host offers
+        self.maxmem = annotations.number("maxmem")  # MiB, 0: no more than memory
+        self.maxvcpus = annotations.number("maxvcpus")  # 0: no more than vcpus
+
+    def share_device(self) -> str:
+        """Return the kind of device by which the kernel gets what dom0 serves: other kernels than ours have only 9p."""
+        return "9pfs" if self.kernel or self.own_init else "fuse"
 
 
 def find_boot_file(host_path: str, path: str) -> BootFile | None:
@@ -2333,32 +2174,54 @@ def quote_word(word: str) -> str:
 # ---- resources
 
 
-def resources_base(host: Host, fixed_vcpus: int, own_init: bool) -> dict[str, int]:
-    """Return those fields of Resources that are not in linux.resources."""
-    return {
-        "default_memory": host.memory or DEFAULT_MEMORY,
-        "minimum_memory": 1 if own_init else MINIMUM_MEMORY,
-        "default_vcpus": host.vcpus or 1,
-        "fixed_vcpus": fixed_vcpus,
-        "most_vcpus": VCPUS_MAX,
-    }
+VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes a half
+DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
 
 
-def parse_resources(spec: dict[str, Any], where: str, base: dict[str, int]) -> Resources:
-    """Return Resources of runtime-spec config-linux.md; base: those fields that are not in spec."""
-    resources = Section(spec, where)
-    memory, cpu = resources.section("memory"), resources.section("cpu")
-    cpus = cpu.text("cpus", "")
-    if cpus.strip("0123456789,-"):
-        cpu.refuse("must be a list such as 0-3,7", "cpus")
-    return Resources(
-        memory=max(-1, memory.number("limit", 0)),
-        quota=max(-1, cpu.number("quota", 0)),
-        period=max(0, cpu.number("period", 0)) or 100000,
-        shares=max(0, cpu.number("shares", 0)),
-        cpus=cpus,
-        **base,
-    )
+class Resources:
+    """What Xen can give a VM, of linux.resources (config-linux.md); 0 or "": not said."""
+
+    def __init__(self, spec: dict[str, Any], where: str, base: dict[str, int]) -> None:
+        """base: what is not said there; an older runX has not kept all of it."""
+        resources = Section(spec, where)
+        memory, cpu = resources.section("memory"), resources.section("cpu")
+        self.memory = max(-1, memory.number("limit", 0))  # bytes; -1: no limit
+        # microseconds of processor time in each period, of all processors together; -1: no limit
+        self.quota = max(-1, cpu.number("quota", 0))
+        self.period = max(0, cpu.number("period", 0)) or 100000  # microseconds
+        self.shares = max(0, cpu.number("shares", 0))  # cgroup v1's weight: 1024 is the usual one
+        self.cpus = cpu.text("cpus", "")  # physical processors, such as 0-3,7
+        if self.cpus.strip("0123456789,-"):
+            cpu.refuse("must be a list such as 0-3,7", "cpus")
+        self.default_memory = base.get("default_memory", DEFAULT_MEMORY)  # MiB
+        self.minimum_memory = base.get("minimum_memory", MINIMUM_MEMORY)  # MiB
+        self.default_vcpus = base.get("default_vcpus", 1)
+        self.fixed_vcpus = base.get("fixed_vcpus", 0)  # whatever the quota is
+        self.most_vcpus = base.get("most_vcpus", VCPUS_MAX)  # whatever is asked for
+
+    def mebibytes(self, unlimited: int) -> int:
+        """Return the memory of the VM; unlimited: what it gets where there is no limit."""
+        if self.memory < 0:
+            return unlimited
+        return max(self.memory >> 20, self.minimum_memory) if self.memory else self.default_memory
+
+    def vcpus(self, unlimited: int) -> int:
+        """Return as many as the quota can keep busy."""
+        if self.fixed_vcpus or not self.quota:
+            wanted = self.fixed_vcpus or self.default_vcpus
+        else:
+            wanted = unlimited if self.quota < 0 else -(-self.quota // self.period)
+        return min(wanted, self.most_vcpus)
+
+    def cap(self) -> int:
+        """Return the most that all vcpus may use together, in percent of one processor; 0: no limit."""
+        if self.quota <= 0:
+            return 0
+        return min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0))
+
+    def weight(self) -> int:
+        """Return the weight for Xen's scheduler, where 256 is the usual one."""
+        return min(65535, max(1, self.shares * 256 // 1024))
 
 
 def parse_cgroup(resources: Section) -> dict[str, str]:
@@ -2513,31 +2376,27 @@ POLICIES = "SCHED_OTHER SCHED_FIFO SCHED_RR SCHED_BATCH SCHED_ISO SCHED_IDLE SCH
 SCHEDULER_FLAGS = "RESET_ON_FORK RECLAIM DL_OVERRUN KEEP_POLICY KEEP_PARAMS UTIL_CLAMP_MIN UTIL_CLAMP_MAX".split()
 
 
-def parse_process(spec: Section) -> Process:
-    user, console = spec.section("user"), spec.section("consoleSize")
-    rows = console.unsigned("height", 16)
-    columns = console.unsigned("width", 16)
-    args = spec.texts("args")
-    if not args:
-        spec.refuse("must not be empty", "args")
-    env = {variable.partition("=")[0]: variable for variable in spec.texts("env")}  # the last counts
-    return Process(
-        args=args,
-        env=list(env.values()),
-        cwd=spec.path("cwd"),
-        terminal=spec.flag("terminal"),
-        console_size=(rows, columns),
-        uid=user.unsigned("uid", 32),
-        gid=user.unsigned("gid", 32),
-        groups=user.each("additionalGids", Section.unsigned, 32, REQUIRED),
-        umask=user.number("umask", 0o022, 0, 0o777),
-        capabilities=parse_capabilities(spec.section("capabilities")),
-        no_new_privileges=spec.flag("noNewPrivileges"),
-        rlimits=parse_rlimits(spec),
-        oom_score_adj=spec.number("oomScoreAdj", 0, -1000, 1000),
-        io_priority=parse_io_priority(spec.section("ioPriority")) if "ioPriority" in spec else None,
-        scheduler=parse_scheduler(spec.section("scheduler")) if "scheduler" in spec else None,
-    )
+class Process:
+    def __init__(self, spec: Section) -> None:
+        user, console = spec.section("user"), spec.section("consoleSize")
+        self.console_size = console.unsigned("height", 16), console.unsigned("width", 16)  # 0, 0: not said
+        self.args = spec.texts("args")
+        if not self.args:
+            spec.refuse("must not be empty", "args")
+        env = {variable.partition("=")[0]: variable for variable in spec.texts("env")}  # the last counts
+        self.env = list(env.values())
+        self.cwd = spec.path("cwd")
+        self.terminal = spec.flag("terminal")
+        self.uid = user.unsigned("uid", 32)
+        self.gid = user.unsigned("gid", 32)
+        self.groups = user.each("additionalGids", Section.unsigned, 32, REQUIRED)
+        self.umask = user.number("umask", 0o022, 0, 0o777)
+        self.capabilities = parse_capabilities(spec.section("capabilities"))
+        self.no_new_privileges = spec.flag("noNewPrivileges")
+        self.rlimits = parse_rlimits(spec)
+        self.oom_score_adj = spec.number("oomScoreAdj", 0, -1000, 1000)
+        self.io_priority = parse_io_priority(spec.section("ioPriority")) if "ioPriority" in spec else None
+        self.scheduler = parse_scheduler(spec.section("scheduler")) if "scheduler" in spec else None
 
 
 def parse_exec(spec: Section, asked: dict[str, Any], where: str) -> tuple[Process, Linux, list[str]]:
@@ -2555,10 +2414,10 @@ def parse_exec(spec: Section, asked: dict[str, Any], where: str) -> tuple[Proces
     if user.get("umask") is None:
         values["user"] = {**user, "umask": own.section("user").values.get("umask")}
     section = Section(values, where, ": ")
-    process = parse_process(section)
+    process = Process(section)
     if process.terminal and not any(mount.text("type", "") == "devpts" for mount in spec.sections("mounts")):
         section.refuse("needs a mount of the type devpts at /dev/pts", "terminal")
-    return process, parse_linux(spec.section("linux"), {}), section.warnings
+    return process, Linux(spec.section("linux"), {}), section.warnings
 
 
 def parse_capabilities(spec: Section) -> dict[str, int]:
@@ -2590,6 +2449,7 @@ def capability_names(bits: int) -> str:
 
 
 def parse_rlimits(process: Section) -> list[tuple[int, int, int]]:
+    """Return (number, soft, hard) of each."""
     limits: dict[str, tuple[int, int, int]] = {}
     for entry in process.sections("rlimits"):
         name = entry.choice("type", RLIMITS)
@@ -2602,6 +2462,7 @@ def parse_rlimits(process: Section) -> list[tuple[int, int, int]]:
 
 
 def parse_io_priority(spec: Section) -> int:
+    """Return it as ioprio_set(2) takes it."""
     number = IO_CLASSES[spec.choice("class", IO_CLASSES)]
     return number << 13 | spec.number("priority", 0, 0, 7)
 
@@ -2620,25 +2481,25 @@ def parse_scheduler(spec: Section) -> tuple[int, ...]:
 # ---- linux: what the guest applies to itself
 
 DEVICE_TYPES = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
-PERSONALITIES = {"": None, "LINUX": 0, "LINUX32": 8}  # <sys/personality.h>
+PERSONALITIES = {"": None, "LINUX": 0, "LINUX32": 8}  # <sys/personality.h>; None: as it is
 
 
-def parse_linux(spec: Section, namespaces: Namespaces) -> Linux:
-    sysctl = spec.table("sysctl")
-    if any(".." in name or name.startswith("/") for name in sysctl):
-        spec.refuse("must hold names such as net.ipv4.ip_forward", "sysctl")
-    propagation = PROPAGATIONS[spec.choice("rootfsPropagation", PROPAGATIONS, "")]
-    return Linux(
-        pid_namespace="pid" in namespaces,
-        devices=[parse_device(device) for device in spec.sections("devices")],
-        sysctl=sysctl,
-        masked_paths=spec.each("maskedPaths", Section.path),
-        readonly_paths=spec.each("readonlyPaths", Section.path),
-        propagation=propagation and propagation | MS_REC,
-        personality=PERSONALITIES[spec.section("personality").choice("domain", PERSONALITIES, "")],
-        cgroup=parse_cgroup(spec.section("resources")),
-        seccomp=spec.section("seccomp").values if "seccomp" in spec else None,
-    )
+class Linux:
+    """What of config-linux.md the guest applies to itself."""
+
+    def __init__(self, spec: Section, namespaces: Namespaces) -> None:
+        self.pid_namespace = "pid" in namespaces
+        self.devices = [parse_device(device) for device in spec.sections("devices")]
+        self.sysctl = spec.table("sysctl")
+        if any(".." in name or name.startswith("/") for name in self.sysctl):
+            spec.refuse("must hold names such as net.ipv4.ip_forward", "sysctl")
+        self.masked_paths = spec.each("maskedPaths", Section.path)
+        self.readonly_paths = spec.each("readonlyPaths", Section.path)
+        propagation = PROPAGATIONS[spec.choice("rootfsPropagation", PROPAGATIONS, "")]
+        self.propagation = propagation and propagation | MS_REC  # flags of mount(2), 0: private as it is
+        self.personality = PERSONALITIES[spec.section("personality").choice("domain", PERSONALITIES, "")]
+        self.cgroup = parse_cgroup(spec.section("resources"))
+        self.seccomp = spec.section("seccomp").values if "seccomp" in spec else None  # as there
 
 
 def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
@@ -2703,53 +2564,60 @@ PROPAGATIONS.update({f"r{name}": flag | MS_REC for name, flag in PROPAGATIONS.it
 GUEST_FILESYSTEMS = "proc sysfs tmpfs ramfs devpts mqueue cgroup cgroup2 securityfs hugetlbfs binfmt_misc".split()
 
 
-def parse_mount(bundle: str, spec: Section) -> Mount:
-    destination = spec.text("destination")
-    kind, source = spec.text("type", ""), spec.text("source", "")
-    flags, data, propagation, copy_up = mount_options(spec.texts("options"), kind)
-    if not os.path.normpath("/" + destination).strip("/"):
-        raise Error(f"cannot mount {source} over the rootfs at /{destination.lstrip('/')}: name it as root.path")
-    if spec.values.get("uidMappings") or spec.values.get("gidMappings"):
-        raise Error(f"cannot mount {source} at {destination}: ID-mapped mounts are not supported")
-    if kind == "bind":
-        flags |= MS_BIND
-    if flags & MS_BIND:
-        source = os.path.join(bundle, source)
-        if not os.path.exists(source):
-            raise Error(f"cannot mount {source} at {destination}: the source does not exist")
-        if destination.rstrip("/") == "/dev/shm" and is_empty_memory(source):
-            # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
-            data = ["mode=1777", f"size={size_of(source) >> 10}k"]
-            kind, source, flags = "tmpfs", "shm", flags & ~(MS_BIND | MS_REC)
-        elif data:
-            raise Error(f"cannot mount {source} at {destination}: a bind mount has no option {data[0]} here")
-    elif not kind:
-        raise Error(f"cannot mount at {destination}: the mount has no type")
-    return Mount(
-        destination="/" + destination.lstrip("/"),
-        type=kind,
-        source=source,
-        flags=flags,
-        data="" if kind == "cgroup" else ",".join(data),  # controllers of version 1
-        propagation=0 if propagation & MS_PRIVATE else propagation,
-        copy_up=copy_up,
-    )
+class Mount:
+    """An entry of `mounts`; flags are those of mount(2), data what the file system gets."""
 
+    def __init__(self, bundle: str, spec: Section) -> None:
+        self.destination = "/" + spec.text("destination").lstrip("/")
+        self.type, self.source = spec.text("type", ""), spec.text("source", "")
+        self.flags = MS_BIND if self.type == "bind" else 0
+        self.propagation = 0  # flags of mount(2), 0: private
+        self.copy_up = False  # a tmpfs that begins with what is below it
+        data = [option for option in spec.texts("options") if not self.take(option)]
+        if self.flags & MS_BIND:
+            self.source = os.path.join(bundle, self.source)
+        where = f"cannot mount {self.source} at {self.destination}"
+        if not os.path.normpath(self.destination).strip("/"):
+            raise Error(f"cannot mount {self.source} over the rootfs at {self.destination}: name it as root.path")
+        if spec.values.get("uidMappings") or spec.values.get("gidMappings"):
+            raise Error(f"{where}: ID-mapped mounts are not supported")
+        if self.flags & MS_BIND:
+            if not os.path.exists(self.source):
+                raise Error(f"{where}: the source does not exist")
+            if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
+                # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
+                data = ["mode=1777", f"size={size_of(self.source) >> 10}k"]
+                self.type, self.source, self.flags = "tmpfs", "shm", self.flags & ~(MS_BIND | MS_REC)
+            elif data:
+                raise Error(f"{where}: a bind mount has no option {data[0]} here")
+        elif not self.type:
+            raise Error(f"cannot mount at {self.destination}: the mount has no type")
+        self.data = "" if self.type == "cgroup" else ",".join(data)  # controllers of version 1
 
-def mount_options(options: list[str], kind: str) -> tuple[int, list[str], int, bool]:
-    """Return a Mount's flags, the options that are none, its propagation, and copy_up."""
-    flags, data, propagation, copy_up = 0, [], 0, False
-    for option in options:
-        if option in ("tmpcopyup", "notmpcopyup") and kind == "tmpfs":
-            copy_up = option == "tmpcopyup"  # not the kernel's, but container engines'
+    def take(self, option: str) -> bool:
+        """Return whether an option is none of the file system's."""
+        if option in ("tmpcopyup", "notmpcopyup") and self.type == "tmpfs":
+            self.copy_up = option == "tmpcopyup"  # not the kernel's, but container engines'
         elif option in MOUNT_OPTIONS:
             add, remove = MOUNT_OPTIONS[option]
-            flags = (flags | add) & ~remove
+            self.flags = (self.flags | add) & ~remove
         elif option in PROPAGATIONS:
-            propagation = PROPAGATIONS[option]
+            self.propagation = 0 if PROPAGATIONS[option] & MS_PRIVATE else PROPAGATIONS[option]
         else:
-            data.append(option)
-    return flags, data, propagation, copy_up
+            return False
+        return True
+
+    def on_host(self) -> bool:
+        """Return whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
+        return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
+
+    def is_sealed_late(self) -> bool:
+        """Return whether it is read-only memory of the guest's, in which mount points and nodes are made before."""
+        return self.type == "tmpfs" and bool(self.flags & MS_RDONLY) and not self.on_host()
+
+    def is_folder(self) -> bool:
+        """Return whether what dom0 mounts is a folder: all but a bind mount of a file."""
+        return not self.flags & MS_BIND or os.path.isdir(self.source)
 
 
 def is_empty_memory(path: str) -> bool:
@@ -8782,7 +8650,7 @@ def parse_quantity(name: str, text: str) -> int | str:
 def update(container: Container, changes: dict[str, Any]) -> None:
     state = container.state
     asked = merge_resources(container, changes)
-    new, old = (parse_resources(spec, "resources", state.base) for spec in (asked, state.resources))
+    new, old = (Resources(spec, "resources", state.base) for spec in (asked, state.resources))
     memory, vcpus = new.mebibytes(state.maxmem), new.vcpus(state.maxvcpus)
     for wanted, most, what in ((memory, state.maxmem, "MiB of memory"), (vcpus, state.maxvcpus, "vcpus")):
         if wanted > most:

@@ -8,7 +8,7 @@ import stat
 import struct
 
 import pytest
-from conftest import config
+from conftest import config, record
 
 import runx
 
@@ -464,7 +464,7 @@ def test_every_field_of_a_mount(load, tmp_path):
 def test_what_of_a_mount_is_a_file_or_the_guests(tmp_path):
     def mount(**fields):
         usual = {"destination": "/d", "type": "tmpfs", "source": "", "flags": 0, "data": "", "propagation": 0}
-        return runx.Mount(**{**usual, "copy_up": False, **fields})
+        return record(runx.Mount, **{**usual, "copy_up": False, **fields})
 
     (tmp_path / "file").touch()
     bind, readonly = LINUX["MS_BIND"], LINUX["MS_RDONLY"]
@@ -480,7 +480,8 @@ def test_what_of_a_mount_is_a_file_or_the_guests(tmp_path):
 
 
 def resources(**fields):
-    return runx.Resources(**{"memory": 0, "quota": 0, "period": 100000, "shares": 0, "cpus": "", **BASE, **fields})
+    usual = {"memory": 0, "quota": 0, "period": 100000, "shares": 0, "cpus": "", **BASE}
+    return record(runx.Resources, **{**usual, **fields})
 
 
 def test_what_memory_is_in_mebibytes():
@@ -508,7 +509,7 @@ def test_what_a_quota_caps_and_a_share_weighs():
 
 def test_resources_that_are_odd():
     def parsed(**spec):
-        found = runx.parse_resources(spec, "here", BASE)
+        found = runx.Resources(spec, "here", BASE)
         return found.memory, found.quota, found.period, found.shares, found.cpus
 
     assert parsed() == (0, 0, 100000, 0, "")

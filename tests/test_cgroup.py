@@ -10,7 +10,7 @@ import pytest
 import runx
 
 BASE = {"default_memory": 64, "minimum_memory": 24, "default_vcpus": 1, "fixed_vcpus": 0, "most_vcpus": 4}
-RESOURCES = runx.parse_resources({"memory": {"limit": 80 << 20}, "cpu": {"shares": 2048}}, "resources", BASE)
+RESOURCES = runx.Resources({"memory": {"limit": 80 << 20}, "cpu": {"shares": 2048}}, "resources", BASE)
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_a_group_of_others_is_refused(hierarchy, path):
 
 
 def test_limits_that_end_are_no_limits():
-    unlimited = runx.cgroup_limits(runx.parse_resources({"memory": {"limit": -1}}, "resources", BASE))
+    unlimited = runx.cgroup_limits(runx.Resources({"memory": {"limit": -1}}, "resources", BASE))
     assert unlimited == {"memory.max": "max", "memory.limit_in_bytes": "-1"}
-    assert runx.cgroup_limits(runx.parse_resources({}, "resources", BASE)) == {}
+    assert runx.cgroup_limits(runx.Resources({}, "resources", BASE)) == {}
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_a_scope_that_comes_too_late_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(runx, "PATH", f"{tmp_path}:{runx.PATH}")
     monkeypatch.setattr(runx, "SCOPE_TIME_LIMIT", 0.5)
     with pytest.raises(runx.Error, match="cannot make the scope b: systemd-run says nothing$"):
-        runx.start_scope("::b", runx.parse_resources({}, "resources", BASE))
+        runx.start_scope("::b", runx.Resources({}, "resources", BASE))
     pid = tmp_path / "pid"
     assert not pid.exists() or runx.process_start_time(int(pid.read_text())) is None
 
 
 def test_what_systemd_is_told():
     def command(path, resources):
-        return runx.scope_command(path, runx.parse_resources(resources, "resources", BASE))
+        return runx.scope_command(path, runx.Resources(resources, "resources", BASE))
 
     start = ["systemd-run", "--quiet", "--scope", "--collect", "--unit=a-b:c.scope", "--slice=system.slice"]
     assert command(":a:b:c", {}) == ("a-b:c", [*start, "--property=Delegate=yes"])
@@ -148,7 +148,7 @@ def test_what_systemd_is_told():
     "shares, weight", [(1, 1), (2, 1), (28, 1), (29, 2), (1024, 39), (262143, 9999), (262144, 10000), (1 << 30, 10000)]
 )
 def test_shares_are_a_weight_as_runc_makes_it(shares, weight):
-    limits = runx.cgroup_limits(runx.parse_resources({"cpu": {"shares": shares}}, "resources", BASE))
+    limits = runx.cgroup_limits(runx.Resources({"cpu": {"shares": shares}}, "resources", BASE))
     assert limits == {"cpu.weight": str(weight), "cpu.shares": str(shares)}
 
 

@@ -99,7 +99,7 @@ BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_
     ],
 )
 def test_what_a_share_of_the_processors_is_in_xen(cpu, vcpus, cap, weight):
-    resources = runx.parse_resources({"cpu": cpu}, "resources", BASE)
+    resources = runx.Resources({"cpu": cpu}, "resources", BASE)
     assert (resources.vcpus(8), resources.cap(), resources.weight()) == (vcpus, cap, weight)
 
 
@@ -913,7 +913,7 @@ def test_no_more_vcpus_than_the_host_and_the_memory_carry(
     parsed = runx.load_config(bundle(spec))
     runx.fit_vcpus(parsed)
     assert (parsed.resources.vcpus(1), parsed.machine.maxvcpus) == (vcpus, maxvcpus)
-    assert runx.parse_resources(spec["linux"]["resources"], "x", parsed.base).vcpus(1) == vcpus
+    assert runx.Resources(spec["linux"]["resources"], "x", parsed.base).vcpus(1) == vcpus
 
 
 # ---- update

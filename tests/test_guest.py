@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from conftest import config
+from conftest import config, record
 
 import runx
 
@@ -67,9 +67,8 @@ def test_without_a_name_it_has_dom0s(guest):
 
 
 def test_names_and_arguments_that_are_no_utf_8_arrive_as_they_are(tmp_path):
-    spec = runx.Process.__annotations__  # the record, without config.json: JSON cannot have them
-    record = runx.Process(**{**dict.fromkeys(spec, 0), "args": ["a\udcff"], "env": [], "groups": []})
-    assert runx.guest_program(record, [], "")[1].encode("utf-8", "surrogateescape") == b"a\xff"
+    process = record(runx.Process, args=["a\udcff"], env=[], groups=[])  # JSON cannot have them
+    assert runx.guest_program(process, [], "")[1].encode("utf-8", "surrogateescape") == b"a\xff"
 
 
 # what config.json has besides, the words for it, and the word that they stand before

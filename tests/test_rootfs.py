@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from archive import members
-from conftest import open_descriptors
+from conftest import open_descriptors, record
 from namespace import in_own_mounts
 
 import runx
@@ -47,7 +47,7 @@ def root(tmp_path):
 
 def mount_entry(destination, kind="bind", source="", flags=runx.MS_BIND | runx.MS_REC, **fields):
     fields = {"data": "", "propagation": 0, "copy_up": False, **fields}
-    return runx.Mount(destination=destination, type=kind, source=str(source), flags=flags, **fields)
+    return record(runx.Mount, destination=destination, type=kind, source=str(source), flags=flags, **fields)
 
 
 def raised(number):
