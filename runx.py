@@ -156,6 +156,31 @@ class Undo:
             self.run()
 
 
+class Attempt:
+    """`with Attempt("read x"):` an OSError in the block becomes the Error "cannot read x: " with its reason."""
+
+    def __init__(self, what: str, *kinds: type[Exception]) -> None:
+        """kinds: of exceptions besides OSError."""
+        self.what, self.kinds = what, (OSError, *kinds)
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, self.kinds):
+            raise Error(f"cannot {self.what}: {getattr(error, 'strerror', None) or error}") from None
+
+
+class Descriptor(int):
+    """A file descriptor that `with` closes at its end."""
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self)
+
+
 class Record:
     """Base of plain records: the fields are the class's annotations, by name, all required that have no default.
 
@@ -473,9 +498,8 @@ def execute_program(
 def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
     """Wait for a child, and kill it after a timeout, in seconds.  Return whether it has ended by itself, and its exit
     status, below 0 for a signal."""
-    pidfd = os.pidfd_open(pid)
-    ended = bool(select.select([pidfd], [], [], timeout)[0])
-    os.close(pidfd)
+    with Descriptor(os.pidfd_open(pid)) as pidfd:
+        ended = bool(select.select([pidfd], [], [], timeout)[0])
     if not ended:
         kill(pid, SIGKILL)
     return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -494,15 +518,13 @@ def process_start_time(pid: int) -> int | None:
 def end_process(pid: int, start_time: int, timeout: float) -> None:
     """Wait for the end of a process, and kill it if that does not come in time, in seconds."""
     try:
-        pidfd = os.pidfd_open(pid)
+        pidfd = Descriptor(os.pidfd_open(pid))
     except OSError:
         return  # it has ended, and the number may be a thread's
-    try:
+    with pidfd:
         if process_start_time(pid) == start_time and not select.select([pidfd], [], [], timeout)[0]:
             os.kill(pid, SIGKILL)
             select.select([pidfd], [], [], timeout)
-    finally:
-        os.close(pidfd)
 
 
 def close_other_descriptors(keep: set[int | None]) -> None:
@@ -587,11 +609,9 @@ class Xenstore:
         return replies
 
     def _send(self, message: bytes) -> None:
-        try:
+        with Attempt("write to xenstored"):
             while message:
                 message = message[os.write(self.fd, message) :]
-        except OSError as error:
-            raise Error(f"cannot write to xenstored: {error.strerror}") from None
 
     def _receive(self) -> tuple[int, bytes]:
         kind, _, _, length = struct.unpack(XS_HEADER, self._receive_exactly(16))
@@ -600,10 +620,8 @@ class Xenstore:
     def _receive_exactly(self, length: int) -> bytes:
         data = b""
         while len(data) < length:
-            try:
+            with Attempt("read from xenstored"):
                 chunk = os.read(self.fd, length - len(data))
-            except OSError as error:
-                raise Error(f"cannot read from xenstored: {error.strerror}") from None
             if not chunk:
                 raise Error("xenstored has closed the connection")
             data += chunk
@@ -1476,12 +1494,10 @@ class Container:
     def save(self, **changes: Any) -> None:
         """Store the state with these changes, or leave it as it was.  Raise Error."""
         path, state = self.path("state.json"), State(**{**self.state.__dict__, **changes})
-        try:
+        with Attempt(f"write {path}"):
             with open(path + ".new", "w", encoding="utf-8") as file:
                 file.write(json_text(state.__dict__))
             os.rename(path + ".new", path)
-        except OSError as error:
-            raise Error(f"cannot write {path}: {error.strerror}") from None
         self.state = state
 
     def public_state(self, status: str = "") -> dict[str, Any]:
@@ -1570,10 +1586,8 @@ class Container:
         disk has room for it, and there the rest can wait; its name tells whether the container has been started.
         """
         domain, mark = self.domain(), self.path(f"unsettled-{self.state.status}")
-        try:
-            open(mark, "w", encoding="ascii").close()
-        except OSError as error:
-            raise Error(f"cannot make {mark}: {error.strerror}") from None
+        with Attempt(f"make {mark}"):
+            write_file(mark, "")
         work(domain)
         try:
             self.save(**changes)
@@ -1645,15 +1659,13 @@ def carriers_of(container: Container) -> dict[int, list[int]]:
 
 def remove_empty(path: str) -> None:
     """Remove an empty folder or file, if it is there; what has content stays, and that is an Error."""
-    try:
+    with Attempt(f"remove {path}"):
         if os.path.isdir(path):
             os.rmdir(path)
         elif os.path.lexists(path):
             if os.path.getsize(path):
                 raise OSError(0, "it is not empty")
             os.unlink(path)
-    except OSError as error:
-        raise Error(f"cannot remove {path}: {error.strerror}") from None
 
 
 # ==== OCI config =========================================================================================
@@ -1818,13 +1830,11 @@ def load_config(bundle: str) -> Config:
 
 
 def read_config(bundle: str) -> Section:
-    try:
-        document = read_document(os.path.join(bundle, "config.json"))
-    except FileNotFoundError:
-        raise Error(f"JSON specification file config.json not found in bundle {bundle}") from None
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read config.json of bundle {bundle}: {error}") from None
-    return Section(document, "config.json", ": ")
+    path = os.path.join(bundle, "config.json")
+    if not os.path.exists(path):
+        raise Error(f"JSON specification file config.json not found in bundle {bundle}")
+    with Attempt(f"read config.json of bundle {bundle}", ValueError):
+        return Section(read_document(path), "config.json", ": ")
 
 
 def check_version(version: str) -> str:
@@ -1957,12 +1967,8 @@ class Host:
 
 def load_host_config() -> Host:
     """Read HOST_CONFIG; what is silent or absent there has its default."""
-    try:
-        document = read_document(HOST_CONFIG)
-    except FileNotFoundError:
-        document = {}
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read {HOST_CONFIG}: {error}") from None
+    with Attempt(f"read {HOST_CONFIG}", ValueError):
+        document = read_document(HOST_CONFIG) if os.path.exists(HOST_CONFIG) else {}
     return Host(Section(document, HOST_CONFIG, ": "))
 
 
@@ -2022,7 +2028,7 @@ def read_trusted(what: str, path: str, folders: list[str]) -> str:
     above = [folder for folder in map(os.path.realpath, folders) if path.startswith(folder + "/")]
     if not above:
         raise Error(f"{what} {path} is in none of the folders that {HOST_CONFIG} allows: {', '.join(folders)}")
-    try:
+    with Attempt(f"read {what} {path}", ValueError):
         part = path
         while len(part) >= len(above[0]):
             status = os.stat(part)
@@ -2030,8 +2036,6 @@ def read_trusted(what: str, path: str, folders: list[str]) -> str:
                 raise Error(f"{what} {path} is not to be trusted: others than root may write to {part}")
             part = os.path.dirname(part)
         return read_text(path)
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read {what} {path}: {error}") from None
 
 
 # ---- the VM: config-vm.md
@@ -2117,14 +2121,11 @@ IMAGE_FORMATS = ("", "raw", "qcow2", "vhd")
 
 def check_references(path: str, kind: str) -> None:
     """Raise Error if an image names another file, which dom0's QEMU would give to the VM: it is not trusted."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - 512))
-            tail = file.read(512)
-    except OSError as error:
-        raise Error(f"cannot read the image {path}: {error.strerror}") from None
+    with Attempt(f"read the image {path}"), open(path, "rb") as file:
+        head = file.read(512)
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - 512))
+        tail = file.read(512)
     reference: str | None = ""
     if kind == "qcow2":
         reference = qcow2_reference(head)
@@ -2285,16 +2286,13 @@ def parse_namespaces(linux: Section) -> Namespaces:
 
 def check_namespace(kind: str, path: str) -> None:
     """Raise Error unless there is a namespace of this kind at path."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise Error(f"cannot join the {kind} namespace {path}: {error.strerror}") from None
-    try:
-        found = fcntl.ioctl(fd, NS_GET_NSTYPE)
-    except OSError:
-        found = 0  # no namespace at all
-    finally:
-        os.close(fd)
+    with Attempt(f"join the {kind} namespace {path}"):
+        fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    with fd:
+        try:
+            found = fcntl.ioctl(fd, NS_GET_NSTYPE)
+        except OSError:
+            found = 0  # no namespace at all
     if found != NAMESPACES[kind]:
         raise Error(f"cannot join the {kind} namespace {path}: it is none")
 
@@ -2978,16 +2976,6 @@ LINKS_MAX = 40  # that a path may lead through, as for the kernel
 MNT_DETACH = 2  # <sys/mount.h>
 
 
-class Descriptor(int):
-    """A file descriptor that `with` closes at its end."""
-
-    def __enter__(self) -> Descriptor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self)
-
-
 def mount_of(fd: int) -> str:
     """Return a path that leads to what a descriptor is open for, also where something else is mounted on its name."""
     return f"/proc/self/fd/{fd}"
@@ -3044,31 +3032,24 @@ def restrict(target: str, flags: int = 0) -> None:
         mount(None, target, MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOSUID | kept | flags & MS_RDONLY)
 
 
-class HostMount(Record):
+class HostMount:
     """A line of /proc/<pid>/mountinfo, proc(5)."""
 
-    device: int
-    root: str  # of the mount in its file system
-    target: str
-    options: list[str]
-    kind: str
-    of_all: list[str]  # options that all mounts of the file system have
+    def __init__(self, line: str) -> None:
+        fields, _, rest = line.rstrip("\n").partition(" - ")
+        # root: of the mount in its file system
+        _, _, device, self.root, self.target, options = fields.split(" ")[:6]
+        for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+            self.target = self.target.replace(code, character)
+        self.device = os.makedev(*map(int, device.split(":")))
+        self.kind, _, of_all = rest.split(" ", 2)
+        self.options, self.of_all = options.split(","), of_all.split(",")  # of_all: those of the file system
 
 
 def host_mounts(process: str = "self") -> Iterator[HostMount]:
     """Raise OSError."""
     with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields, _, rest = line.rstrip("\n").partition(" - ")
-            _, _, device, root, target, options = fields.split(" ")[:6]
-            kind, _, of_all = rest.split(" ", 2)
-            major, minor = map(int, device.split(":"))
-            for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-                target = target.replace(code, character)
-            yield HostMount(
-                device=os.makedev(major, minor), root=root, target=target, options=options.split(","),
-                kind=kind, of_all=of_all.split(","),
-            )  # fmt: skip
+        yield from map(HostMount, file)
 
 
 def top_mount(target: str) -> HostMount | None:
@@ -3157,10 +3138,8 @@ def resolve_in_root(root: str, path: str) -> list[str]:
 
 def build_share(folder: str, config: Config) -> list[str]:
     """Fill folder with rootfs/ and mounts/0, 1, …  Return the guest's paths of the latter, below the share."""
-    try:
+    with Attempt("make a mount namespace"):
         own_mounts()
-    except OSError as error:
-        raise Error(f"cannot make a mount namespace: {error.strerror}") from None
     os.mkdir(folder)
     mount(folder, folder, MS_BIND)
     rootfs = os.path.join(folder, "rootfs")
@@ -3198,7 +3177,7 @@ def change_root(share: str, config: Config, exported: bool) -> None:
     root, empty, paths = os.path.join(share, "rootfs"), os.path.join(share, "mounts"), []
     if exported:
         paths = [os.path.join(empty, str(number)) for number, _ in enumerate(filter(Mount.on_host, config.mounts))]
-    try:
+    with Attempt("make the container's files the root of its mount namespace"):
         own_mounts()
         sources = [os.open(path, os.O_PATH) for path in paths]
         mount("tmpfs", empty, MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=4k")
@@ -3210,8 +3189,6 @@ def change_root(share: str, config: Config, exported: bool) -> None:
         for fd in sources:
             os.close(fd)
         pivot_root()
-    except OSError as error:
-        raise Error(f"cannot make the container's files the root of its mount namespace: {error.strerror}") from None
 
 
 def mount_in_root(root: str, mounts: list[Mount], sources: list[int]) -> None:
@@ -3490,11 +3467,8 @@ def device_path(device: int) -> str:
 
 def file_system(path: str) -> str:
     """Return which of FILE_SYSTEMS an image or block device holds."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(2048)
-    except OSError as error:
-        raise Error(f"cannot read the image {path}: {error.strerror}") from None
+    with Attempt(f"read the image {path}"), open(path, "rb") as file:
+        head = file.read(2048)
     for kind, offset, magic in FILE_SYSTEMS:
         if head[offset : offset + len(magic)] == magic:
             return kind
@@ -3504,11 +3478,9 @@ def file_system(path: str) -> str:
 
 def open_disk(disk: Disk) -> Descriptor:
     """Open the block device; a loop device of ours goes with who has it open last."""
-    try:
+    with Attempt(f"open the block device {disk.path}"):
         if stat.S_ISBLK(os.stat(disk.path).st_mode):
             return Descriptor(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        raise Error(f"cannot open the block device {disk.path}: {error.strerror}") from None
     try:
         return attach_loop(disk.path, disk.writable)
     except OSError as error:
@@ -3556,10 +3528,8 @@ def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
 
 
 def unmount(target: str) -> None:
-    try:
+    with Attempt(f"unmount {target} from dom0, which the VM's writing would ruin"):
         system_call("umount2", target, 0)
-    except OSError as error:
-        raise Error(f"cannot unmount {target} from dom0, which the VM's writing would ruin: {error.strerror}") from None
 
 
 def backing_file(name: str) -> str:
@@ -3715,6 +3685,9 @@ def choose_rootfs(config: Config, share: str) -> Rootfs:
 # The container's files, as its guest asks for them: FUSE for our own kernel, 9P for others.  A file is held by a
 # descriptor, and only single names below one are looked up, never through a link: nothing outside the share is reached.
 
+if TYPE_CHECKING:
+    Protocol = Union["Fuse", "NineP"]
+
 PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
 READERS_MAX = 128  # files that are kept open, as the guest reads them without opening
@@ -3757,42 +3730,6 @@ def request_table(text: str) -> dict[str, tuple[int, str]]:
     """Return {name: (number, what it carries)} of a table."""
     rows = (row.split() for row in text.split(","))
     return {name: (int(number), form.strip("-")) for name, number, form in rows}
-
-
-class Request:
-    """A message of the guest's, of which only the length has been checked, and copies and views of parts of it."""
-
-    head: bytes  # a copy of its first 80 bytes, or of all
-    length: int  # bytes
-
-    def bytes(self, start: int, end: int) -> bytes:
-        raise NotImplementedError
-
-    def content(self, start: int, count: int) -> list[memoryview]:
-        raise NotImplementedError
-
-    def room(self, start: int, count: int) -> list[memoryview]:
-        """Return a part of its reply."""
-        raise NotImplementedError
-
-
-class Protocol:
-    """What a guest and the file server say to each other."""
-
-    shortest: int  # bytes of a request
-    longest: int
-
-    def reply_room(self, message: Request) -> int:
-        """Return the most bytes that its reply can have."""
-        raise NotImplementedError
-
-    def is_ordered(self, message: Request) -> bool:
-        """Return whether it must come behind what the guest has asked before by another ring."""
-        return False
-
-    def answer(self, message: Request) -> tuple[bytes, int]:
-        """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
-        raise NotImplementedError
 
 
 def content_state(status: os.stat_result) -> tuple[int, ...]:
@@ -4046,6 +3983,160 @@ class Files:
             system_call("capset", header, own)
 
 
+# ---- the rings: requests of the guest's, and our replies (xen/include/public/io/9pfs.h, ring.h: DEFINE_XEN_FLEX_RING)
+#
+#     indexes, 4 bytes each:  0 in_cons   1 in_prod   16 out_cons   17 out_prod   32 ring_order   33... references
+#     data, 2^ring_order pages: the first half has replies (in), the second requests (out)
+#
+# The indexes run freely modulo 2^32.  Ours are never read back from the page that the guest can write.
+
+IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER, REFERENCES = 0, 1, 16, 17, 32, 33
+RING_ORDER_MAX = 7  # 256 KiB in each direction
+RINGS_MAX = {"fuse": 1, "9pfs": 2}  # of a device of that kind; Linux's 9p takes no backend with less than two
+HEAD_MAX = 80  # bytes of a request that are copied at once
+
+
+class Broken(Error):
+    """The guest does not keep to the protocol."""
+
+
+class Request:
+    """A message that the guest has put into a ring, of which only the length has been checked: a copy of its first
+    HEAD_MAX bytes, or of all, and copies and views of parts of it."""
+
+    __slots__ = ("head", "length", "ring")
+
+    def __init__(self, ring: Ring, head: bytes, length: int) -> None:
+        self.ring, self.head, self.length = ring, head, length
+
+    def bytes(self, start: int, end: int) -> bytes:
+        """Return a copy of a part."""
+        end, known = min(end, self.length), len(self.head)
+        if end <= known:
+            return self.head[start:end]
+        return self.head[start:] + self.ring.take(max(start, known), end)
+
+    def content(self, start: int, count: int) -> list[memoryview]:
+        """Return a part where it lies, which the guest may change at any time."""
+        return self.ring.views(self.ring.requests, self.ring.out_cons + start, count)
+
+    def room(self, start: int, count: int) -> list[memoryview]:
+        """Return a part of the reply where it will lie, from its byte `start` on."""
+        return self.ring.views(self.ring.replies, self.ring.in_prod + start, count)
+
+
+class Ring:
+    """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so."""
+
+    def __init__(self, indexes: memoryview, data: memoryview, channels: EventChannels, port: int) -> None:
+        self.indexes, self.channels, self.port, self.size = indexes, channels, port, len(data) // 2
+        self.replies, self.requests = data[: self.size], data[self.size :]
+        self.out_cons = self.in_prod = 0
+        self.barrier, self.is_stuck = Barrier(), False
+        self.other: Ring | None = None  # of the same guest
+
+    def views(self, half: memoryview, index: int, count: int) -> list[memoryview]:
+        """Return the count bytes of a half that begin at an index, without a copy."""
+        start = index & (self.size - 1)
+        end = start + count
+        return [half[start:end]] if end <= self.size else [half[start:], half[: end - self.size]]
+
+    def take(self, start: int, end: int) -> bytes:
+        """Return a copy of a part of the first request."""
+        return b"".join(self.views(self.requests, self.out_cons + start, end - start))
+
+    def serve(self, protocol: Protocol, in_order: bool = True) -> bool:
+        """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
+        none.  Return whether anything was answered.  in_order: between two rings too.  Raise Broken."""
+        begun, end, is_told = self.out_cons, self.indexes[OUT_PROD], True
+        self.barrier()  # the index is read before what it counts
+        while self.out_cons != end:
+            message = self.first(protocol, end)
+            if message is None or in_order and not self.is_next(protocol, message):
+                break
+            is_told = self.finish(message.length, *protocol.answer(message))
+        self.is_stuck = self.out_cons != end
+        if not is_told:
+            self.channels.notify(self.port)  # it may wait for room for a request
+        return self.out_cons != begun
+
+    def first(self, protocol: Protocol, end: int) -> Request | None:
+        """Return the first request before the index end, None if it is not whole or its reply may have no room yet."""
+        waiting = (end - self.out_cons) & 0xFFFFFFFF
+        if waiting > self.size:
+            raise Broken("the indexes of its ring are impossible")
+        if waiting < protocol.shortest:
+            return None
+        head = self.take(0, min(waiting, HEAD_MAX))
+        length: int = struct.unpack_from("<I", head)[0]
+        if not protocol.shortest <= length <= min(protocol.longest, self.size):
+            raise Broken(f"a request of it is {length} bytes long")
+        if length > waiting:
+            return None
+        message = Request(self, head[:length], length)
+        return message if self.has_room(protocol.reply_room(message)) else None
+
+    def has_room(self, count: int) -> bool:
+        """Return whether a reply of so many bytes has room; if not, the guest sees that, and tells of more."""
+        if count > self.size:
+            raise Broken(f"its ring has no room for a reply of {count} bytes")
+        for _ in range(2):
+            used = (self.in_prod - self.indexes[IN_CONS]) & 0xFFFFFFFF
+            if used > self.size:
+                raise Broken("the indexes of its ring are impossible")
+            # the guest has read all that is overwritten; and our last index is there before we look again
+            self.barrier()
+            if count <= self.size - used:
+                return True
+        return False
+
+    def is_next(self, protocol: Protocol, message: Request) -> bool:
+        """Return whether it may be answered now.  What must come behind all that the guest has asked before, such as a
+        change of size behind writes, waits until the other ring is empty."""
+        if not self.other or not protocol.is_ordered(message):
+            return True
+        self.other.serve(protocol, in_order=False)
+        return not self.other.is_stuck
+
+    def finish(self, length: int, beginning: bytes, count: int) -> bool:
+        """Give the request's place back, and its reply to the guest: the beginning, with count bytes behind it that are
+        there already; b"": there is none.  Return whether the guest knows."""
+        if beginning:
+            at = 0
+            for view in self.views(self.replies, self.in_prod, len(beginning)):
+                view[:] = beginning[at : at + len(view)]
+                at += len(view)
+        self.barrier()  # the indexes are written after all that they stand for has been read and written
+        self.out_cons = (self.out_cons + length) & 0xFFFFFFFF
+        self.indexes[OUT_CONS] = self.out_cons
+        if not beginning:
+            return False
+        self.in_prod = (self.in_prod + len(beginning) + count) & 0xFFFFFFFF
+        self.indexes[IN_PROD] = self.in_prod
+        self.channels.notify(self.port)
+        return True
+
+
+def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventChannels, grants: Grants) -> list[Ring]:
+    """Return the rings of a device.  ends: for each the reference of its indexes, and the guest's event channel.  Raise
+    Broken."""
+    rings = []
+    for reference, channel in ends:
+        try:
+            port = channels.bind(domid, channel)
+            indexes = grants.map(domid, [reference]).cast("I")
+            order = indexes[RING_ORDER]
+            if not 1 <= order <= RING_ORDER_MAX:
+                raise Broken("the size of its ring is impossible")
+            references = indexes[REFERENCES : REFERENCES + (1 << order)].tolist()
+            rings.append(Ring(indexes, grants.map(domid, references), channels, port))
+        except OSError as error:
+            raise Broken(f"cannot connect to a ring of domain {domid}: {error.strerror}") from None
+    if len(rings) == 2:
+        rings[0].other, rings[1].other = rings[1], rings[0]
+    return rings
+
+
 # ---- FUSE, <linux/fuse.h>: a request is struct fuse_in_header, a structure of its kind, and strings
 
 FUSE_VERSION, FUSE_MINOR, FUSE_MINOR_LEAST, FUSE_ROOT_ID = 7, 40, 36, 1
@@ -4210,7 +4301,7 @@ class Known:
         return handle
 
 
-class FuseNames(Protocol):
+class FuseNames:
     """FUSE's server, as far as it is about names and attributes.  The guest's kernel checks permissions."""
 
     shortest, longest = IN_HEADER.size, WRITE_DATA + CONTENT_MAX
@@ -4226,7 +4317,12 @@ class FuseNames(Protocol):
             structure = form.rstrip("nsb")
             self.handlers[opcode] = getattr(self, name), struct.Struct("<" + structure), form[len(structure) :]
 
+    def is_ordered(self, message: Request) -> bool:
+        """Return whether it must come behind what the guest has asked before by another ring."""
+        return False
+
     def reply_room(self, message: Request) -> int:
+        """Return the most bytes that its reply can have."""
         _, opcode = U32_PAIR.unpack_from(message.head)
         at, size = FUSE_SIZED.get(opcode, 0), 0
         if at and message.length >= at + U32_PAIR.size:
@@ -4234,6 +4330,7 @@ class FuseNames(Protocol):
         return OUT_HEADER.size + max(4096, min(size, CONTENT_MAX))
 
     def answer(self, message: Request) -> tuple[bytes, int]:
+        """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
         _, opcode, unique, number, uid, gid, _, _, _ = IN_HEADER.unpack_from(message.head)
         error, body, content = 0, b"", 0
         try:
@@ -4619,7 +4716,7 @@ class Fid:
             refuse(errno.EINVAL)
 
 
-class NinePFids(Protocol):
+class NinePFids:
     """9P2000.L's server, as far as it is about messages and what they call by numbers."""
 
     shortest, longest = NINEP_HEADER.size, CONTENT_MAX
@@ -4862,159 +4959,6 @@ class NineP(NinePFids):
         )  # fmt: skip
 
 
-class Broken(Error):
-    """The guest does not keep to the protocol."""
-
-
-# ---- the rings: requests of the guest's, and our replies (xen/include/public/io/9pfs.h, ring.h: DEFINE_XEN_FLEX_RING)
-#
-#     indexes, 4 bytes each:  0 in_cons   1 in_prod   16 out_cons   17 out_prod   32 ring_order   33... references
-#     data, 2^ring_order pages: the first half has replies (in), the second requests (out)
-#
-# The indexes run freely modulo 2^32.  Ours are never read back from the page that the guest can write.
-
-IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER, REFERENCES = 0, 1, 16, 17, 32, 33
-RING_ORDER_MAX = 7  # 256 KiB in each direction
-RINGS_MAX = {"fuse": 1, "9pfs": 2}  # of a device of that kind; Linux's 9p takes no backend with less than two
-HEAD_MAX = 80  # bytes of a request that are copied at once
-
-
-class RingRequest(Request):
-    """One that the guest has put into a ring: head and length are as they were when they were first seen."""
-
-    __slots__ = ("head", "length", "ring")
-
-    def __init__(self, ring: Ring, head: bytes, length: int) -> None:
-        self.ring, self.head, self.length = ring, head, length
-
-    def bytes(self, start: int, end: int) -> bytes:
-        """Return a copy of a part."""
-        end, known = min(end, self.length), len(self.head)
-        if end <= known:
-            return self.head[start:end]
-        return self.head[start:] + self.ring.take(max(start, known), end)
-
-    def content(self, start: int, count: int) -> list[memoryview]:
-        """Return a part where it lies, which the guest may change at any time."""
-        return self.ring.views(self.ring.requests, self.ring.out_cons + start, count)
-
-    def room(self, start: int, count: int) -> list[memoryview]:
-        """Return a part of the reply where it will lie, from its byte `start` on."""
-        return self.ring.views(self.ring.replies, self.ring.in_prod + start, count)
-
-
-class Ring:
-    """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so."""
-
-    def __init__(self, indexes: memoryview, data: memoryview, channels: EventChannels, port: int) -> None:
-        self.indexes, self.channels, self.port, self.size = indexes, channels, port, len(data) // 2
-        self.replies, self.requests = data[: self.size], data[self.size :]
-        self.out_cons = self.in_prod = 0
-        self.barrier, self.is_stuck = Barrier(), False
-        self.other: Ring | None = None  # of the same guest
-
-    def views(self, half: memoryview, index: int, count: int) -> list[memoryview]:
-        """Return the count bytes of a half that begin at an index, without a copy."""
-        start = index & (self.size - 1)
-        end = start + count
-        return [half[start:end]] if end <= self.size else [half[start:], half[: end - self.size]]
-
-    def take(self, start: int, end: int) -> bytes:
-        """Return a copy of a part of the first request."""
-        return b"".join(self.views(self.requests, self.out_cons + start, end - start))
-
-    def serve(self, protocol: Protocol, in_order: bool = True) -> bool:
-        """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
-        none.  Return whether anything was answered.  in_order: between two rings too.  Raise Broken."""
-        begun, end, is_told = self.out_cons, self.indexes[OUT_PROD], True
-        self.barrier()  # the index is read before what it counts
-        while self.out_cons != end:
-            message = self.first(protocol, end)
-            if message is None or in_order and not self.is_next(protocol, message):
-                break
-            is_told = self.finish(message.length, *protocol.answer(message))
-        self.is_stuck = self.out_cons != end
-        if not is_told:
-            self.channels.notify(self.port)  # it may wait for room for a request
-        return self.out_cons != begun
-
-    def first(self, protocol: Protocol, end: int) -> RingRequest | None:
-        """Return the first request before the index end, None if it is not whole or its reply may have no room yet."""
-        waiting = (end - self.out_cons) & 0xFFFFFFFF
-        if waiting > self.size:
-            raise Broken("the indexes of its ring are impossible")
-        if waiting < protocol.shortest:
-            return None
-        head = self.take(0, min(waiting, HEAD_MAX))
-        length: int = struct.unpack_from("<I", head)[0]
-        if not protocol.shortest <= length <= min(protocol.longest, self.size):
-            raise Broken(f"a request of it is {length} bytes long")
-        if length > waiting:
-            return None
-        message = RingRequest(self, head[:length], length)
-        return message if self.has_room(protocol.reply_room(message)) else None
-
-    def has_room(self, count: int) -> bool:
-        """Return whether a reply of so many bytes has room; if not, the guest sees that, and tells of more."""
-        if count > self.size:
-            raise Broken(f"its ring has no room for a reply of {count} bytes")
-        for _ in range(2):
-            used = (self.in_prod - self.indexes[IN_CONS]) & 0xFFFFFFFF
-            if used > self.size:
-                raise Broken("the indexes of its ring are impossible")
-            # the guest has read all that is overwritten; and our last index is there before we look again
-            self.barrier()
-            if count <= self.size - used:
-                return True
-        return False
-
-    def is_next(self, protocol: Protocol, message: Request) -> bool:
-        """Return whether it may be answered now.  What must come behind all that the guest has asked before, such as a
-        change of size behind writes, waits until the other ring is empty."""
-        if not self.other or not protocol.is_ordered(message):
-            return True
-        self.other.serve(protocol, in_order=False)
-        return not self.other.is_stuck
-
-    def finish(self, length: int, beginning: bytes, count: int) -> bool:
-        """Give the request's place back, and its reply to the guest: the beginning, with count bytes behind it that are
-        there already; b"": there is none.  Return whether the guest knows."""
-        if beginning:
-            at = 0
-            for view in self.views(self.replies, self.in_prod, len(beginning)):
-                view[:] = beginning[at : at + len(view)]
-                at += len(view)
-        self.barrier()  # the indexes are written after all that they stand for has been read and written
-        self.out_cons = (self.out_cons + length) & 0xFFFFFFFF
-        self.indexes[OUT_CONS] = self.out_cons
-        if not beginning:
-            return False
-        self.in_prod = (self.in_prod + len(beginning) + count) & 0xFFFFFFFF
-        self.indexes[IN_PROD] = self.in_prod
-        self.channels.notify(self.port)
-        return True
-
-
-def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventChannels, grants: Grants) -> list[Ring]:
-    """Return the rings of a device.  ends: for each the reference of its indexes, and the guest's event channel.  Raise
-    Broken."""
-    rings = []
-    for reference, channel in ends:
-        try:
-            port = channels.bind(domid, channel)
-            indexes = grants.map(domid, [reference]).cast("I")
-            order = indexes[RING_ORDER]
-            if not 1 <= order <= RING_ORDER_MAX:
-                raise Broken("the size of its ring is impossible")
-            references = indexes[REFERENCES : REFERENCES + (1 << order)].tolist()
-            rings.append(Ring(indexes, grants.map(domid, references), channels, port))
-        except OSError as error:
-            raise Broken(f"cannot connect to a ring of domain {domid}: {error.strerror}") from None
-    if len(rings) == 2:
-        rings[0].other, rings[1].other = rings[1], rings[0]
-    return rings
-
-
 # ---- the process, and the device by which the guest finds it
 
 # <linux/capability.h>: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, MKNOD and SETFCAP, for files of whatever
@@ -5255,7 +5199,7 @@ def make_cgroups(cgroups: Cgroups, resources: Resources, pids: Sequence[int]) ->
     """Make them, with their limits, and move processes there.  Raise Error."""
     for root, path in cgroups:
         folder = root
-        try:
+        with Attempt(f"make the cgroup {path} in {root}"):
             for name in path.split("/")[1:]:
                 enable_controllers(folder)
                 folder += f"/{name}"
@@ -5263,8 +5207,6 @@ def make_cgroups(cgroups: Cgroups, resources: Resources, pids: Sequence[int]) ->
             limit_cgroup(folder, resources)
             for pid in pids:
                 write_file(f"{folder}/cgroup.procs", pid)
-        except OSError as error:
-            raise Error(f"cannot make the cgroup {path} in {root}: {error.strerror}") from None
 
 
 def enable_controllers(folder: str) -> None:
@@ -5307,7 +5249,7 @@ def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
     import subprocess
 
     unit, command = scope_command(path, resources)
-    try:
+    with Attempt(f"make the scope {unit}: systemd-run"):
         scope = subprocess.Popen(
             [*command, "sh", "-c", "cat /proc/self/cgroup; read -r _"],
             stdin=subprocess.PIPE,
@@ -5315,8 +5257,6 @@ def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
             stderr=subprocess.STDOUT,
             env={**os.environ, "PATH": PATH},
         )
-    except OSError as error:
-        raise Error(f"cannot make the scope {unit}: systemd-run: {error.strerror}") from None
     assert scope.stdout
     lines = ["nothing"]
     if select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]:
@@ -5601,16 +5541,13 @@ class Rtnetlink:
 
 def in_namespace(path: str, work: Callable[[], T]) -> T:
     """Call work() in the network namespace at path, and return what it returns.  Raise OSError."""
-    target, home = (os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in (path, "/proc/self/ns/net"))
-    try:
+    target, home = (Descriptor(os.open(name, os.O_RDONLY | os.O_CLOEXEC)) for name in (path, "/proc/self/ns/net"))
+    with target, home:
         system_call("setns", target, CLONE_NEWNET)
         try:
             return work()
         finally:
             system_call("setns", home, CLONE_NEWNET)
-    finally:
-        os.close(home)
-        os.close(target)
 
 
 def mark_namespace() -> Any:
@@ -5634,11 +5571,9 @@ def make_namespace(path: str) -> None:
         system_call("unshare", CLONE_NEWNET)
         mount("/proc/thread-self/ns/net", path, MS_BIND)
 
-    try:
+    with Attempt(f"make the network namespace {path}"):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         in_namespace("/proc/self/ns/net", keep)
-    except OSError as error:
-        raise Error(f"cannot make the network namespace {path}: {error.strerror}") from None
 
 
 def redirect(netlink: Rtnetlink, source: int, target: int) -> None:
@@ -5682,23 +5617,6 @@ DNS_MAX = 3500  # bytes; see GUEST_NODE_MAX
 MTU_MAX = 65535  # of Linux's
 
 
-class Network(Record):
-    """A network as NETCONF names it, and what the container wants of it."""
-
-    file: str
-    name: str
-    version: str  # of CNI
-    plugins: list[JsonObject]  # as in the file; the first one makes the interface
-    ipam: str  # the plugin that chooses addresses, or ""
-    ranges: list[Range]  # of ipam, with their gateways
-    bridge: str  # of the bridge plugin; "" for another one
-    mtu: int  # 0: not said
-    rate: str  # the most that the VM may send, as netback wants it, or ""
-    dns: JsonObject
-    dhcp: bool  # the VM asks for its address by itself; else it is one of these, or ipam chooses
-    addresses: list[Prefixed] = []
-
-
 class Attachment(Record):
     """An interface of a container's in a network.  Kept in its state, so that whoever deletes it can give all back."""
 
@@ -5722,40 +5640,38 @@ class Attachment(Record):
 # ---- the file
 
 
-def load_network(request: Netconf, folders: list[str]) -> Network:
-    """Return the Network of a NETCONF variable.  Raise Error."""
-    _, path, name, address = request
-    document = find_document(request, folders)
-    plugins = document.sections("plugins") if "plugins" in document else [document]
-    if not plugins:
-        document.refuse("must name a plugin", "plugins")
-    first, ipam = plugins[0], plugins[0].section("ipam")
-    kind = ipam.text("type", "")
-    for program in (kind or "none", *(plugin.text("type") for plugin in plugins)):
-        if "/" in program or program in ("", ".", "..") or not program.isprintable():
-            document.refuse(f"has the type {printable(program)}, which is not the name of a plugin")
-    for plugin in plugins:
-        plugin.section("args").section("cni")
-    chooses, is_bridge = kind not in ("", "dhcp"), first.values["type"] == "bridge"
-    if address == "auto" and not chooses:
-        document.refuse('has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
-    network = Network(
-        file=path,
-        name=name,
-        version=document.choice("cniVersion", CNI_VERSIONS, "0.2.0"),
-        plugins=[plugin.values for plugin in plugins],
-        ipam=kind,
-        ranges=parse_ranges(ipam),
-        bridge=first.text("bridge", "cni0") if is_bridge else "",
-        mtu=first.number("mtu", 0, 0, MTU_MAX),
-        rate=bandwidth_rate(plugins),
-        dns=check_dns(first.section("dns")),
-        # a bridge as RunX has always taken it; what makes a link of its own, as CNI has it
-        dhcp=not address and (is_bridge or not chooses),
-    )
-    if address not in ("", "auto"):
-        network.addresses = [parse_address(part, network) for part in address.split(";")]
-    return network
+class Network:
+    """A network as NETCONF names it, and what the container wants of it."""
+
+    def __init__(self, request: Netconf, folders: list[str]) -> None:
+        """folders: where its file may be.  Raise Error."""
+        _, self.file, self.name, address = request
+        document = find_document(request, folders)
+        plugins = document.sections("plugins") if "plugins" in document else [document]
+        if not plugins:
+            document.refuse("must name a plugin", "plugins")
+        first, ipam = plugins[0], plugins[0].section("ipam")
+        self.ipam = ipam.text("type", "")  # the plugin that chooses addresses, or ""
+        for program in (self.ipam or "none", *(plugin.text("type") for plugin in plugins)):
+            if "/" in program or program in ("", ".", "..") or not program.isprintable():
+                document.refuse(f"has the type {printable(program)}, which is not the name of a plugin")
+        for plugin in plugins:
+            plugin.section("args").section("cni")
+        chooses, is_bridge = self.ipam not in ("", "dhcp"), first.values["type"] == "bridge"
+        if address == "auto" and not chooses:
+            document.refuse('has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
+        self.version = document.choice("cniVersion", CNI_VERSIONS, "0.2.0")
+        self.plugins = [plugin.values for plugin in plugins]  # the first one makes the interface
+        self.ranges = parse_ranges(ipam)
+        self.bridge = first.text("bridge", "cni0") if is_bridge else ""  # of the bridge plugin; "" for another one
+        self.mtu = first.number("mtu", 0, 0, MTU_MAX)  # 0: not said
+        self.rate = bandwidth_rate(plugins)
+        self.dns = check_dns(first.section("dns"))
+        # the VM asks for its address by itself; else it is one of these, or ipam chooses.  It is a bridge as RunX has
+        # always taken it; what makes a link of its own, as CNI has it
+        self.dhcp = not address and (is_bridge or not chooses)
+        given = address.split(";") if address not in ("", "auto") else []
+        self.addresses = [parse_address(part, self) for part in given]
 
 
 def find_document(request: Netconf, folders: list[str]) -> Section:
@@ -5766,13 +5682,11 @@ def find_document(request: Netconf, folders: list[str]) -> Section:
     text = read_trusted(variable, path, folders)
     documents: list[Any] = []
     decoder = json.JSONDecoder(parse_float=json_number, parse_int=json_number, parse_constant=json_number)
-    try:
+    with Attempt(f"read the networks in {path}", ValueError, RecursionError):
         while text := text.lstrip():  # one behind the other or in an array
             document, end = decoder.raw_decode(text)
             documents += check_document(document) if isinstance(document, list) else [check_document(document)]
             text = text[end:]
-    except (ValueError, RecursionError) as error:
-        raise Error(f"cannot read the networks in {path}: {error}") from None
     networks = [Section(document, f"{path}: network {name}", ": ") for document in documents]
     found = [network for network in networks if network.values.get("name") == name]
     if len(found) != 1:
@@ -5953,7 +5867,7 @@ def prepare_bridge(network: Network) -> None:
     if not bridge and not ours:
         remedy = f"make it, or set isGateway in {network.file} for a network that begins there"
         raise Error(f"network {network.name}: there is no bridge {printable(name)} on this host: {remedy}")
-    try:
+    with Attempt(f"make the bridge {name} of network {network.name}"):
         if not bridge:
             kind = {IFLA_IFNAME: name, IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}}
             netlink.request(link_message(0, kind), NLM_F_CREATE)
@@ -5962,8 +5876,6 @@ def prepare_bridge(network: Network) -> None:
             netlink.set_link(bridge.index, {}, up=True)
             for address in gateway_addresses(network):
                 netlink.request(address_message(address, bridge.index), NLM_F_CREATE | NLM_F_REPLACE)
-    except OSError as error:
-        raise Error(f"network {network.name}: cannot make the bridge {name}: {error.strerror}") from None
 
 
 def gateway_addresses(network: Network) -> list[Prefixed]:
@@ -6073,7 +5985,8 @@ def use_result(attachment: Attachment, result: JsonObject, network: Network) -> 
     """Put what the IPAM plugin has said, or the file, into the Attachment of a bridge's port.  Raise Error."""
     import ipaddress
 
-    try:
+    what = f"understand the addresses and routes of network {network.name}"
+    with Attempt(what, ValueError, TypeError, KeyError, AttributeError):
         old = [result[key] for key in ("ip4", "ip6") if result.get(key)]  # before 0.3.0
         ips = result.get("ips") or [{"address": each["ip"], **each} for each in old]
         routes = result.get("routes") or [route for each in ips for route in each.get("routes") or ()]
@@ -6091,8 +6004,6 @@ def use_result(attachment: Attachment, result: JsonObject, network: Network) -> 
                 gateway = route.get("gw") or first.get(destination.version)
                 way = str(ipaddress.ip_address(gateway)) if gateway else ""
                 attachment.routes.append([str(destination), way])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Error(f"network {network.name}: cannot understand its addresses and routes: {error}") from None
     attachment.dns = attachment.dns or result_dns(result, network)
     if network.plugins[0].get("isDefaultGateway"):
         attachment.gateways += first.values()
@@ -6471,20 +6382,14 @@ def hook_errors(container: Container, kind: str, status: str, namespaces: Sequen
     status: what the state that they read says.  namespaces: paths of those that they join.
     """
     for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
-        state = json_text(container.public_state(status)).encode()
-        reason, output = run_hook(hook, state, container.state.bundle, namespaces)
+        state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
+        env = dict(variable.partition("=")[::2] for variable in hook.env)
+        reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
         if reason:
-            yield f"error running {kind} hook #{number}: {reason}{output}"
-
-
-def run_hook(hook: Hook, state: bytes, bundle: str, namespaces: Sequence[str]) -> tuple[str, str]:
-    """Run one hook to its end or its timeout.  Return what went wrong, or "", and what it has written."""
-    env = dict(variable.partition("=")[::2] for variable in hook.env)
-    reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
-    stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
-    if reason.startswith("ran past"):
-        reason = f"hook ran past specified timeout of {hook.timeout}s"
-    return reason, f", stdout: {stdout}, stderr: {stderr}"
+            if reason.startswith("ran past"):
+                reason = f"hook ran past specified timeout of {hook.timeout}s"
+            stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
+            yield f"error running {kind} hook #{number}: {reason}, stdout: {stdout}, stderr: {stderr}"
 
 
 # ==== holder =============================================================================================
@@ -6510,16 +6415,14 @@ class Holder:
     def enter(self, exported: bool) -> None:
         """Have the holder take our mount namespace's files as its own.  Raise Error."""
         socket = import_socket()
-        fds = [os.pidfd_open(os.getpid()), os.open("/proc/self/ns/mnt", os.O_RDONLY)]
-        try:
+        fds = Descriptor(os.pidfd_open(os.getpid())), Descriptor(os.open("/proc/self/ns/mnt", os.O_RDONLY))
+        with fds[0], fds[1]:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("ii", *fds))
-            self.link.sendmsg([b"9p" if exported else b"-"], [rights])
-            answer = self.link.recv(4096)
-        except OSError:
-            answer = b""
-        finally:
-            for fd in fds:
-                os.close(fd)
+            try:
+                self.link.sendmsg([b"9p" if exported else b"-"], [rights])
+                answer = self.link.recv(4096)
+            except OSError:
+                answer = b""
         if answer != b"+":
             raise Error(answer.decode() or "the process that holds its namespaces was killed")
 
@@ -6542,13 +6445,11 @@ def start_holder(config: Config, share: str) -> Holder:
     socket = import_socket()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with Attempt("make a pid namespace"):
         system_call("unshare", CLONE_NEWPID)
         pid = os.fork()
         if pid:
             system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
-    except OSError as error:
-        raise Error(f"cannot make a pid namespace: {error.strerror}") from None
     if pid == 0:
         run_holder(config, share, theirs)
     os.close(home)
@@ -6590,7 +6491,7 @@ def enter_namespaces(config: Config, share: str, namespace: int, exported: bool)
     is.  Raise Error."""
     flags = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWUTS
     name, process = config.hostname or os.uname().nodename, config.process
-    try:
+    with Attempt("enter the container's namespaces"):
         if config.namespace:
             fd = os.open(config.namespace, os.O_RDONLY)
             system_call("setns", fd, CLONE_NEWNET)
@@ -6602,8 +6503,6 @@ def enter_namespaces(config: Config, share: str, namespace: int, exported: bool)
         system_call("sethostname", name, len(os.fsencode(name)))
         system_call("setns", namespace, CLONE_NEWNS)
         os.close(namespace)
-    except OSError as error:
-        raise Error(f"cannot enter the container's namespaces: {error.strerror}") from None
     change_root(share, config, exported)
     show_arguments(process.args if process else ["runX"])
 
@@ -6751,7 +6650,7 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
     """Return a module's name and content."""
     data = read_in_root(root, path, MODULE_MAX)
     name, _, packing = os.path.basename(path).rpartition(".ko")
-    try:
+    with Attempt(f"unpack the kernel module {path} of the container", Exception):  # lzma's, zlib's or MemoryError too
         if packing == ".xz":
             import lzma
 
@@ -6762,8 +6661,6 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
             data = zlib.decompressobj(31).decompress(data, MODULE_MAX)
         elif packing:
             raise ValueError("use .ko, .ko.xz or .ko.gz")
-    except Exception as error:  # lzma's, zlib's or MemoryError too
-        raise Error(f"cannot unpack the kernel module {path} of the container: {error}") from None
     return f"{name}.ko", data
 
 
@@ -6911,7 +6808,7 @@ class Builder:
         if self.rootfs.disk:
             detach(os.path.join(self.share, "rootfs"))
         state = json_text(self.container.public_state("created"))
-        try:
+        with Attempt("write the container's ramdisk"):
             self.ramdisk, path = self.rootfs.open_ramdisk(self.container)
             capabilities = self.rootfs.pack(self.ramdisk, self.sizes["memory"])
             guest = guest_config(config, self.sources, state, capabilities)
@@ -6925,8 +6822,6 @@ class Builder:
             with open(base, "rb") as file:
                 self.ramdisk.write(cpio_archive(entries) + file.read())
             self.ramdisk.flush()
-        except OSError as error:
-            raise Error(f"cannot write the container's ramdisk: {error.strerror}") from None
         return path
 
     def module_entries(self) -> list[Entry]:
@@ -7954,7 +7849,7 @@ def make_plan(call: Invocation, attached: bool) -> Plan:
     find_xl()
     fit_vcpus(config)
     take_ordinary_score()
-    networks = [load_network(request, config.netconf_folders) for request in config.netconf]
+    networks = [Network(request, config.netconf_folders) for request in config.netconf]
     return Plan(
         container=container, config=config, networks=networks, bundle=bundle, systemd=call.systemd, log=call.log,
         console_socket=find_console_socket(call, config.process, attached),

@@ -6,6 +6,7 @@ import pathlib
 import time
 
 import pytest
+from conftest import record
 
 import runx
 
@@ -21,9 +22,8 @@ def hierarchy(tmp_path, monkeypatch):
     def add(kind, *options):
         root = tmp_path / f"{kind}{len(mounts)}"
         root.mkdir()
-        mounts.append(runx.HostMount(
-            device=len(mounts), root="/", target=str(root), options=["rw"], kind=kind, of_all=["rw", *options],
-        ))  # fmt: skip
+        entry = {"device": len(mounts), "root": "/", "target": str(root), "options": ["rw"], "kind": kind}
+        mounts.append(record(runx.HostMount, **entry, of_all=["rw", *options]))
         return root
 
     monkeypatch.setattr(runx, "host_mounts", lambda: mounts)

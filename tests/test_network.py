@@ -23,7 +23,7 @@ def netconf_file(folder, text):
 
 
 def load_network(folder, text, name="net", address=""):
-    return runx.load_network(("NETCONF", netconf_file(folder, text), name, address), [str(folder)])
+    return runx.Network(("NETCONF", netconf_file(folder, text), name, address), [str(folder)])
 
 
 OTHER = '{"name": "other", "type": "x"}'
@@ -111,9 +111,9 @@ def test_a_file_that_others_may_write_is_not_trusted(tmp_path):
     path = netconf_file(tmp_path, '{"name": "net", "type": "bridge"}')
     os.chmod(path, 0o666)
     with pytest.raises(runx.Error, match="not to be trusted"):
-        runx.load_network(("NETCONF", path, "net", ""), [str(tmp_path)])
+        runx.Network(("NETCONF", path, "net", ""), [str(tmp_path)])
     with pytest.raises(runx.Error, match="in none of the folders"):
-        runx.load_network(("NETCONF", "/etc/passwd", "net", ""), [str(tmp_path)])
+        runx.Network(("NETCONF", "/etc/passwd", "net", ""), [str(tmp_path)])
 
 
 def test_what_a_network_says_is_read_once(tmp_path):

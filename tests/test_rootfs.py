@@ -616,7 +616,7 @@ LOOP3 = os.makedev(7, 3)
 
 def host_mount(target, device=LOOP3, **others):
     entry = {"root": "/", "options": ["rw"], "kind": "ext4", "of_all": ["rw"], **others}
-    return runx.HostMount(device=device, target=str(target), **entry)
+    return record(runx.HostMount, device=device, target=str(target), **entry)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import runx
 IN_CONS, IN_PROD, OUT_CONS, OUT_PROD = 0, 1, 16, 17
 
 
-class Echo(runx.Protocol):
+class Echo:
     """Requests and replies: length, a letter, and the rest.  r asks for so much room; n has no reply; o must come
     behind all others; c is answered by its own content."""
 
