@@ -99,14 +99,12 @@ class Log:
             line = json_text({"level": level, "msg": message, "time": now})
         else:
             line = f"time={now} level={level} msg={message}"
-        try:
+        with Suppress(OSError):  # an unwritable log must not hide the error
             if self.path is None:
                 print(line, file=sys.stderr, flush=True)
                 return
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
-        except OSError:
-            pass  # an unwritable log must not hide the error
 
     def warn(self, message: str) -> None:
         self.write("warning", message)
@@ -161,7 +159,8 @@ class Attempt:
 
     def __init__(self, what: str, *kinds: type[Exception]) -> None:
         """kinds: of exceptions besides OSError."""
-        self.what, self.kinds = what, (OSError, *kinds)
+        self.what = what
+        self.kinds: tuple[type[Exception], ...] = (OSError, *kinds)
 
     def __enter__(self) -> Attempt:
         return self
@@ -169,6 +168,19 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, self.kinds):
             raise Error(f"cannot {self.what}: {getattr(error, 'strerror', None) or error}") from None
+
+
+class Suppress:
+    """contextlib.suppress, without the import of contextlib: the block ends at an exception of these kinds."""
+
+    def __init__(self, *kinds: type[Exception]) -> None:
+        self.kinds = kinds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and issubclass(kind, self.kinds)
 
 
 class Descriptor(int):
@@ -209,28 +221,12 @@ def printable(text: str) -> str:
 # ---- instead of slow modules, each with that module where anything is not as expected
 
 
-def import_socket() -> Any:
-    """C's half of socket, which adds enums and selectors to it that take longer to import than `state` takes."""
+def import_core(name: str) -> Any:
+    """C's half of socket or signal: what the other adds to it takes longer to import than `state` takes."""
     try:
-        import _socket
-
-        return _socket
+        return __import__(f"_{name}")
     except ImportError:
-        import socket
-
-        return socket
-
-
-def import_signal() -> Any:
-    """C's half of signal, which adds enums to it."""
-    try:
-        import _signal  # type: ignore[import-not-found]
-
-        return _signal
-    except ImportError:
-        import signal
-
-        return signal
+        return __import__(name)
 
 
 C_LIBRARY: dict[str, Any] = {}  # what c_library() has made
@@ -316,10 +312,8 @@ class JsonScanner:
 
 
 def parse_json(text: str) -> Any:
-    """json.loads, without the import of json, which compiles regular expressions: `state` would take twice as long.
-
-    Raise ValueError.
-    """
+    """json.loads, without importing json and its regular expressions: `state` would take twice as long.  Raise
+    ValueError."""
     try:
         import _json
 
@@ -384,8 +378,7 @@ def read_document(path: str | int) -> Any:
 
 
 def check_document(document: Any) -> Any:
-    """The document, when all its strings can be handed to the kernel and be written again.  Raise ValueError, with the
-    place."""
+    """The document, if all its strings can be handed to the kernel and be written again.  Raise ValueError."""
     todo = [(document, "", 0)]
     while todo:
         value, place, depth = todo.pop()
@@ -439,7 +432,7 @@ def boot_id() -> str:
 
 def default_signals() -> None:
     """Python ignores SIGPIPE, and so would a program that it executes."""
-    signal = import_signal()
+    signal = import_core("signal")
     signal.signal(SIGPIPE, signal.SIG_DFL)
 
 
@@ -447,11 +440,9 @@ def take_ordinary_score() -> None:
     """Let the kernel end us and what we start like anything else when memory is short: engines have themselves spared,
     and what unpacks an image or serves a guest must not be."""
     path = "/proc/self/oom_score_adj"
-    try:
+    with Suppress(OSError):  # where there is no /proc
         if int(read_file(path)) < 0:
             write_file(path, 0)
-    except OSError:
-        pass  # where there is no /proc
 
 
 def run_program(
@@ -530,10 +521,8 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
 def close_other_descriptors(keep: set[int | None]) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
-            try:
+            with Suppress(OSError):  # the one that listdir had open
                 os.close(int(name))
-            except OSError:
-                pass  # the one that listdir had open
 
 
 def close_standard(fd: int) -> None:
@@ -574,7 +563,7 @@ class Xenstore:
     """A connection.  Watch events that come between request and reply wait in `events`."""
 
     def __init__(self) -> None:
-        socket = import_socket()
+        socket = import_core("socket")
         try:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(XENSTORED_SOCKET)
@@ -1344,6 +1333,7 @@ class FirstConsole:
 # only, and flock(2) on the folder keeps operations on one container apart.
 
 STATE_VERSION = 1
+STANDARD_DEVICES = [["console", 1], ["console", 2], ["fuse", 0], ["9pfs", 0]]  # which a VM may have from the beginning
 ESSENTIAL = ("status", "bundle", "uuid", "name", "pid", "pid_start_time")  # no state.json is without these
 
 
@@ -1396,8 +1386,7 @@ class NewerState(Error):
 
 
 def parse_state(text: str) -> State:
-    """The State in state.json.  Raise Error for one of a newer runX, and ValueError where runX cannot have written
-    it."""
+    """The State in state.json.  Raise NewerState, and ValueError where runX cannot have written it."""
     found = parse_json(text)
     if not isinstance(found, dict) or not all(key in found for key in ESSENTIAL):
         raise ValueError("something is missing")
@@ -1406,8 +1395,12 @@ def parse_state(text: str) -> State:
         if isinstance(version, int) and version > 0:
             raise NewerState(f"its state has version {version}, and this runX knows {STATE_VERSION}: use the newer one")
         raise ValueError("version")
-    if version == 0:
-        fill_up(found)
+    if version == 0:  # of a runX before 0.2: where the defaults would not do
+        found["oci_version"] = found.pop("ociVersion", State.oci_version)
+        found.setdefault("boot", boot_id())
+        found.setdefault("monitor", [found.get("pid"), found.get("pid_start_time")])
+        found["devices"] = STANDARD_DEVICES + [["vif", number] for number in found.pop("vifs", [])]
+        found["devices"] += [["vbd", number] for number in found.pop("vbds", [])]
     state = State(**{key: value for key, value in found.items() if key in State.__annotations__})
     for key, value in state.__dict__.items():
         kinds = {"namespace": (str, type(None)), "disk": (dict, type(None))}.get(key, (type(getattr(State, key)),))
@@ -1417,18 +1410,6 @@ def parse_state(text: str) -> State:
     if state.status not in ("creating", "created", "running") or set(map(type, numbers)) != {int}:
         raise ValueError("status, monitor or devices")
     return state
-
-
-STANDARD_DEVICES = [["console", 1], ["console", 2], ["fuse", 0], ["9pfs", 0]]  # which a VM may have from the beginning
-
-
-def fill_up(found: dict[str, Any]) -> None:
-    """Give the state of a runX before 0.2 today's keys, as far as their defaults would not do."""
-    found["oci_version"] = found.pop("ociVersion", State.oci_version)
-    found.setdefault("boot", boot_id())
-    found.setdefault("monitor", [found.get("pid"), found.get("pid_start_time")])
-    found["devices"] = STANDARD_DEVICES + [["vif", number] for number in found.pop("vifs", [])]
-    found["devices"] += [["vbd", number] for number in found.pop("vbds", [])]
 
 
 def check_id(container_id: str) -> str:
@@ -1650,10 +1631,8 @@ def carriers_of(container: Container) -> dict[int, list[int]]:
     for name in os.listdir(container.folder):
         kind, _, number = name.partition("-")
         if kind == "process" and number.isdecimal():
-            try:
+            with Suppress(FileNotFoundError):  # it has just ended
                 found[int(number)] = [*map(int, read_file(container.path(name)).split()), 0, 0][:2]
-            except FileNotFoundError:
-                pass  # it has just ended
     return found
 
 
@@ -1796,7 +1775,7 @@ class Config:
         hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
         annotations = parse_annotations(spec, linux.section("resources"), host)
         env = believed_variables(spec, self.process.env if self.process else [], host)
-        self.machine = Machine(vm, hardware_options(hardware), annotations, env, host)
+        self.machine = Machine(vm, hardware, annotations, env, host)
         if self.machine.own_init and self.hooks.get("startContainer"):
             spec.section("hooks").refuse("need runX's own init, and the VM boots another one", "startContainer")
         self.raw_resources = linux.section("resources").values  # linux.resources: what `update` must not change
@@ -1909,8 +1888,7 @@ def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
 
 
 def check_links(vm: dict[str, Any], roots: set[str]) -> None:
-    """Raise Error if a file that vm names in the rootfs is elsewhere: the name is the engine's, a link in there is the
-    image's.  roots: paths of the rootfs."""
+    """Raise Error if a file that vm names in the rootfs, one of roots, is elsewhere, by a link of the image's."""
     for name, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
         section = Section(vm, "config.json: vm").section(name)
         path = section.text(key, "") or "/"
@@ -1973,13 +1951,18 @@ def load_host_config() -> Host:
 
 
 def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
-    """Return org.runx.* as far as the host believes them, with numbers no higher than their bounds."""
+    """Return org.runx.* as far as the host believes them: they may be the image's."""
     table = spec.table("annotations")
     ours = {key.removeprefix("org.runx."): text for key, text in table.items() if key.startswith("org.runx.")}
     warn_of_dropped(spec, "annotations", [f"org.runx.{name}" for name in ours if name not in host.annotations])
     believed: dict[str, Any] = {name: ours.get(name) for name in host.annotations}
     annotations = Section(believed, "config.json: the annotation org.runx.", "")
-    bounds = annotation_bounds(resources, host)
+    # no higher than config.json's resources allow, or the host where these do not say
+    limits, bounds = Resources(resources.values, resources.where, {}), {"maxmem": host.maxmem, "memory": host.maxmem}
+    if limits.memory > 0:
+        bounds["memory"] = limits.memory >> 20
+    if limits.quota > 0:
+        bounds["vcpus"] = limits.vcpus(0)
     for name in ("maxmem", "memory", "vcpus", "maxvcpus"):
         text = annotations.text(name, "") or "0"
         if not text.isdecimal() or len(text) > 7:
@@ -1988,17 +1971,6 @@ def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
         if believed[name] < int(text):
             spec.warnings.append(f"the annotation org.runx.{name} cannot be {int(text)}, it is {believed[name]}")
     return annotations
-
-
-def annotation_bounds(resources: Section, host: Host) -> dict[str, int]:
-    """Return what config.json's resources allow, or the host where these do not say: annotations may be the image's."""
-    limits = Resources(resources.values, resources.where, {})
-    bounds = {"maxmem": host.maxmem, "memory": host.maxmem}
-    if limits.memory > 0:
-        bounds["memory"] = limits.memory >> 20
-    if limits.quota > 0:
-        bounds["vcpus"] = limits.vcpus(0)
-    return bounds
 
 
 def believed_variables(spec: Section, env: list[str], host: Host) -> list[str]:
@@ -2022,8 +1994,7 @@ def warn_of_dropped(spec: Section, what: str, names: list[str]) -> None:
 
 
 def read_trusted(what: str, path: str, folders: list[str]) -> str:
-    """Return the text of a file that the variable `what` names.  The image may have set it, so it must be where only
-    root puts files."""
+    """Return the text of a file that a variable names, perhaps the image's: it must be where only root puts files."""
     path = os.path.realpath(path)
     above = [folder for folder in map(os.path.realpath, folders) if path.startswith(folder + "/")]
     if not above:
@@ -2041,16 +2012,6 @@ def read_trusted(what: str, path: str, folders: list[str]) -> str:
 # ---- the VM: config-vm.md
 
 
-def hardware_options(spec: Section) -> Options:
-    options: Options = {
-        "device_tree": spec.text("deviceTree", ""),
-        "dtdev": spec.texts("dtdevs"),
-        "iomem": [parse_iomem(entry) for entry in spec.sections("iomems")],
-        "irqs": [str(number) for number in spec.each("irqs", Section.number, REQUIRED, 0)],
-    }
-    return {name: value for name, value in options.items() if value}
-
-
 def parse_iomem(spec: Section) -> str:
     """Return a range of page frames as xl.cfg.5 wants it, in hexadecimal: MFN,NUMBER[@GFN]."""
     first = spec.number("firstMFN", least=0)
@@ -2062,7 +2023,7 @@ def parse_iomem(spec: Section) -> str:
 class Machine:
     """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
 
-    def __init__(self, vm: Section, options: Options, annotations: Section, env: list[str], host: Host) -> None:
+    def __init__(self, vm: Section, hardware: Section, annotations: Section, env: list[str], host: Host) -> None:
         """vm goes before annotations, these before what the image says in its environment."""
         boot, disk, hypervisor = vm.section("kernel"), vm.section("image"), vm.section("hypervisor")
         said = dict(variable.partition("=")[::2] for variable in env)
@@ -2075,7 +2036,13 @@ class Machine:
         # the VM boots a system of its own, and nothing of ours is in it
         self.own_init = bool(self.ramdisk or (image and self.kernel))
         self.image = "" if self.own_init else image  # of a disk that is the rootfs; "": root.path says where that is
-        self.options = options  # of xl.cfg
+        options: Options = {
+            "device_tree": hardware.text("deviceTree", ""),
+            "dtdev": hardware.texts("dtdevs"),
+            "iomem": [parse_iomem(entry) for entry in hardware.sections("iomems")],
+            "irqs": [str(number) for number in hardware.each("irqs", Section.number, REQUIRED, 0)],
+        }
+        self.options = {name: value for name, value in options.items() if value}  # of xl.cfg
         if image and self.own_init:
             check_references(image, kind)
             self.options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
@@ -2103,11 +2070,8 @@ class Machine:
 
 
 def find_boot_file(host_path: str, path: str) -> BootFile | None:
-    """Return which file to boot and whether it is in the rootfs, or None for ours.
-
-    Only the vm object, which is the engine's, names files of dom0's; annotations and the image's own
-    environment name files in the rootfs.
-    """
+    """Return which file to boot and whether it is in the rootfs, or None for ours.  host_path: of the vm object, which
+    is the engine's; path: of annotations and the image's environment, which name files in the rootfs alone."""
     if not host_path:
         return (path, True) if path else None
     if not os.path.isfile(host_path):
@@ -2300,8 +2264,7 @@ def check_namespace(kind: str, path: str) -> None:
 def find_networks(
     spec: Section, env: list[str], namespaces: Namespaces, mounts: list[Mount]
 ) -> tuple[list[Netconf], str | None]:
-    """Return the networks that process.env asks for, and the path of the network namespace that the container joins, ""
-    for one of its own, None for none."""
+    """Return the networks that process.env asks for, and the network namespace as Config has it."""
     netconf, path = parse_netconf(env), namespaces.get("network")
     is_podmans = any(mount.destination == PODMANS_MARK for mount in mounts)
     if netconf and is_podmans and path == "":  # its other networks have a path
@@ -2501,8 +2464,7 @@ class Linux:
 
 
 def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
-    """Return (path, mode, major, minor, uid, gid) of a node for the guest's kernel, which knows only the devices of its
-    VM: config-linux.md "Devices"."""
+    """Return (path, mode, major, minor, uid, gid) of a node, of a device that the guest's kernel may have."""
     path = spec.path("path")
     kind = spec.choice("type", DEVICE_TYPES)
     default = 0 if kind == "p" else REQUIRED
@@ -2682,10 +2644,7 @@ NEXT, PASS, FAIL = 0, -1, -2  # where a test jumps to: on, to the code behind it
 
 
 def compile_seccomp(spec: dict[str, Any], machine: str) -> tuple[int, list[Instruction]] | None:
-    """Return the flags of seccomp(2) and the program, or None if there is nothing to filter.
-
-    machine: as uname(2) names it.
-    """
+    """Return the flags of seccomp(2) and the program, None if it filters nothing.  machine: as uname(2) names it."""
     section = Section(spec, "config.json: linux.seccomp")
     flags = 0
     default = seccomp_action(section, "defaultAction", "defaultErrnoRet")
@@ -2852,8 +2811,7 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
 
 
 def exec_config(linux: Linux, process: Process) -> bytes:
-    """Return what init gets for a process of `exec`, by its console: the length in 4 bytes, and words as in
-    /container/config."""
+    """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there."""
     words: Words = [0, *(["terminal"] if process.terminal else []), "cwd", process.cwd]
     content = encode_words(words + guest_process(linux, process) + guest_program(process, [], ""))
     return struct.pack("<I", len(content)) + content
@@ -2992,10 +2950,8 @@ def mount(source: str | None, target: str, flags: int, kind: str | None = None, 
 
 def detach(target: str, flags: int = MNT_DETACH) -> None:
     """Take what is mounted there out of our own mount namespace, if anything is."""
-    try:
+    with Suppress(OSError):
         system_call("umount2", target, flags)
-    except OSError:
-        pass
 
 
 def discard(path: str) -> None:
@@ -3101,13 +3057,11 @@ def find_in_root(root: str, path: str, folder: bool, make: bool) -> Descriptor:
 
 def make_empty(path: str, folder: bool, above: int | None = None) -> None:
     """Make a folder or an empty file, unless there is something already.  Raise OSError."""
-    try:
+    with Suppress(FileExistsError):
         if folder:
             os.mkdir(path, 0o755, dir_fd=above)
         else:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=above))
-    except FileExistsError:
-        pass
 
 
 def resolve_in_root(root: str, path: str) -> list[str]:
@@ -3151,22 +3105,18 @@ def build_share(folder: str, config: Config) -> list[str]:
     paths = []
     for number, entry in enumerate(filter(Mount.on_host, config.mounts)):
         paths.append(f"mounts/{number}")
-        mount_on_host(entry, os.path.join(folder, paths[-1]))
+        target = os.path.join(folder, paths[-1])
+        make_empty(target, entry.is_folder())
+        if entry.flags & MS_BIND:
+            mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
+        else:
+            mount(entry.source or entry.type, target, entry.flags & ~RECURSIVE_RO, entry.type, entry.data)
+        if not entry.propagation:  # what the host mounts below it later is not the container's
+            mount(None, target, MS_REC | MS_PRIVATE)
+        restrict(target, entry.flags)
     # what is left of the folder itself is memory of the host's, which the guest must not fill
     mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
     return paths
-
-
-def mount_on_host(entry: Mount, target: str) -> None:
-    """Make a mount of config.json's at target, which the guest is to get."""
-    make_empty(target, entry.is_folder())
-    if entry.flags & MS_BIND:
-        mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
-    else:
-        mount(entry.source or entry.type, target, entry.flags & ~RECURSIVE_RO, entry.type, entry.data)
-    if not entry.propagation:  # what the host mounts below it later is not the container's
-        mount(None, target, MS_REC | MS_PRIVATE)
-    restrict(target, entry.flags)
 
 
 def change_root(share: str, config: Config, exported: bool) -> None:
@@ -3303,10 +3253,7 @@ class Member(Record):
 
 
 def walk(root: str) -> Iterator[Member]:
-    """Yield what is below root, folders before what is in them.
-
-    Another container may change a volume meanwhile, so no name is followed out of it.
-    """
+    """Yield what is below root, folders first, and follow no name out of it: others may change a volume meanwhile."""
     folders, inode = ["."], 0
     files: dict[tuple[int, int], int] = {}
     while folders:
@@ -4118,8 +4065,7 @@ class Ring:
 
 
 def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventChannels, grants: Grants) -> list[Ring]:
-    """Return the rings of a device.  ends: for each the reference of its indexes, and the guest's event channel.  Raise
-    Broken."""
+    """Return a device's rings.  ends: of each, the reference of its indexes and the guest's port.  Raise Broken."""
     rings = []
     for reference, channel in ends:
         try:
@@ -4147,12 +4093,12 @@ FUSE_REQUESTS = request_table(
     lookup 1 n, forget 2 Q, getattr 3 -, setattr 4 IIQQQqqqIIIIIIII, readlink 5 -, symlink 6 ns, mknod 8 IIIIn,
     mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 QQI, write 16 QQIIQI,
     statfs 17 -, release 18 Q, fsync 20 QI, setxattr 21 IIIIsb, getxattr 22 IIs, listxattr 23 I, removexattr 24 s,
-    init 26 IIII, opendir 27 -, readdir 28 QQI, releasedir 29 Q, fsyncdir 30 QI, create 35 IIIIn, interrupt 36 -,
-    destroy 38 -, batch_forget 42 IIb, fallocate 43 QQQI, readdirplus 44 QQI, rename2 45 QIInn, lseek 46 QQI,
+    init 26 IIII, opendir 27 -, readdir 28 QQI, releasedir 29 Q, fsyncdir 30 QI, create 35 IIIIn, destroy 38 -,
+    batch_forget 42 IIb, fallocate 43 QQQI, readdirplus 44 QQI, rename2 45 QIInn, lseek 46 QQI,
     copy_file_range 47 QQQQQQQ, syncfs 50 -, tmpfile 51 III
     """
 )
-FUSE_SILENT = {2, 36, 42}  # have no reply
+FUSE_SILENT = {2, 36, 42}  # have no reply: forget, interrupt, batch_forget
 FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says how long its reply may be
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO,
 # PARALLEL_DIROPS, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
@@ -4377,9 +4323,6 @@ class FuseNames:
 
     def destroy(self, call: Call) -> None:
         self.known.forget_all()
-
-    def interrupt(self, call: Call) -> None:
-        """Nothing waits."""
 
     def forget(self, call: Call, count: int) -> None:
         self.known.forget(call.node.number, count)
@@ -4983,7 +4926,7 @@ class FileServer:
     def start(self, kind: str, share: str, capabilities: int) -> None:
         """Have it begin, in our mount namespace and cgroup.  kind: of the device.  capabilities: a bit for each that
         the container's processes may have.  Raise OSError."""
-        socket = import_socket()
+        socket = import_core("socket")
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
@@ -4993,10 +4936,8 @@ class FileServer:
     def connect(self, domid: int, ends: Iterable[tuple[int, ...]]) -> None:
         """Tell it where the rings are, as for connect_rings().  Raise struct.error."""
         numbers = [domid, *(number for end in ends for number in end)]
-        try:
+        with Suppress(OSError):  # it has ended, as it tells or we see
             self.link.send(struct.pack(f"={len(numbers)}I", *numbers))
-        except OSError:
-            pass  # it has ended, as it tells or we see
 
     def hear(self) -> str:
         """Wait for its next word.  Return "" for "+", else why it has ended."""
@@ -5165,10 +5106,8 @@ CGROUP_TIME_LIMIT = 2.0  # seconds to end the last process in a cgroup
 
 
 def find_cgroups(path: str, scope: bool) -> Cgroups:
-    """Return [root, path] of a cgroup in each hierarchy that dom0 has mounted.  Raise Error if others are in it.
-
-    scope: whether systemd has just made it for us.
-    """
+    """Return [root, path] of a cgroup in each hierarchy that dom0 has mounted.  Raise Error if others are in it, unless
+    it is a scope, which systemd has just made for us."""
     path = os.path.normpath("/" + path.lstrip("/"))  # two slashes would stay
     cgroups, seen = [], set()
     for entry in host_mounts():
@@ -5213,10 +5152,8 @@ def enable_controllers(folder: str) -> None:
     """Let the cgroups below have what this one has; of version 2, where each must be asked for."""
     controllers = f"{folder}/cgroup.controllers"
     for name in read_file(controllers).split() if os.path.exists(controllers) else ():
-        try:
+        with Suppress(OSError):  # the cgroup has processes of its own, or those below could not have it
             write_file(f"{folder}/cgroup.subtree_control", f"+{name}")
-        except OSError:
-            pass  # the cgroup has processes of its own, or those below could not have it
 
 
 def cgroup_limits(resources: Resources) -> dict[str, str]:
@@ -5242,10 +5179,8 @@ def limit_cgroup(folder: str, resources: Resources) -> None:
 
 
 def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
-    """Start a process in a new scope of systemd's, which lasts until its standard input ends or others are there too.
-
-    Return it and the scope's path.  Raise Error.
-    """
+    """Return a process in a new scope of systemd's, which lasts until its standard input ends or others are there too,
+    and the scope's path.  Raise Error."""
     import subprocess
 
     unit, command = scope_command(path, resources)
@@ -5295,10 +5230,7 @@ def enter_cgroups(cgroups: Cgroups, log: Log) -> None:
 
 
 def remove_cgroups(cgroups: Cgroups, pids: Sequence[int]) -> None:
-    """Remove what make_cgroups() has made, with cgroups below; of who is still there, pids go to the root.
-
-    Raise Error if others are there too.
-    """
+    """Remove what make_cgroups() has made, with cgroups below; pids go to the root.  Raise Error if others stay."""
     left, deadline = [], time.monotonic() + CGROUP_TIME_LIMIT
     for root, path in cgroups:
         for folder in cgroup_folders(root + path):
@@ -5487,7 +5419,7 @@ class Rtnetlink:
     """A connection to the rtnetlink of one network namespace: of ours, or of the one at a path."""
 
     def __init__(self, namespace: str = "", groups: int = 0) -> None:
-        socket = import_socket()
+        socket = import_core("socket")
 
         def connect() -> Any:
             return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
@@ -5553,7 +5485,7 @@ def in_namespace(path: str, work: Callable[[], T]) -> T:
 def mark_namespace() -> Any:
     """Return a socket whose name says, as long as it is open, that a VM has our network namespace, whatever root or
     engine it is of.  Raise Error where one has."""
-    socket = import_socket()
+    socket = import_core("socket")
     mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         mark.bind(b"\0runX")  # abstract names, unix(7), are a network namespace's own
@@ -5577,10 +5509,8 @@ def make_namespace(path: str) -> None:
 
 
 def redirect(netlink: Rtnetlink, source: int, target: int) -> None:
-    """Have all that arrives at the link source leave through target (numbers), and the other way round.
-
-    Raise OSError, EEXIST if somebody's classifier sits at one of them already.
-    """
+    """Have all that arrives at the link source leave through target (numbers), and the other way round.  Raise OSError,
+    EEXIST if somebody's classifier sits at one of them already."""
     made, once = [], NLM_F_CREATE | NLM_F_EXCL
     try:
         for link, other in ((source, target), (target, source)):
@@ -5934,10 +5864,7 @@ def negotiate_version(attachment: Attachment) -> str:
 
 
 def detach_network(fields: JsonObject, log: Log) -> None:
-    """Give back what attach_network() has got, as far as it came.  What fails is a warning, no reason to stay.
-
-    fields: of the Attachment, as they are in the state.
-    """
+    """Give back what attach_network() has got; what fails is a warning.  fields: the Attachment's."""
     attachment = Attachment(**fields)
     for plugin, configuration in reversed(attachment.calls):
         what = f"give back the network {attachment.network}"
@@ -5945,10 +5872,8 @@ def detach_network(fields: JsonObject, log: Log) -> None:
 
 
 def call_plugin(command: str, attachment: Attachment, plugin: str, configuration: JsonObject) -> str:
-    """Return what a plugin prints: SPEC.md "Execution Protocol".  It gets the result of the one before.
-
-    Raise Error with the plugin's own reason.
-    """
+    """Return what a plugin prints, which gets the result of the one before: SPEC.md "Execution Protocol".  Raise Error
+    with the plugin's own reason."""
     what, path = f"network {attachment.network}: CNI plugin {plugin}", find_plugin(plugin)
     if not path:
         raise Error(f"{what} is not installed in {cni_path()}")
@@ -6377,10 +6302,8 @@ def run_hooks(container: Container, kind: str, status: str, namespaces: Sequence
 
 
 def hook_errors(container: Container, kind: str, status: str, namespaces: Sequence[str] = ()) -> Iterator[str]:
-    """Run hooks one by one, and yield a sentence, in runc's words, for each that fails.
-
-    status: what the state that they read says.  namespaces: paths of those that they join.
-    """
+    """Run hooks one by one, and yield a sentence, in runc's words, for each that fails.  status: what the state that
+    they read says.  namespaces: paths of those that they join."""
     for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
         state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
         env = dict(variable.partition("=")[::2] for variable in hook.env)
@@ -6414,7 +6337,7 @@ class Holder:
 
     def enter(self, exported: bool) -> None:
         """Have the holder take our mount namespace's files as its own.  Raise Error."""
-        socket = import_socket()
+        socket = import_core("socket")
         fds = Descriptor(os.pidfd_open(os.getpid())), Descriptor(os.open("/proc/self/ns/mnt", os.O_RDONLY))
         with fds[0], fds[1]:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("ii", *fds))
@@ -6434,15 +6357,13 @@ class Holder:
             return b""
 
     def end(self, status: int) -> None:
-        try:
+        with Suppress(OSError):  # it was killed
             self.link.send(bytes([status]))
-        except OSError:
-            pass  # it was killed
 
 
 def start_holder(config: Config, share: str) -> Holder:
     """Make the holder, as the first process of a new pid namespace.  Raise Error."""
-    socket = import_socket()
+    socket = import_core("socket")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     with Attempt("make a pid namespace"):
@@ -6459,7 +6380,7 @@ def start_holder(config: Config, share: str) -> Holder:
 
 def run_holder(config: Config, share: str, link: Any) -> NoReturn:
     """The holder's whole life."""
-    socket = import_socket()
+    socket = import_core("socket")
     status = 128 + SIGKILL  # if the monitor is killed
     try:
         os.setsid()
@@ -6487,8 +6408,7 @@ def run_holder(config: Config, share: str, link: Any) -> NoReturn:
 
 
 def enter_namespaces(config: Config, share: str, namespace: int, exported: bool) -> None:
-    """Make the holder's namespaces the container's.  namespace: a descriptor of a mount namespace in which the share
-    is.  Raise Error."""
+    """Make the holder's namespaces the container's.  namespace: a mount namespace that has the share.  Raise Error."""
     flags = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWUTS
     name, process = config.hostname or os.uname().nodename, config.process
     with Attempt("enter the container's namespaces"):
@@ -6512,16 +6432,14 @@ def show_arguments(args: list[str]) -> None:
     title = b"".join(arg.encode("utf-8", "surrogateescape") + b"\0" for arg in args)[:TITLE_MAX]
     SHOWN.append(title)  # the kernel reads it as long as we live
     start = id(title) + bytes.__basicsize__ - 1  # where CPython keeps the content
-    try:
+    with Suppress(OSError):  # a kernel without it shows runX
         system_call("prctl", PR_SET_MM, PR_SET_MM_ARG_START, start, 0, 0)
         system_call("prctl", PR_SET_MM, PR_SET_MM_ARG_END, start + len(title), 0, 0)
-    except OSError:
-        pass  # a kernel without it shows runX
 
 
 def relay_signals(numbers: Iterable[int]) -> int:
     """The descriptor from which these signals arrive, a byte each."""
-    signal = import_signal()
+    signal = import_core("signal")
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in numbers:
@@ -6553,8 +6471,7 @@ def installed_file(name: str) -> str:
 
 
 def command_line(machine: Machine) -> str:
-    """Return the words for the VM's kernel.  Raise Error where they do not fit: Xen would cut them off without a
-    word."""
+    """Return the words for the VM's kernel.  Raise Error where they do not fit: Xen would cut them off silently."""
     line = " ".join([OWN_INIT_PARAMETERS if machine.own_init else KERNEL_PARAMETERS, *machine.cmdline])
     length = len(line.encode())
     if length > KERNEL_PARAMETERS_MAX:
@@ -6746,8 +6663,7 @@ class Builder:
         os.mkfifo(container.path("control"), 0o600)  # says, as long as it is there, that something may be left
 
     def enter_cgroup(self, systemd: bool) -> None:
-        """Have the holder and us, and what we start, in the container's cgroup, if it is to have one; kept in the state
-        before it is made."""
+        """Have the holder, us and what we start in the container's cgroup, if it has one; noted before it is made."""
         path, resources, scope = self.config.cgroup, self.config.resources, None
         if not path:
             return
@@ -6785,8 +6701,7 @@ class Builder:
         return kernel, self.boot_file("initrd", machine.ramdisk) if machine.ramdisk else ""
 
     def boot_file(self, name: str, source: tuple[str, bool] | None) -> str:
-        """Return the path that xl gets: ours, dom0's, or a mount of one in the rootfs, below a name without
-        surprises."""
+        """Return the path that xl gets: ours, dom0's, or a mount of one in the rootfs, on a name without surprises."""
         if source is None:
             return installed_file(name)
         path, in_rootfs = source
@@ -6854,11 +6769,9 @@ class Builder:
 
     def discard_boot_files(self) -> None:
         """Xen has them in memory now, if it is to; /run is memory too, and the rootfs must not stay busy."""
-        try:
+        with Suppress(OSError):  # that it could not be written has been said
             if self.ramdisk:
                 self.ramdisk.close()
-        except OSError:
-            pass  # that it could not be written has been said
         for name in ("ramdisk", "kernel", "initrd"):
             discard(self.container.path(name))
 
@@ -7203,7 +7116,7 @@ def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
 
 def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
     """Our standard streams become a terminal's, whose other end the engine has.  Raise Error."""
-    signal = import_signal()
+    signal = import_core("signal")
     signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
     slave = open_terminal(console_socket, size)
     os.dup2(slave, 0)
@@ -8516,12 +8429,8 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
     """The linux.resources that --resources and the other options ask for."""
     source, changes = options.get("resources"), {}
     if source:
-        try:
-            changes = read_document(0 if source == "-" else source)
-        except (OSError, ValueError) as error:
-            raise Error(f"cannot read the resources from {source}: {error}") from None
-        if not isinstance(changes, dict):
-            raise Error(f"the resources in {source} must be a JSON object")
+        with Attempt(f"read the resources from {source}", ValueError):
+            changes = Section(read_document(0 if source == "-" else source), f"the resources in {source}").values
     for name, (section, key) in UPDATE_OPTIONS.items():
         if name in options:
             values = Section(changes, "resources").section(section).values

@@ -142,9 +142,9 @@ def config(*args, **process):
     }
 
 
-def record(kind, **fields):
+def record(of, /, **fields):
     """One of runX's records with these fields, without the document that it reads them from."""
-    made = kind.__new__(kind)
+    made = of.__new__(of)
     vars(made).update(fields)
     return made
 

@@ -1150,7 +1150,7 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     """tests/data: what each engine has written for a plain `run`, with its version."""
     spec = json.loads((DATA / f"{name}.json").read_text())
     spec["root"]["path"] = "rootfs"
-    monkeypatch.setattr(runx.os.path, "exists", lambda path: True)  # sources of bind mounts
+    monkeypatch.setattr(runx.os.path, "exists", lambda path: path != runx.HOST_CONFIG)  # sources of bind mounts
     parsed = runx.load_config(bundle(spec))
     assert parsed.warnings == []
     check_guest_words(parsed, spec)

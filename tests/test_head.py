@@ -84,7 +84,7 @@ def test_system_calls_return_numbers_and_raise_their_errors(tmp_path):
 
 @pytest.mark.usefixtures("modules")
 def test_sockets_and_signals_are_there():
-    assert runx.import_socket().AF_UNIX == socket.AF_UNIX and runx.import_signal().SIGTERM == 15
+    assert runx.import_core("socket").AF_UNIX == socket.AF_UNIX and runx.import_core("signal").SIGTERM == 15
 
 
 def test_state_imports_no_slow_module():

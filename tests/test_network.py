@@ -345,7 +345,7 @@ def test_without_plugins_the_file_says_the_routes(planned):
     assert made.routes == [["0.0.0.0/0", ""]]
     with pytest.raises(runx.Error, match="no address without the CNI plugin host-local: install it in /"):
         planned(document, "auto")
-    with pytest.raises(runx.Error, match="network net: cannot understand its addresses and routes"):
+    with pytest.raises(runx.Error, match="cannot understand the addresses and routes of network net: "):
         planned({**NET, "ipam": {**HOST_LOCAL, "routes": [{"dst": "x"}]}}, "10.1.2.3")
 
 
@@ -442,7 +442,7 @@ def test_a_plugin_that_prints_no_result_is_an_error(plugin, planned, output):
     {"ip4": {}, "ips": [[]]}, {"ips": [{"address": "10.0.0.1/8"}], "routes": [{"dst": "0.0.0.0/0", "gw": "x"}]},
 ])  # fmt: skip
 def test_a_result_that_says_no_addresses_is_an_error(tmp_path, result):
-    with pytest.raises(runx.Error, match="network net: cannot understand its addresses and routes"):
+    with pytest.raises(runx.Error, match="cannot understand the addresses and routes of network net: "):
         runx.use_result(attachment(), result, load_network(tmp_path, BRIDGE))
     with pytest.raises(runx.Error, match="network net: dns.domain must be a JSON string"):
         runx.use_result(attachment(), {"dns": {"domain": 1}}, load_network(tmp_path, BRIDGE))
@@ -662,7 +662,7 @@ def test_a_bridge_is_made_with_its_gateways_once(namespaces, tmp_path):
     runx.prepare_bridge(load_network(tmp_path, json.dumps(document)))
     assert "UP" not in ip("link show dev testbr0")[0]["flags"]  # whose it is looks after it
     network.bridge = "x" * 16
-    with pytest.raises(runx.Error, match=f"network net: cannot make the bridge {'x' * 16}: "):
+    with pytest.raises(runx.Error, match=f"cannot make the bridge {'x' * 16} of network net: "):
         runx.prepare_bridge(network)
 
 
