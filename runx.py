@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # annotations are never evaluated
     from subprocess import Popen
     from typing import Any, BinaryIO, NoReturn, TypeVar, Union
 
+    JsonObject = dict[str, Any]
+
 VERSION = "0.2.0"
 DEFAULT_ROOT = "/run/runX"
 LIVING_FILE = "/run/runX-domains"  # when the last look at all domains began, time.monotonic(); domids of the living
@@ -99,12 +101,14 @@ class Log:
             line = json_text({"level": level, "msg": message, "time": now})
         else:
             line = f"time={now} level={level} msg={message}"
-        with Suppress(OSError):  # an unwritable log must not hide the error
+        try:
             if self.path is None:
                 print(line, file=sys.stderr, flush=True)
                 return
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
+        except OSError:
+            pass  # an unwritable log must not hide the error
 
     def warn(self, message: str) -> None:
         self.write("warning", message)
@@ -168,19 +172,6 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, self.kinds):
             raise Error(f"cannot {self.what}: {getattr(error, 'strerror', None) or error}") from None
-
-
-class Suppress:
-    """contextlib.suppress, without the import of contextlib: the block ends at an exception of these kinds."""
-
-    def __init__(self, *kinds: type[Exception]) -> None:
-        self.kinds = kinds
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        return kind is not None and issubclass(kind, self.kinds)
 
 
 class Descriptor(int):
@@ -302,6 +293,9 @@ def json_number(text: str) -> int | float:
     return number
 
 
+JSON_NUMBERS: Any = dict.fromkeys(("parse_float", "parse_int", "parse_constant"), json_number)
+
+
 class JsonScanner:
     """What C's half of json wants to know (Modules/_json.c): as json.loads does it, but for numbers."""
 
@@ -329,7 +323,7 @@ def parse_json(text: str) -> Any:
     import json
 
     try:
-        return json.loads(text, parse_float=json_number, parse_int=json_number, parse_constant=json_number)
+        return json.loads(text, **JSON_NUMBERS)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -440,9 +434,11 @@ def take_ordinary_score() -> None:
     """Let the kernel end us and what we start like anything else when memory is short: engines have themselves spared,
     and what unpacks an image or serves a guest must not be."""
     path = "/proc/self/oom_score_adj"
-    with Suppress(OSError):  # where there is no /proc
+    try:
         if int(read_file(path)) < 0:
             write_file(path, 0)
+    except OSError:
+        pass  # where there is no /proc
 
 
 def run_program(
@@ -521,8 +517,10 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
 def close_other_descriptors(keep: set[int | None]) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
-            with Suppress(OSError):  # the one that listdir had open
+            try:
                 os.close(int(name))
+            except OSError:
+                pass  # the one that listdir had open
 
 
 def close_standard(fd: int) -> None:
@@ -570,7 +568,7 @@ class Xenstore:
             self.fd = self.socket.fileno()
         except OSError:
             try:
-                self.fd = os.open(XENBUS_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+                self.fd = os.open(XENBUS_DEVICE, os.O_RDWR)
             except OSError as error:
                 raise Error(f"cannot connect to xenstored ({error.strerror}): is this a Xen dom0?") from None
         self.events: list[bytes] = []
@@ -998,7 +996,7 @@ def seen_alive(domid: int) -> bool:
     """
     called = time.monotonic()
     try:
-        fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # who can read it can lock it
+        fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT, 0o600)  # who can read it can lock it
     except OSError:
         return False
     try:
@@ -1134,7 +1132,7 @@ class EventChannels:
 
     def __init__(self) -> None:
         try:
-            self.fd = os.open(EVENT_CHANNELS, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.fd = os.open(EVENT_CHANNELS, os.O_RDWR | os.O_NONBLOCK)
         except OSError as error:
             reason = f"{error.strerror}; is dom0's module xen-evtchn loaded?"
             raise Error(f"cannot open {EVENT_CHANNELS}: {reason}") from None
@@ -1166,7 +1164,7 @@ class Grants:
         import mmap
 
         self.mmap = mmap.mmap
-        self.fd, self.null = (os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in ("/dev/xen/gntdev", "/dev/null"))
+        self.fd, self.null = (os.open(path, os.O_RDWR) for path in ("/dev/xen/gntdev", "/dev/null"))
 
     def map(self, domid: int, references: Sequence[int]) -> memoryview:
         """Return the pages, one behind the other; they stay when this is closed.  Raise OSError."""
@@ -1348,7 +1346,7 @@ class State(Record):
     rootfs: str = ""
     created: str = ""  # RFC 3339
     annotations: dict[str, str] = {}
-    hooks: dict[str, Any] = {}  # as in config.json
+    hooks: JsonObject = {}  # as in config.json
     hostname: str = ""  # that a DHCP server is told
     startable: bool = True  # config.json has a process
     own_init: bool = False
@@ -1366,12 +1364,12 @@ class State(Record):
     joined: list[str] = []  # links in the engine's network namespace that a vif is joined to
     # what the VM is made from
     namespace: str | None = None  # path of the engine's network namespace; "": one of its own, None: none
-    networks: list[dict[str, Any]] = []  # an Attachment each
+    networks: list[JsonObject] = []  # an Attachment each
     rate: str = ""  # of the interfaces in namespace
-    disk: dict[str, Any] | None = None  # a Disk
+    disk: JsonObject | None = None  # a Disk
     maxmem: int = 0  # MiB
     maxvcpus: int = 0
-    resources: dict[str, Any] = {}  # linux.resources of config.json, as `update` has changed it
+    resources: JsonObject = {}  # linux.resources of config.json, as `update` has changed it
     base: dict[str, int] = {}  # what Resources has beside these
     updating: bool = False  # an `update` has begun, and Xen may have anything
 
@@ -1481,7 +1479,7 @@ class Container:
             os.rename(path + ".new", path)
         self.state = state
 
-    def public_state(self, status: str = "") -> dict[str, Any]:
+    def public_state(self, status: str = "") -> JsonObject:
         """The state as runtime.md and `runc state` give it.  status: what hooks are told, where it is not that yet."""
         status, state = status or self.status(), self.state
         return {
@@ -1631,8 +1629,10 @@ def carriers_of(container: Container) -> dict[int, list[int]]:
     for name in os.listdir(container.folder):
         kind, _, number = name.partition("-")
         if kind == "process" and number.isdecimal():
-            with Suppress(FileNotFoundError):  # it has just ended
+            try:
                 found[int(number)] = [*map(int, read_file(container.path(name)).split()), 0, 0][:2]
+            except FileNotFoundError:
+                pass  # it has just ended
     return found
 
 
@@ -1672,7 +1672,7 @@ class Section:
     def __init__(self, values: Any, where: str, separator: str = ".", warnings: list[str] | None = None) -> None:
         if type(values) is not dict:
             raise Error(f"{where} must be a JSON object")
-        self.values: dict[str, Any] = values
+        self.values: JsonObject = values
         self.where = where
         self.separator = separator  # between that and the name of a member
         self.warnings: list[str] = [] if warnings is None else warnings  # the whole document's
@@ -1887,7 +1887,7 @@ def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
     return rootfs
 
 
-def check_links(vm: dict[str, Any], roots: set[str]) -> None:
+def check_links(vm: JsonObject, roots: set[str]) -> None:
     """Raise Error if a file that vm names in the rootfs, one of roots, is elsewhere, by a link of the image's."""
     for name, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
         section = Section(vm, "config.json: vm").section(name)
@@ -1910,7 +1910,7 @@ class Hook:
         self.timeout = spec.number("timeout", 0, 1, 2**31 - 1)  # seconds, 0: none
 
 
-def parse_hooks(hooks: dict[str, Any], kind: str) -> list[Hook]:
+def parse_hooks(hooks: JsonObject, kind: str) -> list[Hook]:
     """Return the Hooks of one kind of config.json's hooks object."""
     return [Hook(spec) for spec in Section(hooks, "config.json: hooks").sections(kind)]
 
@@ -1955,7 +1955,7 @@ def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
     table = spec.table("annotations")
     ours = {key.removeprefix("org.runx."): text for key, text in table.items() if key.startswith("org.runx.")}
     warn_of_dropped(spec, "annotations", [f"org.runx.{name}" for name in ours if name not in host.annotations])
-    believed: dict[str, Any] = {name: ours.get(name) for name in host.annotations}
+    believed: JsonObject = {name: ours.get(name) for name in host.annotations}
     annotations = Section(believed, "config.json: the annotation org.runx.", "")
     # no higher than config.json's resources allow, or the host where these do not say
     limits, bounds = Resources(resources.values, resources.where, {}), {"maxmem": host.maxmem, "memory": host.maxmem}
@@ -2024,13 +2024,15 @@ class Machine:
     """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
 
     def __init__(self, vm: Section, hardware: Section, annotations: Section, env: list[str], host: Host) -> None:
-        """vm goes before annotations, these before what the image says in its environment."""
+        """vm goes before annotations, these before env, what the image says in its environment."""
         boot, disk, hypervisor = vm.section("kernel"), vm.section("image"), vm.section("hypervisor")
         said = dict(variable.partition("=")[::2] for variable in env)
-        kernel = annotations.text("kernel", "") or said.get("RUNX_KERNEL", "")
-        ramdisk = annotations.text("ramdisk", "") or said.get("RUNX_RAMDISK", "")
-        self.kernel = find_boot_file(boot.text("path", ""), kernel)  # None: ours
-        self.ramdisk = find_boot_file(boot.text("initrd", ""), ramdisk)
+
+        def asked(annotation: str, variable: str) -> str:
+            return annotations.text(annotation, "") or said.get(variable, "")
+
+        self.kernel = find_boot_file(boot.text("path", ""), asked("kernel", "RUNX_KERNEL"))  # None: ours
+        self.ramdisk = find_boot_file(boot.text("initrd", ""), asked("ramdisk", "RUNX_RAMDISK"))
         image = disk.text("path", "")
         kind = (disk.choice("format", IMAGE_FORMATS, "") or "raw") if image else ""
         # the VM boots a system of its own, and nothing of ours is in it
@@ -2052,7 +2054,7 @@ class Machine:
         if program and os.path.basename(program) != "xl":
             hypervisor.refuse(f"cannot be {program}: runX drives Xen with xl", "path")
         self.lines = [check_line(line) for line in hypervisor.texts("parameters")]  # of xl.cfg, as they are
-        xlconf = annotations.text("xlconf", "") or said.get("XLCONF", "")
+        xlconf = asked("xlconf", "XLCONF")
         if xlconf:
             self.lines.append(read_trusted("XLCONF", xlconf, host.xlconf))
         self.cmdline = f"{host.cmdline} {annotations.text('cmdline', '')}".split()  # words for its kernel
@@ -2146,7 +2148,7 @@ DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could 
 class Resources:
     """What Xen can give a VM, of linux.resources (config-linux.md); 0 or "": not said."""
 
-    def __init__(self, spec: dict[str, Any], where: str, base: dict[str, int]) -> None:
+    def __init__(self, spec: JsonObject, where: str, base: dict[str, int]) -> None:
         """base: what is not said there; an older runX has not kept all of it."""
         resources = Section(spec, where)
         memory, cpu = resources.section("memory"), resources.section("cpu")
@@ -2251,7 +2253,7 @@ def parse_namespaces(linux: Section) -> Namespaces:
 def check_namespace(kind: str, path: str) -> None:
     """Raise Error unless there is a namespace of this kind at path."""
     with Attempt(f"join the {kind} namespace {path}"):
-        fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        fd = Descriptor(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
     with fd:
         try:
             found = fcntl.ioctl(fd, NS_GET_NSTYPE)
@@ -2360,7 +2362,7 @@ class Process:
         self.scheduler = parse_scheduler(spec.section("scheduler")) if "scheduler" in spec else None
 
 
-def parse_exec(spec: Section, asked: dict[str, Any], where: str) -> tuple[Process, Linux, list[str]]:
+def parse_exec(spec: Section, asked: JsonObject, where: str) -> tuple[Process, Linux, list[str]]:
     """Return the Process of `exec`, what Linux has of it, and warnings.
 
     spec: config.json.  asked: an object as its process, from where.  As under runc, what that does not say of
@@ -2643,7 +2645,7 @@ SECCOMP_OPERATORS = {
 NEXT, PASS, FAIL = 0, -1, -2  # where a test jumps to: on, to the code behind it and past that
 
 
-def compile_seccomp(spec: dict[str, Any], machine: str) -> tuple[int, list[Instruction]] | None:
+def compile_seccomp(spec: JsonObject, machine: str) -> tuple[int, list[Instruction]] | None:
     """Return the flags of seccomp(2) and the program, None if it filters nothing.  machine: as uname(2) names it."""
     section = Section(spec, "config.json: linux.seccomp")
     flags = 0
@@ -2950,8 +2952,10 @@ def mount(source: str | None, target: str, flags: int, kind: str | None = None, 
 
 def detach(target: str, flags: int = MNT_DETACH) -> None:
     """Take what is mounted there out of our own mount namespace, if anything is."""
-    with Suppress(OSError):
+    try:
         system_call("umount2", target, flags)
+    except OSError:
+        pass
 
 
 def discard(path: str) -> None:
@@ -3057,11 +3061,13 @@ def find_in_root(root: str, path: str, folder: bool, make: bool) -> Descriptor:
 
 def make_empty(path: str, folder: bool, above: int | None = None) -> None:
     """Make a folder or an empty file, unless there is something already.  Raise OSError."""
-    with Suppress(FileExistsError):
+    try:
         if folder:
             os.mkdir(path, 0o755, dir_fd=above)
         else:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=above))
+    except FileExistsError:
+        pass
 
 
 def resolve_in_root(root: str, path: str) -> list[str]:
@@ -3239,7 +3245,7 @@ class Member(Record):
 
     def open(self) -> Descriptor:
         """Open a regular file.  Raise OSError, also if somebody has put another thing there."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = Descriptor(os.open(self.name, flags, dir_fd=self.folder))
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -3427,7 +3433,7 @@ def open_disk(disk: Disk) -> Descriptor:
     """Open the block device; a loop device of ours goes with who has it open last."""
     with Attempt(f"open the block device {disk.path}"):
         if stat.S_ISBLK(os.stat(disk.path).st_mode):
-            return Descriptor(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC))
+            return Descriptor(os.open(disk.path, os.O_RDONLY))
     try:
         return attach_loop(disk.path, disk.writable)
     except OSError as error:
@@ -3437,7 +3443,7 @@ def open_disk(disk: Disk) -> Descriptor:
 
 def attach_loop(path: str, writable: bool) -> Descriptor:
     """Return a new loop device with an image file in it.  Raise OSError."""
-    mode = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+    mode = os.O_RDWR if writable else os.O_RDONLY
     flags = LO_FLAGS_AUTOCLEAR | (0 if writable else LO_FLAGS_READ_ONLY)
     with Descriptor(os.open(path, mode)) as file, open("/dev/loop-control", "rb") as control:
         # struct loop_config with its struct loop_info64, in which losetup(8) looks for the name
@@ -3508,7 +3514,7 @@ def check_unused(disk: Disk, device: int) -> None:
     O_EXCL is nobody's: mounted in no namespace, part of no volume group."""
     mode = os.O_RDWR if disk.writable else os.O_RDONLY
     try:
-        os.close(os.open(device_path(device), mode | os.O_EXCL | os.O_CLOEXEC))
+        os.close(os.open(device_path(device), mode | os.O_EXCL))
         return
     except OSError as error:
         reason = error.strerror
@@ -3608,7 +3614,7 @@ class InMemory(Rootfs):
     def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
         """It has no place in /run, which is dom0's memory, and no name that could be left behind."""
         name = f"/var/tmp/{container.state.name}"
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         os.unlink(name)
         return os.fdopen(fd, "wb"), f"/proc/{os.getpid()}/fd/{fd}"
 
@@ -3635,7 +3641,7 @@ def choose_rootfs(config: Config, share: str) -> Rootfs:
 if TYPE_CHECKING:
     Protocol = Union["Fuse", "NineP"]
 
-PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW
 NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
 READERS_MAX = 128  # files that are kept open, as the guest reads them without opening
 PREFIXES_MAX = 1 << 15  # of files' numbers: each file system in the share has one
@@ -3790,7 +3796,7 @@ class Files:
         else:
             fd = os.open(b".", flags | os.O_TMPFILE, mode, dir_fd=folder.fd)
         try:
-            node = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC))
+            node = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
             self.give(node, folder, uid, gid)
             return Handle(fd, node)
         except OSError:
@@ -3835,12 +3841,12 @@ class Files:
     def open_flags(flags: int) -> int:
         """Return those of open(2) that dom0 is to know; their numbers are the same on x86 and Arm.  Not O_APPEND: the
         guest's kernel knows where its pages belong, and pwrite(2) would not."""
-        return flags & (os.O_ACCMODE | os.O_TRUNC | os.O_NOATIME) | os.O_CLOEXEC | os.O_NOCTTY
+        return flags & (os.O_ACCMODE | os.O_TRUNC | os.O_NOATIME) | os.O_NOCTTY
 
     def open(self, node: Node, flags: int) -> Handle:
         """Regular files and folders alone: all else is the guest's kernel's."""
         if node.kind == stat.S_IFDIR:
-            return Handle(os.open(node.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), node)
+            return Handle(os.open(node.path, os.O_RDONLY | os.O_DIRECTORY), node)
         if node.kind != stat.S_IFREG:
             refuse(errno.ENXIO)
         never_waits = os.O_NONBLOCK if node.sizeless else 0
@@ -4087,15 +4093,16 @@ def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventCh
 
 FUSE_VERSION, FUSE_MINOR, FUSE_MINOR_LEAST, FUSE_ROOT_ID = 7, 40, 36, 1
 FUSE_BACKGROUND = 16  # requests at once that nobody in the guest waits for
-# opcode; the structure, or what counts of it; then n: a name in a folder, s: another string, b: the rest; -: nothing
+# opcode; the structure, or what counts of it, H: the number of a Handle; then n: a name in a folder, s: another string,
+# b: the rest; -: nothing
 FUSE_REQUESTS = request_table(
     """
-    lookup 1 n, forget 2 Q, getattr 3 -, setattr 4 IIQQQqqqIIIIIIII, readlink 5 -, symlink 6 ns, mknod 8 IIIIn,
-    mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 QQI, write 16 QQIIQI,
-    statfs 17 -, release 18 Q, fsync 20 QI, setxattr 21 IIIIsb, getxattr 22 IIs, listxattr 23 I, removexattr 24 s,
-    init 26 IIII, opendir 27 -, readdir 28 QQI, releasedir 29 Q, fsyncdir 30 QI, create 35 IIIIn, destroy 38 -,
-    batch_forget 42 IIb, fallocate 43 QQQI, readdirplus 44 QQI, rename2 45 QIInn, lseek 46 QQI,
-    copy_file_range 47 QQQQQQQ, syncfs 50 -, tmpfile 51 III
+    lookup 1 n, forget 2 Q, getattr 3 -, setattr 4 I12xQ8xqq8xII4xI4xII4x, readlink 5 -, symlink 6 ns, mknod 8 III4xn,
+    mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 HQI, write 16 HQII8xI,
+    statfs 17 -, release 18 Q, fsync 20 HI, setxattr 21 III4xsb, getxattr 22 I4xs, listxattr 23 I, removexattr 24 s,
+    init 26 IIII, opendir 27 -, readdir 28 HQI, releasedir 29 Q, fsyncdir 30 HI, create 35 III4xn, destroy 38 -,
+    batch_forget 42 I4xb, fallocate 43 HQQI, readdirplus 44 HQI, rename2 45 QI4xnn, lseek 46 HQI,
+    copy_file_range 47 HQQQQQQ, syncfs 50 -, tmpfile 51 III
     """
 )
 FUSE_SILENT = {2, 36, 42}  # have no reply: forget, interrupt, batch_forget
@@ -4258,10 +4265,11 @@ class FuseNames:
         self.files = Files(root, capabilities)
         self.known = Known(self.files)
         self.writeback = writeback
-        self.handlers: dict[int, tuple[Callable[..., bytes | int | None], struct.Struct, str]] = {}
+        self.handlers: dict[int, tuple[Callable[..., bytes | int | None], struct.Struct, str, bool]] = {}
         for name, (opcode, form) in FUSE_REQUESTS.items():
-            structure = form.rstrip("nsb")
-            self.handlers[opcode] = getattr(self, name), struct.Struct("<" + structure), form[len(structure) :]
+            numbers = form.rstrip("nsb")
+            structure, strings = struct.Struct("<" + numbers.replace("H", "Q")), form[len(numbers) :]
+            self.handlers[opcode] = getattr(self, name), structure, strings, "H" in form
 
     def is_ordered(self, message: Request) -> bool:
         """Return whether it must come behind what the guest has asked before by another ring."""
@@ -4301,10 +4309,12 @@ class FuseNames:
 
     def handle(self, call: Call, opcode: int) -> bytes | int | None:
         """Return a reply's body, or how many bytes of content it has."""
-        handler, structure, kinds = self.handlers[opcode]
+        handler, structure, kinds, is_open = self.handlers[opcode]
         message, end = call.message, IN_HEADER.size + structure.size
         data = message.head if end <= 80 else message.bytes(0, end)
         fields = structure.unpack_from(data, IN_HEADER.size)
+        if is_open:
+            fields = (self.known.handle(fields[0], call.node), *fields[1:])
         if kinds:
             return handler(call, *fields, *split_strings(message.bytes(end, message.length), kinds))
         return handler(call, *fields)
@@ -4327,7 +4337,7 @@ class FuseNames:
     def forget(self, call: Call, count: int) -> None:
         self.known.forget(call.node.number, count)
 
-    def batch_forget(self, call: Call, count: int, _: int, pairs: bytes) -> None:
+    def batch_forget(self, call: Call, count: int, pairs: bytes) -> None:
         for number, times in struct.iter_unpack("<QQ", pairs[: 16 * count]):
             self.known.forget(number, times)
 
@@ -4357,7 +4367,7 @@ class FuseNames:
         except FileNotFoundError:
             return ENTRY_OUT.pack(0, 0, self.names_valid, *bytes(19))
 
-    def create(self, call: Call, flags: int, mode: int, umask: int, _: int, name: bytes) -> bytes:
+    def create(self, call: Call, flags: int, mode: int, umask: int, name: bytes) -> bytes:
         self.known.check_room()
         os.umask(umask & 0o777)  # counts where no default access list does
         try:
@@ -4374,7 +4384,7 @@ class FuseNames:
         node = self.files.make(call.node, name, call.uid, call.gid, work, *args)
         return self.entry(node, call.node, name)
 
-    def mknod(self, call: Call, mode: int, device: int, umask: int, _: int, name: bytes) -> bytes:
+    def mknod(self, call: Call, mode: int, device: int, umask: int, name: bytes) -> bytes:
         return self.make(call, name, umask, os.mknod, mode, device)
 
     def mkdir(self, call: Call, mode: int, umask: int, name: bytes) -> bytes:
@@ -4395,9 +4405,9 @@ class FuseNames:
         os.rmdir(name, dir_fd=call.node.fd)
 
     def rename(self, call: Call, folder: int, old: bytes, new: bytes) -> None:
-        self.rename2(call, folder, 0, 0, old, new)
+        self.rename2(call, folder, 0, old, new)
 
-    def rename2(self, call: Call, folder: int, flags: int, _: int, old: bytes, new: bytes) -> None:
+    def rename2(self, call: Call, folder: int, flags: int, old: bytes, new: bytes) -> None:
         status = os.stat(old, dir_fd=call.node.fd, follow_symlinks=False)
         node = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino), call.node)
         self.change(node, self.files.rename, call.node, old, self.known.node(folder), new, flags)
@@ -4408,8 +4418,8 @@ class FuseNames:
         fields = fuse_attr(call.node, os.fstat(call.node.fd))
         return ATTR_OUT.pack(self.attributes_valid, 0, 0, *fields)
 
-    def setattr(self, call: Call, valid: int, *fields: int) -> bytes:
-        _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = fields
+    def setattr(self, call: Call, valid: int, size: int, *fields: int) -> bytes:
+        atime, mtime, atime_ns, mtime_ns, mode, uid, gid = fields
         times = (
             KEEP if not valid & FATTR_ATIME else NOW if valid & FATTR_ATIME_NOW else atime * 10**9 + atime_ns,
             KEEP if not valid & FATTR_MTIME else NOW if valid & FATTR_MTIME_NOW else mtime * 10**9 + mtime_ns,
@@ -4462,12 +4472,10 @@ class Fuse(FuseNames):
     def readlink(self, call: Call) -> bytes:
         return os.readlink(b"", dir_fd=call.node.fd)
 
-    def read(self, call: Call, number: int, offset: int, size: int) -> int:
-        handle = self.known.handle(number, call.node)
+    def read(self, call: Call, handle: Handle, offset: int, size: int) -> int:
         return os.preadv(handle.fd, call.message.room(OUT_HEADER.size, min(size, CONTENT_MAX)), offset)
 
-    def write(self, call: Call, number: int, offset: int, size: int, flags: int, _: int, opened: int) -> bytes:
-        handle = self.known.handle(number, call.node)
+    def write(self, call: Call, handle: Handle, offset: int, size: int, flags: int, opened: int) -> bytes:
         if size > call.message.length - WRITE_DATA:
             refuse(errno.EINVAL)
         if flags & WRITE_KILL_SUIDGID:
@@ -4477,14 +4485,13 @@ class Fuse(FuseNames):
         return U32_PAIR.pack(done, 0)
 
     def tmpfile(self, call: Call, flags: int, mode: int, umask: int) -> bytes:
-        return self.create(call, flags, mode, umask, 0, b"")
+        return self.create(call, flags, mode, umask, b"")
 
     def release(self, call: Call, number: int) -> None:
         self.known.handle(number, call.node)
         self.known.handles.pop(number, None)
 
-    def fsync(self, call: Call, number: int, flags: int) -> None:
-        handle = self.known.handle(number, call.node)
+    def fsync(self, call: Call, handle: Handle, flags: int) -> None:
         (os.fdatasync if flags & FSYNC_FDATASYNC else os.fsync)(handle.fd)
 
     releasedir, fsyncdir = release, fsync
@@ -4496,27 +4503,26 @@ class Fuse(FuseNames):
             handle = self.files.open(node, os.O_RDONLY)
             system_call("syncfs", handle.fd)
 
-    def fallocate(self, call: Call, number: int, offset: int, length: int, mode: int) -> None:
-        handle = self.known.handle(number, call.node)
+    def fallocate(self, call: Call, handle: Handle, offset: int, length: int, mode: int) -> None:
         if offset + length > LONG_MAX:
             refuse(errno.EFBIG)
         if call.uid:
             self.files.drop_privileges(call.node)
         self.change(call.node, system_call, "fallocate", handle.fd, mode, offset, length)
 
-    def lseek(self, call: Call, number: int, offset: int, whence: int) -> bytes:
+    def lseek(self, call: Call, handle: Handle, offset: int, whence: int) -> bytes:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             refuse(errno.EINVAL)
-        return U64.pack(os.lseek(self.known.handle(number, call.node).fd, offset, whence))
+        return U64.pack(os.lseek(handle.fd, offset, whence))
 
-    def copy_file_range(self, call: Call, number: int, offset: int, to: int, *fields: int) -> bytes:
+    def copy_file_range(self, call: Call, handle: Handle, offset: int, to: int, *fields: int) -> bytes:
         to_number, to_offset, size, flags = fields
         node = self.known.node(to)
-        source, target = self.known.handle(number, call.node), self.known.handle(to_number, node)
+        target = self.known.handle(to_number, node)
         if node.sizeless or call.node.sizeless or flags:
             refuse(errno.EXDEV)  # the guest copies by reading and writing
         size = min(size, COPY_MAX)
-        return U32_PAIR.pack(self.change(node, os.copy_file_range, source.fd, target.fd, size, offset, to_offset), 0)
+        return U32_PAIR.pack(self.change(node, os.copy_file_range, handle.fd, target.fd, size, offset, to_offset), 0)
 
     def statfs(self, call: Call) -> bytes:
         found = os.statvfs(call.node.fd)
@@ -4532,8 +4538,8 @@ class Fuse(FuseNames):
             refuse(errno.ENOTDIR)
         return self.known.open(self.files.open(call.node, os.O_RDONLY))
 
-    def readdir(self, call: Call, number: int, offset: int, size: int, plus: int = 0) -> bytes:
-        handle, room, parts = self.known.handle(number, call.node), min(size, CONTENT_MAX), []
+    def readdir(self, call: Call, handle: Handle, offset: int, size: int, plus: int = 0) -> bytes:
+        room, parts = min(size, CONTENT_MAX), []
         least = plus + FUSE_DIRENT.size + 7
         for inode, after, kind, name in self.files.entries(handle, offset, room, lambda name: least + len(name) & ~7):
             if plus:
@@ -4541,8 +4547,8 @@ class Fuse(FuseNames):
             parts.append(FUSE_DIRENT.pack(inode, after, len(name), kind) + name + bytes(-len(name) % 8))
         return b"".join(parts)
 
-    def readdirplus(self, call: Call, number: int, offset: int, size: int) -> bytes:
-        return self.readdir(call, number, offset, size, ENTRY_OUT.size)
+    def readdirplus(self, call: Call, handle: Handle, offset: int, size: int) -> bytes:
+        return self.readdir(call, handle, offset, size, ENTRY_OUT.size)
 
     def entry_of(self, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what readdirplus finds, zeros where it does not matter or there is none."""
@@ -4568,7 +4574,7 @@ class Fuse(FuseNames):
             refuse(errno.ERANGE)
         return value if size else U32_PAIR.pack(len(value), 0)
 
-    def getxattr(self, call: Call, size: int, _: int, name: bytes) -> bytes:
+    def getxattr(self, call: Call, size: int, name: bytes) -> bytes:
         try:
             return self.xattr(size, self.with_rights(call, name, os.getxattr, call.node.path, name))
         except OSError as error:
@@ -4579,7 +4585,7 @@ class Fuse(FuseNames):
     def listxattr(self, call: Call, size: int) -> bytes:
         return self.xattr(size, self.files.as_asker(call.uid, call.gid, self.files.list_xattrs, call.node))
 
-    def setxattr(self, call: Call, size: int, flags: int, more: int, _: int, name: bytes, value: bytes) -> None:
+    def setxattr(self, call: Call, size: int, flags: int, more: int, name: bytes, value: bytes) -> None:
         if len(value) < size:
             refuse(errno.EINVAL)
         self.with_rights(call, name, os.setxattr, call.node.path, name, value[:size], flags)
@@ -4592,19 +4598,19 @@ class Fuse(FuseNames):
 
 # ---- 9P2000.L, for Linux's 9p (diod's protocol.md, <net/9p/9p.h>): a message is size[4] type[1] tag[2] and its body
 
-# type; the body, of numbers, n: a name in a folder, s: another string, b: the rest; -: nothing
+# type; the body, of numbers, F: one of a Fid, n: a name in a folder, s: another string, b: the rest; -: nothing
 NINEP_REQUESTS = request_table(
     """
-    statfs 8 I, lopen 12 II, lcreate 14 InIII, symlink 16 InsI, mknod 18 InIIII, readlink 22 I, getattr 24 I,
-    setattr 26 IIIIIQqQqQ, xattrwalk 30 IIs, xattrcreate 32 IsQI, readdir 40 IQI, fsync 50 II, lock 52 I,
-    getlock 54 IBQQIs, link 70 IIn, mkdir 72 InII, renameat 74 InIn, unlinkat 76 InI, version 100 Is,
+    statfs 8 F, lopen 12 FI, lcreate 14 FnIII, symlink 16 FnsI, mknod 18 FnIIII, readlink 22 F, getattr 24 F,
+    setattr 26 FIIIIQqQqQ, xattrwalk 30 FIs, xattrcreate 32 FsQI, readdir 40 FQI, fsync 50 FI, lock 52 F,
+    getlock 54 FBQQIs, link 70 FFn, mkdir 72 FnII, renameat 74 FnFn, unlinkat 76 FnI, version 100 Is,
     attach 104 IIssI, flush 108 -, walk 110 IIHb, clunk 120 I
     """
 )
 RLERROR, TREADDIR, TREAD, TWRITE = 7, 40, 116, 118
 # v9fs truncates a file, or opens it to do so, while what it has written before is still on its way in the other ring
 NINEP_ORDERED = {12, 26, 50, 108}  # Tlopen, Tsetattr, Tfsync, Tflush
-NINEP_NUMBERS = {kind: struct.Struct("<" + kind) for kind in "BHIQq"}
+NINEP_NUMBERS = {kind: struct.Struct("<" + kind.replace("F", "I")) for kind in "BFHIQq"}
 U16, U32 = NINEP_NUMBERS["H"], NINEP_NUMBERS["I"]
 NINEP_HEADER, QID, NINEP_DIRENT, NINEP_CONTENT = (struct.Struct(form) for form in ("<IBH", "<BIQ", "<QBH", "<IQI"))
 NINEP_ATTR = struct.Struct("<Q13s3I5Q6q4Q")
@@ -4692,7 +4698,8 @@ class NinePFids:
                 content, body = (self.read if kind == TREAD else self.write)(message, self.fid(number), offset, size)
             elif kind in self.handlers:
                 handler, form = self.handlers[kind]
-                body = handler(*ninep_fields(message.bytes(NINEP_HEADER.size, length), form)) or b""
+                fields = zip(form, ninep_fields(message.bytes(NINEP_HEADER.size, length), form))
+                body = handler(*(self.fid(each) if of == "F" else each for of, each in fields)) or b""
             else:
                 refuse(errno.EOPNOTSUPP)
         except OSError as failure:
@@ -4799,14 +4806,12 @@ class NinePFids:
 class NineP(NinePFids):
     """9P2000.L's server.  Locks are the guest's kernel's alone, and it checks permissions."""
 
-    def lopen(self, number: int, flags: int) -> bytes:
-        fid = self.fid(number)
+    def lopen(self, fid: Fid, flags: int) -> bytes:
         fid.check_unused()
         fid.open = self.with_rights(fid, self.files.open, fid.node, flags)
         return self.qid(fid.node) + U32.pack(IOUNIT)
 
-    def lcreate(self, number: int, name: bytes, flags: int, mode: int, gid: int) -> bytes:
-        fid = self.fid(number)
+    def lcreate(self, fid: Fid, name: bytes, flags: int, mode: int, gid: int) -> bytes:
         fid.check_unused()
         try:
             handle = self.files.create(fid.node, name, flags, mode, fid.uid, gid)
@@ -4818,33 +4823,32 @@ class NineP(NinePFids):
         fid.node, fid.open = handle.node, handle
         return self.qid(fid.node) + U32.pack(IOUNIT)
 
-    def make(self, number: int, name: bytes, gid: int, work: Callable[..., None], *args: Any) -> bytes:
-        fid = self.fid(number)
+    def make(self, fid: Fid, name: bytes, gid: int, work: Callable[..., None], *args: Any) -> bytes:
         return self.qid(self.files.make(fid.node, name, fid.uid, gid, work, *args))
 
-    def mkdir(self, number: int, name: bytes, mode: int, gid: int) -> bytes:
-        return self.make(number, name, gid, os.mkdir, mode)
+    def mkdir(self, fid: Fid, name: bytes, mode: int, gid: int) -> bytes:
+        return self.make(fid, name, gid, os.mkdir, mode)
 
-    def mknod(self, number: int, name: bytes, mode: int, major: int, minor: int, gid: int) -> bytes:
-        return self.make(number, name, gid, os.mknod, mode, os.makedev(major, minor))
+    def mknod(self, fid: Fid, name: bytes, mode: int, major: int, minor: int, gid: int) -> bytes:
+        return self.make(fid, name, gid, os.mknod, mode, os.makedev(major, minor))
 
-    def symlink(self, number: int, name: bytes, target: bytes, gid: int) -> bytes:
-        return self.make(number, name, gid, lambda new, dir_fd: os.symlink(target, new, dir_fd=dir_fd))
+    def symlink(self, fid: Fid, name: bytes, target: bytes, gid: int) -> bytes:
+        return self.make(fid, name, gid, lambda new, dir_fd: os.symlink(target, new, dir_fd=dir_fd))
 
-    def link(self, folder: int, number: int, name: bytes) -> None:
-        self.files.link(self.fid(number).node, self.fid(folder).node, name)
+    def link(self, folder: Fid, fid: Fid, name: bytes) -> None:
+        self.files.link(fid.node, folder.node, name)
 
-    def readlink(self, number: int) -> bytes:
-        return ninep_string(os.readlink(b"", dir_fd=self.fid(number).node.fd))
+    def readlink(self, fid: Fid) -> bytes:
+        return ninep_string(os.readlink(b"", dir_fd=fid.node.fd))
 
-    def renameat(self, old_folder: int, old: bytes, new_folder: int, new: bytes) -> None:
-        self.files.rename(self.fid(old_folder).node, old, self.fid(new_folder).node, new)
+    def renameat(self, old_folder: Fid, old: bytes, new_folder: Fid, new: bytes) -> None:
+        self.files.rename(old_folder.node, old, new_folder.node, new)
 
-    def unlinkat(self, number: int, name: bytes, flags: int) -> None:
-        (os.rmdir if flags & P9_REMOVEDIR else os.unlink)(name, dir_fd=self.fid(number).node.fd)
+    def unlinkat(self, fid: Fid, name: bytes, flags: int) -> None:
+        (os.rmdir if flags & P9_REMOVEDIR else os.unlink)(name, dir_fd=fid.node.fd)
 
-    def getattr(self, number: int) -> bytes:
-        node = self.fid(number).node
+    def getattr(self, fid: Fid) -> bytes:
+        node = fid.node
         status = os.fstat(node.fd)
         times = (divmod(each, 10**9) for each in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns))
         return NINEP_ATTR.pack(
@@ -4852,8 +4856,8 @@ class NineP(NinePFids):
             status.st_size, status.st_blksize, status.st_blocks, *(part for each in times for part in each), *bytes(4),
         )  # fmt: skip
 
-    def setattr(self, number: int, valid: int, mode: int, uid: int, gid: int, size: int, *times: int) -> None:
-        fid, new = self.fid(number), []
+    def setattr(self, fid: Fid, valid: int, mode: int, uid: int, gid: int, size: int, *times: int) -> None:
+        new: list[int | str | None] = []
         for (now, chosen), seconds, fraction in zip(SET_TIMES, times[::2], times[1::2]):
             new.append(KEEP if not valid & now else NOW if not valid & chosen else seconds * 10**9 + fraction)
         self.with_rights(
@@ -4861,21 +4865,19 @@ class NineP(NinePFids):
             uid if valid & SET_UID else -1, gid if valid & SET_GID else -1, size if valid & SET_SIZE else None, new,
         )  # fmt: skip
 
-    def xattrwalk(self, number: int, new: int, name: bytes) -> bytes:
-        fid = self.fid(number)
+    def xattrwalk(self, fid: Fid, new: int, name: bytes) -> bytes:
         value = os.getxattr(fid.node.path, name) if name else self.files.list_xattrs(fid.node)
         self.add(new, Fid(fid.node, fid.uid, name or b"*", value))
         return U64.pack(len(value))
 
-    def xattrcreate(self, number: int, name: bytes, size: int, flags: int) -> None:
-        fid = self.fid(number)
+    def xattrcreate(self, fid: Fid, name: bytes, size: int, flags: int) -> None:
         fid.check_unused()
         if not name or size > XATTR_MAX:
             refuse(errno.E2BIG if name else errno.EINVAL)
         fid.xattr, fid.value, fid.size, fid.flags = name, b"", size, flags
 
-    def readdir(self, number: int, offset: int, size: int) -> bytes:
-        handle, room, parts = self.fid(number).handle(), min(size, self.size - READ_DATA), []
+    def readdir(self, fid: Fid, offset: int, size: int) -> bytes:
+        handle, room, parts = fid.handle(), min(size, self.size - READ_DATA), []
         least = QID.size + NINEP_DIRENT.size
         for inode, after, kind, name in self.files.entries(handle, offset, room, lambda name: least + len(name)):
             qid = QID.pack({DT_DIR: 0x80, DT_LNK: 2}.get(kind, 0), 0, inode)
@@ -4883,19 +4885,17 @@ class NineP(NinePFids):
         data = b"".join(parts)
         return U32.pack(len(data)) + data
 
-    def fsync(self, number: int, only_data: int) -> None:
-        (os.fdatasync if only_data else os.fsync)(self.fid(number).handle().fd)
+    def fsync(self, fid: Fid, only_data: int) -> None:
+        (os.fdatasync if only_data else os.fsync)(fid.handle().fd)
 
-    def lock(self, number: int) -> bytes:
-        self.fid(number)
+    def lock(self, fid: Fid) -> bytes:
         return bytes([LOCK_SUCCESS])
 
-    def getlock(self, number: int, _kind: int, start: int, length: int, process: int, client: bytes) -> bytes:
-        self.fid(number)
+    def getlock(self, fid: Fid, _kind: int, start: int, length: int, process: int, client: bytes) -> bytes:
         return struct.pack("<BQQI", LOCK_UNLOCKED, start, length, process) + ninep_string(client)
 
-    def statfs(self, number: int) -> bytes:
-        found = os.statvfs(self.fid(number).node.fd)
+    def statfs(self, fid: Fid) -> bytes:
+        found = os.statvfs(fid.node.fd)
         return struct.pack(
             "<IIQQQQQQI", V9FS_MAGIC, found.f_frsize, found.f_blocks, found.f_bfree, found.f_bavail, found.f_files,
             found.f_ffree, found.f_fsid & MASK64, found.f_namemax,
@@ -4936,8 +4936,10 @@ class FileServer:
     def connect(self, domid: int, ends: Iterable[tuple[int, ...]]) -> None:
         """Tell it where the rings are, as for connect_rings().  Raise struct.error."""
         numbers = [domid, *(number for end in ends for number in end)]
-        with Suppress(OSError):  # it has ended, as it tells or we see
+        try:
             self.link.send(struct.pack(f"={len(numbers)}I", *numbers))
+        except OSError:
+            pass  # it has ended, as it tells or we see
 
     def hear(self) -> str:
         """Wait for its next word.  Return "" for "+", else why it has ended."""
@@ -5007,7 +5009,7 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
             os.open("/dev/null", os.O_RDWR)
         rights = int(read_file("/proc/self/status").partition("CapPrm:")[2].split()[0], 16)
         enter_share(share)
-        share_fd = os.open("/share", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        share_fd = os.open("/share", os.O_PATH | os.O_DIRECTORY)
         protocol: Protocol = NineP(share_fd, capabilities) if kind == "9pfs" else Fuse(share_fd, capabilities, True)
         give_up_rights(capabilities & rights)
         link.send(b"+")
@@ -5152,8 +5154,10 @@ def enable_controllers(folder: str) -> None:
     """Let the cgroups below have what this one has; of version 2, where each must be asked for."""
     controllers = f"{folder}/cgroup.controllers"
     for name in read_file(controllers).split() if os.path.exists(controllers) else ():
-        with Suppress(OSError):  # the cgroup has processes of its own, or those below could not have it
+        try:
             write_file(f"{folder}/cgroup.subtree_control", f"+{name}")
+        except OSError:
+            pass  # the cgroup has processes of its own, or those below could not have it
 
 
 def cgroup_limits(resources: Resources) -> dict[str, str]:
@@ -5473,7 +5477,7 @@ class Rtnetlink:
 
 def in_namespace(path: str, work: Callable[[], T]) -> T:
     """Call work() in the network namespace at path, and return what it returns.  Raise OSError."""
-    target, home = (Descriptor(os.open(name, os.O_RDONLY | os.O_CLOEXEC)) for name in (path, "/proc/self/ns/net"))
+    target, home = (Descriptor(os.open(name, os.O_RDONLY)) for name in (path, "/proc/self/ns/net"))
     with target, home:
         system_call("setns", target, CLONE_NEWNET)
         try:
@@ -5504,7 +5508,7 @@ def make_namespace(path: str) -> None:
         mount("/proc/thread-self/ns/net", path, MS_BIND)
 
     with Attempt(f"make the network namespace {path}"):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
         in_namespace("/proc/self/ns/net", keep)
 
 
@@ -5538,7 +5542,6 @@ def end_redirect(netlink: Rtnetlink, index: int) -> None:
 
 if TYPE_CHECKING:
     Range = tuple[Subnet, Union[Address, None]]  # with its gateway
-    JsonObject = dict[str, Any]
 
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
@@ -5611,7 +5614,7 @@ def find_document(request: Netconf, folders: list[str]) -> Section:
     variable, path, name, _ = request
     text = read_trusted(variable, path, folders)
     documents: list[Any] = []
-    decoder = json.JSONDecoder(parse_float=json_number, parse_int=json_number, parse_constant=json_number)
+    decoder = json.JSONDecoder(**JSON_NUMBERS)
     with Attempt(f"read the networks in {path}", ValueError, RecursionError):
         while text := text.lstrip():  # one behind the other or in an array
             document, end = decoder.raw_decode(text)
@@ -6357,15 +6360,17 @@ class Holder:
             return b""
 
     def end(self, status: int) -> None:
-        with Suppress(OSError):  # it was killed
+        try:
             self.link.send(bytes([status]))
+        except OSError:
+            pass  # it was killed
 
 
 def start_holder(config: Config, share: str) -> Holder:
     """Make the holder, as the first process of a new pid namespace.  Raise Error."""
     socket = import_core("socket")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    home = os.open("/proc/self/ns/pid", os.O_RDONLY)
     with Attempt("make a pid namespace"):
         system_call("unshare", CLONE_NEWPID)
         pid = os.fork()
@@ -6432,9 +6437,11 @@ def show_arguments(args: list[str]) -> None:
     title = b"".join(arg.encode("utf-8", "surrogateescape") + b"\0" for arg in args)[:TITLE_MAX]
     SHOWN.append(title)  # the kernel reads it as long as we live
     start = id(title) + bytes.__basicsize__ - 1  # where CPython keeps the content
-    with Suppress(OSError):  # a kernel without it shows runX
+    try:
         system_call("prctl", PR_SET_MM, PR_SET_MM_ARG_START, start, 0, 0)
         system_call("prctl", PR_SET_MM, PR_SET_MM_ARG_END, start + len(title), 0, 0)
+    except OSError:
+        pass  # a kernel without it shows runX
 
 
 def relay_signals(numbers: Iterable[int]) -> int:
@@ -6769,9 +6776,11 @@ class Builder:
 
     def discard_boot_files(self) -> None:
         """Xen has them in memory now, if it is to; /run is memory too, and the rootfs must not stay busy."""
-        with Suppress(OSError):  # that it could not be written has been said
+        try:
             if self.ramdisk:
                 self.ramdisk.close()
+        except OSError:
+            pass  # that it could not be written has been said
         for name in ("ramdisk", "kernel", "initrd"):
             discard(self.container.path(name))
 
@@ -7151,7 +7160,7 @@ def open_first_console(domain: Domain) -> int:
     if not path.startswith("/dev/pts/"):
         return -1
     try:
-        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return -1
 
@@ -7195,7 +7204,7 @@ class Commit:
 
     def __init__(self) -> None:
         self.fd, self.writer = os.pipe()
-        self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.waits, self.is_given = True, False
 
     def take(self) -> bool:
@@ -7602,7 +7611,7 @@ class Carrier(Loop):
         """Take what the process is to have on dom0, noted before it is there, and have the VM run it.  Raise Error."""
         container, number = self.order.container, self.number
         container.tell_monitor(f"exec {number} {os.getpid()}")
-        fd = os.open(container.path(f"process-{number}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(container.path(f"process-{number}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.write(fd, f"{os.getpid()} {process_start_time(os.getpid())}".encode())
         os.close(fd)
         enter_cgroups(container.state.cgroups, self.log)
@@ -8090,7 +8099,7 @@ def make_order(call: Invocation, attached: bool) -> Order:
     )  # fmt: skip
 
 
-def read_process(path: str) -> dict[str, Any]:
+def read_process(path: str) -> JsonObject:
     """The OCI process in a file.  Raise Error."""
     try:
         process = read_document(path)
@@ -8112,7 +8121,7 @@ def check_exec(call: Invocation, container: Container) -> None:
         check_status("exec", container, status)
 
 
-def ask_process(call: Invocation, own: Section) -> dict[str, Any]:
+def ask_process(call: Invocation, own: Section) -> JsonObject:
     """The OCI process that the options ask for: config.json's own, changed as `runc exec` changes it."""
     options, user, args = call.options, own.section("user"), call.arguments[1:]
     if not args:
@@ -8451,7 +8460,7 @@ def parse_quantity(name: str, text: str) -> int | str:
         raise Error(f"option --{name} of update needs a number, not {text!r}") from None
 
 
-def update(container: Container, changes: dict[str, Any]) -> None:
+def update(container: Container, changes: JsonObject) -> None:
     state = container.state
     asked = merge_resources(container, changes)
     new, old = (Resources(spec, "resources", state.base) for spec in (asked, state.resources))
@@ -8478,7 +8487,7 @@ def update(container: Container, changes: dict[str, Any]) -> None:
             pass  # of version 1, it has more than that; the VM's own memory is not there
 
 
-def merge_resources(container: Container, changes: dict[str, Any]) -> dict[str, Any]:
+def merge_resources(container: Container, changes: JsonObject) -> JsonObject:
     """The container's linux.resources with the changes.  Raise Error for what cannot change."""
     known, refused = container.state.resources, []
     new = {key: dict(value) if isinstance(value, dict) else value for key, value in known.items()}
@@ -8539,7 +8548,7 @@ def command_list(call: Invocation) -> None:
         print_table(states)
 
 
-def print_table(states: list[dict[str, Any]]) -> None:
+def print_table(states: list[JsonObject]) -> None:
     heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
     rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
@@ -8614,7 +8623,7 @@ def command_spec(call: Invocation) -> None:
         raise Error(f"cannot write {printable(path)}: {error.strerror}") from None
 
 
-def example_config() -> dict[str, Any]:
+def example_config() -> JsonObject:
     """Return a config.json for a shell on a terminal, in a bundle whose rootfs is the folder of that name."""
     process = {
         "terminal": True,
@@ -8626,7 +8635,7 @@ def example_config() -> dict[str, Any]:
         "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
         "noNewPrivileges": True,
     }
-    mounts: list[dict[str, Any]] = []
+    mounts: list[JsonObject] = []
     for destination, kind, source, options in SPEC_MOUNTS:
         mounts.append({"destination": destination, "type": kind, "source": source})
         if options:
@@ -8742,7 +8751,7 @@ def parse_globals(words: list[str], options: dict[str, Any]) -> None:
             options[name] = True if value is None else value
 
 
-def parse_options(command: str, words: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse_options(command: str, words: list[str]) -> tuple[JsonObject, list[str]]:
     """Options and arguments of a command, in any order; what follows -- are arguments."""
     _, flags, values, most = COMMANDS[command]
     options: dict[str, Any] = {}

@@ -162,7 +162,7 @@ class NinePGuest:
         body = b""
         for each, field in zip(form, fields):
             if each in runx.NINEP_NUMBERS:
-                body += struct.pack("<" + each, field)
+                body += runx.NINEP_NUMBERS[each].pack(field)
             else:
                 body += field if each == "b" else runx.ninep_string(field)
         return self.send(kind, body)
