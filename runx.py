@@ -336,7 +336,8 @@ def json_text(value: Any, indent: int | None = None, margin: str = "\n") -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
-    inner, brackets = margin + " " * (indent or 0), "{}" if isinstance(value, dict) else "[]"
+    inner = margin + " " * (indent or 0)
+    brackets = "{}" if isinstance(value, dict) else "[]"
     if isinstance(value, dict):
         parts = [f"{json_string(str(key))}: {json_text(item, indent, inner)}" for key, item in value.items()]
     else:
@@ -1472,7 +1473,8 @@ class Container:
 
     def save(self, **changes: Any) -> None:
         """Store the state with these changes, or leave it as it was.  Raise Error."""
-        path, state = self.path("state.json"), State(**{**self.state.__dict__, **changes})
+        path = self.path("state.json")
+        state = State(**{**self.state.__dict__, **changes})
         with Attempt(f"write {path}"):
             with open(path + ".new", "w", encoding="utf-8") as file:
                 file.write(json_text(state.__dict__))
@@ -1539,7 +1541,8 @@ class Container:
 
     def status(self, ask: bool = True) -> str:
         """creating, created, running or stopped (runtime.md "State"), and runc's paused.  ask: Xen, if that must be."""
-        if self.state.pid and not self.is_held():
+        is_held = process_start_time(self.state.pid) == self.state.pid_start_time and self.is_of_this_boot()
+        if self.state.pid and not is_held:
             return "stopped"
         if ask and self.state.domid and self.unsettled():
             self.settle()
@@ -1547,10 +1550,6 @@ class Container:
 
     def is_of_this_boot(self) -> bool:
         return self.state.boot in ("", boot_id())
-
-    def is_held(self) -> bool:
-        """Whether the process is still there whose pid is the container's."""
-        return process_start_time(self.state.pid) == self.state.pid_start_time and self.is_of_this_boot()
 
     def domain(self) -> Domain:
         """Its VM.  Raise NotRunning."""
@@ -1958,7 +1957,8 @@ def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
     believed: JsonObject = {name: ours.get(name) for name in host.annotations}
     annotations = Section(believed, "config.json: the annotation org.runx.", "")
     # no higher than config.json's resources allow, or the host where these do not say
-    limits, bounds = Resources(resources.values, resources.where, {}), {"maxmem": host.maxmem, "memory": host.maxmem}
+    limits = Resources(resources.values, resources.where, {})
+    bounds = {"maxmem": host.maxmem, "memory": host.maxmem}
     if limits.memory > 0:
         bounds["memory"] = limits.memory >> 20
     if limits.quota > 0:
@@ -2025,7 +2025,9 @@ class Machine:
 
     def __init__(self, vm: Section, hardware: Section, annotations: Section, env: list[str], host: Host) -> None:
         """vm goes before annotations, these before env, what the image says in its environment."""
-        boot, disk, hypervisor = vm.section("kernel"), vm.section("image"), vm.section("hypervisor")
+        boot = vm.section("kernel")
+        disk = vm.section("image")
+        hypervisor = vm.section("hypervisor")
         said = dict(variable.partition("=")[::2] for variable in env)
 
         def asked(annotation: str, variable: str) -> str:
@@ -2306,12 +2308,8 @@ def parse_rate(text: str) -> str:
     if not match:
         raise Error(f"the rate {printable(text)} must be such as 10Mb/s (bits) or 1MB/s@20ms (bytes)")
     number, scale, unit, interval, prefix = match.groups()
-    rate = int(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[scale]
-    if unit == "b":
-        rate //= 8
-    microseconds = 50000
-    if interval:
-        microseconds = int(interval) * {"": 10**6, "m": 1000, "u": 1}[prefix]
+    rate = int(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[scale] // (8 if unit == "b" else 1)
+    microseconds = int(interval) * {"": 10**6, "m": 1000, "u": 1}[prefix] if interval else 50000
     size = rate * microseconds // 10**6
     if not 0 < size < 1 << 32 or microseconds >= 1 << 32:
         raise Error(f"the rate {printable(text)} is out of range")
@@ -2398,17 +2396,18 @@ def parse_capabilities(spec: Section) -> dict[str, int]:
     sets["effective"] &= sets["permitted"]
     sets["inheritable"] &= sets["bounding"]
     sets["ambient"] &= sets["permitted"] & sets["inheritable"]
-    left_out = [f"{name} {capability_names(asked[name] & ~sets[name])}" for name in sets if sets[name] != asked[name]]
+    left_out = []
+    for name, bits in sets.items():
+        beyond = asked[name] & ~bits
+        if beyond:
+            names = [f"CAP_{each}" for number, each in enumerate(CAPABILITIES) if beyond >> number & 1]
+            left_out.append(" ".join([name, *names]))
     if left_out:
         spec.warnings.append(
             "capabilities that no process can have without others are left out of process.capabilities: "
             + ", ".join(left_out)
         )
     return sets
-
-
-def capability_names(bits: int) -> str:
-    return " ".join(f"CAP_{name}" for number, name in enumerate(CAPABILITIES) if bits >> number & 1)
 
 
 def parse_rlimits(process: Section) -> list[tuple[int, int, int]]:
@@ -2531,7 +2530,8 @@ class Mount:
 
     def __init__(self, bundle: str, spec: Section) -> None:
         self.destination = "/" + spec.text("destination").lstrip("/")
-        self.type, self.source = spec.text("type", ""), spec.text("source", "")
+        self.type = spec.text("type", "")
+        self.source = spec.text("source", "")
         self.flags = MS_BIND if self.type == "bind" else 0
         self.propagation = 0  # flags of mount(2), 0: private
         self.copy_up = False  # a tmpfs that begins with what is below it
@@ -2549,7 +2549,9 @@ class Mount:
             if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
                 # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
                 data = ["mode=1777", f"size={size_of(self.source) >> 10}k"]
-                self.type, self.source, self.flags = "tmpfs", "shm", self.flags & ~(MS_BIND | MS_REC)
+                self.type = "tmpfs"
+                self.source = "shm"
+                self.flags = self.flags & ~(MS_BIND | MS_REC)
             elif data:
                 raise Error(f"{where}: a bind mount has no option {data[0]} here")
         elif not self.type:
@@ -3130,7 +3132,9 @@ def change_root(share: str, config: Config, exported: bool) -> None:
     dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
     so takes the place of what is in the VM only; if nothing is exported, that is all.
     """
-    root, empty, paths = os.path.join(share, "rootfs"), os.path.join(share, "mounts"), []
+    root = os.path.join(share, "rootfs")
+    empty = os.path.join(share, "mounts")
+    paths = []
     if exported:
         paths = [os.path.join(empty, str(number)) for number, _ in enumerate(filter(Mount.on_host, config.mounts))]
     with Attempt("make the container's files the root of its mount namespace"):
@@ -3665,7 +3669,8 @@ NO_USER = 0xFFFFFFFF
 DT_DIR, DT_LNK = 4, 10  # <dirent.h>
 DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64, getdents64(2); the name follows
 NOWHERE = (0, b"")  # the place of what is no folder
-NOW, KEEP = "now", None  # times that set_attributes() takes, beside nanoseconds
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32  # FATTR_* of <linux/fuse.h>, and 9P's
+SET_ATIME_NOW, SET_MTIME_NOW = SET_ATIME << 3, SET_MTIME << 3
 
 
 def refuse(number: int) -> NoReturn:
@@ -3701,7 +3706,10 @@ class Node:
     __slots__ = ("fd", "path", "kind", "inode", "sizeless", "key", "number", "lookups", "place", "told", "seen", "own")
 
     def __init__(self, fd: int, status: os.stat_result, inode: int, sizeless: bool) -> None:
-        self.fd, self.kind, self.inode, self.sizeless = fd, stat.S_IFMT(status.st_mode), inode, sizeless
+        self.fd = fd
+        self.kind = stat.S_IFMT(status.st_mode)
+        self.inode = inode
+        self.sizeless = sizeless
         self.path = b"/proc/self/fd/%d" % fd  # leads to the file itself, also where that is a link
         # what Known keeps of it: where it finds it, its number for the guest, how often and, of a folder, where that
         # has looked it up, in which state the guest has been told that it is, and that of the content it may have kept
@@ -3881,25 +3889,24 @@ class Files:
     # ---- attributes
 
     @staticmethod
-    def set_attributes(
-        node: Node, mode: int | None, uid: int, gid: int, size: int | None, times: Sequence[int | str | None]
-    ) -> None:
-        """mode, size: None if it stays.  uid, gid: -1 if it stays.  times: of the last access and change, in
-        nanoseconds, NOW or KEEP."""
-        if uid != -1 or gid != -1:
-            os.chown(node.path, uid, gid)
-        if mode is not None:
+    def set_attributes(node: Node, valid: int, mode: int, uid: int, gid: int, size: int, times: Sequence[int]) -> None:
+        """valid: which of them, SET_*.  times: of the last access and change, in nanoseconds."""
+        if valid & (SET_UID | SET_GID):
+            os.chown(node.path, uid if valid & SET_UID else -1, gid if valid & SET_GID else -1)
+        if valid & SET_MODE:
             if node.kind == stat.S_IFLNK:
                 refuse(errno.EOPNOTSUPP)
             os.chmod(node.path, mode & 0o7777)
-        if size is not None:
+        if valid & SET_SIZE:
             if node.kind != stat.S_IFREG:
                 refuse(errno.EINVAL)
             os.truncate(node.path, size)
-        if any(each is not KEEP for each in times):
-            status, now = os.fstat(node.fd), time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
-            kept = status.st_atime_ns, status.st_mtime_ns
-            access, change = (now if new == NOW else int(old if new is KEEP else new) for new, old in zip(times, kept))
+        if valid & (SET_ATIME | SET_MTIME):
+            status = os.fstat(node.fd)
+            now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+            access, change = (now if valid & each << 3 else new for each, new in zip((SET_ATIME, SET_MTIME), times))
+            access = access if valid & SET_ATIME else status.st_atime_ns
+            change = change if valid & SET_MTIME else status.st_mtime_ns
             os.utime(node.path, ns=(access, change))
 
     @staticmethod
@@ -3982,8 +3989,12 @@ class Ring:
     """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so."""
 
     def __init__(self, indexes: memoryview, data: memoryview, channels: EventChannels, port: int) -> None:
-        self.indexes, self.channels, self.port, self.size = indexes, channels, port, len(data) // 2
-        self.replies, self.requests = data[: self.size], data[self.size :]
+        self.indexes = indexes
+        self.channels = channels
+        self.port = port
+        self.size = len(data) // 2
+        self.replies = data[: self.size]
+        self.requests = data[self.size :]
         self.out_cons = self.in_prod = 0
         self.barrier, self.is_stuck = Barrier(), False
         self.other: Ring | None = None  # of the same guest
@@ -4111,8 +4122,7 @@ FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says ho
 # PARALLEL_DIROPS, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
 FUSE_FLAGS = sum(1 << bit for bit in (0, 3, 5, 6, 12, 13, 14, 15, 18, 20, 22, 23, 28, 29, 30))
 WRITEBACK_CACHE, POSIX_ACL = 1 << 16, 1 << 20
-FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME = 1, 2, 4, 8, 16, 32
-FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_KILL_SUIDGID = 128, 256, 1 << 11
+FATTR_KILL_SUIDGID = 1 << 11
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
 OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 4, 1, 1
@@ -4156,7 +4166,10 @@ class Call:
     __slots__ = ("message", "node", "uid", "gid")
 
     def __init__(self, message: Request, node: Node, uid: int, gid: int) -> None:
-        self.message, self.node, self.uid, self.gid = message, node, uid, gid
+        self.message = message
+        self.node = node
+        self.uid = uid
+        self.gid = gid
 
 
 class Known:
@@ -4175,7 +4188,8 @@ class Known:
         root.number = FUSE_ROOT_ID
         self.handles.clear()
         self.readers.clear()
-        self.nodes, self.by_key = {root.number: root}, {root.key: root}
+        self.nodes = {root.number: root}
+        self.by_key = {root.key: root}
 
     def node(self, number: int) -> Node:
         """Raise OSError."""
@@ -4268,7 +4282,8 @@ class FuseNames:
         self.handlers: dict[int, tuple[Callable[..., bytes | int | None], struct.Struct, str, bool]] = {}
         for name, (opcode, form) in FUSE_REQUESTS.items():
             numbers = form.rstrip("nsb")
-            structure, strings = struct.Struct("<" + numbers.replace("H", "Q")), form[len(numbers) :]
+            structure = struct.Struct("<" + numbers.replace("H", "Q"))
+            strings = form[len(numbers) :]
             self.handlers[opcode] = getattr(self, name), structure, strings, "H" in form
 
     def is_ordered(self, message: Request) -> bool:
@@ -4420,17 +4435,10 @@ class FuseNames:
 
     def setattr(self, call: Call, valid: int, size: int, *fields: int) -> bytes:
         atime, mtime, atime_ns, mtime_ns, mode, uid, gid = fields
-        times = (
-            KEEP if not valid & FATTR_ATIME else NOW if valid & FATTR_ATIME_NOW else atime * 10**9 + atime_ns,
-            KEEP if not valid & FATTR_MTIME else NOW if valid & FATTR_MTIME_NOW else mtime * 10**9 + mtime_ns,
-        )  # fmt: skip
-        if valid & FATTR_SIZE and valid & FATTR_KILL_SUIDGID:
+        if valid & SET_SIZE and valid & FATTR_KILL_SUIDGID:
             self.files.drop_privileges(call.node)
-        self.change(
-            call.node, self.files.set_attributes, call.node, mode if valid & FATTR_MODE else None,
-            uid if valid & FATTR_UID else -1, gid if valid & FATTR_GID else -1, size if valid & FATTR_SIZE else None,
-            times,
-        )  # fmt: skip
+        times = atime * 10**9 + atime_ns, mtime * 10**9 + mtime_ns
+        self.change(call.node, self.files.set_attributes, call.node, valid, mode, uid, gid, size, times)
         return self.getattr(call)
 
     def change(self, node: Node, work: Callable[..., T], *args: Any) -> T:
@@ -4619,7 +4627,6 @@ IOUNIT = 31 * 4096  # whole pages that fit into a message, beside its head
 V9FS_MAGIC, ATTR_BASIC, LOCK_SUCCESS, LOCK_UNLOCKED = 0x01021997, 0x7FF, 0, 2
 WALK_MAX, XATTR_MAX, NOBODY = 16, 1 << 16, 65534
 P9_EXCL, P9_REMOVEDIR = 0o200, 0x200
-SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_TIMES = 1, 2, 4, 8, ((16, 128), (32, 256))  # each to now, to a time
 
 
 def ninep_fields(data: bytes, kinds: str) -> Iterator[Any]:
@@ -4649,7 +4656,10 @@ class Fid:
     __slots__ = ("node", "uid", "open", "xattr", "value", "size", "flags")
 
     def __init__(self, node: Node, uid: int, xattr: bytes = b"", value: bytes = b"") -> None:
-        self.node, self.uid, self.xattr, self.value = node, uid, xattr, value
+        self.node = node
+        self.uid = uid
+        self.xattr = xattr
+        self.value = value
         self.open: Handle | None = None
         self.size, self.flags = -1, 0  # size: bytes of a value that is written, to be set when the Fid goes
 
@@ -4857,13 +4867,9 @@ class NineP(NinePFids):
         )  # fmt: skip
 
     def setattr(self, fid: Fid, valid: int, mode: int, uid: int, gid: int, size: int, *times: int) -> None:
-        new: list[int | str | None] = []
-        for (now, chosen), seconds, fraction in zip(SET_TIMES, times[::2], times[1::2]):
-            new.append(KEEP if not valid & now else NOW if not valid & chosen else seconds * 10**9 + fraction)
-        self.with_rights(
-            fid, self.files.set_attributes, fid.node, mode if valid & SET_MODE else None,
-            uid if valid & SET_UID else -1, gid if valid & SET_GID else -1, size if valid & SET_SIZE else None, new,
-        )  # fmt: skip
+        valid ^= valid << 3 & (SET_ATIME_NOW | SET_MTIME_NOW)  # as they come, these say that a time is not now
+        new = [seconds * 10**9 + fraction for seconds, fraction in zip(times[::2], times[1::2])]
+        self.with_rights(fid, self.files.set_attributes, fid.node, valid, mode, uid, gid, size, new)
 
     def xattrwalk(self, fid: Fid, new: int, name: bytes) -> bytes:
         value = os.getxattr(fid.node.path, name) if name else self.files.list_xattrs(fid.node)
@@ -4874,10 +4880,15 @@ class NineP(NinePFids):
         fid.check_unused()
         if not name or size > XATTR_MAX:
             refuse(errno.E2BIG if name else errno.EINVAL)
-        fid.xattr, fid.value, fid.size, fid.flags = name, b"", size, flags
+        fid.xattr = name
+        fid.value = b""
+        fid.size = size
+        fid.flags = flags
 
     def readdir(self, fid: Fid, offset: int, size: int) -> bytes:
-        handle, room, parts = fid.handle(), min(size, self.size - READ_DATA), []
+        handle = fid.handle()
+        room = min(size, self.size - READ_DATA)
+        parts = []
         least = QID.size + NINEP_DIRENT.size
         for inode, after, kind, name in self.files.entries(handle, offset, room, lambda name: least + len(name)):
             qid = QID.pack({DT_DIR: 0x80, DT_LNK: 2}.get(kind, 0), 0, inode)
@@ -5638,7 +5649,8 @@ def parse_ranges(ipam: Section) -> list[Range]:
     for alternatives in ipam.each("ranges", Section.sections):
         entries += alternatives
     for entry in entries + ipam.sections("addresses"):
-        subnet, gateway = entry.text("subnet", "") or entry.text("address", ""), entry.text("gateway", "")
+        subnet = entry.text("subnet", "") or entry.text("address", "")
+        gateway = entry.text("gateway", "")
         try:
             if subnet:
                 address = ipaddress.ip_address(gateway) if gateway else None
@@ -5732,9 +5744,18 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
         prepare_bridge(network)
     if needs_plugins(network, log):
         attachment.calls = [[plugin["type"], plugin_configuration(network, plugin)] for plugin in network.plugins]
+        return attachment
+    attachment.bridge, first = network.bridge, network.plugins[0]
+    if network.dhcp:
+        return attachment
+    if network.ipam not in ("", "dhcp") and find_plugin(network.ipam):  # which reserves an address
+        attachment.calls = [[network.ipam, plugin_configuration(network, first)]]
+    elif not network.addresses:
+        remedy = f"install it in {cni_path()}"
+        raise Error(f"network {network.name}: no address without the CNI plugin {network.ipam}: {remedy}")
     else:
-        attachment.bridge = network.bridge
-        plan_addresses(network, attachment, log)
+        log.warn(f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
+        use_result(attachment, {"routes": (first.get("ipam") or {}).get("routes")}, network)
     return attachment
 
 
@@ -5763,21 +5784,6 @@ def needs_plugins(network: Network, log: Log) -> bool:
     return False
 
 
-def plan_addresses(network: Network, attachment: Attachment, log: Log) -> None:
-    """Find who reserves the address of a port of a bridge: the IPAM plugin if there is one."""
-    if network.dhcp:
-        return
-    first = network.plugins[0]
-    if network.ipam not in ("", "dhcp") and find_plugin(network.ipam):
-        attachment.calls = [[network.ipam, plugin_configuration(network, first)]]
-    elif not network.addresses:
-        remedy = f"install it in {cni_path()}"
-        raise Error(f"network {network.name}: no address without the CNI plugin {network.ipam}: {remedy}")
-    else:
-        log.warn(f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
-        use_result(attachment, {"routes": (first.get("ipam") or {}).get("routes")}, network)
-
-
 def plugin_configuration(network: Network, plugin: JsonObject) -> JsonObject:
     """What a plugin gets on standard input: SPEC.md "Deriving execution configuration from plugin configuration"."""
     configuration = {**plugin, "name": network.name, "cniVersion": network.version}
@@ -5796,7 +5802,8 @@ def plugin_configuration(network: Network, plugin: JsonObject) -> JsonObject:
 def prepare_bridge(network: Network) -> None:
     """Make the bridge if it is missing and the network begins on this host, which is its gateway.  Raise Error."""
     first, name, netlink = network.plugins[0], network.bridge, Rtnetlink()
-    ours, bridge = first.get("isGateway") or first.get("isDefaultGateway"), netlink.find_link(name)
+    ours = first.get("isGateway") or first.get("isDefaultGateway")
+    bridge = netlink.find_link(name)
     if not bridge and not ours:
         remedy = f"make it, or set isGateway in {network.file} for a network that begins there"
         raise Error(f"network {network.name}: there is no bridge {printable(name)} on this host: {remedy}")
@@ -6531,7 +6538,9 @@ def unpacked_size(file: BinaryIO) -> int:
 
     What is packed twice, only xl's own limit of memory stops.
     """
-    header, first, end = file.read(BZIMAGE_HEADER), 0, os.fstat(file.fileno()).st_size
+    header = file.read(BZIMAGE_HEADER)
+    first = 0
+    end = os.fstat(file.fileno()).st_size
     if header[0x202:0x206] == b"HdrS" and len(header) == BZIMAGE_HEADER:
         offset, length = struct.unpack_from("<II", header, 0x248)
         first = 512 * (header[0x1F1] + 1) + offset
