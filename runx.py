@@ -615,15 +615,19 @@ class Xenstore:
             data += chunk
         return data
 
+    def ask(self, kind: int, operation: str, path: str, transaction: int) -> bytes | None:
+        """Return what is said of a node, None where there is none."""
+        try:
+            return self.request(kind, operation, path, path.encode() + b"\0", transaction)
+        except XenstoreError as error:
+            if error.code != "ENOENT":
+                raise
+            return None
+
     def read(self, path: str, default: str = "", transaction: int = 0) -> str:
         """The value as text (never trusted, so undecodable bytes are replaced); default where there is no node."""
-        try:
-            body = self.request(XS_READ, "read", path, path.encode() + b"\0", transaction)
-            return body.decode("utf-8", "replace")
-        except XenstoreError as error:
-            if error.code == "ENOENT":
-                return default
-            raise
+        body = self.ask(XS_READ, "read", path, transaction)
+        return default if body is None else body.decode("utf-8", "replace")
 
     def write(self, path: str, value: str, transaction: int = 0) -> None:
         self.write_all([(path, value)], transaction)
@@ -642,11 +646,7 @@ class Xenstore:
 
     def remove(self, path: str, transaction: int = 0) -> None:
         """Remove path and all below it; no error where there is none."""
-        try:
-            self.request(XS_RM, "remove", path, path.encode() + b"\0", transaction)
-        except XenstoreError as error:
-            if error.code != "ENOENT":
-                raise
+        self.ask(XS_RM, "remove", path, transaction)
 
     def watch(self, *watches: tuple[str, str]) -> None:
         """watches: (path, token)."""
@@ -679,12 +679,7 @@ class Xenstore:
 
     def list(self, path: str, transaction: int = 0) -> list[str]:
         """Names of the nodes below path, [] where there is none."""
-        try:
-            body = self.request(XS_DIRECTORY, "list", path, path.encode() + b"\0", transaction)
-        except XenstoreError as error:
-            if error.code == "ENOENT":
-                return []
-            raise
+        body = self.ask(XS_DIRECTORY, "list", path, transaction) or b""
         return [name.decode("ascii", "replace") for name in body.split(b"\0") if name]
 
 
@@ -1558,11 +1553,9 @@ class Container:
         return domain
 
     def switch(self, work: Callable[[Domain], None], **changes: Any) -> None:
-        """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.
-
-        A file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
-        disk has room for it, and there the rest can wait; its name tells whether the container has been started.
-        """
+        """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.  A
+        file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
+        disk has room for it, and there the rest can wait; its name tells whether the container has been started."""
         domain, mark = self.domain(), self.path(f"unsettled-{self.state.status}")
         with Attempt(f"make {mark}"):
             write_file(mark, "")
@@ -2361,20 +2354,18 @@ class Process:
 
 
 def parse_exec(spec: Section, asked: JsonObject, where: str) -> tuple[Process, Linux, list[str]]:
-    """Return the Process of `exec`, what Linux has of it, and warnings.
-
-    spec: config.json.  asked: an object as its process, from where.  As under runc, what that does not say of
-    capabilities, limits and umask is what the container's process has, and its score for the OOM killer always.
-    """
+    """Return the Process of `exec`, what Linux has of it, and warnings.  spec: config.json.  asked: an object as its
+    process, from where.  As under runc, what that does not say of capabilities, limits and umask is what the
+    container's process has, and its score for the OOM killer always."""
     own = spec.section("process")
     values = {**asked, "oomScoreAdj": own.values.get("oomScoreAdj")}
     if values.get("capabilities") is None:
         values["capabilities"] = own.values.get("capabilities")
     values["rlimits"] = values.get("rlimits") or own.values.get("rlimits")
-    user = Section(values, where, ": ").section("user").values
+    section = Section(values, where, ": ")
+    user = section.section("user").values
     if user.get("umask") is None:
         values["user"] = {**user, "umask": own.section("user").values.get("umask")}
-    section = Section(values, where, ": ")
     process = Process(section)
     if process.terminal and not any(mount.text("type", "") == "devpts" for mount in spec.sections("mounts")):
         section.refuse("needs a mount of the type devpts at /dev/pts", "terminal")
@@ -2782,7 +2773,7 @@ if TYPE_CHECKING:
     Words = list[Union[str, int]]
 
 # the default devices of runtime-spec config-linux.md: path, major, minor
-DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
+DEVICES = "null 1 3, zero 1 5, full 1 7, random 1 8, urandom 1 9, tty 5 0"
 DEVICE_LINKS = (
     ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
     ("/proc/self/fd/2", "stderr"), ("pts/ptmx", "ptmx"), ("/proc/kcore", "core"),
@@ -2791,10 +2782,8 @@ DEVICE_LINKS = (
 
 def guest_config(config: Config, sources: Iterable[str], state: str, capabilities: dict[str, bytes]) -> bytes:
     """Return /container/config, for initrd/container.c: NUL-terminated keywords and operands, executed in order.
-
-    sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.
-    capabilities: of files, by path below the share.
-    """
+    sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.  capabilities:
+    of files, by path below the share."""
     words: Words = [CLONE_NEWPID if config.linux.pid_namespace else 0]
     for path, value in capabilities.items():
         words += ["file_capability", path, len(value), *value]
@@ -2831,7 +2820,7 @@ def guest_files(config: Config, sources: Iterator[str]) -> Words:
     for entry in config.mounts:
         words += guest_mount(entry, sources)
         if entry.destination == "/dev" and entry.type == "tmpfs":
-            for name, major, minor in DEVICES:
+            for name, major, minor in map(str.split, DEVICES.split(",")):
                 words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
             for content, name in DEVICE_LINKS:
                 words += ["link", content, f"/dev/{name}"]
@@ -2975,11 +2964,9 @@ def own_mounts() -> None:
 
 
 def restrict(target: str, flags: int = 0) -> None:
-    """Make no device of dom0's reachable by a node below target; the guest opens its own devices itself.
-
-    flags: with MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too.  Enforced on
-    this side: the guest is not asked.
-    """
+    """Make no device of dom0's reachable by a node below target; the guest opens its own devices itself.  flags: with
+    MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too.  Enforced on this side: the guest is
+    not asked."""
     below = MOUNT_ATTR_RDONLY if flags & RECURSIVE_RO else 0
     itself = MOUNT_ATTR_RDONLY if flags & MS_RDONLY else 0
     try:
@@ -3661,9 +3648,7 @@ SIZELESS = """
     5a3c69f0 42494e4d cafe4a11 0027e0eb 63677270 62656570 64626720 de5e81e4 65735543 19800202 6e667364
     00009fa0 6165676c 07655821 73636673 f97cff8c 43415d53 62656572 74726163 abba1974
 """
-# <asm/unistd.h>, as not every C library has them: renameat2, statx
-SYSTEM_CALLS = {"x86_64": (316, 332), "aarch64": (276, 291), "riscv64": (276, 291)}
-AT_EMPTY_PATH, STATX_MNT_ID = 0x1000, 0x1000  # <linux/fcntl.h>, <linux/stat.h>
+SYS_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276}  # <asm/unistd.h>: not every C library has it
 CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 NO_USER = 0xFFFFFFFF
 DT_DIR, DT_LNK = 4, 10  # <dirent.h>
@@ -3757,7 +3742,7 @@ class Files:
         self.sizeless = self.is_sizeless(home, self.device)
         self.prefixes = {(self.device, 0): 0}
         self.getdents = "getdents64" if has_function("getdents64") else "getdents"  # as musl calls it
-        self.sys_renameat2, self.sys_statx = SYSTEM_CALLS.get(os.uname().machine * (LONG_MAX > 1 << 32), (0, 0))
+        self.sys_renameat2 = SYS_RENAMEAT2.get(os.uname().machine, 0) if LONG_MAX > 1 << 32 else 0
         self.root = self.node(root)
 
     def node(self, fd: int) -> Node:
@@ -3787,12 +3772,8 @@ class Files:
         return self.node(os.open(name, PATH_FLAGS, dir_fd=folder.fd))
 
     def mount(self, node: Node) -> int:
-        """Return the number of the mount by which it was found, 0 from a kernel before Linux 5.8."""
-        if not self.sys_statx:
-            return 0
-        system_call("syscall", self.sys_statx, node.fd, b"", AT_EMPTY_PATH, STATX_MNT_ID, self.memory)
-        mask, number = struct.unpack_from("=I140xQ", self.memory)
-        return number if mask & STATX_MNT_ID else 0
+        """Return the number of the mount by which it was found: proc(5)."""
+        return int(read_file(f"/proc/self/fdinfo/{node.fd}").partition("mnt_id:")[2].split()[0])
 
     # ---- making
 
@@ -5365,10 +5346,8 @@ class Message:
         return struct.pack("=IHHII", 16 + len(body), self.kind, flags, 0, 0) + body
 
     def for_guest(self, flags: int) -> str:
-        """Return it in hexadecimal, with "@" for the number of the interface, which only the guest knows.
-
-        That is the second word of the head, but for a route its last attribute.
-        """
+        """Return it in hexadecimal, with "@" for the number of the interface, which only the guest knows.  That is the
+        second word of the head, but for a route its last attribute."""
         data = self.pack(flags)
         place = len(data) - 4 if self.kind == RTM_NEWROUTE else 20
         return f"{data[:place].hex()}@{data[place + 4 :].hex()}"
@@ -5601,7 +5580,8 @@ class Network:
                 document.refuse(f"has the type {printable(program)}, which is not the name of a plugin")
         for plugin in plugins:
             plugin.section("args").section("cni")
-        chooses, is_bridge = self.ipam not in ("", "dhcp"), first.values["type"] == "bridge"
+        chooses = self.ipam not in ("", "dhcp")
+        is_bridge = first.values["type"] == "bridge"
         if address == "auto" and not chooses:
             document.refuse('has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
         self.version = document.choice("cniVersion", CNI_VERSIONS, "0.2.0")
@@ -6534,10 +6514,8 @@ def check_boot_file(fd: int, name: str, memory: int, purpose: str) -> None:
 
 def unpacked_size(file: BinaryIO) -> int:
     """Return the bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be
-    in a bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.
-
-    What is packed twice, only xl's own limit of memory stops.
-    """
+    in a bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.  What is
+    packed twice, only xl's own limit of memory stops."""
     header = file.read(BZIMAGE_HEADER)
     first = 0
     end = os.fstat(file.fileno()).st_size
@@ -6554,11 +6532,9 @@ def unpacked_size(file: BinaryIO) -> int:
 
 
 def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Return what of these a kernel from root has there as modules: (file name, content), in the order to load.
-
-    They are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
-    vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in.
-    """
+    """Return what of these a kernel from root has there as modules: (file name, content), in the order to load.  They
+    are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
+    vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in."""
     try:
         with open_in_root(root, "/lib/modules", os.O_RDONLY | os.O_DIRECTORY) as fd:
             folder = os.listdir(fd)
@@ -6598,10 +6574,8 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
 
 
 def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
-    """Find process.args[0] in root as execvp(3) will in the guest; raise Error in runc's words.
-
-    What a mount of the guest's may cover is not judged here; the guest says it on standard error.
-    """
+    """Find process.args[0] in root as execvp(3) will in the guest; raise Error in runc's words.  What a mount of the
+    guest's may cover is not judged here; the guest says it on standard error."""
     name = process.args[0]
     if "/" in name:
         candidates = [os.path.join(process.cwd, name)]
@@ -6766,7 +6740,9 @@ class Builder:
 
     def write_settings(self, kernel: str, ramdisk: str) -> str:
         """Write the settings for xl.  Return their path."""
-        state, machine, resources = self.container.state, self.config.machine, self.config.resources
+        state = self.container.state
+        machine = self.config.machine
+        resources = self.config.resources
         settings: dict[str, str | int | list[str]] = {
             "name": state.name, "uuid": state.uuid, "type": machine.type or host_guest_type(),
             "kernel": kernel, "cmdline": command_line(machine), **vm_sizes(self.config), "cap": resources.cap(),
