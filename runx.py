@@ -455,32 +455,25 @@ def run_program(
     os.lseek(files[0], 0, os.SEEK_SET)
     pid = os.fork()
     if pid == 0:
-        execute_program(argv, path, env, files, folder, namespaces)
+        try:
+            os.setsid()  # a group of its own, to be killed with its children
+            for target, source in enumerate(files):
+                os.dup2(source, target)
+            for namespace in [os.open(name, os.O_RDONLY) for name in namespaces]:
+                system_call("setns", namespace, 0)
+            if folder and os.path.isdir(folder):
+                os.chdir(folder)
+            default_signals()
+            os.execve(path, argv, env)
+        except BaseException as error:  # nothing may return into the caller's side
+            os.write(2, f"cannot execute {path}: {error}".encode())
+        os._exit(127)
     ended, status = reap(pid, timeout, os.killpg)
     stdout, stderr = (os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:])
     for fd in files:
         os.close(fd)
     reason = f"signal {-status}" if status < 0 else f"exit status {status}" if status else ""
     return (reason if ended else f"ran past its time of {timeout} s"), stdout, stderr
-
-
-def execute_program(
-    argv: list[str], path: str, env: dict[str, str], files: list[int], folder: str | None, namespaces: Sequence[str]
-) -> NoReturn:
-    """The program's side of the fork."""
-    try:
-        os.setsid()  # a group of its own, to be killed with its children
-        for target, source in enumerate(files):
-            os.dup2(source, target)
-        for namespace in [os.open(name, os.O_RDONLY) for name in namespaces]:
-            system_call("setns", namespace, 0)
-        if folder and os.path.isdir(folder):
-            os.chdir(folder)
-        default_signals()
-        os.execve(path, argv, env)
-    except BaseException as error:  # nothing may return into the caller's side
-        os.write(2, f"cannot execute {path}: {error}".encode())
-    os._exit(127)
 
 
 def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
@@ -581,7 +574,10 @@ class Xenstore:
         """Send requests (type, operation, path, payload) one behind the other, and then take their replies, which are
         returned: a round trip for all.  Raise the first XenstoreError among them."""
         for kind, _, _, payload in requests:  # a write each: /dev/xen/xenbus takes no more at once
-            self._send(struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload)
+            message = struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload
+            with Attempt("write to xenstored"):
+                while message:
+                    message = message[os.write(self.fd, message) :]
         replies, failure = [], None
         for _, operation, path, _ in requests:
             reply, body = self._receive()
@@ -595,11 +591,6 @@ class Xenstore:
         if failure:
             raise failure
         return replies
-
-    def _send(self, message: bytes) -> None:
-        with Attempt("write to xenstored"):
-            while message:
-                message = message[os.write(self.fd, message) :]
 
     def _receive(self) -> tuple[int, bytes]:
         kind, _, _, length = struct.unpack(XS_HEADER, self._receive_exactly(16))
