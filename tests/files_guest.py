@@ -2006,7 +2006,7 @@ class Model:
 
 @check
 def random_operations():
-    Model(SEED).run(int(os.environ.get("STEPS", "250")))
+    Model(SEED).run(int(os.environ.get("STEPS", "150")))
 
 
 @check
