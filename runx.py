@@ -4287,7 +4287,8 @@ class FuseNames:
             else:
                 body = result or b""
         except OSError as failure:
-            error = failure.errno or errno.EIO
+            # at this one the guest's kernel forgets files, and asks again
+            error = errno.ENFILE if failure.errno == errno.EMFILE else failure.errno or errno.EIO
         except (struct.error, ValueError, OverflowError):  # what it says makes no sense
             error = errno.EINVAL
         if opcode in FUSE_SILENT:

@@ -13,7 +13,7 @@ import time
 
 FOLDER = "/bench"  # what prepare_programs() of bench.py has made
 WORK = f"{FOLDER}/work"
-COUNT = 2000
+COUNT = 500
 TRANSACTIONS = "PRAGMA journal_mode=WAL; CREATE TABLE t(a INTEGER PRIMARY KEY, b TEXT);" + "".join(
     f"INSERT INTO t(b) VALUES('{number:060}');" for number in range(1000)
 )
@@ -69,7 +69,7 @@ def dd(size, count):
     }
 
 
-MANY = {f"{step.__name__} 2,000 files": step for step in (create, stat, read, unlink)}
+MANY = {f"{step.__name__} 500 files": step for step in (create, stat, read, unlink)}
 # group: (a command before each time, figures in their order)
 GROUPS = {
     "python": ("true", {"python3 -IS -c pass": "exec /usr/bin/python3 -IS -c pass"}),

@@ -357,12 +357,16 @@ def sizes():
     return found + wrong(["E2BIG"], {"a value": request(XATTRCREATE, NEW + 2, b"user.x", 1 << 63, 0)})[1:]
 
 
-def fids(count):
+def fids(first, count):
     """Ask for so many, and have each open; return how often each result was there."""
-    numbers = range(100, 100 + count)
-    messages = [part for fid in numbers for part in (walk(WORK, fid, b"inside"), request(LOPEN, fid, 0))]
-    replies = rings[0].exchange(messages)
-    return {"walk": outcomes(replies[::2]), "open": outcomes(replies[1::2])}
+    walked, opened = collections.Counter(), collections.Counter()
+    for start in range(first, first + count, 500):
+        numbers = range(start, min(start + 500, first + count))
+        messages = [part for fid in numbers for part in (walk(WORK, fid, b"inside"), request(LOPEN, fid, 0))]
+        replies = rings[0].exchange(messages)
+        walked.update(outcomes(replies[::2]))
+        opened.update(outcomes(replies[1::2]))
+    return {"walk": dict(walked), "open": dict(opened)}
 
 
 def values(first, count):

@@ -8,6 +8,7 @@ import mmap
 import os
 import pathlib
 import random
+import resource
 import signal
 import stat
 import struct
@@ -817,6 +818,19 @@ def test_what_the_guest_knows_and_opens_has_a_bound(guest, tmp_path, monkeypatch
     assert [guest.open(node, os.O_RDONLY)[0] for _ in range(25)] == [0] * 20 + [errno.ENFILE] * 5
     guest.request("destroy", 0)
     assert guest.look_up(b"59") and len(guest.fuse.known.nodes) == 2 and not guest.fuse.known.handles
+
+
+def test_where_dom0_gives_fewer_descriptors_the_guest_is_told_of_the_same_bound(guest, tmp_path):
+    for number in range(30):
+        (tmp_path / f"share/{number}").touch()
+    before, lowest = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 10, before[1]))
+    try:
+        errors = {guest.request("lookup", 1, b"%d\0" % number)[0] for number in range(30)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert errors == {0, errno.ENFILE}
 
 
 def test_what_has_not_changed_is_read_without_being_opened(guest, tmp_path, monkeypatch):

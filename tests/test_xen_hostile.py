@@ -245,14 +245,19 @@ def check_bounds(guest):
     assert limits[resource.RLIMIT_NOFILE][0] <= most and limits[resource.RLIMIT_DATA][0] == runx.SERVING_DATA, limits
     guest("attach()")
     count, before, kernel = guest.open_files(), guest.data(), slab()
-    assert guest("fids(1000)") == {"walk": {"done": 1000}, "open": {"done": 1000}}
-    assert guest.open_files() == count + 2000
-    assert before + (guest.data() - before) / 2000 * most < runx.SERVING_DATA
-    assert (slab() - kernel) / 2000 < 2048
-    resource.prlimit(guest.server, resource.RLIMIT_NOFILE, (count + 2050, count + 2050))
-    found = guest("fids(1100)")
-    assert found == {"walk": {"EINVAL": 1000, "done": 25, "EMFILE": 75},
-                     "open": {"EINVAL": 1000, "done": 25, "EBADF": 75}}  # fmt: skip
+    half = runx.NODES_MAX // 4 - 1  # attach() has two
+    for first in (100, 100 + half):
+        assert guest(f"fids({first}, {half})") == {"walk": {"done": half}, "open": {"done": half}}
+    assert guest("fids(50_000, 1000)") == {"walk": {"EMFILE": 1000}, "open": {"EBADF": 1000}}
+    opened = guest.open_files() - count
+    assert opened == 4 * half
+    assert before + (guest.data() - before) / opened * most < runx.SERVING_DATA
+    assert (slab() - kernel) / opened < 2048
+    guest("attach()")
+    assert guest.open_files() == count
+    # where dom0 gives less
+    resource.prlimit(guest.server, resource.RLIMIT_NOFILE, (count + 50, count + 50))
+    assert guest("fids(100, 100)") == {"walk": {"done": 25, "EMFILE": 75}, "open": {"done": 25, "EBADF": 75}}
     guest("attach()")
     assert guest.open_files() == count
 
