@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RunX in an image of Yocto's: docs/yocto/meta-runx says what it needs, and it lives in a root file system that has just
-that: busybox, xl, and those modules of Python that are in the packages that the recipe names."""
+"""RunX in an image of Yocto's: docs/yocto/meta-runx says what it needs, and it lives in a root file system that has
+just that: busybox, xl, and those modules of Python that are in the packages that the recipe names."""
 
 import ast
 import hashlib
@@ -280,12 +280,11 @@ def test_the_command_runs_in_the_image(image):
 
 @pytest.mark.parametrize("rootfs", ["ramdisk", "9p"])
 def test_a_container_lives_in_the_image(image, rootfs):
-    container = image.container(
-        "out:hello", "err:oops", "in:1:5", "exit:3", annotations={"org.runx.rootfs": rootfs}
-    ).created(stdin=b"12345")
+    steps, annotations = ("out:hello ", "err:oops", "cat", "exit:3"), {"org.runx.rootfs": rootfs}
+    container = image.container(*steps, annotations=annotations).created(stdin=b"and input")
     assert container.status() == "created"
     assert container.runx("start").returncode == 0
-    assert (container.wait(), container.output(), container.errors()) == (3, "hello", "oops"), container.log_text()
+    assert (container.wait(), container.output(), container.errors()) == (3, "hello and input", "oops")
     assert (container.status(), container.runx("delete").returncode) == ("stopped", 0)
     assert container.log_text() == ""
 
@@ -304,3 +303,72 @@ def test_two_installations_have_the_same_bytes_and_do_not_tell_where_they_were_m
     assert contents(first) == contents(second)
     assert any(name.endswith(".pyc") for name in contents(first))
     assert not any(str(tmp_path).encode() in content for content in contents(first).values())
+
+
+# The programs of the build host that Yocto asks for itself: HOSTTOOLS of bitbake.conf in scarthgap, wrynose and master.
+HOST_TOOLS = (
+    "[ ar as awk basename bash bunzip2 bzip2 cat chgrp chmod chown chrpath cmp comm cp cpio cpp cut date dd diff diffstat "
+    "dirname du echo egrep env expand expr false fgrep file find flock g++ gawk gcc getconf getopt git grep gunzip gzip "
+    "head hostname iconv id install ld ldd ln ls make md5sum mkdir mkfifo mknod mktemp mv nm objcopy objdump od patch perl "
+    "pr printf pwd python3 pzstd ranlib readelf readlink realpath rm rmdir rpcgen sed seq sh sha1sum sha224sum sha256sum "
+    "sha384sum sha512sum sleep sort split stat strings strip tail tar tee test touch tr true truncate uname uniq unzstd wc "
+    "wget which xargs zstd"
+)
+# What stands for busybox's source: it takes its configuration, and makes a program with the compiler that it is told.
+BUSYBOX_MAKEFILE = """\
+allnoconfig:
+\t: >.config
+oldconfig:
+busybox:
+\techo 'int main(void) { return 0; }' >busybox.c
+\t$(CC) -Os -static -o $@ busybox.c
+\t$(CROSS_COMPILE)strip $@
+busybox.links:
+\tprintf '/bin/sh\\n/sbin/ip\\n' >$@
+"""
+
+
+def host_tools(folder):
+    """A folder that stands for PATH: what Yocto has of this machine, and a cross toolchain of its own."""
+    folder.mkdir()
+    for name in HOST_TOOLS.split():
+        path = shutil.which(name, path=runx.PATH)
+        if path:
+            (folder / name).symlink_to(path)
+    for name in ("gcc", "strip"):
+        (folder / f"x86_64-oe-linux-{name}").symlink_to(shutil.which(name, path=runx.PATH))
+    return folder
+
+
+def build_ramdisk(folder, **env):
+    """The ramdisk, made in a folder of its own; returns its bytes."""
+    folder.mkdir(parents=True)
+    env = {"XDG_CACHE_HOME": str(folder), **env}
+    words = env.pop("words", [])
+    output = folder / "initrd"
+    result = call("sh", str(REPOSITORY / "initrd/build.sh"), *words, "--output", str(output), env=env, timeout=600)
+    assert result.returncode == 0, result.stderr.decode()
+    return output.read_bytes()
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64" or not shutil.which("gcc"), reason="needs gcc, on x86_64")
+def test_the_ramdisk_is_built_with_yoctos_tools_alone_and_two_have_the_same_bytes(tmp_path):
+    source = tmp_path / "busybox-1"
+    source.mkdir()
+    (source / "Makefile").write_text(
+        BUSYBOX_MAKEFILE.replace(": >.config", f"cp {REPOSITORY}/initrd/busybox.config .config")
+    )
+    tarball = tmp_path / "busybox-1.tar.bz2"
+    subprocess.run(["tar", "-C", tmp_path, "-cjf", tarball, source.name], check=True)
+    tools = host_tools(tmp_path / "tools")
+    common = {
+        "PATH": str(tools), "CC": "x86_64-oe-linux-gcc -O2", "CROSS_COMPILE": "x86_64-oe-linux-",
+        "words": ["--busybox", str(tarball)],
+    }  # fmt: skip
+    first = build_ramdisk(tmp_path / "first", **common)
+    before = os.umask(0o077)
+    try:
+        second = build_ramdisk(tmp_path / "a/b/second", **common, TZ="UTC-9", LC_ALL="C.UTF-8", SOURCE_DATE_EPOCH="1")
+    finally:
+        os.umask(before)
+    assert first == second
