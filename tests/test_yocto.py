@@ -3,6 +3,7 @@
 just that: busybox, xl, and those modules of Python that are in the packages that the recipe names."""
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -74,6 +75,7 @@ def with_needed(packages, names):
     return found
 
 
+@functools.cache
 def imported_modules():
     """The modules that runx.py imports anywhere when it runs, but the interpreter's own."""
     found = set()
@@ -110,10 +112,42 @@ def test_the_recipes_are_of_this_version_and_know_its_licence():
             assert found == digest, path.name
 
 
+# ---- what the recipes call
+
+# The programs of the build host that Yocto asks for itself: HOSTTOOLS of bitbake.conf in scarthgap, wrynose and master.
+HOST_TOOLS = (
+    "[ ar as awk basename bash bunzip2 bzip2 cat chgrp chmod chown chrpath cmp comm cp cpio cpp cut date dd diff "
+    "diffstat dirname du echo egrep env expand expr false fgrep file find flock g++ gawk gcc getconf getopt git grep "
+    "gunzip gzip head hostname iconv id install ld ldd ln ls make md5sum mkdir mkfifo mknod mktemp mv nm objcopy "
+    "objdump od patch perl pr printf pwd python3 pzstd ranlib readelf readlink realpath rm rmdir rpcgen sed seq sh "
+    "sha1sum sha224sum sha256sum sha384sum sha512sum sleep sort split stat strings strip tail tar tee test touch tr "
+    "true truncate uname uniq unzstd wc wget which xargs zstd"
+)
+
+
+def host_tools(folder):
+    """A folder that stands for PATH: what Yocto has of this machine, and a cross toolchain of its own."""
+    folder.mkdir()
+    for name in HOST_TOOLS.split():
+        path = shutil.which(name, path=runx.PATH)
+        if path:
+            (folder / name).symlink_to(path)
+    for name in ("gcc", "strip"):
+        (folder / f"x86_64-oe-linux-{name}").symlink_to(shutil.which(name, path=runx.PATH))
+    return folder
+
+
+def install(folder, tools):
+    """As the recipe of the runtime does it, with Yocto's tools."""
+    env = {"PATH": str(tools), "DESTDIR": str(folder), "XDG_CACHE_HOME": "/no/such"}
+    result = call("sh", str(REPOSITORY / "install.sh"), env=env, cwd="/")
+    assert result.returncode == 0, result
+
+
 # ---- an image that has nothing else
 
 # What the command does first in the tests: no module that the image has not, although our interpreter may have it
-# built in; and what stands for two of Xen's devices, as in the fake dom0.
+# built in; and then what stands for Xen's devices, as in the fake dom0.
 PRELUDE = """
 class Missing:
     def find_spec(name, path=None, target=None):
@@ -128,6 +162,7 @@ class server:
     FOLDER = "/run/fake"
 {classes}
 runx.EventChannels, runx.Grants = EventChannels, Grants
+runx.lib_folder = lambda: "/run/fake/lib"  # where Xen's side sees it too
 """
 
 
@@ -157,11 +192,11 @@ def copy(path, root):
         shutil.copy(path, target)
 
 
-def copy_libraries(program, root):
-    """The shared libraries that a program or an extension module needs, and what loads them."""
-    listed = subprocess.run(["ldd", program], stdout=subprocess.PIPE, text=True).stdout
-    for path in map(pathlib.Path, re.findall(r"(/\S+) \(0x", listed)):
-        copy(path, root)
+def copy_libraries(programs, root):
+    """The shared libraries that programs and extension modules need, and what loads them."""
+    listed = subprocess.run(["ldd", *programs], stdout=subprocess.PIPE, text=True).stdout
+    for path in sorted(set(re.findall(r"(/\S+) \(0x", listed))):
+        copy(pathlib.Path(path), root)
 
 
 def copy_python(root, modules):
@@ -171,15 +206,14 @@ def copy_python(root, modules):
     chosen = [path for path in files if path.name.partition(".")[0] in modules and path.name != "site-packages"]
     for path in (program, *chosen):
         copy(path, root)
-    for path in (program, *(path for path in chosen if path.suffix == ".so")):
-        copy_libraries(path, root)
+    copy_libraries([program, *(path for path in chosen if path.suffix == ".so")], root)
     link = root / "usr/bin/python3"
     if not link.exists():
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(program)
 
 
-def make_image(root, xl):
+def make_image(root, xl, tools):
     busybox = shutil.which("busybox")
     if not busybox:
         pytest.skip("there is no busybox here")
@@ -189,53 +223,49 @@ def make_image(root, xl):
     shutil.copy(busybox, root / "bin/busybox")
     for name in ("sh", "cat", "ls"):
         (root / "bin" / name).symlink_to("busybox")
-    copy_libraries(busybox, root)
     shutil.copy(xl, root / "usr/sbin/xl")
-    copy_libraries(xl, root)
+    copy_libraries([busybox, xl], root)
     copy_python(root, allowed_modules())
-    (root / "boot").mkdir()
-    (root / "boot/kernel").write_bytes(b"a kernel")
-    runx.pack_initrd(root / "etc", str(root / "boot/initrd"))
-    install(root, "--kernel", str(root / "boot/kernel"), "--initrd", str(root / "boot/initrd"))
-
-
-def install(folder, *options):
-    env = {"PATH": runx.PATH, "DESTDIR": str(folder)}
-    result = call("sh", str(REPOSITORY / "install.sh"), *options, env=env, cwd="/")
-    assert result.returncode == 0, result
+    install(root, tools)
 
 
 class Image(Dom0):
     """A fake dom0 whose runX is that of the image, in the image."""
 
+    namespace = "/run/fake/image"
+
     def __init__(self, folder):
         super().__init__(folder / "dom0")
         self.root = folder / "image"
         self.root.mkdir()
-        make_image(self.root, self.folder / "xl")
+        make_image(self.root, self.folder / "xl", host_tools(folder / "tools"))
         self.prelude = PRELUDE.format(allowed=set(allowed_modules()))
         fakes = FAKES.format(classes="\n".join(inspect.getsource(each) for each in (host.EventChannels, host.Grants)))
         command = self.root / "usr/sbin/runX"
         command.write_text(
             re.sub(r"^(import runx)$", lambda match: self.prelude + match[1] + fakes, command.read_text(), flags=re.M)
         )
-        (self.root / f"./{self.folder}").mkdir(parents=True, exist_ok=True)
-        self.mount("--bind", self.root, self.root)
-        for place in ("/proc", "/sys", "/dev", "/run", "/var/tmp", "/var/log", self.folder):
-            self.mount("--rbind", place, f"{self.root}{place}")
+        places = ("/proc", "/sys", "/dev", "/run", "/var/tmp", "/var/log", str(self.folder))
+        steps = ["set -e", f"mount --bind {self.root} {self.root}", f"cd {self.root}", f"mkdir -p old .{self.folder}"]
+        steps += [f"mount --rbind {place} .{place}" for place in places]
+        steps += ["pivot_root . old", "exec /bin/busybox umount -l /old"]
+        enter = ["unshare", f"--mount={self.namespace}", "sh", "-c", "\n".join(steps)]
+        for program in (["touch", self.namespace], enter):
+            result = self.run(program=program)
+            assert result.returncode == 0, result
         self.empty = self.sight()
 
-    def mount(self, *words):
-        result = super().start(program=["mount", *map(str, words)]).wait()
-        assert result.returncode == 0, result
-
     def start(self, *words, program=None, **options):
-        return super().start(program=program or ["chroot", str(self.root), "/usr/sbin/runX", *words], **options)
+        return super().start(program=program or self.inside_image("/usr/sbin/runX", *words), **options)
+
+    def inside_image(self, *words):
+        """As a program of the dom0's: these words in a mount namespace whose root is the image."""
+        return ["nsenter", f"--mount={self.namespace}", *words]
 
     def python(self, script):
         """Run a script in the image."""
         text = f"import sys\n{self.prelude}\n{script}"
-        return self.run(program=["chroot", str(self.root), "/usr/bin/python3", "-IS", "-c", text])
+        return self.run(program=self.inside_image("/usr/bin/python3", "-IS", "-c", text))
 
 
 @pytest.fixture(scope="module")
@@ -297,23 +327,14 @@ def contents(folder):
 
 
 def test_two_installations_have_the_same_bytes_and_do_not_tell_where_they_were_made(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "a/second"
+    first, second, tools = tmp_path / "first", tmp_path / "a/second", host_tools(tmp_path / "tools")
     for folder in (first, second):
-        install(folder)
+        install(folder, tools)
     assert contents(first) == contents(second)
     assert any(name.endswith(".pyc") for name in contents(first))
     assert not any(str(tmp_path).encode() in content for content in contents(first).values())
 
 
-# The programs of the build host that Yocto asks for itself: HOSTTOOLS of bitbake.conf in scarthgap, wrynose and master.
-HOST_TOOLS = (
-    "[ ar as awk basename bash bunzip2 bzip2 cat chgrp chmod chown chrpath cmp comm cp cpio cpp cut date dd diff diffstat "
-    "dirname du echo egrep env expand expr false fgrep file find flock g++ gawk gcc getconf getopt git grep gunzip gzip "
-    "head hostname iconv id install ld ldd ln ls make md5sum mkdir mkfifo mknod mktemp mv nm objcopy objdump od patch perl "
-    "pr printf pwd python3 pzstd ranlib readelf readlink realpath rm rmdir rpcgen sed seq sh sha1sum sha224sum sha256sum "
-    "sha384sum sha512sum sleep sort split stat strings strip tail tar tee test touch tr true truncate uname uniq unzstd wc "
-    "wget which xargs zstd"
-)
 # What stands for busybox's source: it takes its configuration, and makes a program with the compiler that it is told.
 BUSYBOX_MAKEFILE = """\
 allnoconfig:
@@ -326,18 +347,6 @@ busybox:
 busybox.links:
 \tprintf '/bin/sh\\n/sbin/ip\\n' >$@
 """
-
-
-def host_tools(folder):
-    """A folder that stands for PATH: what Yocto has of this machine, and a cross toolchain of its own."""
-    folder.mkdir()
-    for name in HOST_TOOLS.split():
-        path = shutil.which(name, path=runx.PATH)
-        if path:
-            (folder / name).symlink_to(path)
-    for name in ("gcc", "strip"):
-        (folder / f"x86_64-oe-linux-{name}").symlink_to(shutil.which(name, path=runx.PATH))
-    return folder
 
 
 def build_ramdisk(folder, **env):
