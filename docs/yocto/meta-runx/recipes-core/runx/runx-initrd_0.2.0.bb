@@ -26,7 +26,7 @@ do_configure() {
     rm -rf ${B}/musl ${B}/musl-build ${B}/include
     mkdir -p ${B}/musl-build ${B}/include
     cd ${B}/musl-build
-    CC="${TARGET_PREFIX}gcc ${TUNE_CCARGS}" CROSS_COMPILE="${TARGET_PREFIX}" CFLAGS="-Os" LDFLAGS="" \
+    CC="${TARGET_PREFIX}gcc" CROSS_COMPILE="${TARGET_PREFIX}" CFLAGS="-Os ${TUNE_CCARGS}" LDFLAGS="" \
         ${RUNX_SOURCES}/musl-${MUSL_VERSION}/configure --target=${TARGET_SYS} --prefix=${B}/musl \
         --syslibdir=${B}/musl/lib --disable-shared --enable-wrapper=gcc
     for headers in asm asm-generic linux; do
@@ -37,7 +37,7 @@ do_configure() {
 do_compile() {
     unset CFLAGS CPPFLAGS CXXFLAGS LDFLAGS
     oe_runmake -C ${B}/musl-build install
-    export CC="${B}/musl/bin/musl-gcc -idirafter ${B}/include" CROSS_COMPILE="${TARGET_PREFIX}"
+    export CC="${B}/musl/bin/musl-gcc ${TUNE_CCARGS} -idirafter ${B}/include" CROSS_COMPILE="${TARGET_PREFIX}"
     export XDG_CACHE_HOME="${B}" MAKEFLAGS="${PARALLEL_MAKE}"
     ${S}/initrd/build.sh --arch ${RUNX_ARCH} --busybox ${RUNX_SOURCES}/busybox-${BUSYBOX_VERSION}.tar.bz2 \
         --output ${B}/initrd
