@@ -1566,18 +1566,18 @@ class Container:
         domain.check()
         return domain
 
-    def switch(self, work: Callable[[Domain], None], **changes: Any) -> None:
+    def switch(self, work: Callable[[], None], **changes: Any) -> None:
         """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.
 
         A file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
         disk has room for it, and there the rest can wait; its name tells whether the container has been started.
         """
-        domain, mark = self.domain(), self.path(f"unsettled-{self.state.status}")
+        mark = self.path(f"unsettled-{self.state.status}")
         try:
             open(mark, "w", encoding="ascii").close()
         except OSError as error:
             raise Error(f"cannot make {mark}: {error.strerror}") from None
-        work(domain)
+        work()
         try:
             self.save(**changes)
         except Error:
@@ -8280,7 +8280,7 @@ def start(container: Container, log: Log) -> None:
         status = container.status()
         try:
             check_status("start", container, status)
-            begin(container, log)
+            domain = begin(container, log)
         except Error as error:
             reason = reason_of_end(container) if container.state.status == "created" else ""
             if reason and (status == "stopped" or isinstance(error, NotRunning)):
@@ -8288,7 +8288,7 @@ def start(container: Container, log: Log) -> None:
             raise error from None
     # without the lock: it may be killed meanwhile, and a hook may call runX
     if not container.state.starts_paused:
-        await_process(container)
+        await_process(container, domain)
     try:
         run_hooks(container, "poststart", "running")
     except Error:
@@ -8306,8 +8306,8 @@ def reason_of_end(container: Container) -> str:
         return ""
 
 
-def begin(container: Container, log: Log) -> None:
-    """Give the VM what it is to have by `start`, and have it go on.  Raise Error."""
+def begin(container: Container, log: Log) -> Domain:
+    """Give the VM what it is to have by `start`, and have it go on.  Return it.  Raise Error."""
     state = container.state
     if not state.startable:
         raise Error(f"cannot start container {container.id}: its config.json has no process")
@@ -8320,17 +8320,17 @@ def begin(container: Container, log: Log) -> None:
         told = plug(container, domain, undo)
         words = [*(["disk"] if state.disk else []), *(["network"] if told else [])]
         try:
-            going = Domain.unpause if state.starts_paused else lambda vm: vm.start(words, told)
+            going = domain.unpause if state.starts_paused else lambda: domain.start(words, told)
             container.switch(going, status="running")
         except BaseException:
             if container.unsettled():  # it was asked for: the VM may go on, and needs its devices
                 undo.keep()
             raise
+    return domain
 
 
-def await_process(container: Container) -> None:
+def await_process(container: Container, domain: Domain) -> None:
     """Return once the container's process is executed.  Raise Error, in runc's words, if it cannot be."""
-    domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
     xenstore, pidfd, error = domain.xenstore, container.open_pidfd(), ""
     xenstore.watch((f"{domain.path}/data/process/0", "process"))
     while pidfd is not None and not error:
@@ -8646,7 +8646,7 @@ def send_signal(container: Container, number: int, to_all: bool) -> None:
         container.tell_monitor(f"destroy {number}" if state.own_init else f"kill {number}")
         try:  # so that its last writes reach the host, if that can be
             if container.status() == "paused" and state.status == "running" and not state.own_init:
-                container.switch(Domain.unpause, paused=False)
+                container.switch(container.domain().unpause, paused=False)
         except Error:
             pass
     elif state.own_init:
@@ -8699,7 +8699,7 @@ def command_pause(call: Invocation) -> None:
         if container.state.status == "created" and container.state.starts_paused:  # it has none anyway
             container.save(paused=True)
         else:
-            container.switch(Domain.pause, paused=True)
+            container.switch(container.domain().pause, paused=True)
 
 
 def command_resume(call: Invocation) -> None:
@@ -8708,7 +8708,7 @@ def command_resume(call: Invocation) -> None:
         if container.state.status == "created" and container.state.starts_paused:
             container.save(paused=False)
         else:
-            container.switch(Domain.unpause, paused=False)
+            container.switch(container.domain().unpause, paused=False)
 
 
 def output_format(call: Invocation) -> str:
