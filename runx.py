@@ -1205,6 +1205,7 @@ class Console(Device):
         super().__init__(domain, "console", number)
         self.channels, self.barrier = channels, Barrier()
         self.page: memoryview | None = None
+        self.is_confirmed = False
 
     def introduce(self, transaction: int) -> None:
         # a type of our own, so that xenconsoled does not take it
@@ -1215,9 +1216,15 @@ class Console(Device):
         state = self.xenstore.read(f"{self.frontend}/state")
         if state == XENBUS_INITIALISED and self.page is None:
             self.connect()
-            self.answer(XENBUS_CONNECTED)
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
+            self.is_confirmed = True
             self.answer(state)
+
+    def confirm(self) -> None:
+        """Tell the guest, once, that it is connected: what it has written before that is taken first."""
+        if self.page is not None and not self.is_confirmed:
+            self.is_confirmed = True
+            self.answer(XENBUS_CONNECTED)
 
     def answer(self, state: str) -> None:
         """Change the backend's state, unless somebody has withdrawn it: that would make its folder anew."""
@@ -7406,6 +7413,8 @@ class Loop:
             if fd in ready:
                 work()
         self.advance(ready)
+        for console in self.consoles:
+            console.confirm()
         if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
             self.look("unread", unread)
         if self.ending.deadline and time.monotonic() >= self.ending.deadline:
