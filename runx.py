@@ -912,7 +912,7 @@ class Domain:
 
     def start(self, words: Iterable[str], told: dict[str, str]) -> None:
         """Have the guest's init execute the container's process, which until now it was waiting to do.  words: what
-        the VM has got, and is to set up before: "network", "disk".  told: nodes that it needs for that."""
+        the VM has got, and is to set up before: "net" or "network", "disk".  told: nodes that it needs for that."""
         self.write({**told, "data/process/0/start": " ".join(words) or "-"})
 
     def request(
@@ -8326,8 +8326,9 @@ def begin(container: Container, log: Log) -> Domain:
             container.release(Device(domain, kind, number))
     with Undo(log) as undo:
         attach_disk(container, domain, undo)
-        told = plug(container, domain, undo)
-        words = [*(["disk"] if state.disk else []), *(["network"] if told else [])]
+        told, words = plug(container, domain, undo), ["disk"] if state.disk else []
+        if told:  # to read messages takes no script
+            words.append("net" if told.keys().isdisjoint(("data/dhcp", "data/dns")) else "network")
         try:
             going = domain.unpause if state.starts_paused else lambda: domain.start(words, told)
             container.switch(going, status="running")

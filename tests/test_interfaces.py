@@ -90,6 +90,7 @@ def test_the_vm_takes_over_the_interface_of_the_engines_namespace(dom0, ip, engi
     assert (nodes[f"{back}/mac"], nodes[f"{front}/mac"], nodes[f"{front}/handle"]) == (MAC, MAC, "0")
     assert (nodes[f"{back}/hotplug-status"], nodes[f"{back}/online"]) == ("connected", "1")
     assert nodes[f"/libxl/{domid}/device/vif/0/backend"] == back
+    assert nodes[f"/local/domain/{domid}/data/process/0/start"] == "net"
     words = told(container)[MAC.replace(":", "")]
     text = " ".join(words)
     assert (
@@ -324,6 +325,7 @@ def test_a_port_of_a_bridge_with_an_address_of_an_ipam_plugin(dom0, ip, networks
     for address in ("10.7.0.5", "10.7.0.1"):
         assert ipaddress.ip_address(address).packed.hex() in " ".join(words)
     assert sorted(nodes[f"/local/domain/{domid}/data/dns"].splitlines()) == ["nameserver 10.7.0.1", "search here"]
+    assert nodes[f"/local/domain/{domid}/data/process/0/start"] == "network"  # and a resolv.conf
     assert ["resolv_conf", []] in container.guest()["records"]
     dom0.run(*container.words("kill", container.id, "TERM"))
     finish(container, 143)
