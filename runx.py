@@ -3932,6 +3932,10 @@ class Protocol:
         """Return whether it must come behind what the guest has asked before by another ring."""
         return False
 
+    def warm_up(self) -> None:
+        """Do once, before there is a guest, what it asks first: in a process that was forked each page of memory is
+        copied when it is used."""
+
     def answer(self, message: Request) -> tuple[bytes, int]:
         """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
         raise NotImplementedError
@@ -4422,6 +4426,11 @@ class FuseNames(Protocol):
 
     def destroy(self, call: Call) -> None:
         self.known.forget_all()
+
+    def warm_up(self) -> None:
+        call = Call(Request(), self.files.root, 0, 0)
+        self.getattr(call)
+        self.lookup(call, b"rootfs")  # which init() forgets
 
     def interrupt(self, call: Call) -> None:
         """Nothing waits."""
@@ -5268,6 +5277,7 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
         protocol: Protocol = NineP(share_fd, capabilities) if kind == "9pfs" else Fuse(share_fd, capabilities, True)
         give_up_rights(capabilities & rights)
         link.send(b"+")
+        protocol.warm_up()
         where = link.recv(256)
         if where:
             domid, *numbers = struct.unpack(f"={len(where) // 4}I", where)
@@ -6441,6 +6451,18 @@ def made_interface(attachment: Attachment, log: Log) -> Interface:
     raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
 
 
+def may_have_interfaces(state: State) -> bool:
+    """Return whether a VM has network interfaces, or there is something for which it may get some.  A look at what
+    most containers have, an empty namespace, takes no netlink."""
+    if state.networks or any(kind == "vif" for kind, _ in state.devices):
+        return True
+    try:
+        links = read_file(f"/proc/{state.pid}/net/dev").splitlines()[2:] if state.namespace is not None else []
+        return any(line.split(":")[0].strip() != "lo" for line in links)
+    except OSError:
+        return True  # to read the namespace tells why
+
+
 class Vif(Record):
     """A network interface that a VM has got.  Kept in the container's state, so that whoever comes later knows what it
     is joined to."""
@@ -6457,7 +6479,7 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     """Give a VM the network interfaces that it has not got yet, and take away those that are gone.  Return what the
     guest is told of all, by names of nodes below its own, {} if it has none.  Raise Error."""
     state = container.state
-    if state.namespace is None and not state.networks:
+    if not may_have_interfaces(state):
         return {}
     ours = {number for kind, number in state.devices if kind == "vif"}
     others = set(map(int, domain.xenstore.list(f"/libxl/{domain.domid}/device/vif"))) - ours  # of xl's settings
@@ -7988,7 +8010,8 @@ class Carrier(Loop):
     def __init__(self, order: Order, report: int) -> None:
         """report: a pipe to `exec`, that gets "+" when the program is executed."""
         container, process = order.container, order.process
-        ending = Ending(container.domain(), order.number, order.log.about(container.id))
+        domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
+        ending = Ending(domain, order.number, order.log.about(container.id))
         super().__init__(ending, 1 if process.terminal else 2, process.terminal)
         self.order, self.report, self.is_greeted = order, report, False
         holder = container.open_pidfd()
@@ -8003,25 +8026,26 @@ class Carrier(Loop):
         fd = os.open(container.path(f"process-{number}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.write(fd, f"{os.getpid()} {process_start_time(os.getpid())}".encode())
         os.close(fd)
-        enter_cgroups(container.state.cgroups, self.log)
         data = {}
         if self.terminal and self.order.console_socket is not None:
             take_terminal(self.order.console_socket, self.order.process.console_size)
         self.streams = Streams(self.consoles, self.terminal)
         if self.terminal and (size := self.streams.window_size()):
             data[f"process/{number}/winsize"] = size
-        show_arguments(self.order.process.args)
         self.watch()
         try:
             self.domain.request(f"run {number}", f"run-{number}", data, self.introduce)
         except XenstoreError as error:
             raise Error(f"the container's VM has no room for another process: {error}") from None
+        show_arguments(self.order.process.args)  # the VM works meanwhile
+        enter_cgroups(container.state.cgroups, self.log)
         if not self.order.is_patient:
             self.ending.deadline = time.monotonic() + EXEC_TIME_LIMIT
 
     def introduce(self, transaction: int) -> None:
         """Announce the consoles; and forget what the guest has told late of another process of that number."""
         self.xenstore.remove(f"{self.domain.path}/data/process/{self.number}", transaction)
+        self.xenstore.events.clear()  # of watches that have just been made
         for console in self.consoles:
             console.introduce(transaction)
 
@@ -8255,7 +8279,7 @@ def commit(container: Container, pid: int, monitor: int, pid_file: str | None, w
 
 def plug_early(container: Container, log: Log) -> None:
     """Plug the network interfaces that are there already, while the VM boots.  Raise Error."""
-    if container.state.namespace is None and not container.state.networks:
+    if not may_have_interfaces(container.state):
         return
     try:
         with Undo(log) as undo:
@@ -8450,7 +8474,7 @@ def join_terminal(master: int) -> NoReturn:
 
 def forward_signals(pid: int) -> None:
     """What a person or a supervisor sends to `run` or `exec` goes to the process."""
-    import signal
+    signal = import_signal()
 
     def forward(number: int, _: object) -> None:
         try:
