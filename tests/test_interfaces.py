@@ -112,6 +112,15 @@ def test_a_namespace_belongs_to_one_vm(dom0, engines):
     assert second.runx("delete").returncode == 0
 
 
+def test_an_empty_namespace_asks_xenstore_nothing(dom0):
+    container = dom0.container("wait", linux={"namespaces": namespaces()}).created()
+    dom0.forget()
+    assert container.runx("start").stderr == ""
+    assert not [call for call in dom0.calls("xenstore") if "/vif" in call]
+    assert dom0.nodes()[f"/local/domain/{container.domid()}/data/process/0/start"] == "-"
+    assert container.runx("delete", "--force").returncode == 0
+
+
 def test_what_a_hook_puts_into_the_containers_own_namespace(dom0, ip):
     script = (
         "set -e; state=$(cat); pid=${state#*'\"pid\":'}; pid=${pid%%,*}; "
