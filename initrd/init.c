@@ -201,7 +201,6 @@ int xs_request(uint32_t type, const char *path, const char *value, char *reply)
 	return len;
 }
 
-
 int xs_write(const char *path, const char *value)
 {
 	char reply[XS_REPLY_MAX];
