@@ -207,6 +207,19 @@ def test_a_vm_that_ends_while_its_interfaces_are_plugged_is_a_stopped_container(
     assert set(links(ip, "engine")) == {"lo", "eth0"}
 
 
+@pytest.mark.parametrize("how, step", [("EIO", 2), ("kill", 5)])
+def test_a_create_that_fails_or_is_killed_while_it_plugs_leaves_nothing(dom0, engines, how, step):
+    def life(arm):
+        container = engines("wait")
+        arm()
+        result = container.create()
+        dom0.forget()
+        assert result.returncode == -9 or is_sentence(result, container)
+        assert container.runx("delete", "--force").returncode == 0, container.log_text()
+
+    try_each(dom0, lambda nth: dom0.fail("xenstore", nth, how, match="/vif/"), life, step)
+
+
 def test_a_start_with_an_interface_that_xenstore_fails_can_be_done_again(dom0, ip, engines):
     ip("-n", "engine", "link", "set", "eth0", "down")
     ip("-n", "engine", "address", "flush", "dev", "eth0")
