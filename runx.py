@@ -889,23 +889,23 @@ class Domain:
     def unpause(self) -> None:
         change_domain("unpause", self.domid)
 
-    def write(self, node: str, value: str) -> None:
-        """Write a node of its own.  Raise NotRunning."""
+    def write(self, nodes: dict[str, str]) -> None:
+        """Write nodes of its own, all or none.  Raise NotRunning."""
 
         def write(transaction: int) -> None:
             self.check(transaction)
-            self.xenstore.write(f"{self.path}/{node}", value, transaction)
+            self.xenstore.write_all(((f"{self.path}/{node}", value) for node, value in nodes.items()), transaction)
 
         self.xenstore.transaction(write)
 
     def shut_down(self) -> None:
         """Ask a VM that boots a system of its own to power off, as `xl shutdown` does."""
-        self.write("control/shutdown", "poweroff")
+        self.write({"control/shutdown": "poweroff"})
 
-    def start(self, words: Iterable[str]) -> None:
+    def start(self, words: Iterable[str], told: dict[str, str]) -> None:
         """Have the guest's init execute the container's process, which until now it was waiting to do.  words: what
-        the VM has got meanwhile, and is to set up before: "network", "disk"."""
-        self.write("data/process/0/start", " ".join(words) or "-")
+        the VM has got, and is to set up before: "net" or "network", "disk".  told: nodes that it needs for that."""
+        self.write({**told, "data/process/0/start": " ".join(words) or "-"})
 
     def request(
         self, request: str, key: str = "", data: dict[str, str] | None = None,
@@ -1197,6 +1197,7 @@ class Console(Device):
         super().__init__(domain, "console", number)
         self.channels, self.barrier = channels, Barrier()
         self.page: memoryview | None = None
+        self.is_confirmed = False
 
     def introduce(self, transaction: int) -> None:
         # a type of our own, so that xenconsoled does not take it
@@ -1207,9 +1208,15 @@ class Console(Device):
         state = self.xenstore.read(f"{self.frontend}/state")
         if state == XENBUS_INITIALISED and self.page is None:
             self.connect()
-            self.answer(XENBUS_CONNECTED)
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
+            self.is_confirmed = True
             self.answer(state)
+
+    def confirm(self) -> None:
+        """Tell the guest, once, that it is connected: what it has written before that is taken first."""
+        if self.page is not None and not self.is_confirmed:
+            self.is_confirmed = True
+            self.answer(XENBUS_CONNECTED)
 
     def answer(self, state: str) -> None:
         """Change the backend's state, unless somebody has withdrawn it: that would make its folder anew."""
@@ -1348,7 +1355,7 @@ class State(Record):
     name: str = ""
     domid: int = 0  # 0 until it is built
     devices: list[list[Any]] = []  # [kind, number] of each that runX has announced
-    joined: list[str] = []  # links in the engine's network namespace that a vif is joined to
+    plugged: list[dict[str, Any]] = []  # a Vif each
     # what the VM is made from
     namespace: str | None = None  # path of the engine's network namespace; "": one of its own, None: none
     networks: list[JsonObject] = []  # an Attachment each
@@ -1380,12 +1387,8 @@ def parse_state(text: str) -> State:
         if isinstance(version, int) and version > 0:
             raise NewerState(f"its state has version {version}, and this runX knows {STATE_VERSION}: use the newer one")
         raise ValueError("version")
-    if version == 0:  # of a runX before 0.2: where the defaults would not do
-        found["oci_version"] = found.pop("ociVersion", State.oci_version)
-        found.setdefault("boot", boot_id())
-        found.setdefault("monitor", [found.get("pid"), found.get("pid_start_time")])
-        found["devices"] = STANDARD_DEVICES + [["vif", number] for number in found.pop("vifs", [])]
-        found["devices"] += [["vbd", number] for number in found.pop("vbds", [])]
+    if version == 0:
+        fill_up(found)
     state = State(**{key: value for key, value in found.items() if key in State.__annotations__})
     for key, value in state.__dict__.items():
         kinds = {"namespace": (str, type(None)), "disk": (dict, type(None))}.get(key, (type(getattr(State, key)),))
@@ -1395,6 +1398,18 @@ def parse_state(text: str) -> State:
     if state.status not in ("creating", "created", "running") or set(map(type, numbers)) != {int}:
         raise ValueError("status, monitor or devices")
     return state
+
+
+def fill_up(found: JsonObject) -> None:
+    """Give the state of a runX before 0.2 today's keys, as far as their defaults would not do."""
+    found["oci_version"] = found.pop("ociVersion", State.oci_version)
+    found.setdefault("boot", boot_id())
+    found.setdefault("monitor", [found.get("pid"), found.get("pid_start_time")])
+    found["devices"] = STANDARD_DEVICES + [["vif", number] for number in found.pop("vifs", [])]
+    found["devices"] += [["vbd", number] for number in found.pop("vbds", [])]
+    namespace = found.get("namespace") or f"/proc/{found.get('pid')}/ns/net"
+    unknown = {"number": -1, "mac": "", "mtu": 0, "namespace": namespace, "index": 0}
+    found["plugged"] = [{**unknown, "device": name} for name in found.pop("joined", [])]
 
 
 def check_id(container_id: str) -> str:
@@ -1543,14 +1558,14 @@ class Container:
         domain.check()
         return domain
 
-    def switch(self, work: Callable[[Domain], None], **changes: Any) -> None:
+    def switch(self, work: Callable[[], None], **changes: Any) -> None:
         """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.  A
         file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
         disk has room for it, and there the rest can wait; its name tells whether the container has been started."""
-        domain, mark = self.domain(), self.path(f"unsettled-{self.state.status}")
+        mark = self.path(f"unsettled-{self.state.status}")
         with Attempt(f"make {mark}"):
             write_file(mark, "")
-        work(domain)
+        work()
         try:
             self.save(**changes)
         except Error:
@@ -1577,10 +1592,9 @@ class Container:
         if listing and (state.status == "running" or not state.starts_paused):
             state.paused = paused
 
-    def acquire(self, device: Device, undo: Undo) -> None:
+    def acquire(self, device: Device) -> None:
         """Note a device before it is announced: whoever ends the container withdraws it."""
         self.save(devices=[*self.state.devices, [device.kind, device.number]])
-        undo.add(f"withdraw the VM's {device.kind} {device.number}", self.release, device)
 
     def release(self, device: Device) -> None:
         """Take it away from a VM that has not been told to use it."""
@@ -3458,7 +3472,8 @@ def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
             undo.add(f"mount {disk.path} on {target} again", mount, disk.path, target, flags, disk.kind, options)
         check_image(disk, number)
         check_unused(disk, number)
-        container.acquire(device, undo)
+        container.acquire(device)
+        undo.add(f"withdraw the VM's {DISK_NAME}", container.release, device)
         announce_disk(device, disk, number)
 
 
@@ -4322,6 +4337,14 @@ class FuseNames:
     def destroy(self, call: Call) -> None:
         self.known.forget_all()
 
+    def warm_up(self) -> None:
+        """Do once, before there is a guest, what it asks first: in a process that was forked each page of memory is
+        copied when it is used."""
+        message: Any = None  # none of these two looks at it
+        call = Call(message, self.files.root, 0, 0)
+        self.getattr(call)
+        self.lookup(call, b"rootfs")  # which init() forgets
+
     def forget(self, call: Call, count: int) -> None:
         self.known.forget(call.node.number, count)
 
@@ -4997,6 +5020,8 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
         protocol: Protocol = NineP(share_fd, capabilities) if kind == "9pfs" else Fuse(share_fd, capabilities, True)
         give_up_rights(capabilities & rights)
         link.send(b"+")
+        if isinstance(protocol, Fuse):
+            protocol.warm_up()
         where = link.recv(256)
         if where:
             domid, *numbers = struct.unpack(f"={len(where) // 4}I", where)
@@ -5922,7 +5947,8 @@ def result_dns(result: JsonObject, network: Network) -> JsonObject:
 
 # ==== vif ================================================================================================
 # The VM's network interfaces: what each is like, its backend in dom0 (netback: xen/include/public/io/netif.h), where
-# that is joined to, and what the guest is told.  `start` does it all: engines fill a namespace until then.
+# that is joined to, and what the guest is told.  What is known when `create` ends is plugged then; engines fill a
+# namespace until `start`, which plugs what is new, unplugs what has gone, and tells the guest of all.
 
 VIF_TIME_LIMIT = 40  # seconds that netback has to make a vif, as libxl gives its hotplug scripts
 GUEST_NODE_MAX = 3500  # bytes in a node for the guest, which reads 4096 at once (XENSTORE_PAYLOAD_MAX)
@@ -5943,7 +5969,7 @@ class Interface:
         self.dhcp, self.rate = False, ""
         self.bridge = ""  # of which the vif becomes a port, or
         self.namespace = ""  # path of a network namespace, whose
-        self.device = ""  # link it is joined to
+        self.device, self.index = "", 0  # link, and its number, it is joined to
 
     def place(self) -> tuple[bool, int, str]:
         """Among others: eth0, eth1, …, and then those with other names."""
@@ -5990,7 +6016,7 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
             interface.routes = list(link_routes(netlink, link.index))
             interface.neighbours = list(link_neighbours(netlink, link.index))
             interface.ipv6 = read_ipv6_settings(path, link.name)
-            interface.namespace, interface.device = path, link.name
+            interface.namespace, interface.device, interface.index = path, link.name, link.index
             yield interface
     except OSError as error:
         raise Error(f"cannot read the network namespace {path}: {error.strerror}") from None
@@ -6060,7 +6086,8 @@ def find_interfaces(container: Container, taken: int, log: Log) -> list[Interfac
     """Return all Interfaces of a container's VM, in order, beside as many as are taken: eth0, eth1, …  Raise Error."""
     state, found = container.state, []
     if state.namespace is not None:
-        found = list(namespace_interfaces(f"/proc/{state.pid}/ns/net", log))
+        inside = namespace_interfaces(f"/proc/{state.pid}/ns/net", log)
+        found = [each for each in inside if not each.device.startswith(f"vif{state.domid}.")]  # which are the VM's
     names = {f"eth{number}" for number in range(taken)}
     for interface in found:
         interface.rate = state.rate
@@ -6115,36 +6142,101 @@ def made_interface(attachment: Attachment, log: Log) -> Interface:
     raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
 
 
-def plug(container: Container, domain: Domain, undo: Undo) -> bool:
-    """Give a VM its network interfaces, and write down for it what they are.  Return whether it has any.  Raise
-    Error."""
+def may_have_interfaces(state: State) -> bool:
+    """Return whether a VM has network interfaces, or there is something for which it may get some.  A look at what
+    most containers have, an empty namespace, takes no netlink."""
+    if state.networks or any(kind == "vif" for kind, _ in state.devices):
+        return True
+    try:
+        links = read_file(f"/proc/{state.pid}/net/dev").splitlines()[2:] if state.namespace is not None else []
+        return any(line.split(":")[0].strip() != "lo" for line in links)
+    except OSError:
+        return True  # to read the namespace tells why
+
+
+class Vif(Record):
+    """A network interface that a VM has got.  Kept in the container's state, so that whoever comes later knows what it
+    is joined to."""
+
+    number: int  # -1: not known, a runX before 0.2 has plugged it
+    mac: str
+    mtu: int
+    namespace: str  # path of the network namespace, whose
+    device: str  # link, and its number, it is joined to; "" for a port of a bridge
+    index: int
+
+
+def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
+    """Give a VM the network interfaces that it has not got yet, and take away those that are gone.  Return what the
+    guest is told of all, by names of nodes below its own, {} if it has none.  Raise Error."""
     state = container.state
-    if state.namespace is None and not state.networks:
-        return False
-    taken = domain.xenstore.list(f"/libxl/{domain.domid}/device/vif")  # what a file of xl's settings asks for
-    interfaces = find_interfaces(container, len(taken), undo.log)
-    numbers = [number for number in range(len(interfaces) + len(taken)) if str(number) not in taken]
-    end_redirects(state)  # of a `start` that was killed
-    container.save(joined=[])
-    undo.add("end the redirections to the VM", lambda: end_redirects(container.state))
-    for number, interface in zip(numbers, interfaces):
-        vif = Device(domain, "vif", number)
-        container.acquire(vif, undo)
-        join(interface, announce_vif(vif, interface))
-        if interface.namespace not in ("", container.path("netns")):  # it is to be as before afterwards
-            container.state.joined.append(interface.device)  # to be undone also if it cannot be stored
-            container.save()
-        domain.xenstore.write(f"{vif.backend}/hotplug-status", "connected")
-    if interfaces:
-        tell_guest(domain, container.state, interfaces)
-    return bool(interfaces)
+    if not may_have_interfaces(state):
+        return {}
+    ours = {number for kind, number in state.devices if kind == "vif"}
+    others = set(map(int, domain.xenstore.list(f"/libxl/{domain.domid}/device/vif"))) - ours  # of xl's settings
+    interfaces = find_interfaces(container, len(others), undo.log)
+    wanted = {interface.mac.hex(): interface for interface in interfaces}
+    plugged = [Vif(**fields) for fields in state.plugged]
+    kept = {vif.mac: vif for vif in plugged if vif.mac in wanted}
+    for number in ours.union(vif.number for vif in plugged).difference(vif.number for vif in kept.values()):
+        unplug(container, Device(domain, "vif", number))
+    for mac, vif in kept.items():
+        keep_vif(container, domain, vif, wanted[mac])
+    new = [interface for interface in interfaces if interface.mac.hex() not in kept]
+    # never the number of one that is unplugged: the guest may have it still
+    for number, interface in enumerate(new, max(ours | others, default=-1) + 1):
+        plug_vif(container, Device(domain, "vif", number), interface, undo)
+    return guest_nodes(state, interfaces)
+
+
+def plug_vif(container: Container, vif: Device, interface: Interface, undo: Undo) -> None:
+    """Raise Error."""
+    container.acquire(vif)
+    undo.add(f"take the interface {interface.name} away from the VM", unplug, container, vif)
+    join(interface, announce_vif(vif, interface))
+    note_vif(container, vif.number, interface)
+
+
+def note_vif(container: Container, number: int, interface: Interface) -> None:
+    """Store what a vif is joined to.  Raise Error."""
+    vif = Vif(
+        number=number, mac=interface.mac.hex(), mtu=interface.mtu, namespace=interface.namespace,
+        device=interface.device, index=interface.index,
+    )  # fmt: skip
+    plugged = container.state.plugged
+    plugged[:] = [each for each in plugged if each["number"] != number] + [vif.__dict__]  # also if it cannot be stored
+    container.save()
+
+
+def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interface) -> None:
+    """Have a vif that the VM has already be joined as it is to be now.  Raise Error."""
+    interface.mtu = interface.mtu or vif.mtu
+    if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
+        return
+    name = f"vif{domain.domid}.{vif.number}"
+    end_redirection(interface.namespace, vif.device, name)
+    link = Rtnetlink(interface.namespace).find_link(name)
+    if not link:
+        raise Error(f"cannot connect the VM to {interface.device}: {name} is gone")
+    join(interface, link)
+    note_vif(container, vif.number, interface)
+
+
+def unplug(container: Container, vif: Device) -> None:
+    """Take a network interface away from the VM, as far as it has got it.  Raise Error."""
+    state, name = container.state, f"vif{vif.domain.domid}.{vif.number}"
+    for each in (Vif(**fields) for fields in state.plugged):
+        if each.number == vif.number and each.device:
+            end_redirection(each.namespace, each.device, name)
+    state.plugged = [fields for fields in state.plugged if fields["number"] != vif.number]
+    container.release(vif)
 
 
 def announce_vif(vif: Device, interface: Interface) -> Link:
     """Have netback make a vif, and return its Link in dom0.  Raise Error."""
     events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{vif.domain.domid}.{vif.number}"
     common = {"handle": str(vif.number), "mac": interface.mac.hex(":")}
-    backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "", "type": "vif"}
+    backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "connected", "type": "vif"}
     if interface.bridge:
         backend["bridge"] = interface.bridge
     if interface.rate:
@@ -6186,12 +6278,14 @@ def join_bridge(interface: Interface, vif: Link) -> None:
 
 
 def join_namespace(interface: Interface, vif: Link) -> None:
-    """Move a vif into the namespace, and have it and the link there forward to one another."""
-    namespace = os.open(interface.namespace, os.O_RDONLY)
-    Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
-    os.close(namespace)
+    """Move a vif into the namespace, if it is not there yet, and have it and the link there forward to one another."""
     netlink = Rtnetlink(interface.namespace)
     moved, device = netlink.find_link(vif.name), netlink.find_link(interface.device)
+    if not moved:
+        namespace = os.open(interface.namespace, os.O_RDONLY)
+        Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
+        os.close(namespace)
+        moved = netlink.find_link(vif.name)
     if not moved or not device:
         raise Error(f"cannot connect the VM to {interface.device}: it is gone")
     make_silent(netlink, moved.index)
@@ -6209,39 +6303,43 @@ def make_silent(netlink: Rtnetlink, index: int) -> None:
 
 def end_redirects(state: State) -> None:
     """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
-    if not state.namespace:
-        return
-    for device in state.joined:
-        try:
-            netlink = Rtnetlink(state.namespace)
-            links = {link.name: link for link in netlink.links()}
-            # that of another VM which has come after ours
-            taken = any(name.startswith("vif") and not name.startswith(f"vif{state.domid}.") for name in links)
-            if device in links and not taken:
-                end_redirect(netlink, links[device].index)
-        except OSError:
-            pass  # the engine has taken the interface or the namespace away
+    for vif in (Vif(**fields) for fields in state.plugged):
+        if state.namespace and vif.device:
+            end_redirection(state.namespace, vif.device, f"vif{state.domid}.{vif.number}")
+
+
+def end_redirection(namespace: str, device: str, vif: str) -> None:
+    """Undo redirect() between two links of these names, as far as they are still there."""
+    try:
+        netlink = Rtnetlink(namespace)
+        links = {link.name: link for link in netlink.links()}
+        others = [name for name in links if name.startswith("vif") and not name.startswith(vif.partition(".")[0] + ".")]
+        for name in (device, vif) if not others else ():  # else it is that of another VM which has come after ours
+            if name in links:
+                end_redirect(netlink, links[name].index)
+    except OSError:
+        pass  # the engine has taken the interface or the namespace away
 
 
 # ---- what the guest is told
 
 
-def tell_guest(domain: Domain, state: State, interfaces: list[Interface]) -> None:
-    """Write what init reads: data/network/0, 1, …, and data/dhcp and data/dns."""
-    data, xenstore = f"{domain.path}/data", domain.xenstore
+def guest_nodes(state: State, interfaces: list[Interface]) -> dict[str, str]:
+    """Return what init reads, by names of nodes: data/network/0, 1, …, and data/dhcp and data/dns."""
     texts: list[str] = []
-    # backwards: the guest's kernel calls them eth0, eth1, …, so an eth2 that is the second must be that before eth1 is
-    for interface in reversed(interfaces):
+    # the guest's kernel calls them eth0, eth1, … in the order in which they have come: no name is another one's then
+    for number, interface in enumerate(interfaces) if len(interfaces) > 1 else ():
+        texts.append(f"{interface.mac.hex()} {link_message(0, {IFLA_IFNAME: f'runx{number}'}).for_guest(0)}")
+    for interface in interfaces:
         texts += split_words(interface.mac.hex(), guest_words(interface))
-    for number, text in enumerate(texts):
-        xenstore.write(f"{data}/network/{number}", text)
+    told = {f"data/network/{number}": text for number, text in enumerate(texts)}
     dhcp = [interface.name for interface in interfaces if interface.dhcp]
     if dhcp:
-        xenstore.write(f"{data}/hostname", state.hostname)
-        xenstore.write(f"{data}/dhcp", " ".join(dhcp))
+        told.update({"data/hostname": state.hostname, "data/dhcp": " ".join(dhcp)})
     dns = "".join(resolv_conf(fields["dns"]) for fields in state.networks)
     if dns:
-        xenstore.write(f"{data}/dns", dns)
+        told["data/dns"] = dns
+    return told
 
 
 def split_words(mac: str, words: Iterable[str]) -> list[str]:
@@ -7004,6 +7102,8 @@ class Loop:
             if fd in ready:
                 work()
         self.advance(ready)
+        for console in self.consoles:
+            console.confirm()
         if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
             self.look("unread", unread)
         if self.ending.deadline and time.monotonic() >= self.ending.deadline:
@@ -7064,9 +7164,13 @@ class Loop:
 
     def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
         try:
-            self.domain.request(request, key, data)
+            self.request(request, key, data)
         except Error as error:
             self.log.debug(str(error))  # gone, or its quota is full: the deadline or the container's end ends it
+
+    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
+        """As Domain.request."""
+        self.domain.request(request, key, data)
 
 
 def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
@@ -7400,14 +7504,11 @@ class Monitor(Loop):
             return self.container.load().state.status == "running" or bool(self.container.unsettled())
         return self.streams.ready or bool(self.domain.told("process/0/start"))
 
-    def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
-        try:
-            if not self.own_init:
-                super().ask(request, key, data)
-            elif request.startswith("kill"):
-                self.domain.shut_down()
-        except Error as error:
-            self.log.debug(str(error))
+    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
+        if not self.own_init:
+            super().request(request, key, data)
+        elif request.startswith("kill"):
+            self.domain.shut_down()
 
 
 # ---- the process
@@ -7576,7 +7677,8 @@ class Carrier(Loop):
     def __init__(self, order: Order, report: int) -> None:
         """report: a pipe to `exec`, that gets "+" when the program is executed."""
         container, process = order.container, order.process
-        ending = Ending(container.domain(), order.number, order.log.about(container.id))
+        domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
+        ending = Ending(domain, order.number, order.log.about(container.id))
         super().__init__(ending, 1 if process.terminal else 2, process.terminal)
         self.order, self.report, self.is_greeted = order, report, False
         holder = container.open_pidfd()
@@ -7591,25 +7693,26 @@ class Carrier(Loop):
         fd = os.open(container.path(f"process-{number}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.write(fd, f"{os.getpid()} {process_start_time(os.getpid())}".encode())
         os.close(fd)
-        enter_cgroups(container.state.cgroups, self.log)
         data = {}
         if self.terminal and self.order.console_socket is not None:
             take_terminal(self.order.console_socket, self.order.process.console_size)
         self.streams = Streams(self.consoles, self.terminal)
         if self.terminal and (size := self.streams.window_size()):
             data[f"process/{number}/winsize"] = size
-        show_arguments(self.order.process.args)
         self.watch()
         try:
             self.domain.request(f"run {number}", f"run-{number}", data, self.introduce)
         except XenstoreError as error:
             raise Error(f"the container's VM has no room for another process: {error}") from None
+        show_arguments(self.order.process.args)  # the VM works meanwhile
+        enter_cgroups(container.state.cgroups, self.log)
         if not self.order.is_patient:
             self.ending.deadline = time.monotonic() + EXEC_TIME_LIMIT
 
     def introduce(self, transaction: int) -> None:
         """Announce the consoles; and forget what the guest has told late of another process of that number."""
         self.xenstore.remove(f"{self.domain.path}/data/process/{self.number}", transaction)
+        self.xenstore.events.clear()  # of watches that have just been made
         for console in self.consoles:
             console.introduce(transaction)
 
@@ -7731,6 +7834,16 @@ def check_status(command: str, container: Container, status: str) -> None:
         raise Error(sentence.format(id=container.id, status=status))
 
 
+def read_object(path: str | int, what: str) -> JsonObject:
+    """The JSON object in a file, 0: on standard input.  what: it is, such as "the process".  Raise Error."""
+    name = path or "standard input"
+    with Attempt(f"read {what} from {name}", ValueError):
+        found = read_document(path)
+    if not isinstance(found, dict):
+        raise Error(f"{what} in {name} must be a JSON object")
+    return found
+
+
 # ---- create
 
 
@@ -7800,7 +7913,7 @@ def create(plan: Plan, pid_file: str | None) -> int:
         report = read_all(report_reader)
         if report != b"+":
             raise Error(f"cannot create container {container.id}: {report.decode() or 'its monitor was killed'}")
-        commit(container.load(), holder.pid, pid, pid_file, word.writer)
+        commit(container.load(), holder.pid, pid, pid_file, word.writer, log)
         return holder.pid
 
 
@@ -7810,11 +7923,12 @@ def remove_unmade(container: Container, log: Log) -> None:
         destroy(container.load(), log)
 
 
-def commit(container: Container, pid: int, monitor: int, pid_file: str | None, writer: int) -> None:
-    """create's part once the domain is built: hooks, pid file, state.  Raise Error."""
+def commit(container: Container, pid: int, monitor: int, pid_file: str | None, writer: int, log: Log) -> None:
+    """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error."""
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
+    plug_early(container, log)
     if pid_file:
         write_pid_file(pid_file, pid)
     try:
@@ -7826,6 +7940,19 @@ def commit(container: Container, pid: int, monitor: int, pid_file: str | None, w
         if isinstance(error, BrokenPipeError):
             raise Error(f"cannot create container {container.id}: its monitor was killed") from None
         raise
+
+
+def plug_early(container: Container, log: Log) -> None:
+    """Plug the network interfaces that are there already, while the VM boots.  Raise Error."""
+    if not may_have_interfaces(container.state):
+        return
+    try:
+        with Undo(log) as undo:
+            domain = container.domain()
+            plug(container, domain, undo)
+            domain.check()
+    except NotRunning:
+        pass  # it has ended: `start` says why
 
 
 def write_pid_file(path: str, pid: int) -> None:
@@ -7851,7 +7978,7 @@ def start(container: Container, log: Log) -> None:
         status = container.status()
         try:
             check_status("start", container, status)
-            begin(container, log)
+            domain = begin(container, log)
         except Error as error:
             reason = reason_of_end(container) if container.state.status == "created" else ""
             if reason and (status == "stopped" or isinstance(error, NotRunning)):
@@ -7859,7 +7986,7 @@ def start(container: Container, log: Log) -> None:
             raise error from None
     # without the lock: it may be killed meanwhile, and a hook may call runX
     if not container.state.starts_paused:
-        await_process(container)
+        await_process(container, domain)
     try:
         run_hooks(container, "poststart", "running")
     except Error:
@@ -7877,30 +8004,32 @@ def reason_of_end(container: Container) -> str:
         return ""
 
 
-def begin(container: Container, log: Log) -> None:
-    """Give the VM what it is to have by `start`, and have it go on.  Raise Error."""
+def begin(container: Container, log: Log) -> Domain:
+    """Give the VM what it is to have by `start`, and have it go on.  Return it.  Raise Error."""
     state = container.state
     if not state.startable:
         raise Error(f"cannot start container {container.id}: its config.json has no process")
     domain = container.domain()
     for kind, number in state.devices:  # of a `start` that was killed, or has failed
-        if [kind, number] not in STANDARD_DEVICES:
+        if [kind, number] not in STANDARD_DEVICES and kind != "vif":
             container.release(Device(domain, kind, number))
     with Undo(log) as undo:
         attach_disk(container, domain, undo)
-        words = ["disk"] if state.disk else []
-        words += ["network"] if plug(container, domain, undo) else []
+        told, words = plug(container, domain, undo), ["disk"] if state.disk else []
+        if told:  # to read messages takes no script
+            words.append("net" if told.keys().isdisjoint(("data/dhcp", "data/dns")) else "network")
         try:
-            container.switch(Domain.unpause if state.starts_paused else lambda vm: vm.start(words), status="running")
+            going = domain.unpause if state.starts_paused else lambda: domain.start(words, told)
+            container.switch(going, status="running")
         except BaseException:
             if container.unsettled():  # it was asked for: the VM may go on, and needs its devices
                 undo.keep()
             raise
+    return domain
 
 
-def await_process(container: Container) -> None:
+def await_process(container: Container, domain: Domain) -> None:
     """Return once the container's process is executed.  Raise Error, in runc's words, if it cannot be."""
-    domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
     xenstore, pidfd, error = domain.xenstore, container.open_pidfd(), ""
     xenstore.watch((f"{domain.path}/data/process/0", "process"))
     while pidfd is not None and not error:
@@ -8010,7 +8139,7 @@ def join_terminal(master: int) -> NoReturn:
 
 def forward_signals(pid: int) -> None:
     """What a person or a supervisor sends to `run` or `exec` goes to the process."""
-    import signal
+    signal = import_core("signal")
 
     def forward(number: int, _: object) -> None:
         try:
@@ -8066,7 +8195,7 @@ def make_order(call: Invocation, attached: bool) -> Order:
         if name.strip("/"):
             raise Error(f"cannot run it in the cgroup {printable(name)}: runX has only the container's own")
     spec, path = read_config(container.state.bundle), call.options.get("process", "")
-    asked = read_process(path) if path else ask_process(call, spec.section("process"))
+    asked = read_object(path, "the process") if path else ask_process(call, spec.section("process"))
     process, linux, warnings = parse_exec(spec, asked, path or "the process")
     for warning in warnings:
         call.log.about(container.id).warn(warning)
@@ -8074,17 +8203,6 @@ def make_order(call: Invocation, attached: bool) -> Order:
         container=container, number=0, process=process, words=exec_config(linux, process),
         console_socket=find_console_socket(call, process, attached), is_patient=False, log=call.log,
     )  # fmt: skip
-
-
-def read_process(path: str) -> JsonObject:
-    """The OCI process in a file.  Raise Error."""
-    try:
-        process = read_document(path)
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read the process from {path}: {error}") from None
-    if not isinstance(process, dict):
-        raise Error(f"the process in {path} must be a JSON object")
-    return process
 
 
 def check_exec(call: Invocation, container: Container) -> None:
@@ -8227,7 +8345,7 @@ def send_signal(container: Container, number: int, to_all: bool) -> None:
         container.tell_monitor(f"destroy {number}" if state.own_init else f"kill {number}")
         try:  # so that its last writes reach the host, if that can be
             if container.status() == "paused" and state.status == "running" and not state.own_init:
-                container.switch(Domain.unpause, paused=False)
+                container.switch(container.domain().unpause, paused=False)
         except Error:
             pass
     elif state.own_init:
@@ -8280,7 +8398,7 @@ def command_pause(call: Invocation) -> None:
         if container.state.status == "created" and container.state.starts_paused:  # it has none anyway
             container.save(paused=True)
         else:
-            container.switch(Domain.pause, paused=True)
+            container.switch(container.domain().pause, paused=True)
 
 
 def command_resume(call: Invocation) -> None:
@@ -8289,7 +8407,7 @@ def command_resume(call: Invocation) -> None:
         if container.state.status == "created" and container.state.starts_paused:
             container.save(paused=False)
         else:
-            container.switch(Domain.unpause, paused=False)
+            container.switch(container.domain().unpause, paused=False)
 
 
 def output_format(call: Invocation) -> str:
@@ -8415,8 +8533,7 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
     """The linux.resources that --resources and the other options ask for."""
     source, changes = options.get("resources"), {}
     if source:
-        with Attempt(f"read the resources from {source}", ValueError):
-            changes = Section(read_document(0 if source == "-" else source), f"the resources in {source}").values
+        changes = read_object(0 if source == "-" else source, "the resources")
     for name, (section, key) in UPDATE_OPTIONS.items():
         if name in options:
             values = Section(changes, "resources").section(section).values

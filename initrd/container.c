@@ -160,6 +160,7 @@ void run_process(const sigset_t *before)
 	init_root = check(open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), "open", "/");
 	write_proc("self/oom_score_adj", "0");	/* init and this program are spared when memory runs out */
 	apply_words();
+	read_ahead();
 	become_user();
 	run_hooks(before);
 	execute(before);

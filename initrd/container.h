@@ -39,6 +39,7 @@ void enter_rootfs(void);
 extern const struct keyword process_keywords[];
 
 void make_settings(size_t words);
+void read_ahead(void);
 void become_user(void);
 void execute(const sigset_t *before) __attribute__((noreturn));
 

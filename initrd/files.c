@@ -57,14 +57,26 @@ char *resolve(const char *path, int *missing)
 	return len ? found : strcpy(found, "/");
 }
 
-/* Makes a file, folder or node, and the folders above it that the image lacks; mode with the type. */
+static int make_one(const char *path, mode_t mode, dev_t device)
+{
+	return S_ISDIR(mode) ? mkdir(path, mode & 07777) : mknod(path, mode, device);
+}
+
+/*
+ * Makes a file, folder or node, and the folders above it that the image lacks; mode with the type.  First as if they
+ * were there: to make one that is asks the host.
+ */
 int make(char *path, mode_t mode, dev_t device)
 {
+	int result = make_one(path, mode, device);
+
+	if (result == 0 || errno != ENOENT)
+		return result;
 	for (char *slash = path; (slash = strchr(slash + 1, '/')); *slash = '/') {
 		*slash = 0;
 		mkdir(path, 0755);
 	}
-	return S_ISDIR(mode) ? mkdir(path, mode & 07777) : mknod(path, mode, device);
+	return make_one(path, mode, device);
 }
 
 /* ---- mounts and nodes ---- */

@@ -147,32 +147,56 @@ int watch_folder(const char *path)
 
 struct xs_header { uint32_t type, req_id, tx_id, len; };
 
-/* One request; the reply's payload goes to reply (NUL added).  Returns its length, or -1. */
-int xs_request(uint32_t type, const char *path, const char *value, char *reply)
-{
-	struct { struct xs_header header; char payload[XS_REPLY_MAX]; } message;
-	size_t path_len = strlen(path) + 1, value_len = strlen(value), have = 0;
-	int fd, len = -1;
+struct xs_message { struct xs_header header; char payload[XS_REPLY_MAX]; };
 
-	if (path_len + value_len > XS_PAYLOAD_MAX || (fd = open("/dev/xen/xenbus", O_RDWR | O_CLOEXEC)) < 0)
+/* Returns 0, or -1. */
+static int xs_send(int fd, uint32_t type, const char *path, const char *value)
+{
+	struct xs_message message;
+	size_t path_len = strlen(path) + 1, value_len = strlen(value);
+
+	if (path_len + value_len > XS_PAYLOAD_MAX)
 		return -1;
 	message.header = (struct xs_header){ .type = type, .len = path_len + value_len };
 	memcpy(message.payload, path, path_len);
 	memcpy(message.payload + path_len, value, value_len);
-	if (write(fd, &message, sizeof message.header + message.header.len) < 0)
-		goto out;
-	do {
-		ssize_t n = read(fd, (char *)&message + have, sizeof message.header + XS_PAYLOAD_MAX - have);
+	return write(fd, &message, sizeof message.header + message.header.len) < 0 ? -1 : 0;
+}
+
+static int read_exactly(int fd, void *buffer, size_t size)
+{
+	for (size_t have = 0; have < size;) {
+		ssize_t n = read(fd, (char *)buffer + have, size - have);
 		if (n <= 0)
-			goto out;
+			return -1;
 		have += n;
-	} while (have < sizeof message.header || have < sizeof message.header + message.header.len);
-	if (message.header.type == XS_ERROR)
-		goto out;
-	len = message.header.len;
-	memcpy(reply, message.payload, len);
-	reply[len] = 0;
-out:
+	}
+	return 0;
+}
+
+/* The payload of the next reply goes to reply (NUL added).  Returns its length, or -1. */
+static int xs_receive(int fd, char *reply)
+{
+	struct xs_message message;
+
+	if (read_exactly(fd, &message.header, sizeof message.header) < 0 || message.header.len > XS_PAYLOAD_MAX ||
+	    read_exactly(fd, message.payload, message.header.len) < 0 || message.header.type == XS_ERROR)
+		return -1;
+	memcpy(reply, message.payload, message.header.len);
+	reply[message.header.len] = 0;
+	return message.header.len;
+}
+
+static int xs_open(void)
+{
+	return open("/dev/xen/xenbus", O_RDWR | O_CLOEXEC);
+}
+
+/* One request, and what xs_receive() says of it. */
+int xs_request(uint32_t type, const char *path, const char *value, char *reply)
+{
+	int fd = xs_open(), len = xs_send(fd, type, path, value) < 0 ? -1 : xs_receive(fd, reply);
+
 	close(fd);
 	return len;
 }
@@ -211,6 +235,20 @@ static const char *node_of(const char *name)
 int tell(const char *name, const char *value)
 {
 	return process_number && is_withdrawn() ? -1 : xs_write(node_of(name), value);
+}
+
+/* The same, and lists a folder then, with one wait for both.  Returns -1 as tell(), else the length of the list. */
+int tell_and_list(const char *name, const char *value, const char *folder, char *reply)
+{
+	int fd = process_number && is_withdrawn() ? -1 : xs_open(), len = -1;
+
+	if (xs_send(fd, XS_WRITE, node_of(name), value) == 0 && xs_send(fd, XS_DIRECTORY, folder, "") == 0 &&
+	    xs_receive(fd, reply) >= 0) {
+		len = xs_receive(fd, reply);
+		len = len < 0 ? 0 : len;
+	}
+	close(fd);
+	return len;
 }
 
 /* Returns the value's length, or -1. */
@@ -320,10 +358,10 @@ static int wait_for(pid_t child)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-/* Has the script /sbin/setup do what this word says; returns its exit status. */
+/* Has the script /sbin/setup do what this word says, but for "net", which needs none; returns its exit status. */
 int set_up(const char *word)
 {
-	return wait_for(start_script("/sbin/setup", word));
+	return wait_for(start_script(strcmp(word, "net") ? "/sbin/setup" : "/sbin/net", word));
 }
 
 /* ---- init: PID 1 of the VM ---- */

@@ -50,6 +50,7 @@ int xs_request(uint32_t type, const char *path, const char *value, char *reply);
 int xs_write(const char *path, const char *value);
 int xs_watch(int fd, const char *path);
 int tell(const char *name, const char *value);
+int tell_and_list(const char *name, const char *value, const char *folder, char *reply);
 int ask(const char *name, char *reply);
 
 void unblock_signals(void);

@@ -50,8 +50,11 @@ static uint32_t await_interface(const char *mac, int links, int64_t end)
 	return found;
 }
 
-/* Sends a message, in hexadecimal with "@" for the interface's number, and dies if the kernel's answer is no. */
-static void send_message(int netlink, const char *hex, uint32_t interface)
+/*
+ * Sends a message, in hexadecimal with "@" for the interface's number, and dies if the kernel's answer is no.  Returns
+ * -1 if another interface has the name that this one is to get.
+ */
+static int send_message(int netlink, const char *hex, uint32_t interface)
 {
 	char message[XS_PAYLOAD_MAX / 2 + sizeof interface];
 	struct { struct nlmsghdr header; struct nlmsgerr error; char more[sizeof message]; } answer;
@@ -69,8 +72,11 @@ static void send_message(int netlink, const char *hex, uint32_t interface)
 	}
 	check(send(netlink, message, len, 0), "send rtnetlink message", hex);
 	check(recv(netlink, &answer, sizeof answer, 0), "get the answer to rtnetlink message", hex);
+	if (answer.error.error == -EEXIST && answer.error.msg.nlmsg_type == RTM_NEWLINK)
+		return -1;
 	if (answer.error.error)
 		refuse(-answer.error.error, "apply rtnetlink message", hex);
+	return 0;
 }
 
 static int open_netlink(int flags, uint32_t groups)
@@ -100,7 +106,8 @@ int net_main(void)
 		uint32_t interface = await_interface(strtok(text, " "), links, end);
 		for (char *word; (word = strtok(NULL, " "));) {
 			if (!(value = strchr(word, '='))) {
-				send_message(netlink, word, interface);
+				while (send_message(netlink, word, interface) < 0)	/* it is about to go */
+					await_event(links, -1, end, "an interface that is gone keeps its name");
 			} else {
 				*value++ = 0;
 				write_at(proc, word, value);	/* what this kernel has not, it need not be told */

@@ -332,6 +332,41 @@ static void enter_cwd(void)
 	die_in_words(CANNOT_EXECUTE, operation, strerror(errno));
 }
 
+enum { AHEAD_MAX = 2 << 20, AHEAD_STEP = 128 << 10 };	/* bytes; the kernel takes no more at once */
+
+/* Has the kernel read the beginning of a regular file meanwhile.  Returns whether it is one. */
+static int read_file_ahead(const char *path)
+{
+	struct stat st;
+	int fd;
+
+	if (stat(path, &st) < 0 || !S_ISREG(st.st_mode) || (fd = open(path, O_RDONLY | O_CLOEXEC)) < 0)
+		return 0;
+	for (off_t at = 0; at < st.st_size && at < AHEAD_MAX; at += AHEAD_STEP)
+		posix_fadvise(fd, at, AHEAD_STEP, POSIX_FADV_WILLNEED);
+	close(fd);
+	return 1;
+}
+
+/* The program, so that it need not ask the host for one piece after the other.  Whether it is there is not judged. */
+void read_ahead(void)
+{
+	const char *name = settings.args[0], *path = "/bin:/usr/bin";
+	char *left, *folder;
+
+	if (!name || strchr(name, '/')) {
+		if (name && *name == '/')
+			read_file_ahead(name);
+		return;
+	}
+	for (char **variable = settings.env; *variable; variable++)
+		if (!strncmp(*variable, "PATH=", 5))
+			path = *variable + 5;
+	for (left = concatenate(path, "", ""); (folder = strsep(&left, ":"));)
+		if (*folder == '/' && read_file_ahead(concatenate(folder, "/", name)))
+			return;
+}
+
 /* The order is capabilities(7)'s: the bounding set while we may, the rest once the user is what it will be. */
 void become_user(void)
 {

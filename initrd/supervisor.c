@@ -100,9 +100,8 @@ static void announce(pid_t pid)
 	char reply[XS_REPLY_MAX];
 
 	check(note_process(process_number, pid, getpid()), "write", PROCESSES);
-	check(tell("ready", "1"), "write", "data/process");
-	/* what the host asked for before it could ring */
-	if (xs_request(XS_DIRECTORY, "data/request", "", reply) > 0)
+	/* and what the host asked for before it could ring */
+	if (check(tell_and_list("ready", "1", "data/request", reply), "write", "data/process") > 0)
 		check(start_script("/sbin/poweroff", NULL), "fork", "/sbin/poweroff");
 }
 
@@ -142,14 +141,17 @@ static int is_connected(const char *state)
 static void mount_share(void)
 {
 	static const char fuse[] = "device/fuse/0/state", ninep[] = "device/9pfs/0/state";
-	int watch = xs_watch(xs_watch(-1, fuse), ninep), result;
+	int watch = -1, is_fuse, result;
 	int64_t end = in_seconds(DEVICE_WAIT);
 
-	while (!is_connected(fuse) && !is_connected(ninep))
-		await_event(watch, -1, end, "the container's files are not there: nobody serves them, or the kernel "
-			    "has no driver for them");
+	while (!(is_fuse = is_connected(fuse)) && !is_connected(ninep))
+		if (watch < 0)	/* and look once more: nothing is missed then */
+			watch = xs_watch(xs_watch(-1, fuse), ninep);
+		else
+			await_event(watch, -1, end, "the container's files are not there: nobody serves them, or the "
+				    "kernel has no driver for them");
 	close(watch);
-	result = is_connected(fuse) ? mount("share", SHARE, "xenfuse", 0, "") :
+	result = is_fuse ? mount("share", SHARE, "xenfuse", 0, "") :
 		 mount("share", SHARE, "9p", 0, "trans=xen,version=9p2000.L,msize=131072,cache=mmap");
 	if (result < 0)
 		die_as(CANNOT_START, "mount", "the share");
@@ -168,12 +170,14 @@ static void await_disk(void)
 /* Waits for the container's start, however long; what is to be set up then are words. */
 static void await_start(void)
 {
-	int watch = xs_watch(-1, "data/process/0/start");
 	char words[XS_REPLY_MAX];
+	int watch = -1;
 
 	while (ask("start", words) <= 0)
-		await_event(watch, -1, -1, NULL);
-	close(watch);
+		if (watch < 0)
+			watch = xs_watch(-1, "data/process/0/start");	/* it stays: its end is a question to the host */
+		else
+			await_event(watch, -1, -1, NULL);
 	for (char *word = strtok(words, " "); word; word = strtok(NULL, " ")) {
 		if (!strcmp(word, "disk"))
 			await_disk();
@@ -196,7 +200,7 @@ int supervise(void)
 	check(prctl(PR_SET_CHILD_SUBREAPER, 1), "become", "a subreaper");	/* orphans are waited for too */
 	pid = start_process(load_config(), &before, &child);
 	input = open_console(1, end);
-	output = open_console(1, end);
+	output = check(fcntl(input, F_DUPFD_CLOEXEC, 0), "open", "the console");
 	set_consoles(input, output, open_console(2, end));
 	start_loopback();
 	if (!is_there(SHARE "/rootfs"))	/* they are not in the ramdisk */

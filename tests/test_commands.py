@@ -453,7 +453,7 @@ def test_the_holder_is_in_the_containers_namespaces_and_files(dom0):
 
 def test_a_state_of_an_older_runx_goes_on(dom0):
     """Keys that it has not written: start, update and delete do without."""
-    for keys in (("networks", "namespace", "resources", "vbds", "disk", "rate", "joined", "base"), ("monitor", "boot"),
+    for keys in (("networks", "namespace", "resources", "vbds", "disk", "rate", "plugged", "base"), ("monitor", "boot"),
                  ("cgroups", "hostname", "maxmem", "maxvcpus")):  # fmt: skip
         container = dom0.container("wait").created()
         container.store(lambda state, keys=keys: [state.pop(key, None) for key in (*keys, "version")])

@@ -258,6 +258,9 @@ def console(monkeypatch):
         xenstore = Frontend({"state": "3", "ring-ref": "8", "port": "5"})
         console = runx.Console(runx.Domain(xenstore, 7, ""), 1, Channels())
         console.follow()
+        assert console.xenstore["state"] == "3"
+        for _ in range(2):
+            console.confirm()
     # struct ioctl_gntdev_map_grant_ref: count, padding, index, and one domid with one reference
     assert requests == [(0x184700, b"\1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\7\0\0\0\10\0\0\0")]
     assert console.channels.bound == [(7, 5)] and console.xenstore["state"] == "4"

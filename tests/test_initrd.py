@@ -2,6 +2,7 @@
 """The guest's init: it builds with any libc, and its parts that need no VM do what they say, in a root folder that the
 test makes."""
 
+import errno
 import fcntl
 import os
 import re
@@ -110,6 +111,8 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[1], "resolve")) {
 		char *found = resolve(word[0], &missing);
 		printf("%s %d", found, missing);
+	} else if (!strcmp(argv[1], "make")) {
+		return make(word[0], S_IFREG | 0600, 0) < 0 ? errno : 0;
 	} else {
 		apply_mask(word);
 	}
@@ -201,6 +204,14 @@ def test_a_path_without_an_end_is_refused(files, root, link, path, reason):
     (root / "link").symlink_to(link)
     result = run_in(root, files, "resolve", path)
     assert (result.returncode, result.stderr) == (126, f"follow {path}: {reason}\n")
+
+
+@pytest.mark.parametrize(
+    "path, result", [("/folder/new", 0), ("/no/such/new", 0), ("/file", errno.EEXIST), ("/file/new", errno.ENOTDIR)]
+)
+def test_what_is_made_comes_with_the_folders_above_it(files, root, path, result):
+    assert run_in(root, files, "make", path).returncode == result
+    assert result or (root / path[1:]).is_file()
 
 
 def test_what_is_to_be_masked_may_be_missing_but_not_unknown(files, root):

@@ -90,6 +90,7 @@ def test_the_vm_takes_over_the_interface_of_the_engines_namespace(dom0, ip, engi
     assert (nodes[f"{back}/mac"], nodes[f"{front}/mac"], nodes[f"{front}/handle"]) == (MAC, MAC, "0")
     assert (nodes[f"{back}/hotplug-status"], nodes[f"{back}/online"]) == ("connected", "1")
     assert nodes[f"/libxl/{domid}/device/vif/0/backend"] == back
+    assert nodes[f"/local/domain/{domid}/data/process/0/start"] == "net"
     words = told(container)[MAC.replace(":", "")]
     text = " ".join(words)
     assert (
@@ -97,7 +98,7 @@ def test_the_vm_takes_over_the_interface_of_the_engines_namespace(dom0, ip, engi
     )
     assert ipaddress.ip_address("10.9.0.1").packed.hex() in text and "020000000009" in text
     assert b"eth0\0".hex() in text and "sys/net/ipv6/conf/eth0/accept_dad=0" in words
-    assert container.stored()["joined"] == ["eth0"]
+    assert [vif["device"] for vif in container.stored()["plugged"]] == ["eth0"]
     dom0.run(*container.words("kill", container.id, "TERM"))
     finish(container, 143)
     assert set(links(ip, "engine")) == {"lo", "eth0"}
@@ -109,6 +110,15 @@ def test_a_namespace_belongs_to_one_vm(dom0, engines):
     assert first.runx("delete", "--force").returncode == 0
     second.created()
     assert second.runx("delete").returncode == 0
+
+
+def test_an_empty_namespace_asks_xenstore_nothing(dom0):
+    container = dom0.container("wait", linux={"namespaces": namespaces()}).created()
+    dom0.forget()
+    assert container.runx("start").stderr == ""
+    assert not [call for call in dom0.calls("xenstore") if "/vif" in call]
+    assert dom0.nodes()[f"/local/domain/{container.domid()}/data/process/0/start"] == "-"
+    assert container.runx("delete", "--force").returncode == 0
 
 
 def test_what_a_hook_puts_into_the_containers_own_namespace(dom0, ip):
@@ -125,8 +135,96 @@ def test_what_a_hook_puts_into_the_containers_own_namespace(dom0, ip):
     finish(container, 143)
 
 
-def test_a_start_with_an_interface_that_xenstore_fails_can_be_done_again(dom0, engines):
+def vifs(container):
+    """The numbers of those that the VM has."""
+    home = f"/local/domain/{container.domid()}/device/vif/"
+    return sorted({int(node[len(home) :].split("/")[0]) for node in container.dom0.nodes() if node.startswith(home)})
+
+
+def add(ip, name, mac):
+    """One more interface of the engine's."""
+    ip("link", "add", f"our-{name}", "type", "veth", "peer", "name", name, "address", mac, "netns", "engine")
+    ip("-n", "engine", "link", "set", name, "up")
+
+
+def test_what_is_there_when_create_ends_is_plugged_then(dom0, ip, engines):
     container = engines("wait").created()
+    vif = f"vif{container.domid()}.0"
+    assert vifs(container) == [0] and "UP" in links(ip, "engine")[vif]["flags"]
+    assert told(container) == {}  # until `start` it may change
+    dom0.forget()
+    assert container.runx("start").stderr == ""
+    assert vifs(container) == [0] and list(told(container)) == [MAC.replace(":", "")]
+    assert not [call for call in dom0.calls("xenstore") if "write" in call and "/vif/" in call]
+    assert container.runx("delete", "--force").returncode == 0
+    assert set(links(ip, "engine")) == {"lo", "eth0"}
+
+
+def test_a_created_container_that_is_deleted_leaves_no_interface(dom0, ip, engines):
+    container = engines().created()
+    assert vifs(container) == [0]
+    assert container.runx("delete").returncode == 0
+    assert set(links(ip, "engine")) == {"lo", "eth0"}
+
+
+def test_start_plugs_what_is_new_and_unplugs_what_has_gone(dom0, ip, engines):
+    container = engines("wait").created()
+    ip("-n", "engine", "link", "delete", "eth0")
+    add(ip, "eth1", "02:00:00:00:00:11")
+    add(ip, "eth0", "02:00:00:00:00:10")
+    assert container.runx("start").stderr == ""
+    assert vifs(container) == [1, 2]
+    assert [vif["device"] for vif in container.stored()["plugged"]] == ["eth0", "eth1"]
+    domid = container.domid()
+    assert set(links(ip, "engine")) == {"lo", "eth0", "eth1", f"vif{domid}.1", f"vif{domid}.2"}
+    assert sorted(told(container)) == ["020000000010", "020000000011"]
+    assert container.runx("delete", "--force").returncode == 0
+    assert set(links(ip, "engine")) == {"lo", "eth0", "eth1"}
+
+
+def test_what_the_engine_changes_before_start_is_what_the_guest_is_told(dom0, ip, engines):
+    container = engines("wait").created()
+    for words in (["address", "add", "10.9.0.77/24", "dev", "eth0"], ["link", "set", "eth0", "mtu", "1300"]):
+        ip("-n", "engine", *words)
+    assert container.runx("start").stderr == ""
+    assert vifs(container) == [0] and links(ip, "engine")[f"vif{container.domid()}.0"]["mtu"] == 1300
+    assert ipaddress.ip_address("10.9.0.77").packed.hex() in " ".join(*told(container).values())
+    assert container.runx("delete", "--force").returncode == 0
+
+
+def test_a_vm_that_ends_while_its_interfaces_are_plugged_is_a_stopped_container(dom0, ip, engines):
+    container = engines()
+    dom0.ask("deaf", True)
+    create = container.start_runx("create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file))
+    dom0.ask("await_calls", "xenstore", "/device/vif/0")
+    dom0.ask("end", container.domid(), "c")
+    dom0.ask("deaf", False)
+    assert create.wait().returncode == 0
+    assert (container.wait(), [node for node in dom0.nodes() if "/vif/" in node]) == (255, [])
+    reason = "cannot start a container that has stopped: the VM crashed"
+    assert container.runx("start").stderr == f"runX: {reason}\n"
+    assert container.runx("delete").returncode == 0
+    assert set(links(ip, "engine")) == {"lo", "eth0"}
+
+
+@pytest.mark.parametrize("how, step", [("EIO", 2), ("kill", 5)])
+def test_a_create_that_fails_or_is_killed_while_it_plugs_leaves_nothing(dom0, engines, how, step):
+    def life(arm):
+        container = engines("wait")
+        arm()
+        result = container.create()
+        dom0.forget()
+        assert result.returncode == -9 or is_sentence(result, container)
+        assert container.runx("delete", "--force").returncode == 0, container.log_text()
+
+    try_each(dom0, lambda nth: dom0.fail("xenstore", nth, how, match="/vif/"), life, step)
+
+
+def test_a_start_with_an_interface_that_xenstore_fails_can_be_done_again(dom0, ip, engines):
+    ip("-n", "engine", "link", "set", "eth0", "down")
+    ip("-n", "engine", "address", "flush", "dev", "eth0")
+    container = engines("wait").created()
+    ip("-n", "engine", "link", "set", "eth0", "up")
     dom0.armed = dom0.spared = False
     for nth in itertools.count(1):
         dom0.forget()
@@ -143,8 +241,9 @@ def test_a_start_with_an_interface_that_xenstore_fails_can_be_done_again(dom0, e
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["not done", "done"])
-def test_a_start_that_fails_or_is_killed_keeps_the_interface_for_a_vm_that_may_go_on(dom0, engines, done):
+def test_a_start_that_fails_or_is_killed_keeps_the_interface_for_a_vm_that_may_go_on(dom0, ip, engines, done):
     container = engines("wait").created()
+    add(ip, "eth1", "02:00:00:00:00:11")
     for number in (1, 2):  # when these are connected, no transaction is the monitor's
         dom0.ask("await_node", f"/local/domain/0/backend/console/{container.domid()}/{number}/state", "4")
     dom0.fail("xenstore", 2, "kill" if done else "EIO", done, "transaction_end")  # the first makes the interface
@@ -152,18 +251,25 @@ def test_a_start_that_fails_or_is_killed_keeps_the_interface_for_a_vm_that_may_g
     dom0.forget()
     assert container.status() == ("running" if done else "created")
     assert done or container.runx("start").stderr == ""
-    assert dom0.nodes()[f"/local/domain/0/backend/vif/{container.domid()}/0/hotplug-status"] == "connected"
+    assert vifs(container) == [0, 1]
     assert container.runx("delete", "--force").returncode == 0
 
 
-def test_a_netback_that_makes_no_vif_is_told(dom0, engines):
+def test_a_netback_that_makes_no_vif_is_told(dom0, ip, engines):
     dom0.constants["VIF_TIME_LIMIT"] = 0.05
+    reason = "in 0.05 s: is its module xen-netback loaded?"
+    dom0.ask("deaf", True)
+    container = engines("wait")
+    assert reason in container.create().stderr
+    assert (container.runx("state").returncode, set(links(ip, "engine"))) == (1, {"lo", "eth0"})
+    dom0.ask("deaf", False)
     container = engines("wait").created()
+    add(ip, "eth1", "02:00:00:00:00:11")
     dom0.ask("deaf", True)
     result = container.runx("start")
     dom0.ask("deaf", False)
-    assert "has not made vif" in result.stderr and "is its module xen-netback loaded?" in result.stderr
-    assert container.status() == "created"
+    assert "has not made vif" in result.stderr and reason in result.stderr
+    assert (container.status(), vifs(container)) == ("created", [0])
     assert container.runx("delete").returncode == 0
 
 
@@ -228,6 +334,7 @@ def calls(dom0):
 def test_a_port_of_a_bridge_with_an_address_of_an_ipam_plugin(dom0, ip, networks):
     container = networks(BRIDGE).created()
     assert [call[0] for call in calls(dom0)] == ["ADD"]
+    assert vifs(container) == [0]
     assert container.runx("start").stderr == ""
     domid = container.domid()
     vif, bridge = links(ip)[f"vif{domid}.0"], links(ip)["br7"]
@@ -240,6 +347,7 @@ def test_a_port_of_a_bridge_with_an_address_of_an_ipam_plugin(dom0, ip, networks
     for address in ("10.7.0.5", "10.7.0.1"):
         assert ipaddress.ip_address(address).packed.hex() in " ".join(words)
     assert sorted(nodes[f"/local/domain/{domid}/data/dns"].splitlines()) == ["nameserver 10.7.0.1", "search here"]
+    assert nodes[f"/local/domain/{domid}/data/process/0/start"] == "network"  # and a resolv.conf
     assert ["resolv_conf", []] in container.guest()["records"]
     dom0.run(*container.words("kill", container.id, "TERM"))
     finish(container, 143)

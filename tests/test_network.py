@@ -718,9 +718,10 @@ def plugged(namespaces, tmp_path):
     container.reserve()
 
     def plug(**state):
-        container.save(**{"uuid": "u", "domid": 7, "hostname": "box", "joined": ["of an earlier start"], **state})
+        container.save(**{"uuid": "u", "domid": 7, "hostname": "box", **state})
         with runx.Undo(runx.Log(str(tmp_path / "log"))) as undo:
-            runx.plug(container, runx.Domain(store, 7, "u"), undo)
+            told = runx.plug(container, runx.Domain(store, 7, "u"), undo)
+            store.nodes.update((f"/local/domain/7/{node}", value) for node, value in told.items())
         return store, container
 
     plug.store, plug.container = store, container
@@ -731,6 +732,11 @@ def told(store):
     """The texts for the guest, in order."""
     folder = "/local/domain/7/data/network"
     return [store.nodes[f"{folder}/{number}"] for number in range(len(store.list(folder)))]
+
+
+def joined(container):
+    """The links that the container's vifs are joined to, in the order of their numbers."""
+    return [vif["device"] for vif in sorted(container.state.plugged, key=lambda vif: vif["number"])]
 
 
 def ping(address):
@@ -753,7 +759,7 @@ def test_ports_of_a_bridge_reach_it(namespaces, plugged):
             "dns": {}}  # fmt: skip
     plugged.store.nodes["/libxl/7/device/vif/0/frontend"] = ""  # a vif of xl's settings
     store, container = plugged(networks=[static, dhcp])
-    assert container.state.devices == [["vif", 1], ["vif", 2]] and container.state.joined == []
+    assert container.state.devices == [["vif", 1], ["vif", 2]] and joined(container) == ["", ""]
     backend = "/local/domain/0/backend/vif/7"
     nodes = {
         key: store.nodes.get(f"{backend}/1/{key}") for key in ("mac", "bridge", "rate", "script", "type", "online")
@@ -768,8 +774,8 @@ def test_ports_of_a_bridge_reach_it(namespaces, plugged):
     data = "/local/domain/7/data"
     assert [store.nodes[f"{data}/{key}"] for key in ("hostname", "dhcp", "dns")] == ["box", "eth2", "domain x\n"]
     texts = told(store)
-    assert [text.split()[0] for text in texts] == ["020000000906", "020000000905"]  # the last one first
-    assert "sys/net/ipv6/conf/eth1/accept_ra=0" in texts[1] and "accept_ra" not in texts[0]
+    assert [text.split()[0] for text in texts] == ["020000000905", "020000000906"] * 2  # first out of each other's way
+    assert "sys/net/ipv6/conf/eth1/accept_ra=0" in texts[2] and "accept_ra" not in texts[3]
     for text in texts:
         mac, *words = text.split()
         apply(words, namespaces, mac)
@@ -843,25 +849,25 @@ def engine(namespaces):
 
 def test_the_engines_links_forward_to_the_vifs(namespaces, plugged, engine, monkeypatch):
     process, path = engine
-    joined = []
-    monkeypatch.setattr(runx, "redirect", lambda netlink, *numbers: joined.append(numbers))
+    redirected = []
+    monkeypatch.setattr(runx, "redirect", lambda netlink, *numbers: redirected.append(numbers))
     network = {**ATTACHMENT, "namespace": path, "interface": "eth2", "bridge": "", "addresses": ["10.9.0.5/24"],
                "gateways": ["10.9.0.1"], "rate": "5,10", "dhcp": True}  # fmt: skip
     store, container = plugged(namespace="", pid=process.pid, networks=[network], rate="7,8")
     numbers = {link["ifname"]: link["ifindex"] for link in ip("link show", path)}
     assert {"vif7.0", "vif7.1", "vif7.2"} <= set(numbers)
     # eth0 and eth2 of the engine's, and eth1 of the network's
-    assert joined == [(numbers[name], numbers[f"vif7.{n}"]) for n, name in enumerate(("eth0", "eth2", "eth2"))]
-    assert container.state.joined == ["eth0", "eth2", "eth2"]
+    assert redirected == [(numbers[name], numbers[f"vif7.{n}"]) for n, name in enumerate(("eth0", "eth2", "eth2"))]
+    assert joined(container) == ["eth0", "eth2", "eth2"]
     moved = ip("-d link show dev vif7.1", path)[0]
     assert moved["mtu"] == 1400 and "UP" in moved["flags"] and moved["inet6_addr_gen_mode"] == "none"
     backend = "/local/domain/0/backend/vif/7"
     assert [store.nodes[f"{backend}/{number}/rate"] for number in range(3)] == ["7,8", "5,10", "7,8"]
     assert f"{backend}/0/bridge" not in store.nodes
     assert store.nodes["/local/domain/7/data/dhcp"] == "eth1"
-    assert [text.split()[0] for text in told(store)] == ["020000000022", "020000000022", "020000000020"]
-    assert told(store)[0].split()[1] != told(store)[1].split()[1]  # their names
-    mac, *words = told(store)[2].split()
+    assert [text.split()[0] for text in told(store)] == ["020000000020", "020000000022", "020000000022"] * 2
+    assert len({text.split()[1] for text in told(store)}) == 6  # their names
+    mac, *words = told(store)[3].split()
     apply(words, namespaces, mac)
     assert [each["local"] for each in addresses_of("eth0", namespaces)] == ["10.4.0.1"]
 
@@ -875,11 +881,45 @@ def ended(monkeypatch):
     return numbers
 
 
-def test_what_a_start_that_was_killed_has_redirected_is_ended(plugged, engine, ended):
+def test_what_a_start_of_an_older_runx_has_redirected_is_ended(plugged, engine, ended):
     process, path = engine
-    _, container = plugged(namespace=path, pid=process.pid, joined=["eth2"])
-    assert ended == [ip("link show dev eth2", path)[0]["ifindex"]]
-    assert container.state.joined == ["eth0", "eth2"]
+    state = {"pid": process.pid, "pid_start_time": 1, "namespace": path, "joined": ["eth2"]}
+    runx.fill_up(state)
+    _, container = plugged(namespace=path, pid=process.pid, plugged=state["plugged"])
+    assert ended == [index_of("eth2", path)]
+    assert joined(container) == ["eth0", "eth2"]
+
+
+def index_of(device, namespace):
+    return ip(f"link show dev {device}", namespace)[0]["ifindex"]
+
+
+def test_only_what_has_changed_is_plugged_again(plugged, engine, ended):
+    """As between `create` and `start`: one link gone, one new, one made again, one of another MTU."""
+    process, path = engine
+    ip("link add eth1 up address 02:00:00:00:00:21 type veth peer name out1", path)
+    store, container = plugged(namespace=path, pid=process.pid)
+    assert container.state.devices == [["vif", 0], ["vif", 1], ["vif", 2]] and ended == []
+    first = index_of("eth1", path), index_of("eth2", path)
+    for line in (
+        "link del eth0", "link del eth1", "link set eth2 mtu 1300",
+        "link add eth1 up address 02:00:00:00:00:21 type veth peer name out1",
+        "link add eth3 up address 02:00:00:00:00:23 type veth peer name out3",
+    ):  # fmt: skip
+        ip(line, path)
+    backends = set(store.list("/local/domain/0/backend/vif/7"))
+    plugged()
+    assert container.state.devices == [["vif", 1], ["vif", 2], ["vif", 3]]
+    assert joined(container) == ["eth1", "eth2", "eth3"]
+    # nobody is joined to what is gone; the two others let go of both ends, and are joined anew
+    assert ended == [index_of(name, path) for name in ("vif7.0", "eth1", "vif7.1", "eth2", "vif7.2")]
+    assert first[0] != index_of("eth1", path) and first[1] == index_of("eth2", path)
+    assert ip("link show dev vif7.2", path)[0]["mtu"] == 1300
+    assert (backends, set(store.list("/local/domain/0/backend/vif/7"))) == ({"0", "1", "2"}, {"1", "2", "3"})
+    assert [text.split()[0] for text in told(store)] == ["020000000021", "020000000022", "020000000023"] * 2
+    del ended[:]
+    plugged()
+    assert ended == [] and joined(container) == ["eth1", "eth2", "eth3"]
 
 
 def test_a_redirection_that_cannot_be_stored_is_ended(plugged, engine, ended, monkeypatch):
@@ -887,14 +927,15 @@ def test_a_redirection_that_cannot_be_stored_is_ended(plugged, engine, ended, mo
     save = runx.Container.save
 
     def save_no_link(container, **changes):
-        if changes.get("joined", container.state.joined):
+        if container.state.plugged:
             raise runx.Error("no space")
         save(container, **changes)
 
     monkeypatch.setattr(runx.Container, "save", save_no_link)
     with pytest.raises(runx.Error, match="no space"):
-        plugged(namespace=path, pid=process.pid, joined=[])
-    assert ended == [ip("link show dev eth0", path)[0]["ifindex"]]
+        plugged(namespace=path, pid=process.pid)
+    assert ended == [index_of("eth0", path), index_of("vif7.0", path)]
+    assert plugged.container.state.devices == plugged.container.state.plugged == []
 
 
 def test_two_of_one_name_are_refused(plugged, engine):
@@ -939,15 +980,18 @@ def test_ends_of_a_redirection(namespaces):
     ingress = (0, netlink.find_link("eth0").index, runx.INGRESS_HANDLE, runx.TC_H_INGRESS, 0)
     look = lambda: call("tc", "qdisc", "show", "dev", "eth0").stdout  # noqa: E731
 
+    vif = {"number": 0, "mac": "", "mtu": 0, "namespace": "/proc/0/ns/net", "index": 0}
+    both = [{**vif, "device": name} for name in ("gone", "eth0")]
+
     def end(**state):
-        runx.end_redirects(runx.State(**{"domid": 7, "joined": ["gone", "eth0"], "namespace": namespaces, **state}))
+        runx.end_redirects(runx.State(**{"domid": 7, "plugged": both, "namespace": namespaces, **state}))
         return b"ingress" not in runx.in_namespace(namespaces, look)
 
     netlink.request(runx.Message(runx.RTM_NEWQDISC, ingress, {runx.TCA_KIND: "ingress"}), runx.NLM_F_CREATE)
     assert not end(namespace="") and not end(namespace="/gone") and not end(namespace=None)
     assert not end()  # vif8 is another VM's
     ip("link set vif8 name other", namespaces)
-    assert not end(joined=[])
+    assert not end(plugged=[{**vif, "device": ""}])
     assert end() and end()
 
 

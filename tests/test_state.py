@@ -306,7 +306,7 @@ TEXTS = [
 
 
 CHANGES = [
-    {"monitor": 5}, {"monitor": ["x", 1]}, {"domid": None}, {"pid": True, "boot": 1}, {"hooks": []}, {"joined": 5},
+    {"monitor": 5}, {"monitor": ["x", 1]}, {"domid": None}, {"pid": True, "boot": 1}, {"hooks": []}, {"plugged": 5},
     {"devices": [{}]}, {"devices": [["vif", "0"]]}, {"version": "1"}, {"version": -1}, {"namespace": 1}, {"disk": []},
 ]  # fmt: skip
 

@@ -45,6 +45,8 @@ class Guest:
         while unconnected := [console for console in consoles if console.page is None]:
             self.xenstore.take_events()
             unconnected[0].follow()
+        for console in consoles:
+            console.confirm()
         return consoles
 
     def withdraw(self, consoles, told=False):

@@ -33,6 +33,7 @@ from conftest import (
     processes,
     wait_for,
     wait_in,
+    wait_in_xenstore,
     wait_until,
 )
 from test_xen_config import DATA, DEFAULT_CAPABILITIES, REPORT, compare, report, report_config
@@ -78,10 +79,11 @@ class Box(Bundle):
         assert (result.returncode, result.stderr) == (0, b""), result
         return result.stdout.decode()
 
-    def begin(self, script):
+    def begin(self, script, options=()):
         """Start a script with three pipes; return the process of `exec`."""
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.begun.append(subprocess.Popen(self.exec_command("sh", "-c", script), bufsize=0, **pipes))
+        command = self.exec_command("sh", "-c", script, options=options)
+        self.begun.append(subprocess.Popen(command, bufsize=0, **pipes))
         return self.begun[-1]
 
     def end_begun(self):
@@ -396,6 +398,21 @@ def test_it_ends_with_the_container_and_only_a_running_one_takes_it(own):
     wait_for(pidfd)  # no namespace ends before all of its processes are reaped
     wait_until(lambda: own.state()["status"] == "stopped", "the container to be stopped")  # runc asks its cgroup
     assert own.refuse("true") == "exec failed: cannot exec in a stopped container"
+
+
+def test_one_that_ignores_a_pause_is_executed_when_that_ends(own):
+    spec = in_memory(config("sleep", "1000"))
+    spec["linux"] = {"namespaces": namespaces()}
+    own.started(spec)
+    own.succeed("pause")
+    waiting = own.begin("echo begun; exit 4", options=["--ignore-paused"])
+    if own.runtime == "runX":  # the VM has been asked
+        request = f"/local/domain/{own.domain()}/data/request/run-1"
+        wait_in_xenstore(request, lambda: runx.Xenstore().read(request), "the request")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1)
+    own.succeed("resume")
+    assert (waiting.communicate(timeout=60), waiting.returncode) == ((b"begun\n", b""), 4)
 
 
 REFS = ("ring-ref", "port")  # of a console: its grant and its event channel

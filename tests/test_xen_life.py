@@ -17,6 +17,7 @@ from conftest import (
     call,
     config,
     in_memory,
+    namespaces,
     processes,
     runx_command,
     wait_for,
@@ -309,6 +310,35 @@ def test_a_signal_sent_before_the_process_runs_is_not_lost(bundle):
     pidfd = bundle.started(in_memory(config("sleep", "1000")))
     bundle.succeed("kill", "TERM")
     wait_for(pidfd)
+
+
+@pytest.mark.parametrize("runtime", ["runc", "runX"])
+def test_a_signal_right_after_start_meets_a_process_that_handles_it(bundle, runtime):
+    """The OCI validation suite's killsig (opencontainers/runtime-tools, validation/killsig): three lives of one id."""
+    if not shutil.which(runtime):
+        pytest.skip(f"needs {runtime}, to compare with")
+
+    def call_it(*words, **options):
+        result = call(runtime, "--root", str(bundle.root), *words, **options)
+        assert result.returncode == 0 and not result.stderr, (words, result)
+        return result.stdout
+
+    bundle.add_applets("touch")
+    for name in ("TERM", "USR1", "USR2"):
+        spec = config("sh", "-c", f"trap 'touch /{name}' {name}; sleep 10 & wait $!")
+        spec["linux"] = {"namespaces": namespaces()}
+        bundle.write_config(spec)
+        options = ["--bundle", str(bundle.folder), "--pid-file", str(bundle.pid_file)]
+        call_it("create", *options, bundle.id, capture_output=False, stdout=subprocess.DEVNULL)
+        pidfd = os.pidfd_open(bundle.pid())
+        call_it("start", bundle.id)
+        assert json.loads(call_it("state", bundle.id))["status"] == "running"
+        call_it("kill", bundle.id, name)
+        wait_for(pidfd)
+        os.close(pidfd)
+        assert json.loads(call_it("state", bundle.id))["status"] == "stopped"
+        call_it("delete", bundle.id)
+        assert (bundle.rootfs / name).exists()
 
 
 # ---- ends

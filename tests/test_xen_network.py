@@ -15,7 +15,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_in, wait_until
+from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_in, wait_in_xenstore, wait_until
 
 import runx
 
@@ -347,6 +347,53 @@ def test_the_engines_namespace_moves_into_the_vm_and_back_and_no_second_vm_gets_
     second.succeed("delete", "--force")
     inside = call("ip", "netns", "exec", "test", "busybox", "ping", "-c", "1", "-w", "5", "10.77.0.1")
     assert inside.returncode == 0, inside
+
+
+def test_what_comes_and_goes_between_create_and_start(bundle, network, namespace):
+    """Of the engine's interfaces the first is plugged by `create`; the names that the VM's kernel gives are others'."""
+    for command in (
+        "-n test link set eth3 down", "-n test link set eth3 name eth1", "-n test link set eth1 up",
+        "-n test address add 10.77.0.33/24 dev eth1",
+    ):  # fmt: skip
+        assert call("ip", *command.split()).returncode in (0, 2), command  # the address may be there still
+    script = "ip -o link show; " + LOOK
+    pidfd = bundle.created(wants(bundle, "sh", "-c", script, namespace=namespace))
+    front = f"/local/domain/{bundle.domain()}/device/vif"
+    state = runx.Xenstore()
+    wait_in_xenstore(f"{front}/0", lambda: state.read(f"{front}/0/state") == runx.XENBUS_CONNECTED, "the interface")
+    for number in (0, 2):
+        for command in (
+            f"link add eth{number} address 02:00:00:00:77:0{number} netns test type veth peer name testveth{number}",
+            f"link set testveth{number} master testbr0 up", f"-n test link set eth{number} up",
+            f"-n test address add 10.77.0.4{number}/24 dev eth{number}",
+        ):  # fmt: skip
+            assert call("ip", *command.split()).returncode == 0, command
+    # the one that is there gets another address, and the first two of the kernel's names change their owners
+    assert call("ip", "-n", "test", "address", "add", "10.77.0.34/24", "dev", "eth1").returncode == 0
+    bundle.succeed("start")
+    wait_for(pidfd)
+    text = bundle.output()
+    found = {line.split()[1]: line for line in text.splitlines() if "link/ether" in line}
+    for name, number in (("eth0:", "00"), ("eth1:", "03"), ("eth2:", "02")):
+        assert f"02:00:00:00:77:{number}" in found[name], text
+    for address in ("10.77.0.33/24", "10.77.0.34/24", "10.77.0.40/24", "10.77.0.42/24"):
+        assert address in text
+    assert "hello from dom0" in text
+    bundle.succeed("delete")
+    # once more: the one that the VM has goes, and another gets its name
+    pidfd = bundle.created(wants(bundle, "sh", "-c", script, namespace=namespace))
+    for command in (
+        "-n test link del eth0", "-n test link del eth2", "-n test link set eth1 down",
+        "-n test link set eth1 address 02:00:00:00:77:09 name eth0", "-n test link set eth0 up",
+        "-n test address replace 10.77.0.35/24 dev eth0",
+    ):  # fmt: skip
+        assert call("ip", *command.split()).returncode == 0, command
+    bundle.succeed("start")
+    wait_for(pidfd)
+    text = bundle.output()
+    assert "02:00:00:00:77:09" in text and "10.77.0.35/24" in text and "eth1" not in text and "eth2" not in text, text
+    assert "hello from dom0" in text
+    bundle.succeed("delete")
 
 
 def write_plugin(path, script):

@@ -364,7 +364,7 @@ class Xen:
 
     def test_deaf(self, deaf):
         """Whether dom0's kernel has no backends."""
-        self.backends.deaf = deaf
+        self.backends.deaf, self.backends.changed = deaf, True
 
     def test_memory(self, free):
         self.free_memory = free
