@@ -203,7 +203,7 @@ def copy_python(root, modules):
     """Our interpreter, with these modules alone."""
     program, library = pathlib.Path(os.path.realpath(sys.executable)), pathlib.Path(sysconfig.get_path("stdlib"))
     files = [*library.iterdir(), *(library / "lib-dynload").glob("*.so")]
-    chosen = [path for path in files if path.name.partition(".")[0] in modules and path.name != "site-packages"]
+    chosen = [path for path in files if path.name.partition(".")[0] in modules and path.exists()]
     for path in (program, *chosen):
         copy(path, root)
     copy_libraries([program, *(path for path in chosen if path.suffix == ".so")], root)
@@ -217,6 +217,8 @@ def make_image(root, xl, tools):
     busybox = shutil.which("busybox")
     if not busybox:
         pytest.skip("there is no busybox here")
+    if sys.base_prefix != "/usr":
+        pytest.skip("the image is made of this machine's own Python alone, whose libraries ldd finds")
     for folder in ("dev", "etc", "proc", "run", "sys", "tmp", "var/log", "var/tmp", "bin", "usr/sbin"):
         (root / folder).mkdir(parents=True)
     (root / "var/run").symlink_to("/run")
