@@ -203,7 +203,7 @@ def copy_python(root, modules):
     """Our interpreter, with these modules alone."""
     program, library = pathlib.Path(os.path.realpath(sys.executable)), pathlib.Path(sysconfig.get_path("stdlib"))
     files = [*library.iterdir(), *(library / "lib-dynload").glob("*.so")]
-    chosen = [path for path in files if path.name.partition(".")[0] in modules and path.name != "site-packages"]
+    chosen = [path for path in files if path.name.partition(".")[0] in modules and path.exists()]
     for path in (program, *chosen):
         copy(path, root)
     copy_libraries([program, *(path for path in chosen if path.suffix == ".so")], root)
@@ -214,12 +214,10 @@ def copy_python(root, modules):
 
 
 def make_image(root, xl, tools):
-    busybox = shutil.which("busybox")
-    if not busybox:
-        pytest.skip("there is no busybox here")
     for folder in ("dev", "etc", "proc", "run", "sys", "tmp", "var/log", "var/tmp", "bin", "usr/sbin"):
         (root / folder).mkdir(parents=True)
     (root / "var/run").symlink_to("/run")
+    busybox = shutil.which("busybox")
     shutil.copy(busybox, root / "bin/busybox")
     for name in ("sh", "cat", "ls"):
         (root / "bin" / name).symlink_to("busybox")
@@ -232,7 +230,7 @@ def make_image(root, xl, tools):
 class Image(Dom0):
     """A fake dom0 whose runX is that of the image, in the image."""
 
-    namespace = "/run/fake/image"
+    maker = None  # what keeps the mount namespace whose root is the image
 
     def __init__(self, folder):
         super().__init__(folder / "dom0")
@@ -248,19 +246,28 @@ class Image(Dom0):
         places = ("/proc", "/sys", "/dev", "/run", "/var/tmp", "/var/log", str(self.folder))
         steps = ["set -e", f"mount --bind {self.root} {self.root}", f"cd {self.root}", f"mkdir -p old .{self.folder}"]
         steps += [f"mount --rbind {place} .{place}" for place in places]
-        steps += ["pivot_root . old", "exec /bin/busybox umount -l /old"]
-        enter = ["unshare", f"--mount={self.namespace}", "sh", "-c", "\n".join(steps)]
-        for program in (["touch", self.namespace], enter):
-            result = self.run(program=program)
-            assert result.returncode == 0, result
+        steps += ["pivot_root . old", "/bin/busybox umount -l /old", "echo", "kill -STOP $$"]
+        self.maker = self.make_namespace("\n".join(steps))
         self.empty = self.sight()
 
     def start(self, *words, program=None, **options):
         return super().start(program=program or self.inside_image("/usr/sbin/runX", *words), **options)
 
+    def make_namespace(self, script):
+        """Run a script in a mount namespace of its own; return the process, which ends with the dom0."""
+        ready, tell = os.pipe()
+        maker = super().start(program=["unshare", "--mount", "sh", "-c", script], stdout=tell)
+        os.close(tell)
+        with open(ready, "rb") as file:
+            assert file.read(1) == b"\n", maker.wait()
+        return maker
+
+    def processes(self):
+        return {pid: words for pid, words in super().processes().items() if not self.maker or pid != self.maker.pid}
+
     def inside_image(self, *words):
-        """As a program of the dom0's: these words in a mount namespace whose root is the image."""
-        return ["nsenter", f"--mount={self.namespace}", *words]
+        """As a program of the dom0's: these words in the image."""
+        return ["nsenter", f"--mount=/proc/{self.maker.pid}/ns/mnt", *words]
 
     def python(self, script):
         """Run a script in the image."""
@@ -270,6 +277,10 @@ class Image(Dom0):
 
 @pytest.fixture(scope="module")
 def one_image(tmp_path_factory):
+    if not shutil.which("busybox"):
+        pytest.skip("there is no busybox here")
+    if sys.base_prefix != "/usr":
+        pytest.skip("the image is made of this machine's own Python alone, whose libraries ldd finds")
     image = Image(tmp_path_factory.mktemp("yocto"))
     yield image
     image.close()
