@@ -3983,6 +3983,7 @@ class Ring:
         self.replies = data[: self.size]
         self.requests = data[self.size :]
         self.out_cons = self.in_prod = 0
+        self.in_cons = 0  # as last seen, for it is the guest's
         self.barrier, self.is_stuck = Barrier(), False
         self.other: Ring | None = None  # of the same guest
 
@@ -4000,7 +4001,9 @@ class Ring:
         """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
         none.  Return whether anything was answered.  in_order: between two rings too.  Raise Broken."""
         begun, end, is_told = self.out_cons, self.indexes[OUT_PROD], True
-        self.barrier()  # the index is read before what it counts
+        if end != begun:
+            self.in_cons = self.indexes[IN_CONS]
+            self.barrier()  # an index is read before what it counts, and before what it frees is overwritten
         while self.out_cons != end:
             message = self.first(protocol, end)
             if message is None or in_order and not self.is_next(protocol, message):
@@ -4031,12 +4034,14 @@ class Ring:
         """Return whether a reply of so many bytes has room; if not, the guest sees that, and tells of more."""
         if count > self.size:
             raise Broken(f"its ring has no room for a reply of {count} bytes")
-        for _ in range(2):
-            used = (self.in_prod - self.indexes[IN_CONS]) & 0xFFFFFFFF
+        for again in (False, True):
+            if again:
+                self.barrier()  # our last index is there before we look at the guest's
+                self.in_cons = self.indexes[IN_CONS]
+                self.barrier()
+            used = (self.in_prod - self.in_cons) & 0xFFFFFFFF
             if used > self.size:
                 raise Broken("the indexes of its ring are impossible")
-            # the guest has read all that is overwritten; and our last index is there before we look again
-            self.barrier()
             if count <= self.size - used:
                 return True
         return False

@@ -539,7 +539,7 @@ def test_what_one_side_changes_the_other_one_sees(stored):
 def test_a_guest_that_knows_as_many_files_as_it_may_forgets_some_for_others(stored):
     """With a limit that comes sooner than the server's own."""
     (stored.rootfs / "many").mkdir()
-    for number in range(500):
+    for number in range(300):
         (stored.rootfs / f"many/{number}").write_text(f"{number}")
     before = file_servers()
     with guest_of(stored, python_config("-ISc", INTERPRETER)) as guest:
@@ -547,13 +547,13 @@ def test_a_guest_that_knows_as_many_files_as_it_may_forgets_some_for_others(stor
         most = len(os.listdir(f"/proc/{server}/fd")) + 100
         resource.prlimit(server, resource.RLIMIT_NOFILE, (most, most))
         for _ in range(2):
-            assert guest("sum(int(get('/many/%d' % number)) for number in range(500))") == sum(range(500))
+            assert guest("sum(int(get('/many/%d' % number)) for number in range(300))") == sum(range(300))
         # what it has open it cannot forget
         guest("fds = []")
-        opening = "[fds.append(os.open('/many/%d' % number, os.O_RDWR)) for number in range(500)]"
+        opening = "[fds.append(os.open('/many/%d' % number, os.O_RDWR)) for number in range(300)]"
         assert guest(opening) == "ENFILE"
         guest("[os.close(fd) for fd in fds]")
-        assert guest("get('/many/499')") == b"499"
+        assert guest("get('/many/299')") == b"299"
 
 
 def test_a_container_whose_file_server_is_killed_ends_at_once_with_a_sentence(bundle):
