@@ -6195,7 +6195,7 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
 
 
 def plug_vif(container: Container, vif: Device, interface: Interface, undo: Undo) -> None:
-    """Raise Error."""
+    """Give a VM one more network interface.  Raise Error."""
     container.acquire(vif)
     undo.add(f"take the interface {interface.name} away from the VM", unplug, container, vif)
     join(interface, announce_vif(vif, interface))
