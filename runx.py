@@ -87,7 +87,9 @@ class Log:
 
     def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False) -> None:
         self.path = path and os.path.abspath(path)  # the monitor leaves this folder
-        self.as_json, self.wants_debug, self.subject = as_json, debug, ""
+        self.as_json = as_json
+        self.wants_debug = debug
+        self.subject = ""
 
     def about(self, container_id: str) -> Log:
         """The same log, for messages that name the container first."""
@@ -848,7 +850,9 @@ class Domain:
     """A VM: its number, and the uuid that tells it from another one that has got the number since."""
 
     def __init__(self, xenstore: Xenstore, domid: int, uuid: str) -> None:
-        self.xenstore, self.domid, self.uuid = xenstore, domid, uuid
+        self.xenstore = xenstore
+        self.domid = domid
+        self.uuid = uuid
         self.path = f"/local/domain/{domid}"
 
     def check(self, transaction: int = 0) -> None:
@@ -1046,7 +1050,10 @@ class Device:
     """Device `number` of a kind ("console", "fuse", "9pfs", "vif", "vbd") of a domain."""
 
     def __init__(self, domain: Domain, kind: str, number: int) -> None:
-        self.domain, self.xenstore, self.kind, self.number = domain, domain.xenstore, kind, number
+        self.domain = domain
+        self.xenstore = domain.xenstore
+        self.kind = kind
+        self.number = number
         self.frontend = f"{domain.path}/device/{kind}/{number}"
         self.backends = f"/local/domain/0/backend/{kind}"
         self.backend = f"{self.backends}/{domain.domid}/{number}"
@@ -6883,7 +6890,9 @@ class Output:
     """From a console to a descriptor of ours, without ever blocking."""
 
     def __init__(self, console: Console | FirstConsole, fd: int) -> None:
-        self.console, self.fd, self.pending = console, fd, b""
+        self.console = console
+        self.fd = fd
+        self.pending = b""
         self.ended = False  # the process has closed it
         self.unread = False  # who has read it is gone
 
@@ -6915,7 +6924,9 @@ class Input:
     """
 
     def __init__(self, console: Console | FirstConsole, fd: int, raw: bool = False) -> None:
-        self.console, self.fd, self.raw = console, fd, raw
+        self.console = console
+        self.fd = fd
+        self.raw = raw
         self.pending, self.open = b"", True
 
     def advance(self, readable: bool) -> None:
@@ -7013,8 +7024,12 @@ class Ending:
     """
 
     def __init__(self, domain: Domain, number: int, log: Log) -> None:
-        self.domain, self.number, self.log = domain, number, log
-        self.phase, self.deadline, self.status = "serving", 0.0, 255
+        self.domain = domain
+        self.number = number
+        self.log = log
+        self.phase = "serving"
+        self.deadline = 0.0
+        self.status = 255
 
     def is_open(self) -> bool:
         return self.phase == "serving"
@@ -7055,8 +7070,13 @@ class Loop:
 
     def __init__(self, ending: Ending, consoles: int, terminal: bool) -> None:
         """consoles: how many the process has."""
-        self.ending, self.domain, self.number, self.log = ending, ending.domain, ending.number, ending.log
-        self.xenstore, self.terminal, self.channels = self.domain.xenstore, terminal, EventChannels()
+        self.ending = ending
+        self.domain = ending.domain
+        self.number = ending.number
+        self.log = ending.log
+        self.xenstore = self.domain.xenstore
+        self.terminal = terminal
+        self.channels = EventChannels()
         numbers = [console.number for console in consoles_of(self.domain, self.number)[:consoles]]
         self.consoles = [Console(self.domain, number, self.channels) for number in numbers]
         self.devices: list[Console | ShareDevice] = [*self.consoles]
@@ -7315,7 +7335,9 @@ class ContainerEnding(Ending):
 
     def __init__(self, container: Container, domain: Domain, own_init: bool, log: Log) -> None:
         super().__init__(domain, 0, log)
-        self.container, self.own_init, self.console = container, own_init, BootConsole(-1)
+        self.container = container
+        self.own_init = own_init
+        self.console = BootConsole(-1)
 
     def explain(self, message: str, reason: str = "") -> None:
         """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
