@@ -72,6 +72,7 @@ UNPACKED_LINKS = {
     "var/lock": "/run/lock",
     "etc/mtab": "../proc/self/mounts",
     "usr/bin/awk": "mawk",
+    "usr/bin/which": "which.debianutils",
     "usr/sbin/iptables": "iptables-nft",
     "usr/sbin/iptables-save": "iptables-nft-save",
     "usr/sbin/iptables-restore": "iptables-nft-restore",
@@ -197,7 +198,7 @@ def make_root(root: Path, packages: list[str], excluded: list[str]) -> None:
 
 def unpack(folder: Path, arch: Architecture, packages: list[str], excluded: list[str]) -> None:
     """Unpack packages and what they need into `folder`, without the files that match these patterns."""
-    options = ["--mode=root", "--variant=extract", "--format=directory", f"--include={','.join(packages)}"]
+    options = ["--mode=root", "--variant=extract", "--format=directory", *(f"--include={name}" for name in packages)]
     options += [f"--architectures={arch.debian}", "--skip=check/qemu", f"--hook-dir={MERGED_USR}"]
     options += [f"--dpkgopt=path-exclude={path}" for path in excluded]
     run("mmdebstrap", *options, SUITE, folder, "-", input=apt_sources())
@@ -394,8 +395,8 @@ def make_image(target: Path, arch: Architecture) -> None:
         kernel = next((unpacked / "boot").glob("vmlinuz-*"))
         (result / "vmlinux").write_bytes(unpacked_kernel(kernel.read_bytes()))
         shutil.copy(kernel, root / "boot")  # for a container with a kernel of its own
-        hypervisor = next((unpacked / "boot").glob("xen-*.gz"))
-        (result / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
+        hypervisor = (unpacked / "boot" / arch.xen_file).read_bytes()
+        (result / "xen").write_bytes(gzip.decompress(hypervisor) if arch.xen_file.endswith(".gz") else hypervisor)
         version = install_modules(unpacked, root, arch)
         (result / "initrd.img").write_bytes(make_initramfs(root, version, arch.boot_modules))
         configure(root, arch)
