@@ -237,17 +237,21 @@ int tell(const char *name, const char *value)
 	return process_number && is_withdrawn() ? -1 : xs_write(node_of(name), value);
 }
 
-/* The same, and lists a folder then, with one wait for both.  Returns -1 as tell(), else the length of the list. */
+/*
+ * The same, and lists a folder then, with one wait for both; by a file each, for the kernel sends a request from the
+ * buffer of its file.  Returns -1 as tell(), else the length of the list.
+ */
 int tell_and_list(const char *name, const char *value, const char *folder, char *reply)
 {
-	int fd = process_number && is_withdrawn() ? -1 : xs_open(), len = -1;
+	int first = process_number && is_withdrawn() ? -1 : xs_open(), second = xs_open(), len = -1;
 
-	if (xs_send(fd, XS_WRITE, node_of(name), value) == 0 && xs_send(fd, XS_DIRECTORY, folder, "") == 0 &&
-	    xs_receive(fd, reply) >= 0) {
-		len = xs_receive(fd, reply);
+	if (xs_send(first, XS_WRITE, node_of(name), value) == 0 && xs_send(second, XS_DIRECTORY, folder, "") == 0 &&
+	    xs_receive(first, reply) >= 0) {
+		len = xs_receive(second, reply);
 		len = len < 0 ? 0 : len;
 	}
-	close(fd);
+	close(first);
+	close(second);
 	return len;
 }
 
