@@ -900,7 +900,9 @@ class Attachment:
         monkeypatch.setattr(runx, "top_mount", lambda target: top)
         self.domain = SimpleNamespace(domid=5, path="/local/domain/5", xenstore=Store())
         state = SimpleNamespace(disk=disk and vars(disk))
-        self.container = SimpleNamespace(state=state, acquire=lambda device, undo: note("acquire")(device.number))
+        self.container = SimpleNamespace(
+            state=state, acquire=lambda device: note("acquire")(device.number), release=note("release")
+        )
 
     def run(self):
         try:
