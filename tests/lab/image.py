@@ -211,7 +211,9 @@ def settle(root: Path) -> None:
     with open(root / "etc/group", "a", encoding="utf-8") as file:
         file.write("docker:x:106:\n")
     for link, target in UNPACKED_LINKS.items():
-        run("ln", "-sfn", target, root / link)
+        run("rm", "-rf", root / link)  # some packages have files in /var/run
+        run("ln", "-s", target, root / link)
+    (root / "var/log/xen").mkdir()
     # This machine's Python is of the same version, so its compiled modules are the same.
     run("/usr/bin/python3", "-m", "compileall", "-q", "-s", root, "-p", "/", *root.glob("usr/lib/python3*"))
 
