@@ -103,7 +103,7 @@ def mounted(line):
     head, tail = line.split(" - ")
     at, options = head.split()[4:6]
     kind, source, data = tail.split()
-    # how dom0's own cgroup2 and tmpfs are made; a default size is shown where dom0's memory has changed since, as on Arm
+    # how dom0's own cgroup2 and tmpfs are made; a default size is shown where dom0's memory has changed (on Arm)
     ours = r"inode64|nsdelegate|memory_recursiveprot|nr_inodes=\d+|size=\d{6,}k"
     return at, options, f"{kind} {source} {','.join(word for word in data.split(',') if not re.fullmatch(ours, word))}"
 
