@@ -44,7 +44,8 @@ class Guest:
             self.xenstore.transaction(console.introduce)
         while unconnected := [console for console in consoles if console.page is None]:
             self.xenstore.take_events()
-            unconnected[0].follow()
+            for console in unconnected:
+                console.follow()
         for console in consoles:
             console.confirm()
         return consoles
