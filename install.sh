@@ -75,8 +75,9 @@ END
 chmod 755 "$sbin/runX.new"
 mv "$sbin/runX.new" "$sbin/runX"
 
-# The compiled module is used only by the same version of Python, so a build host's does no harm.
+# The compiled module is used only by the same version of Python, so a build host's does no harm. It has the path that the
+# module has on dom0, and no time: the same source and Python make the same file.
 if command -v python3 >/dev/null; then
-    python3 -IS -c 'import py_compile, sys; py_compile.compile(sys.argv[1], doraise=True,
-        invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)' "$lib/runx.py"
+    python3 -IS -c 'import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)' "$lib/runx.py" "$prefix/lib/runX/runx.py"
 fi

@@ -6,8 +6,9 @@
 #   build.sh [--arch x86_64|arm64|arm] [--busybox TARBALL] [--output FILE] [--cached]
 #
 # --output copies the ramdisk there as well; --cached builds nothing and fails if the ramdisk is not there yet.
-# The programs are static, with musl, which makes them a fifth as large as glibc does. CC names another compiler, with
-# what libc it has; CROSS_COMPILE the prefix of the one for another architecture than this machine's.
+# The programs are static, with musl, which makes them a fifth as large as glibc does. Of the environment: CC names
+# another compiler, with what libc it has; CROSS_COMPILE the prefix of the compiler, if CC does not name it, and of its
+# binutils; MAKEFLAGS may hold -j. There is no time in the ramdisk, so SOURCE_DATE_EPOCH changes nothing.
 # What is not on this machine comes from the Debian mirrors its apt uses: busybox's source unless --busybox is given,
 # and to cross-compile the other architecture's musl-dev unless CC is given.
 #
@@ -56,7 +57,7 @@ arm64) debian_arch=arm64 triplet=aarch64-linux-gnu gcc_package=gcc-aarch64-linux
 arm) debian_arch=armhf triplet=arm-linux-gnueabihf gcc_package=gcc-arm-linux-gnueabihf ;;
 *) fail "no ramdisk for architecture $arch: use x86_64, arm64 or arm." ;;
 esac
-if [ "$arch" = "$machine" ]; then
+if [ "$arch" = "$machine" ] && [ -z "${CROSS_COMPILE:-}" ]; then
     cross='' compiler=${CC:-musl-gcc} gcc_package=musl-tools
     linux_headers=/usr/include asm_headers=/usr/include/$triplet headers_package=libc6-dev
 else
@@ -174,7 +175,7 @@ fi
 # --- busybox ---
 
 busybox_make() {
-    exec make -C "$work/busybox" -j "$(nproc)" CROSS_COMPILE="$cross" CC="$compiler" "$@" </dev/null >"$work/log" 2>&1
+    exec make -C "$work/busybox" CROSS_COMPILE="$cross" CC="$compiler" "$@" </dev/null >"$work/log" 2>&1
 }
 
 if [ ! -f "$built/busybox" ]; then
@@ -192,7 +193,7 @@ if [ ! -f "$built/busybox" ]; then
 
     # The first of two lines on one option counts, so ours go before all the "is not set"; no option is new then.
     # The same inputs make the same binary, so no time of the build in it.
-    export LC_ALL=C KCONFIG_NOTIMESTAMP=1
+    export LC_ALL=C KCONFIG_NOTIMESTAMP=1 MAKEFLAGS="${MAKEFLAGS:--j$(getconf _NPROCESSORS_ONLN)}"
     (busybox_make allnoconfig) || fail "cannot configure busybox: $(tail -n 5 "$work/log")"
     cat "$here/busybox.config" "$work/busybox/.config" >"$work/config"
     mv "$work/config" "$work/busybox/.config"
@@ -216,6 +217,7 @@ fi
 # --- the ramdisk ---
 
 say "compiling init"
+umask 022 # modes are in the archive
 root=$work/root
 mkdir "$root"
 (cd "$root" && mkdir bin sbin dev proc sys mnt run etc tmp)

@@ -6,7 +6,9 @@
 #   build.sh [--arch x86_64|arm64|arm] [--source TARBALL] [--output FILE] [--cached]
 #
 # --output copies the image there as well; --cached builds nothing and fails if the image is not there yet.
-# CROSS_COMPILE names the compiler's prefix for another architecture than this machine's.
+# Of the environment: CC and CROSS_COMPILE name the compiler, and the prefix of it and its binutils; HOSTCFLAGS and
+# HOSTLDFLAGS are for the kernel's own programs, which run here; SOURCE_DATE_EPOCH is the time that the image tells as
+# that of its build, without it the source's; MAKEFLAGS may hold -j. The image depends on nothing else of this machine.
 #
 # Debian packages: gcc libc6-dev make flex bison bc patch xz-utils linux-source-6.12; libelf-dev for x86_64, whose build
 # checks the objects (objtool); gcc-aarch64-linux-gnu or gcc-arm-linux-gnueabihf to cross-compile.
@@ -47,14 +49,15 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 
-cross=''
+cross=${CROSS_COMPILE:-}
 case $arch in
 x86_64) target=vmlinux image=vmlinux prefix=x86_64-linux-gnu- cross_package=gcc-x86-64-linux-gnu ;;
 arm64) target=Image image=arch/arm64/boot/Image prefix=aarch64-linux-gnu- cross_package=gcc-aarch64-linux-gnu ;;
 arm) target=zImage image=arch/arm/boot/zImage prefix=arm-linux-gnueabihf- cross_package=gcc-arm-linux-gnueabihf ;;
 *) fail "no kernel for architecture $arch: use x86_64, arm64 or arm." ;;
 esac
-[ "$arch" = "$machine" ] || cross=${CROSS_COMPILE:-$prefix}
+[ "$arch" = "$machine" ] || cross=${cross:-$prefix}
+compiler=${CC:-${cross}gcc}
 
 # --- is it there already? ---
 
@@ -67,10 +70,10 @@ else
     # Taken from dpkg, because reading 150 MB takes longer than all else that --cached does.
     source_identity=$(dpkg-query -W -f '${Version}' linux-source-6.12 2>&1) || source_identity=missing
 fi
-compiler_identity=$("${cross}gcc" --version 2>&1 | head -n 1)
+compiler_identity=$($compiler --version 2>&1 | head -n 1)
 key=$({
     (cd "$here" && sha256sum build.sh common.config "$arch.config" patches/*)
-    echo "$arch $source_identity $compiler_identity"
+    echo "$arch $source_identity $compiler_identity ${SOURCE_DATE_EPOCH:-}"
 } | sha256sum | cut -c 1-16)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/runx
 result=$cache/kernel-$arch-$key/vmlinux
@@ -94,7 +97,7 @@ need() {
     command -v "$1" >/dev/null || packages="$packages $2"
 }
 need gcc gcc
-[ -z "$cross" ] || need "${cross}gcc" "$cross_package"
+[ "$compiler" = gcc ] || need "${compiler%% *}" "$cross_package"
 need make make
 need flex flex
 need bison bison
@@ -102,7 +105,8 @@ need bc bc
 need patch patch
 need xz xz-utils
 if [ "$arch" = x86_64 ]; then
-    echo '#include <gelf.h>' | gcc -E - >/dev/null 2>&1 || packages="$packages libelf-dev"
+    # shellcheck disable=SC2086 # options
+    echo '#include <gelf.h>' | gcc ${HOSTCFLAGS:-} -E - >/dev/null 2>&1 || packages="$packages libelf-dev"
 fi
 [ -z "$packages" ] || fail "cannot build the kernel: install the packages$packages."
 
@@ -129,13 +133,14 @@ done
 
 # The same inputs make the same image.
 export LC_ALL=C KBUILD_BUILD_USER=runx KBUILD_BUILD_HOST=runx LOCALVERSION=''
-SOURCE_DATE_EPOCH=$(date -r "$work/linux/Makefile" +%s)
-KBUILD_BUILD_TIMESTAMP=$(date -u -r "$work/linux/Makefile")
-export SOURCE_DATE_EPOCH KBUILD_BUILD_TIMESTAMP
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date -r "$work/linux/Makefile" +%s)}
+KBUILD_BUILD_TIMESTAMP=$(date -u -d "@$SOURCE_DATE_EPOCH")
+MAKEFLAGS=${MAKEFLAGS:--j$(getconf _NPROCESSORS_ONLN)}
+export SOURCE_DATE_EPOCH KBUILD_BUILD_TIMESTAMP MAKEFLAGS
 
 # To be called in a subshell, which becomes make: so a signal to it reaches make.
 kernel_make() {
-    exec make -C "$work/linux" -j "$(nproc)" ARCH="$arch" CROSS_COMPILE="$cross" "$@" >"$work/log" 2>&1
+    exec make -C "$work/linux" ARCH="$arch" CROSS_COMPILE="$cross" ${CC:+"CC=$CC"} "$@" >"$work/log" 2>&1
 }
 
 say "configuring for $arch"
