@@ -23,10 +23,12 @@ LAB = REPOSITORY / "tests/lab/lab.py"
 sys.path.insert(0, str(LAB.parent))
 
 import agent  # noqa: E402
+import arch  # noqa: E402
 import cache  # noqa: E402
 import common  # noqa: E402
 import frames  # noqa: E402
 import image  # noqa: E402
+import lab as program  # noqa: E402
 import machine  # noqa: E402
 import pythons  # noqa: E402
 import suite  # noqa: E402
@@ -147,7 +149,32 @@ def test_a_stuck_stream_does_not_hold_up_the_other(links):
     os.close(writer)
 
 
-# ---- the arguments of `test`
+# ---- the arguments
+
+
+def test_the_architecture_comes_before_the_command_and_pytests_words_behind_it():
+    for words, expected in [
+        (["test", "-k", "a", "--arch=b"], ("x86_64", "test", ["-k", "a", "--arch=b"])),
+        (["--arch", "arm64", "test", "-x"], ("arm64", "test", ["-x"])),
+        (["--arch=arm64", "test"], ("arm64", "test", [])),
+        (["--arch=arm64", "run", "--", "test", "--", "x"], ("arm64", "run", ["test", "--", "x"])),
+        (["run", "--", "test"], ("x86_64", "run", ["test"])),
+    ]:
+        args = program.parse(words)
+        assert (args.arch.name, args.name, args.words) == expected
+
+
+@pytest.mark.parametrize("name", arch.ARCHITECTURES)
+def test_all_that_the_dom0_needs_is_on_the_machines_own_bus(name, tmp_path):
+    kind = arch.ARCHITECTURES[name]
+    lab = machine.Lab(arch=kind, disk=tmp_path / "a,b", share=tmp_path, network=True)
+    lab.folder = tmp_path
+    command = lab.qemu_command(7)
+    devices = [word.split(",")[0] for word in command if word.startswith("virtio-") and "romfile" not in word]
+    names = ["blk", "serial", "9p", "9p", "blk", "9p", "net"]
+    assert devices == [f"virtio-{name}-{kind.bus}" for name in names]
+    assert any("LAB_SHARE=1 LAB_NETWORK=1" in word for word in command)
+    assert sum("/a,,b" in word for word in command) == 1
 
 
 def test_divide_sends_files_where_they_belong(monkeypatch):
@@ -337,7 +364,17 @@ def test_of_each_python_the_first_is_found_and_nothing_else(tmp_path, monkeypatc
     assert pythons.find(None) == {9: tmp_path / "python3.9"}
 
 
-# ---- the busybox image
+# ---- the dom0 image
+
+
+def test_a_kernel_that_is_not_packed_is_taken_as_it_is():
+    kernel = b"MZ" + bytes(1000)
+    assert image.unpacked_kernel(kernel) == kernel
+
+
+def test_images_of_two_architectures_are_two_folders():
+    folders = [image.image_folder(each).name for each in arch.ARCHITECTURES.values()]
+    assert [folder.rsplit("-", 1)[0] for folder in folders] == [f"dom0-{name}" for name in arch.ARCHITECTURES]
 
 
 def test_the_busybox_layer_is_the_same_each_time():

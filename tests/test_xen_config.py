@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import stat
@@ -102,8 +103,9 @@ def mounted(line):
     head, tail = line.split(" - ")
     at, options = head.split()[4:6]
     kind, source, data = tail.split()
-    ours = {"inode64", "nsdelegate", "memory_recursiveprot"}  # how dom0's own cgroup2 and tmpfs are made
-    return at, options, f"{kind} {source} {','.join(word for word in data.split(',') if word not in ours)}"
+    # how dom0's own cgroup2 and tmpfs are made; a default size is shown where dom0's memory has changed (on Arm)
+    ours = r"inode64|nsdelegate|memory_recursiveprot|nr_inodes=\d+|size=\d{6,}k"
+    return at, options, f"{kind} {source} {','.join(word for word in data.split(',') if not re.fullmatch(ours, word))}"
 
 
 def comparable(mounts, from_dom0):

@@ -12,36 +12,36 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from arch import X86_64, Architecture
 from common import REPO, LabError, say
 
 HERE = Path(__file__).resolve().parent
 
-# Debian packages on this machine, by what needs them.
+# Debian packages on this machine, by what needs them; besides QEMU, which arch.py names.
 # fmt: off
 HOST_PACKAGES = [
-    "qemu-system-x86",                                                    # machine.py
-    "mmdebstrap", "e2fsprogs",                                            # image.py
+    "mmdebstrap", "e2fsprogs", "kmod",                                    # image.py
     "gcc", "libc6-dev", "make",                                           # both build.sh
     "linux-source-6.12", "bc", "bison", "flex", "libelf-dev", "patch", "xz-utils",  # kernel/
     "musl-tools", "bzip2",                                                # initrd/
-    "busybox-static", "iproute2",                                         # tests/
+    "busybox-static", "iproute2",                                         # tests/, and image.py
     "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross", "gcc-arm-linux-gnueabihf", "libc6-dev-armhf-cross",
     "python3-venv", "shellcheck", "patchelf", "git",                      # the checks, and the other Pythons
 ]
 # fmt: on
 
 
-def missing_packages() -> list[str]:
-    """Those of HOST_PACKAGES that are not installed."""
+def missing_packages(wanted: list[str]) -> list[str]:
+    """Those of these Debian packages that are not installed."""
     query = subprocess.run(
-        ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *HOST_PACKAGES],
+        ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *wanted],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         check=False,
     )
     installed = {line.split()[0] for line in query.stdout.splitlines() if line.endswith(" installed")}
-    return [package for package in HOST_PACKAGES if package not in installed]
+    return [package for package in wanted if package not in installed]
 
 
 def install_packages(packages: list[str]) -> None:
@@ -67,12 +67,13 @@ class Builder:
 
     what: str
     program: Path
+    arguments: tuple[str, ...] = ()
     needed: bool = True
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [str(self.program)],
+            [str(self.program), *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
@@ -105,9 +106,10 @@ class Built:
 
     kernel: Path | None
     ramdisk: Path | None
-    debian: Path | None  # a disk: see debian.py
+    debian: Path | None = None  # a disk: see debian.py; None if there is none
     tools: Path | None = None  # see tools.py
     pythons: Path | None = None  # see pythons.py; None if there are none
+    arch: Architecture = X86_64
 
 
 def build(
@@ -115,6 +117,7 @@ def build(
     kernel: Path | None = None,
     ramdisk: Path | None = None,
     for_tests: bool = False,
+    arch: Architecture = X86_64,
 ) -> Built:
     """Prepare everything for a boot, and for the tests; what is cached, or given, is used as it is.
 
@@ -125,24 +128,24 @@ def build(
     def report(text: str) -> None:
         progress(f"{time.monotonic() - began:.1f} s: {text}")
 
-    missing = missing_packages()
+    missing = missing_packages([arch.qemu_package, *HOST_PACKAGES])
     if missing:
         say(f"installing {len(missing)} Debian packages: {' '.join(missing)}")
         install_packages(missing)
         report("the Debian packages are installed")
-    builders = {
-        "image": Builder("the dom0 image", HERE / "image.py"),
-        "debian": Builder("the containers' Debian", HERE / "debian.py"),
-    }
+    builders = {"image": Builder("the dom0 image", HERE / "image.py", (arch.name,))}
+    if not arch.foreign:  # its packages must be installed, not only unpacked
+        builders["debian"] = Builder("the containers' Debian", HERE / "debian.py")
     if not kernel:
-        builders["kernel"] = Builder("the guest kernel", REPO / "kernel/build.sh")
+        builders["kernel"] = Builder("the guest kernel", REPO / "kernel/build.sh", ("--arch", arch.name))
     if not ramdisk:
-        builders["ramdisk"] = Builder("the guest ramdisk", REPO / "initrd/build.sh")
+        builders["ramdisk"] = Builder("the guest ramdisk", REPO / "initrd/build.sh", ("--arch", arch.name))
     if for_tests:
         builders["tools"] = Builder("the environment for the tests", HERE / "tools.py")
         builders["pythons"] = Builder("the folder of other Pythons", HERE / "pythons.py", needed=False)
     paths = {"kernel": kernel, "ramdisk": ramdisk, **finished(builders, report)}
-    return Built(paths["kernel"], paths["ramdisk"], paths["debian"], paths.get("tools"), paths.get("pythons"))
+    get = paths.get
+    return Built(get("kernel"), get("ramdisk"), get("debian"), get("tools"), get("pythons"), arch)
 
 
 def finished(builders: dict[str, Builder], report: Callable[[str], None]) -> dict[str, Path | None]:

@@ -2,20 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the disk image of the lab's dom0, and what QEMU needs to boot it.
 
-    image.py        print the folder that holds the image, making it first if need be
+    image.py [ARCHITECTURE]     print the folder that holds the image, making it first if need be
 
-The folder is ${XDG_CACHE_HOME:-~/.cache}/runx/dom0-<key>:
+The folder is ${XDG_CACHE_HOME:-~/.cache}/runx/dom0-<architecture>-<key>:
 
-    xen         the hypervisor, an ELF file that QEMU loads by the multiboot protocol
+    xen         the hypervisor, unpacked; on x86 an ELF file that QEMU loads by the multiboot protocol
     vmlinux     dom0's kernel, unpacked: emulated unpacking would cost a second of every boot
     initrd.img  busybox and the modules that lead to the disk
     disk.img    an ext4 file system with Debian and the dom0 tools (sparse)
 
-<key> is a hash over all that decides the content: this file, lab-init, report.c and the packages named
-below.  What changes often (dom0-init, the agent, runX) is not in the image: the lab mounts the
+<key> is a hash over all that decides the content: this file, lab-init, report.c, and what arch.py says of the
+architecture.  What changes often (dom0-init, the agent, runX) is not in the image: the lab mounts the
 working tree in the dom0.
 
-Needs root, for the chroot that packages are installed in.  Progress goes to stderr.
+Needs root, for the chroot that packages are installed in; those of an architecture that does not run here are only
+unpacked, and what their scripts would do is in settle().  Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import io
 import json
 import lzma
 import os
-import re
 import shutil
 import signal
 import stat
@@ -37,8 +37,11 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from arch import ARCHITECTURES, X86_64, Architecture
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parent / "report.c"
@@ -62,10 +65,21 @@ PACKAGES = [
     "netbase", "procps", "util-linux",
 ]
 # fmt: on
-# Unpacked, not installed: as installed packages these two would bring an initramfs generator,
-# udev and a boot loader's configuration along.
-KERNEL_PACKAGE = "linux-image-amd64"
-XEN_PACKAGE = "xen-hypervisor-4.17-amd64"
+# What mmdebstrap does before it unpacks anything; and links that scripts of packages would make.
+MERGED_USR = "/usr/share/mmdebstrap/hooks/merged-usr"
+UNPACKED_LINKS = {
+    "var/run": "/run",
+    "var/lock": "/run/lock",
+    "etc/mtab": "../proc/self/mounts",
+    "usr/bin/awk": "mawk",
+    "usr/bin/which": "which.debianutils",
+    "usr/sbin/iptables": "iptables-nft",
+    "usr/sbin/iptables-save": "iptables-nft-save",
+    "usr/sbin/iptables-restore": "iptables-nft-restore",
+    "usr/sbin/ip6tables": "ip6tables-nft",
+    "usr/sbin/ip6tables-save": "ip6tables-nft-save",
+    "usr/sbin/ip6tables-restore": "ip6tables-nft-restore",
+}
 
 # Nobody reads documentation in the lab.
 EXCLUDED_PATHS = "/usr/share/doc/* /usr/share/man/* /usr/share/info/* /usr/share/locale/*".split()
@@ -73,8 +87,7 @@ EXCLUDED_PATHS = "/usr/share/doc/* /usr/share/man/* /usr/share/info/* /usr/share
 # Of the kernel's modules, drivers of real hardware are four fifths and of no use here.
 DRIVERS_KEPT = {"block", "char", "net", "vhost", "virtio", "xen"}
 NET_DRIVERS_KEPT = {"xen-netback"}  # besides those directly in drivers/net
-# The image must have what its initramfs loads, and what dom0-init does.
-BOOT_MODULES = ["virtio_pci", "virtio_blk", "ext4"]
+# The image must have what dom0-init loads.
 LATER_MODULES = (
     "virtio_console virtio_net 9p 9pnet_virtio 9pnet_xen xen-evtchn xen-gntdev xen-gntalloc xen-privcmd "
     "xen-netback xen-blkback bridge veth tun loop overlay"
@@ -127,12 +140,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runx"
 
 
-def image_folder() -> Path:
+def image_folder(arch: Architecture = X86_64) -> Path:
     """Where the image for the present inputs is, or would be."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(arch).encode())
     for source in (Path(__file__), HERE / "lab-init", REPORT):
         digest.update(source.read_bytes() + b"\0")
-    return cache_root() / f"dom0-{digest.hexdigest()[:16]}"
+    return cache_root() / f"dom0-{arch.name}-{digest.hexdigest()[:16]}"
 
 
 def run(*argv: str | Path, **options: Any) -> str:
@@ -183,24 +196,35 @@ def make_root(root: Path, packages: list[str], excluded: list[str]) -> None:
     run(*shield, "mmdebstrap", *options, SUITE, root, "-", input=apt_sources())
 
 
-def unpack_packages(folder: Path) -> None:
-    """Unpack the kernel and the hypervisor into `folder`."""
-    folder.mkdir()
-    depends = run("apt-cache", "depends", KERNEL_PACKAGE)
-    kernel = re.search(r"Depends: (linux-image-\S+)", depends)
-    if not kernel:
-        raise ImageError(f"looking for dom0's kernel: apt knows no package {KERNEL_PACKAGE}; run apt-get update")
-    run("apt-get", "download", "-o", "APT::Sandbox::User=root", kernel[1], XEN_PACKAGE, cwd=folder)
-    for package in list(folder.glob("*.deb")):
-        run("dpkg-deb", "-x", package, folder)
-        package.unlink()
+def unpack(folder: Path, arch: Architecture, packages: list[str], excluded: list[str]) -> None:
+    """Unpack packages and what they need into `folder`, without the files that match these patterns."""
+    options = ["--mode=root", "--variant=extract", "--format=directory", *(f"--include={name}" for name in packages)]
+    options += [f"--architectures={arch.debian}", "--skip=check/qemu", f"--hook-dir={MERGED_USR}"]
+    options += [f"--dpkgopt=path-exclude={path}" for path in excluded]
+    run("mmdebstrap", *options, SUITE, folder, "-", input=apt_sources())
+
+
+def settle(root: Path) -> None:
+    """Do what matters here of what the scripts of unpacked packages would do."""
+    for name in ("passwd", "group"):
+        shutil.copy(root / f"usr/share/base-passwd/{name}.master", root / "etc" / name)
+    with open(root / "etc/group", "a", encoding="utf-8") as file:
+        file.write("docker:x:106:\n")
+    for link, target in UNPACKED_LINKS.items():
+        run("rm", "-rf", root / link)  # some packages have files in /var/run
+        run("ln", "-s", target, root / link)
+    (root / "var/log/xen").mkdir()
+    # This machine's Python is of the same version, so its compiled modules are the same.
+    run("/usr/bin/python3", "-m", "compileall", "-q", "-s", root, "-p", "/", *root.glob("usr/lib/python3*"))
 
 
 # -- kernel, modules and the small initramfs -----------------------------------------------------
 
 
 def unpacked_kernel(bzimage: bytes) -> bytes:
-    """The ELF file inside an x86 bzImage (see Documentation/x86/boot.rst, payload_offset)."""
+    """The ELF file inside an x86 bzImage (see Documentation/x86/boot.rst, payload_offset); on Arm it is none."""
+    if bzimage[0x202:0x206] != b"HdrS":
+        return bzimage
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
@@ -208,7 +232,7 @@ def unpacked_kernel(bzimage: bytes) -> bytes:
     return lzma.LZMADecompressor().decompress(bzimage[start : start + length])
 
 
-def install_modules(unpacked: Path, root: Path) -> str:
+def install_modules(unpacked: Path, root: Path, arch: Architecture) -> str:
     """Move the modules that dom0 can use into `root`; return the kernel's version."""
     source = next((unpacked / "lib/modules").iterdir())
     drivers = source / "kernel/drivers"
@@ -223,16 +247,16 @@ def install_modules(unpacked: Path, root: Path) -> str:
     target = root / "usr/lib/modules" / version
     target.parent.mkdir(exist_ok=True)
     shutil.move(source, target)
-    run("chroot", root, "depmod", version)
-    for module in BOOT_MODULES + LATER_MODULES:
+    run("depmod", "-b", root, version)
+    for module in [*arch.boot_modules, *LATER_MODULES]:
         module_files(root, version, module)
     return version
 
 
 def module_files(root: Path, version: str, module: str) -> list[Path]:
     """The files to load for `module`, in order."""
-    steps = run("chroot", root, "modprobe", "--set-version", version, "--show-depends", module)
-    return [root / line.split()[1].lstrip("/") for line in steps.splitlines() if line.startswith("insmod")]
+    steps = run("modprobe", "-d", root, "-C", "/dev/null", "-S", version, "--show-depends", module)
+    return [Path(line.split()[1]) for line in steps.splitlines() if line.startswith("insmod")]
 
 
 def cpio_entry(name: str, mode: int, data: bytes, inode: int) -> bytes:
@@ -242,10 +266,10 @@ def cpio_entry(name: str, mode: int, data: bytes, inode: int) -> bytes:
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-def make_initramfs(root: Path, version: str) -> bytes:
-    """A cpio archive that loads BOOT_MODULES, mounts the disk and starts its lab-init."""
+def make_initramfs(root: Path, version: str, boot_modules: Iterable[str]) -> bytes:
+    """A cpio archive that loads modules, mounts the disk and starts its lab-init."""
     files = {}
-    for module in BOOT_MODULES:
+    for module in boot_modules:
         for path in module_files(root, version, module):
             files[path.name] = path.read_bytes()
     init = INITRAMFS_INIT.replace("@MODULES@", " ".join(files))
@@ -261,7 +285,7 @@ def make_initramfs(root: Path, version: str) -> bytes:
 
 
 def busybox_layer(busybox: Path) -> bytes:
-    """A tar archive of a root file system: busybox, a link per applet, the usual folders."""
+    """A tar archive of a root file system: busybox, a link per applet (those of this machine's), the usual folders."""
     blob = io.BytesIO()
     with tarfile.open(fileobj=blob, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
@@ -280,14 +304,14 @@ def busybox_layer(busybox: Path) -> bytes:
             add(f"etc/{name}", mode=0o644, data=text.encode())
         add("etc/shadow", mode=0o640, data=b"root:*:::::::\n")
         add("bin/busybox", data=busybox.read_bytes())
-        for applet in sorted(set(run(busybox, "--list-full").split())):
+        for applet in sorted(set(run("busybox", "--list-full").split())):
             # /linuxrc and the like, directly in the root, are for initramfs images
             if "/" in applet and applet != "bin/busybox":
                 add(applet, tarfile.SYMTYPE, 0o777, link="/bin/busybox")
     return blob.getvalue()
 
 
-def make_busybox_image(busybox: Path) -> bytes:
+def make_busybox_image(busybox: Path, architecture: str) -> bytes:
     """An OCI image layout in a tar archive, as `ctr image import` takes it."""
     blobs: dict[str, bytes] = {}
 
@@ -300,7 +324,7 @@ def make_busybox_image(busybox: Path) -> bytes:
 
     layer = describe(busybox_layer(busybox), "layer.v1.tar")
     config = {
-        "architecture": "amd64",
+        "architecture": architecture,
         "os": "linux",
         "config": {"Env": [f"PATH={BUSYBOX_PATH}"], "Cmd": ["sh"]},
         "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
@@ -331,14 +355,14 @@ def make_busybox_image(busybox: Path) -> bytes:
 # -- putting it together -----------------------------------------------------------------------
 
 
-def configure(root: Path) -> None:
+def configure(root: Path, arch: Architecture) -> None:
     """Write the few files that make `root` the lab's dom0."""
     shutil.copy(HERE / "lab-init", root / "usr/sbin/lab-init")
     (root / "usr/sbin/lab-init").chmod(0o755)
     for folder in ("repo", "share", "usr/share/lab"):
         (root / folder).mkdir()
-    (root / "usr/share/lab/busybox.tar").write_bytes(make_busybox_image(root / "bin/busybox"))
-    run("gcc", "-static", "-Os", "-s", "-Wall", "-o", root / "usr/share/lab/report", REPORT)
+    (root / "usr/share/lab/busybox.tar").write_bytes(make_busybox_image(root / "bin/busybox", arch.debian))
+    run(arch.compiler, "-static", "-Os", "-s", "-Wall", "-o", root / "usr/share/lab/report", REPORT)
     (root / "etc/hostname").write_text("dom0\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost dom0\n::1 localhost\n")
     (root / "etc/machine-id").write_text("72756e786c61623072756e786c616230\n")
@@ -355,24 +379,29 @@ def make_disk(root: Path, disk: Path) -> None:
     run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0", "-d", root, disk, DISK_SIZE)
 
 
-def make_image(target: Path) -> None:
+def make_image(target: Path, arch: Architecture) -> None:
     """Make the image in a folder beside `target`, then rename that folder to it."""
-    work = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
+    work = Path(tempfile.mkdtemp(prefix="partial-dom0-", dir=target.parent))
     try:
         root, unpacked, result = work / "root", work / "unpacked", work / "result"
         result.mkdir()
         say(f"installing {len(PACKAGES)} Debian packages and what they need")
-        make_root(root, PACKAGES, EXCLUDED_PATHS)
+        if arch.foreign:
+            unpack(root, arch, ["?essential", *PACKAGES], EXCLUDED_PATHS)
+            settle(root)
+        else:
+            make_root(root, PACKAGES, EXCLUDED_PATHS)
         say("unpacking Xen and dom0's kernel")
-        unpack_packages(unpacked)
-        bzimage = next((unpacked / "boot").glob("vmlinuz-*"))
-        (result / "vmlinux").write_bytes(unpacked_kernel(bzimage.read_bytes()))
-        shutil.copy(bzimage, root / "boot")  # for a container with a kernel of its own
-        hypervisor = next((unpacked / "boot").glob("xen-*.gz"))
-        (result / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
-        version = install_modules(unpacked, root)
-        (result / "initrd.img").write_bytes(make_initramfs(root, version))
-        configure(root)
+        # Not installed: that would bring an initramfs generator, udev and a boot loader's configuration along.
+        unpack(unpacked, arch, [arch.kernel_package, arch.xen_package], EXCLUDED_PATHS)
+        kernel = next((unpacked / "boot").glob("vmlinuz-*"))
+        (result / "vmlinux").write_bytes(unpacked_kernel(kernel.read_bytes()))
+        shutil.copy(kernel, root / "boot")  # for a container with a kernel of its own
+        hypervisor = (unpacked / "boot" / arch.xen_file).read_bytes()
+        (result / "xen").write_bytes(gzip.decompress(hypervisor) if arch.xen_file.endswith(".gz") else hypervisor)
+        version = install_modules(unpacked, root, arch)
+        (result / "initrd.img").write_bytes(make_initramfs(root, version, arch.boot_modules))
+        configure(root, arch)
         say("filling the disk")
         make_disk(root, result / "disk.img")
         result.rename(target)
@@ -381,12 +410,12 @@ def make_image(target: Path) -> None:
         run("rm", "-rf", "--one-file-system", work)
 
 
-def remove_old_images(current: Path) -> None:
-    """Remove all images but the current one and the one used last before it.
+def remove_old_images(current: Path, arch: Architecture) -> None:
+    """Remove all images of the architecture but the current one and the one used last before it.
 
     That one may belong to another checkout, and two of them must not take turns in rebuilding.
     """
-    others = [folder for folder in current.parent.glob("dom0-*") if folder != current]
+    others = [folder for folder in current.parent.glob(f"dom0-{arch.name}-*") if folder != current]
     others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in others[1:]:
         folder.rename(folder.with_name(f"partial-{folder.name}"))  # never half an image under its name
@@ -395,19 +424,20 @@ def remove_old_images(current: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what an interrupted run has left."""
-    for leftover in folder.glob("partial-*"):
+    for leftover in folder.glob("partial-dom0-*"):
         run("rm", "-rf", "--one-file-system", leftover)
 
 
 def main() -> int:
-    target = image_folder()
+    arch = ARCHITECTURES[sys.argv[1]] if sys.argv[1:] else X86_64
+    target = image_folder(arch)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / "image.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two labs want the image: one makes it
         if not target.is_dir():
             remove_leftovers(target.parent)
-            make_image(target)
-            remove_old_images(target)
+            make_image(target, arch)
+            remove_old_images(target, arch)
         os.utime(target)  # the time of its last use
     print(target)
     return 0

@@ -9,6 +9,8 @@
     lab.py test                 run every check and every test: here, under other Pythons, and in two dom0s at once
     lab.py test ARGS...         run some: ARGS are pytest's, which runs here, in one dom0 or in both places
 
+    lab.py --arch arm64 ...     the same on an Arm machine; what does not depend on the machine is then not tested
+
 Needs Debian 12 and root; what else is missing, `build` installs, and the other commands begin with
 a build.  QEMU emulates the processor in software, so this works in a VM or a container too.  In
 the dom0 the working tree is at /repo, read-only.  A boot changes nothing on this machine, and labs
@@ -39,9 +41,10 @@ sys.dont_write_bytecode = True  # no __pycache__ in the working tree
 
 import image  # noqa: E402
 import suite  # noqa: E402
+from arch import ARCHITECTURES, DOM0_MEMORY, X86_64  # noqa: E402
 from build import Built, build  # noqa: E402
 from common import Interrupted, LabError, say  # noqa: E402
-from machine import DEFAULT_MEMORY, DEFAULT_TIME_LIMIT, DOM0_MEMORY, booted_lab, window_size  # noqa: E402
+from machine import DEFAULT_MEMORY, DEFAULT_TIME_LIMIT, booted_lab, window_size  # noqa: E402
 
 SHELL_TIME_LIMIT = 7 * 86400  # seconds
 DEMO_SCRIPT = """\
@@ -57,16 +60,16 @@ DEMO_STATUS = 42  # any that nothing gives by accident
 # -- commands --------------------------------------------------------------------------------------
 
 
-def command_build(_args: argparse.Namespace) -> int:
+def command_build(args: argparse.Namespace) -> int:
     """build: prepare all that the lab needs."""
-    build()
+    build(arch=args.arch)
     return 0
 
 
 def options_of(args: argparse.Namespace, built: Built) -> dict[str, Any]:
     """Return what a Lab is made with for `run` and `shell`."""
     files = {"kernel": built.kernel, "ramdisk": built.ramdisk, "disk": built.debian, "share": args.share}
-    return {**files, "memory": args.memory, "network": args.network}
+    return {**files, "arch": built.arch, "memory": args.memory, "network": args.network}
 
 
 def command_run(args: argparse.Namespace) -> int:
@@ -78,7 +81,7 @@ def command_run(args: argparse.Namespace) -> int:
             raise LabError(f"installing runX with {path}: there is no such file; build it first")
     progress = say if args.verbose or sys.stderr.isatty() else (lambda text: None)
     began = time.monotonic()
-    built = build(progress, args.kernel, args.initrd)
+    built = build(progress, args.kernel, args.initrd, arch=args.arch)
     deadline = time.monotonic() + args.time_limit
     with booted_lab(args.time_limit, **options_of(args, built)) as lab:
         progress(f"{time.monotonic() - began:.1f} s: the dom0 is up")
@@ -102,7 +105,7 @@ def command_shell(args: argparse.Namespace) -> int:
         raise LabError(
             "starting a shell: standard input or output is not a terminal; use lab.py run -- COMMAND instead"
         )
-    built = build()
+    built = build(arch=args.arch)
     with booted_lab(**options_of(args, built)) as lab:
         say("the dom0 is up; leaving the shell powers it off")
         with resize_events() as resizes, raw_terminal():
@@ -143,9 +146,9 @@ def raw_terminal() -> Iterator[None]:
 def command_demo(args: argparse.Namespace) -> int:
     """demo: run a container, and show what each step took."""
     began = time.monotonic()
-    built = build()
+    built = build(arch=args.arch)
     set_up = time.monotonic() - began
-    with booted_lab(kernel=built.kernel, ramdisk=built.ramdisk, memory=args.memory) as lab:
+    with booted_lab(arch=built.arch, kernel=built.kernel, ramdisk=built.ramdisk, memory=args.memory) as lab:
         if lab.warnings:
             raise LabError("running the demo: it needs runX in the dom0; see the warnings above")
         kernel: list[bytes] = []
@@ -167,7 +170,7 @@ def command_demo(args: argparse.Namespace) -> int:
 
 def command_test(args: argparse.Namespace) -> int:
     """test: run every check and every test, or some tests here and in a dom0."""
-    built = build(for_tests=True)
+    built = build(for_tests=True, arch=args.arch)
     if args.words:
         return suite.run_some(built, args.words)
     return suite.run_all(built)
@@ -179,8 +182,9 @@ def command_test(args: argparse.Namespace) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command and its options.  Words for the dom0's command, or for pytest, are in .words."""
     words: list[str] = []
-    if argv[:1] == ["test"]:
-        argv, words = argv[:1], argv[1:]
+    if "test" in argv[:1] or argv[:1] and argv[0].startswith("--arch") and "test" in argv[1:3]:
+        split = argv.index("test") + 1
+        argv, words = argv[:split], argv[split:]
     elif "--" in argv:
         split = argv.index("--")
         argv, words = argv[:split], argv[split + 1 :]
@@ -189,6 +193,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="lab.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=str(__doc__).split("\n\nAs a library")[0],
+    )
+    main_parser.add_argument(
+        "--arch", choices=list(ARCHITECTURES), default=X86_64.name, help="the machine's (default: %(default)s)"
     )
     commands = main_parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
@@ -235,6 +242,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--verbose", action="store_true", help="report progress even when standard error is not a terminal"
     )
     args = main_parser.parse_args(argv)
+    args.arch = ARCHITECTURES[args.arch]
     if args.name == "run" and not words:
         run.error("no command; put one after --")
     return args

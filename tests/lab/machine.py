@@ -16,30 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import image
+from arch import X86_64, Architecture, machine_options
 from common import REPO, LabError, TimeLimit, say
 from frames import STDERR, STDIN, STDOUT, Link, Message, Pump, Sink, Source, Target
 
-DOM0_MEMORY = 1024  # MiB
 DEFAULT_MEMORY = 4096  # MiB, the whole machine
 DEFAULT_TIME_LIMIT = 1800  # seconds
 BOOT_TIME_LIMIT = 180  # seconds; on a machine that does nothing else a boot takes 15
-
-# Xen in software emulation is stable only with four features off: with xsave, vector registers
-# leak from one domain into another; with smap or smep dom0 crashes; with rdtscp PVH guests do.
-# Without erms memory is copied eight bytes at a time, not one: reading the disk is then three times
-# as fast.
-CPU = "max,-smap,-smep,-rdtscp,-xsave,-erms"
-
-# dom0 gets one of the two processors.  Interrupting the other one, for each TLB flush and each
-# patch of the kernel's code, is so slow in emulation that all of dom0 is slower with two; and
-# the guests have the second one to themselves.  There is nothing to protect from speculation.
-XEN_OPTIONS = (
-    f"console=com1 com1=115200,8n1 dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M "
-    "dom0_max_vcpus=1 loglvl=warning guest_loglvl=warning spec-ctrl=no bootscrub=0"
-)
-
-# After loglevel, each option saves a check or a wait that takes a tenth of a second or more.
-KERNEL_OPTIONS = "console=hvc0 panic=-1 loglevel=4 mitigations=off rodata=off pmtmr=0 audit=0 cryptomgr.notests"
 
 DOM0_ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -61,7 +44,7 @@ class Step:
 class Lab:
     """One emulated machine with Xen and a dom0: start() it, run() commands, stop() it.
 
-    `kernel` and `ramdisk` are files that runX is installed with; without both it is not.
+    `arch` is of the machine.  `kernel` and `ramdisk` are files that runX is installed with; without both it is not.
     `disk` is a file for /dev/vdb in the dom0, which never changes: what is written to it is
     forgotten.  `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with
     `network` the dom0 reaches other machines through this one.  QEMU runs no longer than the
@@ -80,13 +63,14 @@ class Lab:
         kernel: Path | None = None,
         ramdisk: Path | None = None,
         *,
+        arch: Architecture = X86_64,
         disk: Path | None = None,
         share: Path | None = None,
         memory: int = DEFAULT_MEMORY,
         network: bool = False,
     ):
         self.kernel, self.ramdisk, self.disk, self.share = kernel, ramdisk, disk, share
-        self.memory, self.network = memory, network
+        self.arch, self.memory, self.network = arch, memory, network
         self.steps: list[Step] = []
         self.warnings: list[str] = []
         self.undo = contextlib.ExitStack()
@@ -135,9 +119,10 @@ class Lab:
 
     def launch(self, agent_fd: int) -> None:
         """Start QEMU, with the agent's end of the link as its file descriptor `agent_fd`."""
-        folder = image.image_folder()
+        folder = image.image_folder(self.arch)
         if not folder.exists():
-            raise LabError("starting the lab: there is no dom0 image for this working tree; run tests/lab/lab.py build")
+            build = f"tests/lab/lab.py --arch {self.arch.name} build"
+            raise LabError(f"starting the lab: there is no dom0 image for this working tree; run {build}")
         with open(self.folder / "qemu.log", "wb") as log:
             self.qemu = subprocess.Popen(
                 # setpriv: should we be killed, so is QEMU
@@ -157,28 +142,26 @@ class Lab:
     def qemu_command(self, agent_fd: int) -> list[str]:
         """QEMU's command line.  Its relative paths are in the image's folder."""
         switches = {"LAB_INSTALL": self.kernel and self.ramdisk, "LAB_SHARE": self.share, "LAB_NETWORK": self.network}
-        options = " ".join([KERNEL_OPTIONS] + [f"{name}=1" for name, on in switches.items() if on])
+        options = " ".join(f"{name}=1" for name, on in switches.items() if on)
+        bus = self.arch.bus
         # fmt: off
         command = [
-            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none",
-            "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2",
-            "-m", str(self.memory), "-no-reboot",
+            *machine_options(self.arch, options), "-nodefaults", "-no-user-config", "-display", "none",
+            "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(self.memory), "-no-reboot",
             "-serial", f"file:{self.folder}/console.log",
-            "-kernel", "xen", "-append", XEN_OPTIONS,
-            "-initrd", f"vmlinux {options},initrd.img",
-            *forgetful_disk("disk.img"),
-            "-chardev", f"socket,id=agent,fd={agent_fd}", "-device", "virtio-serial",
+            *forgetful_disk("vda", "disk.img", bus),
+            "-chardev", f"socket,id=agent,fd={agent_fd}", "-device", f"virtio-serial-{bus}",
             "-device", "virtserialport,chardev=agent",
-            *shared_folder("repo", REPO, readonly=True),
-            *shared_folder("boot", self.folder / "boot", readonly=True),
+            *shared_folder("repo", REPO, bus, readonly=True),
+            *shared_folder("boot", self.folder / "boot", bus, readonly=True),
         ]
         # fmt: on
         if self.disk:
-            command += forgetful_disk(self.disk)
+            command += forgetful_disk("vdb", self.disk, bus)
         if self.share:
-            command += shared_folder("share", Path(self.share).resolve(), readonly=False)
+            command += shared_folder("share", Path(self.share).resolve(), bus, readonly=False)
         if self.network:
-            command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
+            command += ["-netdev", "user,id=net", "-device", f"virtio-net-{bus},netdev=net"]
         return command
 
     def await_agent(self, deadline: float) -> Message:
@@ -262,19 +245,19 @@ class Lab:
             return status
 
 
-def forgetful_disk(path: str | Path) -> list[str]:
+def forgetful_disk(name: str, path: str | Path, bus: str) -> list[str]:
     """QEMU's options for a disk with the content of a file, which is left as it is."""
-    return ["-drive", f"file={str(path).replace(',', ',,')},if=virtio,format=raw,snapshot=on,cache=unsafe"]
+    drive = f"file={str(path).replace(',', ',,')},if=none,id={name},format=raw,snapshot=on,cache=unsafe"
+    return ["-drive", drive, "-device", f"virtio-blk-{bus},drive={name}"]
 
 
-def shared_folder(tag: str, path: Path, readonly: bool) -> list[str]:
+def shared_folder(tag: str, path: Path, bus: str, readonly: bool) -> list[str]:
     """QEMU's options that let the dom0 mount a folder of this machine, by 9p over virtio."""
-    escaped = str(path).replace(",", ",,")
+    options = f"security_model=none,multidevs=remap,readonly={'on' if readonly else 'off'}"
     return [
-        "-virtfs",
-        f"local,path={escaped},mount_tag={tag},security_model=none,"
-        f"multidevs=remap,readonly={'on' if readonly else 'off'}",
-    ]
+        "-fsdev", f"local,id={tag},path={str(path).replace(',', ',,')},{options}",
+        "-device", f"virtio-9p-{bus},fsdev={tag},mount_tag={tag}",
+    ]  # fmt: skip
 
 
 def in_memory(content: bytes) -> BinaryIO:

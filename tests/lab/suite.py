@@ -16,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pythons
+from arch import X86_64, Architecture
 from build import Built
 from common import REPO, Interrupted, LabError, say
 from image import cache_root
@@ -156,7 +158,8 @@ def in_dom0(built: Built, words: list[str], share: Path, name: str) -> int:
     if (share / "seconds.json").exists():
         env["LAB_SECONDS"] = "/share/seconds.json"
     began = time.monotonic()
-    with booted_lab(kernel=built.kernel, ramdisk=built.ramdisk, disk=built.debian, share=share) as lab:
+    files: dict[str, Any] = {"kernel": built.kernel, "ramdisk": built.ramdisk, "disk": built.debian, "share": share}
+    with booted_lab(arch=built.arch, **files) as lab:
         print(f"up after {time.monotonic() - began:.1f} s", flush=True)
         return lab.run(command, env=env, time_limit=TIME_LIMIT)
 
@@ -167,7 +170,7 @@ def in_dom0(built: Built, words: list[str], share: Path, name: str) -> int:
 def run_some(built: Built, words: list[str]) -> int:
     """Run what pytest's arguments select: here, and in one dom0."""
     here, there = divide(words)
-    with results_folder() as share:
+    with results_folder(built.arch) as share:
         jobs = []
         if here:
             jobs.append(Job("here", lambda: fast_tests(built, here, share / "here")))
@@ -185,12 +188,14 @@ def run_all(built: Built) -> int:
 
     Not at once: an emulated processor that has to wait for a real one keeps the others of its Xen spinning.
     """
-    with results_folder() as share:
+    with results_folder(built.arch) as share:
         here = [
             Job("checks", lambda: check(built)),
             Job("here", lambda: fast_tests(built, [], share / "here")),
             Job("pythons", lambda: other_pythons(built, share)),
         ]
+        if built.arch.foreign:
+            here = []  # nothing of it depends on the machine
         words = ["/repo/tests", *(f"--deselect={test}" for test in BY_NAME)]
         print(f"left out, and run by name: {', '.join(BY_NAME)}", flush=True)
         dom0s = [
@@ -202,9 +207,9 @@ def run_all(built: Built) -> int:
 
 
 @contextlib.contextmanager
-def results_folder() -> Iterator[Path]:
+def results_folder(arch: Architecture) -> Iterator[Path]:
     """What the runs of pytest share: their claims, their results, and how long each test took the last time."""
-    kept = cache_root() / "seconds.json"
+    kept = cache_root() / f"seconds{'' if arch is X86_64 else '-' + arch.name}.json"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "claims").mkdir()
