@@ -223,6 +223,16 @@ def test_second_of_two(shared):
     assert shared == [1]
 """
 
+HANGING = """
+import os
+
+def test_hangs():
+    os.read(os.pipe()[0], 1)
+
+def test_next():
+    pass
+"""
+
 
 @pytest.fixture
 def run_tests(tmp_path):
@@ -233,10 +243,10 @@ def run_tests(tmp_path):
     seconds = {"test_it.py::test_long": ["passed", 9.5], "test_it.py::TestTogether::test_b": ["passed", 15.0]}
     (tmp_path / "seconds.json").write_text(json.dumps({**seconds, "test_it.py::test_short": ["passed", 1.0]}))
 
-    def run(*words):
+    def run(*words, **more):
         names = {"LAB_CLAIMS": "claims", "LAB_RESULTS": "results", "LAB_SECONDS": "seconds.json"}
         env = {**os.environ, **{name: str(tmp_path / path) for name, path in names.items()}}
-        env.update(PYTHONPATH=str(LAB.parent), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        env.update(PYTHONPATH=str(LAB.parent), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **more)
         done = call(
             sys.executable,
             "-m",
@@ -277,6 +287,15 @@ def test_a_failure_is_printed_when_it_happens_and_is_in_the_results(run_tests):
     assert b"test_it.py::test_long failed (call)" in at_once and b"assert 1 == 2" in at_once and at_the_end
     assert done.returncode == 1
     assert [name for name, (outcome, _) in results.items() if outcome != "passed"] == ["test_it.py::test_long"]
+
+
+def test_a_test_that_hangs_fails_and_what_the_machine_is_at_is_printed_and_the_next_one_runs(run_tests, tmp_path):
+    tmp_path.joinpath("test_it.py").write_text(HANGING)
+    done, results, _ = run_tests("-s", LAB_TIME_LIMIT="0.5")
+    assert b"TimeoutError: the test has not ended in time" in done.stdout and b" ELAPSED " in done.stdout
+    assert {name.split("::")[1]: outcome for name, (outcome, _) in results.items()} == {
+        "test_hangs": "failed", "test_next": "passed",
+    }  # fmt: skip
 
 
 def test_jobs_side_by_side_have_their_statuses_and_each_line_comes_at_once(capfdbinary):

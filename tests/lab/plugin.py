@@ -6,20 +6,26 @@ A failure is printed when it happens, not only at the end.  In the environment:
     LAB_CLAIMS=FOLDER   several runs with the same folder share the tests: each runs in the one that comes to it first
     LAB_RESULTS=PATH    write to PATH.<pid>.json what became of each test: {id: [outcome, seconds]}
     LAB_SECONDS=FILE    the same of earlier runs: what took longest then begins now
+    LAB_TIME_LIMIT=S    a test that has not ended by then fails, and what the machine is at is printed
 
 Tests of one class, and those of one module that share a fixture, stay together and in their order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+LOOKS = ("ps -eo pid,ppid,stat,etimes,wchan:20,args", "xl list", "xenstore-ls -fp /local")  # at a machine that hangs
+TO_CLEAN_UP = 60  # seconds, for what a test does after it has failed
 Unit = list[pytest.Item]  # what runs in one place, one after the other
 
 results: dict[str, tuple[str, float]] = {}
@@ -83,6 +89,21 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
             raise session.Interrupted(session.shouldstop)
         item = following
     return True
+
+
+def give_up(*_: object) -> None:
+    for look in LOOKS:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(look.split(), stdin=subprocess.DEVNULL, timeout=20, check=False)
+    raise TimeoutError("the test has not ended in time")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, float(os.environ.get("LAB_TIME_LIMIT", "0")), TO_CLEAN_UP)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
