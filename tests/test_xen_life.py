@@ -543,7 +543,7 @@ def test_a_monitor_killed_during_create_leaves_nothing(bundle, stage):
         assert b"its monitor was killed" in results[0].stderr
         assert not bundle.root.joinpath(bundle.id).exists()
     else:  # it was just over
-        assert stage in ("file server", "consoles") and bundle.status() == "stopped"
+        assert stage in ("file server", "consoles") and bundle.state()["status"] == "stopped"
     bundle.succeed("delete", "--force")
     assert bundle.domain() is None
 
