@@ -306,6 +306,14 @@ pid_t start_script(const char *path, const char *word)
 	return child;
 }
 
+/* Does what the host asked for before it could ring, or before the doorbell could act.  Returns -1 if it cannot fork. */
+int answer_early(void)
+{
+	char requests[XS_REPLY_MAX];
+
+	return xs_request(XS_DIRECTORY, "data/request", "", requests) > 0 ? start_script("/sbin/poweroff", NULL) : 0;
+}
+
 /* The exit status of a child as a shell has it.  Others that end before are reaped too, if this is PID 1. */
 static int wait_for(pid_t child)
 {
@@ -374,7 +382,6 @@ static int was_short_of_memory(void)
 
 static int init_main(void)
 {
-	char requests[XS_REPLY_MAX];
 	pid_t supervisor;
 	int status;
 
@@ -390,8 +397,7 @@ static int init_main(void)
 		_exit(supervise());
 	if (supervisor < 0)
 		tell("error", "cannot fork the supervisor");
-	if (xs_request(XS_DIRECTORY, "data/request", "", requests) > 0)	/* from before the doorbell could act */
-		start_script("/sbin/poweroff", NULL);
+	answer_early();
 	status = wait_for(supervisor);
 	if (was_short_of_memory())
 		set_up("oom");

@@ -54,6 +54,7 @@ int ask(const char *name, char *reply);
 
 void unblock_signals(void);
 pid_t start_script(const char *path, const char *word);
+int answer_early(void);
 int set_up(const char *word);
 
 /* ---- doorbell.c ---- */

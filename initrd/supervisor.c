@@ -97,13 +97,9 @@ static int await_process(int child)
 /* Signals can be sent to the process, and the host may send its input. */
 static void announce(pid_t pid)
 {
-	char reply[XS_REPLY_MAX];
-
 	check(note_process(process_number, pid, getpid()), "write", PROCESSES);
 	check(tell("ready", "1"), "write", "data/process");
-	/* what the host asked for before it could ring */
-	if (xs_request(XS_DIRECTORY, "data/request", "", reply) > 0)
-		check(start_script("/sbin/poweroff", NULL), "fork", "/sbin/poweroff");
+	check(answer_early(), "fork", "/sbin/poweroff");
 }
 
 /* Has it go on.  Returns its exit status once it has ended; if it could not be executed, its error has been told. */
@@ -142,14 +138,14 @@ static int is_connected(const char *state)
 static void mount_share(void)
 {
 	static const char fuse[] = "device/fuse/0/state", ninep[] = "device/9pfs/0/state";
-	int watch = xs_watch(xs_watch(-1, fuse), ninep), result;
+	int watch = xs_watch(xs_watch(-1, fuse), ninep), is_fuse, result;
 	int64_t end = in_seconds(DEVICE_WAIT);
 
-	while (!is_connected(fuse) && !is_connected(ninep))
+	while (!(is_fuse = is_connected(fuse)) && !is_connected(ninep))
 		await_event(watch, -1, end, "the container's files are not there: nobody serves them, or the kernel "
 			    "has no driver for them");
 	close(watch);
-	result = is_connected(fuse) ? mount("share", SHARE, "xenfuse", 0, "") :
+	result = is_fuse ? mount("share", SHARE, "xenfuse", 0, "") :
 		 mount("share", SHARE, "9p", 0, "trans=xen,version=9p2000.L,msize=131072,cache=mmap");
 	if (result < 0)
 		die_as(CANNOT_START, "mount", "the share");
