@@ -1372,6 +1372,10 @@ class State(Record):
         defaults = {name: getattr(kind, name) for name in kind.__annotations__}
         super().__init__(**{n: v.copy() if isinstance(v, (dict, list)) else v for n, v in defaults.items()} | fields)
 
+    def may_run(self) -> bool:
+        """Whether its VM runs unless it is paused: one that boots a system of its own does so from `start` on."""
+        return self.status == "running" or not self.starts_paused
+
 
 class NewerState(Error):
     """A newer runX has made the container."""
@@ -1563,18 +1567,18 @@ class Container:
         domain.check()
         return domain
 
-    def switch(self, work: Callable[[Domain], None], **changes: Any) -> None:
+    def switch(self, work: Callable[[], None], **changes: Any) -> None:
         """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.
 
         A file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
         disk has room for it, and there the rest can wait; its name tells whether the container has been started.
         """
-        domain, mark = self.domain(), self.path(f"unsettled-{self.state.status}")
+        mark = self.path(f"unsettled-{self.state.status}")
         try:
             open(mark, "w", encoding="ascii").close()
         except OSError as error:
             raise Error(f"cannot make {mark}: {error.strerror}") from None
-        work(domain)
+        work()
         try:
             self.save(**changes)
         except Error:
@@ -1598,7 +1602,7 @@ class Container:
         paused = bool(listing and listing.is_paused())
         if started or state.starts_paused and listing and not paused:
             state.status = "running"
-        if listing and (state.status == "running" or not state.starts_paused):
+        if listing and state.may_run():
             state.paused = paused
 
     def acquire(self, device: Device, undo: Undo) -> None:
@@ -7402,9 +7406,13 @@ class Loop:
 
     def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
         try:
-            self.domain.request(request, key, data)
+            self.request(request, key, data)
         except Error as error:
             self.log.debug(str(error))  # gone, or its quota is full: the deadline or the container's end ends it
+
+    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
+        """As Domain.request."""
+        self.domain.request(request, key, data)
 
 
 def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
@@ -7738,14 +7746,11 @@ class Monitor(Loop):
             return self.container.load().state.status == "running" or bool(self.container.unsettled())
         return self.streams.ready or bool(self.domain.told("process/0/start"))
 
-    def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
-        try:
-            if not self.own_init:
-                super().ask(request, key, data)
-            elif request.startswith("kill"):
-                self.domain.shut_down()
-        except Error as error:
-            self.log.debug(str(error))
+    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
+        if not self.own_init:
+            super().request(request, key, data)
+        elif request.startswith("kill"):
+            self.domain.shut_down()
 
 
 # ---- the process
@@ -8069,6 +8074,17 @@ def check_status(command: str, container: Container, status: str) -> None:
         raise Error(sentence.format(id=container.id, status=status))
 
 
+def read_object(what: str, source: str, path: str | int) -> dict[str, Any]:
+    """The JSON object in a file, or an open one; for the user what it is, and from which source.  Raise Error."""
+    try:
+        found = read_document(path)
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read {what} from {source}: {error}") from None
+    if not isinstance(found, dict):
+        raise Error(f"{what} in {source} must be a JSON object")
+    return found
+
+
 # ---- create
 
 
@@ -8189,7 +8205,7 @@ def start(container: Container, log: Log) -> None:
         status = container.status()
         try:
             check_status("start", container, status)
-            begin(container, log)
+            domain = begin(container, log)
         except Error as error:
             reason = reason_of_end(container) if container.state.status == "created" else ""
             if reason and (status == "stopped" or isinstance(error, NotRunning)):
@@ -8197,7 +8213,7 @@ def start(container: Container, log: Log) -> None:
             raise error from None
     # without the lock: it may be killed meanwhile, and a hook may call runX
     if not container.state.starts_paused:
-        await_process(container)
+        await_process(container, domain)
     try:
         run_hooks(container, "poststart", "running")
     except Error:
@@ -8215,8 +8231,8 @@ def reason_of_end(container: Container) -> str:
         return ""
 
 
-def begin(container: Container, log: Log) -> None:
-    """Give the VM what it is to have by `start`, and have it go on.  Raise Error."""
+def begin(container: Container, log: Log) -> Domain:
+    """Give the VM what it is to have by `start`, and have it go on.  Return it.  Raise Error."""
     state = container.state
     if not state.startable:
         raise Error(f"cannot start container {container.id}: its config.json has no process")
@@ -8229,16 +8245,16 @@ def begin(container: Container, log: Log) -> None:
         words = ["disk"] if state.disk else []
         words += ["network"] if plug(container, domain, undo) else []
         try:
-            container.switch(Domain.unpause if state.starts_paused else lambda vm: vm.start(words), status="running")
+            container.switch(domain.unpause if state.starts_paused else lambda: domain.start(words), status="running")
         except BaseException:
             if container.unsettled():  # it was asked for: the VM may go on, and needs its devices
                 undo.keep()
             raise
+    return domain
 
 
-def await_process(container: Container) -> None:
+def await_process(container: Container, domain: Domain) -> None:
     """Return once the container's process is executed.  Raise Error, in runc's words, if it cannot be."""
-    domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
     xenstore, pidfd, error = domain.xenstore, container.open_pidfd(), ""
     xenstore.watch((f"{domain.path}/data/process/0", "process"))
     while pidfd is not None and not error:
@@ -8348,7 +8364,7 @@ def join_terminal(master: int) -> NoReturn:
 
 def forward_signals(pid: int) -> None:
     """What a person or a supervisor sends to `run` or `exec` goes to the process."""
-    import signal
+    signal = import_signal()
 
     def forward(number: int, _: object) -> None:
         try:
@@ -8404,7 +8420,7 @@ def make_order(call: Invocation, attached: bool) -> Order:
         if name.strip("/"):
             raise Error(f"cannot run it in the cgroup {printable(name)}: runX has only the container's own")
     spec, path = read_config(container.state.bundle), call.options.get("process", "")
-    asked = read_process(path) if path else ask_process(call, spec.section("process"))
+    asked = read_object("the process", path, path) if path else ask_process(call, spec.section("process"))
     process, linux, warnings = parse_exec(spec, asked, path or "the process")
     for warning in warnings:
         call.log.about(container.id).warn(warning)
@@ -8414,19 +8430,8 @@ def make_order(call: Invocation, attached: bool) -> Order:
     )  # fmt: skip
 
 
-def read_process(path: str) -> dict[str, Any]:
-    """The OCI process in a file.  Raise Error."""
-    try:
-        process = read_document(path)
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot read the process from {path}: {error}") from None
-    if not isinstance(process, dict):
-        raise Error(f"the process in {path} must be a JSON object")
-    return process
-
-
-def check_exec(call: Invocation, container: Container) -> None:
-    """Raise Error where no process can be run."""
+def check_exec(call: Invocation, container: Container) -> str:
+    """Return the container's status.  Raise Error where no process can be run."""
     status = container.status()
     if container.state.own_init:
         raise Error("cannot exec in a container whose VM boots a system of its own: reach it by its console or network")
@@ -8434,6 +8439,7 @@ def check_exec(call: Invocation, container: Container) -> None:
         status = "created"
     if status != "paused" or "ignore-paused" not in call.options:
         check_status("exec", container, status)
+    return status
 
 
 def ask_process(call: Invocation, own: Section) -> dict[str, Any]:
@@ -8473,8 +8479,7 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
     """Return the pid of the carrier once the program is executed.  Raise Error."""
     container = order.container
     with container:
-        check_exec(call, container)
-        order.is_patient = container.status() == "paused"
+        order.is_patient = check_exec(call, container) == "paused"
         taken = carriers_of(container)
         order.number = next((number for number in range(1, EXECS_MAX + 1) if number not in taken), 0)
         if not order.number:
@@ -8565,7 +8570,7 @@ def send_signal(container: Container, number: int, to_all: bool) -> None:
         container.tell_monitor(f"destroy {number}" if state.own_init else f"kill {number}")
         try:  # so that its last writes reach the host, if that can be
             if container.status() == "paused" and state.status == "running" and not state.own_init:
-                container.switch(Domain.unpause, paused=False)
+                container.switch(container.domain().unpause, paused=False)
         except Error:
             pass
     elif state.own_init:
@@ -8615,19 +8620,19 @@ def command_pause(call: Invocation) -> None:
     """The VM gets no processor time until `resume`."""
     with call.container() as container:
         check_status("pause", container, container.status())
-        if container.state.status == "created" and container.state.starts_paused:  # it has none anyway
+        if container.state.may_run():
+            container.switch(container.domain().pause, paused=True)
+        else:  # it has none anyway
             container.save(paused=True)
-        else:
-            container.switch(Domain.pause, paused=True)
 
 
 def command_resume(call: Invocation) -> None:
     with call.container() as container:
         check_status("resume", container, container.status())
-        if container.state.status == "created" and container.state.starts_paused:
-            container.save(paused=False)
+        if container.state.may_run():
+            container.switch(container.domain().unpause, paused=False)
         else:
-            container.switch(Domain.unpause, paused=False)
+            container.save(paused=False)
 
 
 def output_format(call: Invocation) -> str:
@@ -8753,12 +8758,7 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
     """The linux.resources that --resources and the other options ask for."""
     source, changes = options.get("resources"), {}
     if source:
-        try:
-            changes = read_document(0 if source == "-" else source)
-        except (OSError, ValueError) as error:
-            raise Error(f"cannot read the resources from {source}: {error}") from None
-        if not isinstance(changes, dict):
-            raise Error(f"the resources in {source} must be a JSON object")
+        changes = read_object("the resources", source, 0 if source == "-" else source)
     for name, (section, key) in UPDATE_OPTIONS.items():
         if name in options:
             values = Section(changes, "resources").section(section).values
