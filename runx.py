@@ -1379,6 +1379,10 @@ class State(Record):
         defaults = {name: getattr(kind, name) for name in kind.__annotations__}
         super().__init__(**{n: v.copy() if isinstance(v, (dict, list)) else v for n, v in defaults.items()} | fields)
 
+    def may_run(self) -> bool:
+        """Whether its VM runs unless it is paused: one that boots a system of its own does so from `start` on."""
+        return self.status == "running" or not self.starts_paused
+
 
 class NewerState(Error):
     """A newer runX has made the container."""
@@ -1566,9 +1570,11 @@ class Container:
         return domain
 
     def switch(self, work: Callable[[], None], **changes: Any) -> None:
-        """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.  A
-        file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
-        disk has room for it, and there the rest can wait; its name tells whether the container has been started."""
+        """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.
+
+        A file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
+        disk has room for it, and there the rest can wait; its name tells whether the container has been started.
+        """
         mark = self.path(f"unsettled-{self.state.status}")
         with Attempt(f"make {mark}"):
             write_file(mark, "")
@@ -1596,7 +1602,7 @@ class Container:
         paused = bool(listing and listing.is_paused())
         if started or state.starts_paused and listing and not paused:
             state.status = "running"
-        if listing and (state.status == "running" or not state.starts_paused):
+        if listing and state.may_run():
             state.paused = paused
 
     def acquire(self, device: Device) -> None:
@@ -8232,8 +8238,8 @@ def make_order(call: Invocation, attached: bool) -> Order:
     )  # fmt: skip
 
 
-def check_exec(call: Invocation, container: Container) -> None:
-    """Raise Error where no process can be run."""
+def check_exec(call: Invocation, container: Container) -> str:
+    """Return the container's status.  Raise Error where no process can be run."""
     status = container.status()
     if container.state.own_init:
         raise Error("cannot exec in a container whose VM boots a system of its own: reach it by its console or network")
@@ -8241,6 +8247,7 @@ def check_exec(call: Invocation, container: Container) -> None:
         status = "created"
     if status != "paused" or "ignore-paused" not in call.options:
         check_status("exec", container, status)
+    return status
 
 
 def ask_process(call: Invocation, own: Section) -> JsonObject:
@@ -8280,8 +8287,7 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
     """Return the pid of the carrier once the program is executed.  Raise Error."""
     container = order.container
     with container:
-        check_exec(call, container)
-        order.is_patient = container.status() == "paused"
+        order.is_patient = check_exec(call, container) == "paused"
         taken = carriers_of(container)
         order.number = next((number for number in range(1, EXECS_MAX + 1) if number not in taken), 0)
         if not order.number:
@@ -8422,19 +8428,19 @@ def command_pause(call: Invocation) -> None:
     """The VM gets no processor time until `resume`."""
     with call.container() as container:
         check_status("pause", container, container.status())
-        if container.state.status == "created" and container.state.starts_paused:  # it has none anyway
-            container.save(paused=True)
-        else:
+        if container.state.may_run():
             container.switch(container.domain().pause, paused=True)
+        else:  # it has none anyway
+            container.save(paused=True)
 
 
 def command_resume(call: Invocation) -> None:
     with call.container() as container:
         check_status("resume", container, container.status())
-        if container.state.status == "created" and container.state.starts_paused:
-            container.save(paused=False)
-        else:
+        if container.state.may_run():
             container.switch(container.domain().unpause, paused=False)
+        else:
+            container.save(paused=False)
 
 
 def output_format(call: Invocation) -> str:

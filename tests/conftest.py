@@ -421,14 +421,19 @@ def one_fake_dom0(tmp_path_factory):
     dom0.close()
 
 
+def emptied(dom0):
+    """Yield a fake dom0, which must be empty again after the test, as after all that may go wrong with a container."""
+    yield dom0
+    left = dom0.left()
+    dom0.clean()
+    dom0.release()
+    assert not left, "what is there now, and what should be"
+
+
 @pytest.fixture
 def dom0(one_fake_dom0):
-    """See fake/dom0.py.  After the test it must be empty again, as after all that may go wrong with a container."""
-    yield one_fake_dom0
-    left = one_fake_dom0.left()
-    one_fake_dom0.clean()
-    one_fake_dom0.release()
-    assert not left, "what is there now, and what should be"
+    """See fake/dom0.py."""
+    yield from emptied(one_fake_dom0)
 
 
 # ---- dom0

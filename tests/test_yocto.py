@@ -16,7 +16,7 @@ import sys
 import sysconfig
 
 import pytest
-from conftest import REPOSITORY, call
+from conftest import REPOSITORY, call, emptied
 from fake import host
 from fake.dom0 import Dom0
 
@@ -289,11 +289,7 @@ def one_image(tmp_path_factory):
 @pytest.fixture
 def image(one_image):
     """After the test it must be as it was."""
-    yield one_image
-    left = one_image.left()
-    one_image.clean()
-    one_image.release()
-    assert not left
+    yield from emptied(one_image)
 
 
 def test_the_image_has_every_module_that_runx_imports(image):
