@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -392,6 +393,19 @@ def test_of_each_python_the_first_is_found_and_nothing_else(tmp_path, monkeypatc
 def test_a_kernel_that_is_not_packed_is_taken_as_it_is():
     kernel = b"MZ" + bytes(1000)
     assert image.unpacked_kernel(kernel) == kernel
+
+
+@pytest.mark.parametrize("program", ["xz", "zstd"])
+def test_a_kernel_is_unpacked(program):
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+    kernel = os.urandom(5000)
+    packed = subprocess.run([program], input=kernel, stdout=subprocess.PIPE, check=True).stdout
+    packed += len(kernel).to_bytes(4, "little")
+    image_head = bytearray(1024)  # with one sector of set-up code
+    image_head[0x1F1], image_head[0x202:0x206] = 1, b"HdrS"
+    image_head[0x248:0x250] = struct.pack("<II", 0, len(packed))
+    assert image.unpacked_kernel(bytes(image_head) + packed + b"behind it") == kernel
 
 
 def test_images_of_two_machines_are_two_folders_and_making_one_leaves_the_other(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 # Debian packages on this machine, by what needs them; besides QEMU, which arch.py names.
 # fmt: off
 HOST_PACKAGES = [
-    "mmdebstrap", "e2fsprogs", "kmod",                                    # image.py
+    "mmdebstrap", "e2fsprogs", "kmod", "zstd",                            # image.py
     "gcc", "libc6-dev", "make",                                           # both build.sh
     "linux-source-6.12", "bc", "bison", "flex", "libelf-dev", "patch", "xz-utils",  # kernel/
     "musl-tools", "bzip2",                                                # initrd/

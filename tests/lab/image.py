@@ -226,6 +226,8 @@ def settle(root: Path) -> None:
 
 # -- kernel, modules and the small initramfs -----------------------------------------------------
 
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878
+
 
 def unpacked_kernel(bzimage: bytes) -> bytes:
     """The ELF file inside an x86 bzImage (see Documentation/x86/boot.rst, payload_offset); on Arm it is none."""
@@ -234,8 +236,10 @@ def unpacked_kernel(bzimage: bytes) -> bytes:
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
-    # A decompressor object, for it stops at the stream's end: four more bytes follow.
-    return lzma.LZMADecompressor().decompress(bzimage[start : start + length])
+    packed = bzimage[start : start + length - 4]  # behind it is the size of what is in it
+    if packed.startswith(ZSTD_MAGIC):
+        return subprocess.run(["zstd", "--decompress"], input=packed, stdout=subprocess.PIPE, check=True).stdout
+    return lzma.decompress(packed)
 
 
 def install_modules(unpacked: Path, root: Path, arch: Architecture) -> str:
@@ -460,5 +464,5 @@ if __name__ == "__main__":
         signal.signal(each, lambda signum, frame: sys.exit(128 + signum))
     try:
         sys.exit(main())
-    except (ImageError, OSError) as error:
+    except (ImageError, OSError, subprocess.SubprocessError) as error:
         sys.exit(f"image.py: {error}")
