@@ -229,6 +229,11 @@ def settle(root: Path) -> None:
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878
 
 
+def find_kernel(unpacked: Path) -> Path:
+    """Where the only kernel is: with its modules, in newer releases."""
+    return next(path for name in ("boot/vmlinuz-*", "lib/modules/*/vmlinuz") for path in unpacked.glob(name))
+
+
 def unpacked_kernel(bzimage: bytes) -> bytes:
     """The ELF file inside an x86 bzImage (see Documentation/x86/boot.rst, payload_offset); on Arm it is none."""
     if bzimage[0x202:0x206] != b"HdrS":
@@ -409,12 +414,12 @@ def make_image(target: Path, arch: Architecture, release: Release) -> None:
         # Not installed: that would bring an initramfs generator, udev and a boot loader's configuration along.
         packages = [arch.kernel_package, f"xen-hypervisor-{release.xen}-{arch.debian}"]
         unpack(unpacked, release.name, arch, packages, EXCLUDED_PATHS)
-        kernel = next((unpacked / "boot").glob("vmlinuz-*"))
-        (result / "vmlinux").write_bytes(unpacked_kernel(kernel.read_bytes()))
-        shutil.copy(kernel, root / "boot")  # for a container with a kernel of its own
+        kernel = find_kernel(unpacked).read_bytes()
+        (result / "vmlinux").write_bytes(unpacked_kernel(kernel))
+        version = install_modules(unpacked, root, arch)
+        (root / f"boot/vmlinuz-{version}").write_bytes(kernel)  # for a container with a kernel of its own
         hypervisor = (unpacked / f"boot/xen-{release.xen}-{arch.debian}{arch.xen_suffix}").read_bytes()
         (result / "xen").write_bytes(gzip.decompress(hypervisor) if arch.xen_suffix else hypervisor)
-        version = install_modules(unpacked, root, arch)
         (result / "initrd.img").write_bytes(make_initramfs(root, version, arch.boot_modules))
         configure(root, arch)
         say("filling the disk")

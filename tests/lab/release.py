@@ -18,4 +18,5 @@ class Release:
 BOOKWORM = Release("bookworm", "4.17")
 # What was part of docker.io, and what Podman's network needs since it is no longer CNI's
 TRIXIE = Release("trixie", "4.20", ("docker-cli", "nftables"))
-RELEASES = {each.name: each for each in (BOOKWORM, TRIXIE)}
+FORKY = Release("forky", "4.20", TRIXIE.packages)
+RELEASES = {each.name: each for each in (BOOKWORM, TRIXIE, FORKY)}
