@@ -66,6 +66,7 @@ PACKAGES = [
     "netbase", "procps", "util-linux",
 ]
 # fmt: on
+STANDS_STILL = "--aptopt=Acquire::Check-Valid-Until false"  # a mirror may
 # What mmdebstrap does before it unpacks anything; and links that scripts of packages would make.
 MERGED_USR = "/usr/share/mmdebstrap/hooks/merged-usr"
 UNPACKED_LINKS = {
@@ -198,14 +199,14 @@ def make_root(root: Path, suite: str, packages: list[str], excluded: list[str]) 
     # processes nor mounts behind.
     shield = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
     options = ["--mode=root", "--variant=essential", "--format=directory", f"--include={','.join(packages)}"]
-    options += [f"--dpkgopt=path-exclude={path}" for path in excluded] + ["--dpkgopt=force-unsafe-io"]
+    options += [f"--dpkgopt=path-exclude={path}" for path in excluded] + ["--dpkgopt=force-unsafe-io", STANDS_STILL]
     run(*shield, "mmdebstrap", *options, suite, root, "-", input=apt_sources(suite))
 
 
 def unpack(folder: Path, suite: str, arch: Architecture, packages: list[str], excluded: list[str]) -> None:
     """Unpack packages of the suite and what they need into `folder`, without the files that match these patterns."""
     options = ["--mode=root", "--variant=extract", "--format=directory", *(f"--include={name}" for name in packages)]
-    options += [f"--architectures={arch.debian}", "--skip=check/qemu", f"--hook-dir={MERGED_USR}"]
+    options += [f"--architectures={arch.debian}", "--skip=check/qemu", f"--hook-dir={MERGED_USR}", STANDS_STILL]
     options += [f"--dpkgopt=path-exclude={path}" for path in excluded]
     run("mmdebstrap", *options, suite, folder, "-", input=apt_sources(suite))
 
