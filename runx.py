@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import select
 import stat
@@ -5022,8 +5023,6 @@ class ShareDevice(Device):
 
 def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoReturn:
     """The process's whole life: until the monitor is gone, or the guest does what it must not."""
-    import gc
-
     try:
         system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
         system_call("prctl", PR_SET_NAME, "runX files")  # for ps
@@ -8968,6 +8967,7 @@ def main(words: list[str]) -> int:
 
 def run() -> NoReturn:
     """main() as a whole process, which ends without Python's tidying up: that is a tenth of what `state` takes."""
+    gc.freeze()  # what is loaded stays, and what we fork shares it: no collection must look at it, and so write to it
     status = main(sys.argv[1:])
     try:
         if sys.stdout:  # None if the caller has closed it
