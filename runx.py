@@ -12,8 +12,8 @@ One module, standard library only.  It is started for every operation of every c
 needs is imported there: json, signal or ctypes cost more than most operations.
 
 The parts, each using only names of those above it: head, programs, xenstore, domain and xl, devices, container, config,
-seccomp, guest protocol, rootfs, cgroup, network (rtnetlink, CNI, vif), hooks, holder, builder, streams, monitor,
-commands, command line.
+seccomp, guest protocol, rootfs, file server, cgroup, network (rtnetlink, CNI, vif), hooks, holder, builder, streams,
+monitor, carrier, commands, command line.
 """
 
 from __future__ import annotations
