@@ -3361,7 +3361,7 @@ def copy_content(file: int, output: BinaryIO, size: int) -> None:
     """Copy exactly size bytes, zeros for what the file has lost meanwhile, and add the padding."""
     left = size
     while left:
-        data = os.read(file, min(left, 1 << 20)) or bytes(min(left, 1 << 20))
+        data = os.read(file, min(left, 1 << 16)) or bytes(min(left, 1 << 16))  # larger ones would stay in our heap
         output.write(data)
         left -= len(data)
     output.write(padding(size))
