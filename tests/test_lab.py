@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -31,6 +32,7 @@ import image  # noqa: E402
 import lab as program  # noqa: E402
 import machine  # noqa: E402
 import pythons  # noqa: E402
+import release  # noqa: E402
 import suite  # noqa: E402
 
 pytestmark = pytest.mark.skipif(on_xen(), reason="the lab does not run inside the lab")
@@ -152,16 +154,18 @@ def test_a_stuck_stream_does_not_hold_up_the_other(links):
 # ---- the arguments
 
 
-def test_the_architecture_comes_before_the_command_and_pytests_words_behind_it():
+def test_architecture_and_release_come_before_the_command_and_pytests_words_behind_it():
     for words, expected in [
-        (["test", "-k", "a", "--arch=b"], ("x86_64", "test", ["-k", "a", "--arch=b"])),
-        (["--arch", "arm64", "test", "-x"], ("arm64", "test", ["-x"])),
-        (["--arch=arm64", "test"], ("arm64", "test", [])),
-        (["--arch=arm64", "run", "--", "test", "--", "x"], ("arm64", "run", ["test", "--", "x"])),
-        (["run", "--", "test"], ("x86_64", "run", ["test"])),
+        (["test", "-k", "a", "--arch=b"], ("x86_64", "bookworm", "test", ["-k", "a", "--arch=b"])),
+        (["--arch", "arm64", "test", "-x"], ("arm64", "bookworm", "test", ["-x"])),
+        (["--arch=arm64", "test"], ("arm64", "bookworm", "test", [])),
+        (["--release", "trixie", "test", "--release", "x"], ("x86_64", "trixie", "test", ["--release", "x"])),
+        (["--release=trixie", "--arch", "arm64", "test"], ("arm64", "trixie", "test", [])),
+        (["--arch=arm64", "run", "--", "test", "--", "x"], ("arm64", "bookworm", "run", ["test", "--", "x"])),
+        (["run", "--", "test"], ("x86_64", "bookworm", "run", ["test"])),
     ]:
         args = program.parse(words)
-        assert (args.arch.name, args.name, args.words) == expected
+        assert (args.arch.name, args.release.name, args.name, args.words) == expected
 
 
 @pytest.mark.parametrize("name", arch.ARCHITECTURES)
@@ -391,9 +395,37 @@ def test_a_kernel_that_is_not_packed_is_taken_as_it_is():
     assert image.unpacked_kernel(kernel) == kernel
 
 
-def test_images_of_two_architectures_are_two_folders():
-    folders = [image.image_folder(each).name for each in arch.ARCHITECTURES.values()]
-    assert [folder.rsplit("-", 1)[0] for folder in folders] == [f"dom0-{name}" for name in arch.ARCHITECTURES]
+@pytest.mark.parametrize("program", ["xz", "zstd"])
+def test_a_kernel_is_unpacked(program):
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+    kernel = os.urandom(5000)
+    packed = subprocess.run([program], input=kernel, stdout=subprocess.PIPE, check=True).stdout
+    packed += len(kernel).to_bytes(4, "little")
+    image_head = bytearray(1024)  # with one sector of set-up code
+    image_head[0x1F1], image_head[0x202:0x206] = 1, b"HdrS"
+    image_head[0x248:0x250] = struct.pack("<II", 0, len(packed))
+    assert image.unpacked_kernel(bytes(image_head) + packed + b"behind it") == kernel
+
+
+def test_images_of_two_machines_are_two_folders_and_making_one_leaves_the_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machines = [(arch.X86_64, release.BOOKWORM), (arch.ARM64, release.BOOKWORM), (arch.X86_64, release.TRIXIE)]
+    folders = [image.image_folder(*each) for each in machines]
+    names = ["dom0-x86_64", "dom0-arm64", "dom0-trixie-x86_64"]
+    assert [folder.name.rsplit("-", 1)[0] for folder in folders] == names
+    older = [folder.with_name(f"{name}-{key}") for folder, name in zip(folders, names) for key in ("1", "2")]
+    for folder in [*older, *folders]:
+        folder.mkdir(parents=True)
+    image.remove_old_images(folders[0])
+    left = set(folders[0].parent.iterdir())
+    assert {*folders, *older[2:]} < left and len(left) == len(folders) + len(older) - 1
+
+
+def test_the_mirrors_of_this_machine_have_the_other_releases(monkeypatch):
+    lines = ["bookworm\turi\tmain", "bookworm-security\tother\tmain", "bookworm\turi\tcontrib", "sid\turi\tmain"]
+    monkeypatch.setattr(image, "run", lambda *argv: "".join(f"Debian\t{line}\n" for line in lines))
+    assert image.apt_sources("trixie") == "deb other trixie-security main\ndeb uri trixie main\n"
 
 
 def test_the_busybox_layer_is_the_same_each_time():

@@ -27,8 +27,7 @@ class Architecture:
     compiler: str
     qemu_package: str
     kernel_package: str
-    xen_package: str
-    xen_file: str  # in /boot
+    xen_suffix: str  # of its file in /boot
     bus: str  # as virtio's devices have it in their names in QEMU
     boot_modules: tuple[str, ...]  # those that lead to the disk
     foreign: bool  # nothing of it runs on this machine
@@ -40,8 +39,7 @@ X86_64 = Architecture(
     compiler="gcc",
     qemu_package="qemu-system-x86",
     kernel_package="linux-image-amd64",
-    xen_package="xen-hypervisor-4.17-amd64",
-    xen_file="xen-4.17-amd64.gz",
+    xen_suffix=".gz",
     bus="pci",
     boot_modules=("virtio_pci", "virtio_blk", "ext4"),
     foreign=False,
@@ -52,8 +50,7 @@ ARM64 = Architecture(
     compiler="aarch64-linux-gnu-gcc",
     qemu_package="qemu-system-arm",
     kernel_package="linux-image-arm64",
-    xen_package="xen-hypervisor-4.17-arm64",
-    xen_file="xen-4.17-arm64",
+    xen_suffix="",
     bus="device",
     boot_modules=("virtio_mmio", "virtio_blk", "ext4"),
     foreign=True,

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from arch import X86_64, Architecture
 from common import REPO, LabError, say
+from release import BOOKWORM, Release
 
 HERE = Path(__file__).resolve().parent
 
 # Debian packages on this machine, by what needs them; besides QEMU, which arch.py names.
 # fmt: off
 HOST_PACKAGES = [
-    "mmdebstrap", "e2fsprogs", "kmod",                                    # image.py
+    "mmdebstrap", "e2fsprogs", "kmod", "zstd",                            # image.py
     "gcc", "libc6-dev", "make",                                           # both build.sh
     "linux-source-6.12", "bc", "bison", "flex", "libelf-dev", "patch", "xz-utils",  # kernel/
     "musl-tools", "bzip2",                                                # initrd/
@@ -110,6 +111,7 @@ class Built:
     tools: Path | None = None  # see tools.py
     pythons: Path | None = None  # see pythons.py; None if there are none
     arch: Architecture = X86_64
+    release: Release = BOOKWORM  # of its dom0
 
 
 def build(
@@ -118,6 +120,7 @@ def build(
     ramdisk: Path | None = None,
     for_tests: bool = False,
     arch: Architecture = X86_64,
+    release: Release = BOOKWORM,
 ) -> Built:
     """Prepare everything for a boot, and for the tests; what is cached, or given, is used as it is.
 
@@ -133,7 +136,7 @@ def build(
         say(f"installing {len(missing)} Debian packages: {' '.join(missing)}")
         install_packages(missing)
         report("the Debian packages are installed")
-    builders = {"image": Builder("the dom0 image", HERE / "image.py", (arch.name,))}
+    builders = {"image": Builder("the dom0 image", HERE / "image.py", (arch.name, release.name))}
     if not arch.foreign:  # its packages must be installed, not only unpacked
         builders["debian"] = Builder("the containers' Debian", HERE / "debian.py")
     if not kernel:
@@ -145,7 +148,7 @@ def build(
         builders["pythons"] = Builder("the folder of other Pythons", HERE / "pythons.py", needed=False)
     paths = {"kernel": kernel, "ramdisk": ramdisk, **finished(builders, report)}
     get = paths.get
-    return Built(get("kernel"), get("ramdisk"), get("debian"), get("tools"), get("pythons"), arch)
+    return Built(get("kernel"), get("ramdisk"), get("debian"), get("tools"), get("pythons"), arch, release)
 
 
 def finished(builders: dict[str, Builder], report: Callable[[str], None]) -> dict[str, Path | None]:

@@ -40,7 +40,7 @@ DISK_SIZE = "1G"  # sparse; free space is for what the tests write
 def make(work: Path, _target: Path) -> None:
     """Fill the folder."""
     root = work / "root"
-    image.make_root(root, PACKAGES, EXCLUDED_PATHS)
+    image.make_root(root, image.SUITE, PACKAGES, EXCLUDED_PATHS)
     for pattern in REMOVED:
         for path in root.glob(pattern):
             image.run("rm", "-rf", path)

@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the disk image of the lab's dom0, and what QEMU needs to boot it.
 
-    image.py [ARCHITECTURE]     print the folder that holds the image, making it first if need be
+    image.py [ARCHITECTURE [RELEASE]]   print the folder that holds the image, making it first if need be
 
-The folder is ${XDG_CACHE_HOME:-~/.cache}/runx/dom0-<architecture>-<key>:
+The folder is ${XDG_CACHE_HOME:-~/.cache}/runx/dom0-<machine>-<key>, see machine_name():
 
     xen         the hypervisor, unpacked; on x86 an ELF file that QEMU loads by the multiboot protocol
     vmlinux     dom0's kernel, unpacked: emulated unpacking would cost a second of every boot
     initrd.img  busybox and the modules that lead to the disk
     disk.img    an ext4 file system with Debian and the dom0 tools (sparse)
 
-<key> is a hash over all that decides the content: this file, lab-init, report.c, and what arch.py says of the
-architecture.  What changes often (dom0-init, the agent, runX) is not in the image: the lab mounts the
+<key> is a hash over all that decides the content: this file, lab-init, report.c, and what arch.py and
+release.py say of the machine.  What changes often (dom0-init, the agent, runX) is not in the image: the lab mounts the
 working tree in the dom0.
 
 Needs root, for the chroot that packages are installed in; those of an architecture that does not run here are only
@@ -42,16 +42,17 @@ from pathlib import Path
 from typing import Any
 
 from arch import ARCHITECTURES, X86_64, Architecture
+from release import BOOKWORM, RELEASES, Release
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parent / "report.c"
 
-SUITE = "bookworm"
+SUITE = BOOKWORM.name  # of this machine
 
 # fmt: off
 PACKAGES = [
-    # Xen's tools; no QEMU, which only recommendations of theirs would bring
-    "xen-utils-4.17", "xenstore-utils",
+    # Xen's tools; no QEMU, which only recommendations of xen-utils would bring
+    "xenstore-utils",
     # container engines, and what they call
     "containerd", "runc", "containernetworking-plugins", "podman", "conmon", "docker.io", "dnsmasq-base",
     # runX's interpreter; the tests
@@ -65,6 +66,7 @@ PACKAGES = [
     "netbase", "procps", "util-linux",
 ]
 # fmt: on
+STANDS_STILL = "--aptopt=Acquire::Check-Valid-Until false"  # a mirror may
 # What mmdebstrap does before it unpacks anything; and links that scripts of packages would make.
 MERGED_USR = "/usr/share/mmdebstrap/hooks/merged-usr"
 UNPACKED_LINKS = {
@@ -140,12 +142,17 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runx"
 
 
-def image_folder(arch: Architecture = X86_64) -> Path:
+def machine_name(arch: Architecture, release: Release) -> str:
+    """What tells the machine from others, in the names of what is kept of it."""
+    return arch.name if release is BOOKWORM else f"{release.name}-{arch.name}"
+
+
+def image_folder(arch: Architecture = X86_64, release: Release = BOOKWORM) -> Path:
     """Where the image for the present inputs is, or would be."""
-    digest = hashlib.sha256(repr(arch).encode())
+    digest = hashlib.sha256(f"{arch!r}{release!r}".encode())
     for source in (Path(__file__), HERE / "lab-init", REPORT):
         digest.update(source.read_bytes() + b"\0")
-    return cache_root() / f"dom0-{arch.name}-{digest.hexdigest()[:16]}"
+    return cache_root() / f"dom0-{machine_name(arch, release)}-{digest.hexdigest()[:16]}"
 
 
 def run(*argv: str | Path, **options: Any) -> str:
@@ -169,15 +176,15 @@ def run(*argv: str | Path, **options: Any) -> str:
 # -- Debian ------------------------------------------------------------------------------------
 
 
-def apt_sources() -> str:
-    """The lines of a sources.list for SUITE, from the mirrors that this machine itself uses."""
+def apt_sources(suite: str = SUITE) -> str:
+    """The lines of a sources.list for a suite, from the mirrors that this machine itself uses for its own."""
     keys = "$(ORIGIN)\t$(RELEASE)\t$(REPO_URI)\t$(COMPONENT)"
     targets = run("apt-get", "indextargets", "--format", keys, "Created-By: Packages")
     lines = set()
     for target in targets.splitlines():
         origin, release, uri, component = target.split("\t")
         if origin == "Debian" and release.split("-")[0] == SUITE and component == "main":
-            lines.add(f"deb {uri} {release} {component}\n")
+            lines.add(f"deb {uri} {release.replace(SUITE, suite)} {component}\n")
     if not lines:
         raise ImageError(
             f"looking for a Debian mirror: apt's sources name none for {SUITE}; "
@@ -186,22 +193,22 @@ def apt_sources() -> str:
     return "".join(sorted(lines))
 
 
-def make_root(root: Path, packages: list[str], excluded: list[str]) -> None:
-    """Install packages and what they need into `root`, without the files that match these patterns."""
+def make_root(root: Path, suite: str, packages: list[str], excluded: list[str]) -> None:
+    """Install packages of the suite and what they need into `root`, without the files that match these patterns."""
     # In a PID and mount namespace that ends when we do, so that an interrupted run leaves neither
     # processes nor mounts behind.
     shield = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
     options = ["--mode=root", "--variant=essential", "--format=directory", f"--include={','.join(packages)}"]
-    options += [f"--dpkgopt=path-exclude={path}" for path in excluded] + ["--dpkgopt=force-unsafe-io"]
-    run(*shield, "mmdebstrap", *options, SUITE, root, "-", input=apt_sources())
+    options += [f"--dpkgopt=path-exclude={path}" for path in excluded] + ["--dpkgopt=force-unsafe-io", STANDS_STILL]
+    run(*shield, "mmdebstrap", *options, suite, root, "-", input=apt_sources(suite))
 
 
-def unpack(folder: Path, arch: Architecture, packages: list[str], excluded: list[str]) -> None:
-    """Unpack packages and what they need into `folder`, without the files that match these patterns."""
+def unpack(folder: Path, suite: str, arch: Architecture, packages: list[str], excluded: list[str]) -> None:
+    """Unpack packages of the suite and what they need into `folder`, without the files that match these patterns."""
     options = ["--mode=root", "--variant=extract", "--format=directory", *(f"--include={name}" for name in packages)]
-    options += [f"--architectures={arch.debian}", "--skip=check/qemu", f"--hook-dir={MERGED_USR}"]
+    options += [f"--architectures={arch.debian}", "--skip=check/qemu", f"--hook-dir={MERGED_USR}", STANDS_STILL]
     options += [f"--dpkgopt=path-exclude={path}" for path in excluded]
-    run("mmdebstrap", *options, SUITE, folder, "-", input=apt_sources())
+    run("mmdebstrap", *options, suite, folder, "-", input=apt_sources(suite))
 
 
 def settle(root: Path) -> None:
@@ -214,11 +221,18 @@ def settle(root: Path) -> None:
         run("rm", "-rf", root / link)  # some packages have files in /var/run
         run("ln", "-s", target, root / link)
     (root / "var/log/xen").mkdir()
-    # This machine's Python is of the same version, so its compiled modules are the same.
+    # This machine's Python is of bookworm's version, so its compiled modules are the same.
     run("/usr/bin/python3", "-m", "compileall", "-q", "-s", root, "-p", "/", *root.glob("usr/lib/python3*"))
 
 
 # -- kernel, modules and the small initramfs -----------------------------------------------------
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878
+
+
+def find_kernel(unpacked: Path) -> Path:
+    """Where the only kernel is: with its modules, in newer releases."""
+    return next(path for name in ("boot/vmlinuz-*", "lib/modules/*/vmlinuz") for path in unpacked.glob(name))
 
 
 def unpacked_kernel(bzimage: bytes) -> bytes:
@@ -228,8 +242,10 @@ def unpacked_kernel(bzimage: bytes) -> bytes:
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
-    # A decompressor object, for it stops at the stream's end: four more bytes follow.
-    return lzma.LZMADecompressor().decompress(bzimage[start : start + length])
+    packed = bzimage[start : start + length - 4]  # behind it is the size of what is in it
+    if packed.startswith(ZSTD_MAGIC):
+        return subprocess.run(["zstd", "--decompress"], input=packed, stdout=subprocess.PIPE, check=True).stdout
+    return lzma.decompress(packed)
 
 
 def install_modules(unpacked: Path, root: Path, arch: Architecture) -> str:
@@ -243,6 +259,9 @@ def install_modules(unpacked: Path, root: Path, arch: Architecture) -> str:
         if folder.is_dir() and folder.name not in NET_DRIVERS_KEPT:
             shutil.rmtree(folder)
     shutil.rmtree(source / "kernel/sound")
+    packed = list(source.rglob("*.ko.xz"))  # newer releases' are; unpacking them is slow in emulation, too
+    if packed:
+        run("xz", "--decompress", *packed)
     version = source.name
     target = root / "usr/lib/modules" / version
     target.parent.mkdir(exist_ok=True)
@@ -379,27 +398,29 @@ def make_disk(root: Path, disk: Path) -> None:
     run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0", "-d", root, disk, DISK_SIZE)
 
 
-def make_image(target: Path, arch: Architecture) -> None:
+def make_image(target: Path, arch: Architecture, release: Release) -> None:
     """Make the image in a folder beside `target`, then rename that folder to it."""
     work = Path(tempfile.mkdtemp(prefix="partial-dom0-", dir=target.parent))
     try:
         root, unpacked, result = work / "root", work / "unpacked", work / "result"
         result.mkdir()
-        say(f"installing {len(PACKAGES)} Debian packages and what they need")
+        packages = [f"xen-utils-{release.xen}", *PACKAGES, *release.packages]
+        say(f"installing {len(packages)} Debian packages and what they need")
         if arch.foreign:
-            unpack(root, arch, ["?essential", *PACKAGES], EXCLUDED_PATHS)
+            unpack(root, release.name, arch, ["?essential", *packages], EXCLUDED_PATHS)
             settle(root)
         else:
-            make_root(root, PACKAGES, EXCLUDED_PATHS)
+            make_root(root, release.name, packages, EXCLUDED_PATHS)
         say("unpacking Xen and dom0's kernel")
         # Not installed: that would bring an initramfs generator, udev and a boot loader's configuration along.
-        unpack(unpacked, arch, [arch.kernel_package, arch.xen_package], EXCLUDED_PATHS)
-        kernel = next((unpacked / "boot").glob("vmlinuz-*"))
-        (result / "vmlinux").write_bytes(unpacked_kernel(kernel.read_bytes()))
-        shutil.copy(kernel, root / "boot")  # for a container with a kernel of its own
-        hypervisor = (unpacked / "boot" / arch.xen_file).read_bytes()
-        (result / "xen").write_bytes(gzip.decompress(hypervisor) if arch.xen_file.endswith(".gz") else hypervisor)
+        packages = [arch.kernel_package, f"xen-hypervisor-{release.xen}-{arch.debian}"]
+        unpack(unpacked, release.name, arch, packages, EXCLUDED_PATHS)
+        kernel = find_kernel(unpacked).read_bytes()
+        (result / "vmlinux").write_bytes(unpacked_kernel(kernel))
         version = install_modules(unpacked, root, arch)
+        (root / f"boot/vmlinuz-{version}").write_bytes(kernel)  # for a container with a kernel of its own
+        hypervisor = (unpacked / f"boot/xen-{release.xen}-{arch.debian}{arch.xen_suffix}").read_bytes()
+        (result / "xen").write_bytes(gzip.decompress(hypervisor) if arch.xen_suffix else hypervisor)
         (result / "initrd.img").write_bytes(make_initramfs(root, version, arch.boot_modules))
         configure(root, arch)
         say("filling the disk")
@@ -410,12 +431,12 @@ def make_image(target: Path, arch: Architecture) -> None:
         run("rm", "-rf", "--one-file-system", work)
 
 
-def remove_old_images(current: Path, arch: Architecture) -> None:
-    """Remove all images of the architecture but the current one and the one used last before it.
+def remove_old_images(current: Path) -> None:
+    """Remove all images of the machine but the current one and the one used last before it.
 
     That one may belong to another checkout, and two of them must not take turns in rebuilding.
     """
-    others = [folder for folder in current.parent.glob(f"dom0-{arch.name}-*") if folder != current]
+    others = [folder for folder in current.parent.glob(f"{current.name.rpartition('-')[0]}-*") if folder != current]
     others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in others[1:]:
         folder.rename(folder.with_name(f"partial-{folder.name}"))  # never half an image under its name
@@ -430,14 +451,15 @@ def remove_leftovers(folder: Path) -> None:
 
 def main() -> int:
     arch = ARCHITECTURES[sys.argv[1]] if sys.argv[1:] else X86_64
-    target = image_folder(arch)
+    release = RELEASES[sys.argv[2]] if sys.argv[2:] else BOOKWORM
+    target = image_folder(arch, release)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / "image.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two labs want the image: one makes it
         if not target.is_dir():
             remove_leftovers(target.parent)
-            make_image(target, arch)
-            remove_old_images(target, arch)
+            make_image(target, arch, release)
+            remove_old_images(target)
         os.utime(target)  # the time of its last use
     print(target)
     return 0
@@ -448,5 +470,5 @@ if __name__ == "__main__":
         signal.signal(each, lambda signum, frame: sys.exit(128 + signum))
     try:
         sys.exit(main())
-    except (ImageError, OSError) as error:
+    except (ImageError, OSError, subprocess.SubprocessError) as error:
         sys.exit(f"image.py: {error}")

@@ -10,6 +10,7 @@
     lab.py test ARGS...         run some: ARGS are pytest's, which runs here, in one dom0 or in both places
 
     lab.py --arch arm64 ...     the same on an Arm machine; what does not depend on the machine is then not tested
+    lab.py --release trixie ... the same with a dom0 of a newer Debian: its Xen, Linux, engines and Python
 
 Needs Debian 12 and root; what else is missing, `build` installs, and the other commands begin with
 a build.  QEMU emulates the processor in software, so this works in a VM or a container too.  In
@@ -45,6 +46,7 @@ from arch import ARCHITECTURES, DOM0_MEMORY, X86_64  # noqa: E402
 from build import Built, build  # noqa: E402
 from common import Interrupted, LabError, say  # noqa: E402
 from machine import DEFAULT_MEMORY, DEFAULT_TIME_LIMIT, booted_lab, window_size  # noqa: E402
+from release import BOOKWORM, RELEASES  # noqa: E402
 
 SHELL_TIME_LIMIT = 7 * 86400  # seconds
 DEMO_SCRIPT = """\
@@ -62,14 +64,14 @@ DEMO_STATUS = 42  # any that nothing gives by accident
 
 def command_build(args: argparse.Namespace) -> int:
     """build: prepare all that the lab needs."""
-    build(arch=args.arch)
+    build(arch=args.arch, release=args.release)
     return 0
 
 
 def options_of(args: argparse.Namespace, built: Built) -> dict[str, Any]:
     """Return what a Lab is made with for `run` and `shell`."""
     files = {"kernel": built.kernel, "ramdisk": built.ramdisk, "disk": built.debian, "share": args.share}
-    return {**files, "arch": built.arch, "memory": args.memory, "network": args.network}
+    return {**files, "arch": built.arch, "release": built.release, "memory": args.memory, "network": args.network}
 
 
 def command_run(args: argparse.Namespace) -> int:
@@ -81,7 +83,7 @@ def command_run(args: argparse.Namespace) -> int:
             raise LabError(f"installing runX with {path}: there is no such file; build it first")
     progress = say if args.verbose or sys.stderr.isatty() else (lambda text: None)
     began = time.monotonic()
-    built = build(progress, args.kernel, args.initrd, arch=args.arch)
+    built = build(progress, args.kernel, args.initrd, arch=args.arch, release=args.release)
     deadline = time.monotonic() + args.time_limit
     with booted_lab(args.time_limit, **options_of(args, built)) as lab:
         progress(f"{time.monotonic() - began:.1f} s: the dom0 is up")
@@ -105,7 +107,7 @@ def command_shell(args: argparse.Namespace) -> int:
         raise LabError(
             "starting a shell: standard input or output is not a terminal; use lab.py run -- COMMAND instead"
         )
-    built = build(arch=args.arch)
+    built = build(arch=args.arch, release=args.release)
     with booted_lab(**options_of(args, built)) as lab:
         say("the dom0 is up; leaving the shell powers it off")
         with resize_events() as resizes, raw_terminal():
@@ -146,9 +148,10 @@ def raw_terminal() -> Iterator[None]:
 def command_demo(args: argparse.Namespace) -> int:
     """demo: run a container, and show what each step took."""
     began = time.monotonic()
-    built = build(arch=args.arch)
+    built = build(arch=args.arch, release=args.release)
     set_up = time.monotonic() - began
-    with booted_lab(arch=built.arch, kernel=built.kernel, ramdisk=built.ramdisk, memory=args.memory) as lab:
+    guest: dict[str, Any] = {"kernel": built.kernel, "ramdisk": built.ramdisk}
+    with booted_lab(**guest, arch=built.arch, release=built.release, memory=args.memory) as lab:
         if lab.warnings:
             raise LabError("running the demo: it needs runX in the dom0; see the warnings above")
         kernel: list[bytes] = []
@@ -170,7 +173,7 @@ def command_demo(args: argparse.Namespace) -> int:
 
 def command_test(args: argparse.Namespace) -> int:
     """test: run every check and every test, or some tests here and in a dom0."""
-    built = build(for_tests=True, arch=args.arch)
+    built = build(for_tests=True, arch=args.arch, release=args.release)
     if args.words:
         return suite.run_some(built, args.words)
     return suite.run_all(built)
@@ -182,9 +185,11 @@ def command_test(args: argparse.Namespace) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command and its options.  Words for the dom0's command, or for pytest, are in .words."""
     words: list[str] = []
-    if "test" in argv[:1] or argv[:1] and argv[0].startswith("--arch") and "test" in argv[1:3]:
-        split = argv.index("test") + 1
-        argv, words = argv[:split], argv[split:]
+    command_at = 0
+    while argv[command_at : command_at + 1] and argv[command_at].startswith("--"):
+        command_at += 1 if "=" in argv[command_at] else 2
+    if argv[command_at : command_at + 1] == ["test"]:
+        argv, words = argv[: command_at + 1], argv[command_at + 1 :]
     elif "--" in argv:
         split = argv.index("--")
         argv, words = argv[:split], argv[split + 1 :]
@@ -196,6 +201,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     main_parser.add_argument(
         "--arch", choices=list(ARCHITECTURES), default=X86_64.name, help="the machine's (default: %(default)s)"
+    )
+    main_parser.add_argument(
+        "--release", choices=list(RELEASES), default=BOOKWORM.name, help="the dom0's Debian (default: %(default)s)"
     )
     commands = main_parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
@@ -242,7 +250,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--verbose", action="store_true", help="report progress even when standard error is not a terminal"
     )
     args = main_parser.parse_args(argv)
-    args.arch = ARCHITECTURES[args.arch]
+    args.arch, args.release = ARCHITECTURES[args.arch], RELEASES[args.release]
     if args.name == "run" and not words:
         run.error("no command; put one after --")
     return args

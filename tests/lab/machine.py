@@ -19,6 +19,7 @@ import image
 from arch import X86_64, Architecture, machine_options
 from common import REPO, LabError, TimeLimit, say
 from frames import STDERR, STDIN, STDOUT, Link, Message, Pump, Sink, Source, Target
+from release import BOOKWORM, Release
 
 DEFAULT_MEMORY = 4096  # MiB, the whole machine
 DEFAULT_TIME_LIMIT = 1800  # seconds
@@ -44,9 +45,9 @@ class Step:
 class Lab:
     """One emulated machine with Xen and a dom0: start() it, run() commands, stop() it.
 
-    `arch` is of the machine.  `kernel` and `ramdisk` are files that runX is installed with; without both it is not.
-    `disk` is a file for /dev/vdb in the dom0, which never changes: what is written to it is
-    forgotten.  `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with
+    `arch` is of the machine, `release` of its dom0.  `kernel` and `ramdisk` are files that runX is installed
+    with; without both it is not.  `disk` is a file for /dev/vdb in the dom0, which never changes: what is
+    written to it is forgotten.  `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with
     `network` the dom0 reaches other machines through this one.  QEMU runs no longer than the
     thread that calls start().
 
@@ -64,13 +65,14 @@ class Lab:
         ramdisk: Path | None = None,
         *,
         arch: Architecture = X86_64,
+        release: Release = BOOKWORM,
         disk: Path | None = None,
         share: Path | None = None,
         memory: int = DEFAULT_MEMORY,
         network: bool = False,
     ):
         self.kernel, self.ramdisk, self.disk, self.share = kernel, ramdisk, disk, share
-        self.arch, self.memory, self.network = arch, memory, network
+        self.arch, self.release, self.memory, self.network = arch, release, memory, network
         self.steps: list[Step] = []
         self.warnings: list[str] = []
         self.undo = contextlib.ExitStack()
@@ -119,9 +121,9 @@ class Lab:
 
     def launch(self, agent_fd: int) -> None:
         """Start QEMU, with the agent's end of the link as its file descriptor `agent_fd`."""
-        folder = image.image_folder(self.arch)
+        folder = image.image_folder(self.arch, self.release)
         if not folder.exists():
-            build = f"tests/lab/lab.py --arch {self.arch.name} build"
+            build = f"tests/lab/lab.py --arch {self.arch.name} --release {self.release.name} build"
             raise LabError(f"starting the lab: there is no dom0 image for this working tree; run {build}")
         with open(self.folder / "qemu.log", "wb") as log:
             self.qemu = subprocess.Popen(

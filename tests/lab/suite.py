@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pythons
-from arch import X86_64, Architecture
+from arch import X86_64
 from build import Built
 from common import REPO, Interrupted, LabError, say
-from image import cache_root
+from image import cache_root, machine_name
 from machine import booted_lab
 
 LAB = Path(__file__).resolve().parent
@@ -161,7 +161,7 @@ def in_dom0(built: Built, words: list[str], share: Path, name: str) -> int:
         env["LAB_SECONDS"] = "/share/seconds.json"
     began = time.monotonic()
     files: dict[str, Any] = {"kernel": built.kernel, "ramdisk": built.ramdisk, "disk": built.debian, "share": share}
-    with booted_lab(arch=built.arch, **files) as lab:
+    with booted_lab(arch=built.arch, release=built.release, **files) as lab:
         print(f"up after {time.monotonic() - began:.1f} s", flush=True)
         return lab.run(command, env=env, time_limit=TIME_LIMIT)
 
@@ -172,7 +172,7 @@ def in_dom0(built: Built, words: list[str], share: Path, name: str) -> int:
 def run_some(built: Built, words: list[str]) -> int:
     """Run what pytest's arguments select: here, and in one dom0."""
     here, there = divide(words)
-    with results_folder(built.arch) as share:
+    with results_folder(built) as share:
         jobs = []
         if here:
             jobs.append(Job("here", lambda: fast_tests(built, here, share / "here")))
@@ -190,13 +190,13 @@ def run_all(built: Built) -> int:
 
     Not at once: an emulated processor that has to wait for a real one keeps the others of its Xen spinning.
     """
-    with results_folder(built.arch) as share:
+    with results_folder(built) as share:
         here = [
             Job("checks", lambda: check(built)),
             Job("here", lambda: fast_tests(built, [], share / "here")),
             Job("pythons", lambda: other_pythons(built, share)),
         ]
-        if built.arch.foreign:
+        if machine_name(built.arch, built.release) != X86_64.name:
             here = []  # nothing of it depends on the machine
         words = ["/repo/tests", *(f"--deselect={test}" for test in BY_NAME)]
         print(f"left out, and run by name: {', '.join(BY_NAME)}", flush=True)
@@ -209,11 +209,12 @@ def run_all(built: Built) -> int:
 
 
 @contextlib.contextmanager
-def results_folder(arch: Architecture) -> Iterator[Path]:
+def results_folder(built: Built) -> Iterator[Path]:
     """What the runs of pytest share: their claims, their results, and how long each test took the last time."""
-    kept = cache_root() / f"seconds{'' if arch is X86_64 else '-' + arch.name}.json"
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    name = machine_name(built.arch, built.release)
+    kept = cache_root() / f"seconds{'' if name == X86_64.name else '-' + name}.json"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / "claims").mkdir()
         if kept.exists():
             (folder / "seconds.json").write_bytes(kept.read_bytes())
