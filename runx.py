@@ -8828,8 +8828,8 @@ GLOBAL_VALUES = {"root", "log", "log-format", "rootless", "criu", "cgroup-manage
 USAGE = f"""usage: runX [--root DIR] [--log FILE] [--log-format text|json] [--debug] COMMAND [OPTIONS] [ID]
 
 commands:
-  create [--bundle DIR] [--pid-file FILE] ID       make the container's VM, paused
-  start ID                                         let it run
+  create [--bundle DIR] [--pid-file FILE] ID       make the container's VM, which waits for start
+  start ID                                         execute its process
   run [--bundle DIR] [--detach] [--keep] ID        create, start, wait for its end
   state ID                                         print its state as JSON
   kill [--all] ID [SIGNAL]                         send a signal to its process
