@@ -540,7 +540,7 @@ def read_all(fd: int) -> bytes:
 XS_DIRECTORY, XS_READ, XS_WATCH = 1, 2, 4
 XS_TRANSACTION_START, XS_TRANSACTION_END = 6, 7
 XS_WRITE, XS_RM, XS_SET_PERMS, XS_WATCH_EVENT, XS_ERROR = 11, 13, 14, 15, 16
-XS_HEADER = "<IIII"  # type, req_id, tx_id, length of the payload
+XS_HEADER, XS_HEADER_SIZE = "<IIII", 16  # type, req_id, tx_id, length of the payload
 XENSTORED_SOCKET = "/run/xenstored/socket"
 XENBUS_DEVICE = "/dev/xen/xenbus"  # the way where xenstored is a VM of its own
 TRANSACTION_ATTEMPTS = 100  # a guest that makes changes without end is refused in the end
@@ -559,16 +559,17 @@ class Xenstore:
 
     def __init__(self) -> None:
         socket = import_core("socket")
+        self.received = b""  # no more than a part of a message, between our methods
+        self.events: list[bytes] = []
         try:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(XENSTORED_SOCKET)
-            self.fd = self.socket.fileno()
+            self.fd, self.takes_many = self.socket.fileno(), True
         except OSError:
             try:
-                self.fd = os.open(XENBUS_DEVICE, os.O_RDWR)
+                self.fd, self.takes_many = os.open(XENBUS_DEVICE, os.O_RDWR), False  # a message with each write
             except OSError as error:
                 raise Error(f"cannot connect to xenstored ({error.strerror}): is this a Xen dom0?") from None
-        self.events: list[bytes] = []
 
     def request(self, kind: int, operation: str, path: str, payload: bytes, transaction: int = 0) -> bytes:
         return self.exchange([(kind, operation, path, payload)], transaction)[0]
@@ -576,38 +577,51 @@ class Xenstore:
     def exchange(self, requests: list[tuple[int, str, str, bytes]], transaction: int = 0) -> list[bytes]:
         """Send requests (type, operation, path, payload) one behind the other, and then take their replies, which are
         returned: a round trip for all.  Raise the first XenstoreError among them."""
-        for kind, _, _, payload in requests:  # a write each: /dev/xen/xenbus takes no more at once
-            message = struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload
-            with Attempt("write to xenstored"):
+        messages = [struct.pack(XS_HEADER, kind, 0, transaction, len(body)) + body for kind, _, _, body in requests]
+        with Attempt("write to xenstored"):
+            for message in [b"".join(messages)] if self.takes_many else messages:
                 while message:
                     message = message[os.write(self.fd, message) :]
         replies, failure = [], None
         for _, operation, path, _ in requests:
-            reply, body = self._receive()
-            while reply == XS_WATCH_EVENT:
+            kind, body = self.receive()
+            while kind == XS_WATCH_EVENT:
                 self.events.append(body)
-                reply, body = self._receive()
-            if reply == XS_ERROR:
+                kind, body = self.receive()
+            if kind == XS_ERROR:
                 code = body.rstrip(b"\0").decode("ascii", "replace")
                 failure = failure or XenstoreError(operation, path, code)
             replies.append(body)
+        self.take_received_events()
         if failure:
             raise failure
         return replies
 
-    def _receive(self) -> tuple[int, bytes]:
-        kind, _, _, length = struct.unpack(XS_HEADER, self._receive_exactly(16))
-        return kind, self._receive_exactly(length)
+    def take_received(self) -> tuple[int, bytes] | None:
+        """Type and body of a message that has been received, None if no whole one has."""
+        if len(self.received) < XS_HEADER_SIZE:
+            return None
+        kind, _, _, length = struct.unpack_from(XS_HEADER, self.received)
+        end = XS_HEADER_SIZE + length
+        if len(self.received) < end:
+            return None
+        body, self.received = self.received[XS_HEADER_SIZE:end], self.received[end:]
+        return kind, body
 
-    def _receive_exactly(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
+    def receive(self) -> tuple[int, bytes]:
+        """The next message."""
+        while not (message := self.take_received()):
             with Attempt("read from xenstored"):
-                chunk = os.read(self.fd, length - len(data))
+                chunk = os.read(self.fd, 1 << 16)
             if not chunk:
                 raise Error("xenstored has closed the connection")
-            data += chunk
-        return data
+            self.received += chunk
+        return message
+
+    def take_received_events(self) -> None:
+        """What came with replies: poll(2) tells nothing of it any more."""
+        while message := self.take_received():
+            self.events.append(message[1])
 
     def ask(self, kind: int, operation: str, path: str, transaction: int) -> bytes | None:
         """Return what is said of a node, None where there is none."""
@@ -648,10 +662,9 @@ class Xenstore:
 
     def take_events(self) -> list[str]:
         """The tokens of the watches that have fired, each once; block if there is none yet."""
-        while not self.events:
-            kind, body = self._receive()
-            if kind == XS_WATCH_EVENT:
-                self.events.append(body)
+        if not self.events:
+            self.events.append(self.receive()[1])
+        self.take_received_events()
         events, self.events = self.events, []
         return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
 
