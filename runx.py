@@ -637,6 +637,10 @@ class Xenstore:
         body = self.ask(XS_READ, "read", path, transaction)
         return default if body is None else body.decode("utf-8", "replace")
 
+    def read_numbers(self, *paths: str) -> list[int]:
+        """Return what is in these nodes, in one round trip.  Raise Error, also where one is missing, and ValueError."""
+        return [int(body) for body in self.exchange([(XS_READ, "read", each, each.encode() + b"\0") for each in paths])]
+
     def write(self, path: str, value: str, transaction: int = 0) -> None:
         self.write_all([(path, value)], transaction)
 
@@ -1251,8 +1255,7 @@ class Console(Device):
     def connect(self) -> None:
         domid = self.domain.domid
         try:
-            reference = int(self.xenstore.read(f"{self.frontend}/ring-ref"))
-            port = int(self.xenstore.read(f"{self.frontend}/port"))
+            reference, port = self.xenstore.read_numbers(f"{self.frontend}/ring-ref", f"{self.frontend}/port")
             grants = Grants()
             try:
                 page = grants.map(domid, [reference])
@@ -4972,11 +4975,10 @@ class FileServer:
             run_file_server(kind, share, capabilities, theirs)
         theirs.close()
 
-    def connect(self, domid: int, ends: Iterable[tuple[int, ...]]) -> None:
-        """Tell it where the rings are, as for connect_rings().  Raise struct.error."""
-        numbers = [domid, *(number for end in ends for number in end)]
+    def connect(self, domid: int, ends: list[int]) -> None:
+        """Tell it where the rings are.  ends: grant and event channel of each in turn.  Raise struct.error."""
         try:
-            self.link.send(struct.pack(f"={len(numbers)}I", *numbers))
+            self.link.send(struct.pack(f"={1 + len(ends)}I", domid, *ends))
         except OSError:
             pass  # it has ended, as it tells or we see
 
@@ -5023,9 +5025,9 @@ class ShareDevice(Device):
             count = int(self.xenstore.read(f"{self.frontend}/num-rings"))
             if not 1 <= count <= RINGS_MAX[self.kind]:
                 raise ValueError(f"it has {count} rings")
-            names = [(f"ring-ref{number}", f"event-channel-{number}") for number in range(count)]
-            ends = [tuple(int(self.xenstore.read(f"{self.frontend}/{key}")) for key in pair) for pair in names]
-            self.server.connect(self.domain.domid, ends)
+            keys = [f"{name}{number}" for number in range(count) for name in ("ring-ref", "event-channel-")]
+            numbers = self.xenstore.read_numbers(*(f"{self.frontend}/{key}" for key in keys))
+            self.server.connect(self.domain.domid, numbers)
         except (ValueError, struct.error) as error:
             domid = self.domain.domid
             raise Error(f"cannot connect to device {self.kind} of domain {domid}: {error}") from None
