@@ -6299,9 +6299,8 @@ def join_namespace(interface: Interface, vif: Link) -> None:
     netlink = Rtnetlink(interface.namespace)
     moved, device = netlink.find_link(vif.name), netlink.find_link(interface.device)
     if not moved:
-        namespace = os.open(interface.namespace, os.O_RDONLY)
-        Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
-        os.close(namespace)
+        with Descriptor(os.open(interface.namespace, os.O_RDONLY)) as namespace:
+            Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
         moved = netlink.find_link(vif.name)
     if not moved or not device:
         raise Error(f"cannot connect the VM to {interface.device}: it is gone")
@@ -6512,9 +6511,8 @@ def enter_namespaces(config: Config, share: str, namespace: int, exported: bool)
     name, process = config.hostname or os.uname().nodename, config.process
     with Attempt("enter the container's namespaces"):
         if config.namespace:
-            fd = os.open(config.namespace, os.O_RDONLY)
-            system_call("setns", fd, CLONE_NEWNET)
-            os.close(fd)
+            with Descriptor(os.open(config.namespace, os.O_RDONLY)) as fd:
+                system_call("setns", fd, CLONE_NEWNET)
         else:
             flags |= CLONE_NEWNET
         system_call("unshare", flags)
@@ -8050,6 +8048,8 @@ def begin(container: Container, log: Log) -> Domain:
         told, words = plug(container, domain, undo), ["disk"] if state.disk else []
         if told:  # to read messages takes no script
             words.append("net" if told.keys().isdisjoint(("data/dhcp", "data/dns")) else "network")
+        if told and state.starts_paused:  # an init of a runX before 0.2 looks for it when it boots
+            domain.write(told)
         try:
             going = domain.unpause if state.starts_paused else lambda: domain.start(words, told)
             container.switch(going, status="running")
