@@ -1957,7 +1957,7 @@ class Host:
 def load_host_config() -> Host:
     """Read HOST_CONFIG; what is silent or absent there has its default."""
     with Attempt(f"read {HOST_CONFIG}", ValueError):
-        document = read_document(HOST_CONFIG) if os.path.exists(HOST_CONFIG) else {}
+        document = read_document(HOST_CONFIG) if os.path.lexists(HOST_CONFIG) else {}
     return Host(Section(document, HOST_CONFIG, ": "))
 
 
