@@ -988,10 +988,10 @@ def seen_alive(domid: int) -> bool:
     """
     called = time.monotonic()
     try:
-        fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT, 0o600)  # who can read it can lock it
+        fd = Descriptor(os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT, 0o600))  # who can read it can lock it
     except OSError:
         return False
-    try:
+    with fd:
         while time.monotonic() < called + LOOK_TIME_LIMIT:  # one that is stuck must not stop all others
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -999,8 +999,6 @@ def seen_alive(domid: int) -> bool:
                 time.sleep(0.05)
                 continue
             return domid in (last_look(fd, called) or look(fd))
-    finally:
-        os.close(fd)
     return False
 
 
@@ -1618,11 +1616,11 @@ class Container:
     def tell_monitor(self, request: str) -> None:
         """request: "kill N" or "destroy N", see Monitor.  Raise NotRunning."""
         try:
-            fd = os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK)
+            fd = Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK))
         except OSError:  # no such file, or nobody reads it
             raise NotRunning() from None
-        os.write(fd, request.encode() + b"\n")
-        os.close(fd)
+        with fd:
+            os.write(fd, request.encode() + b"\n")
 
     def open_pidfd(self) -> int | None:
         """A descriptor that is readable once the container has ended; None if it has."""
@@ -6180,7 +6178,7 @@ class Vif(Record):
     mtu: int
     namespace: str  # path of the network namespace, whose
     device: str  # link, and its number, it is joined to; "" for a port of a bridge
-    index: int
+    index: int  # 0: not known, as the number
 
 
 def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
@@ -6231,7 +6229,7 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
     name = f"vif{domain.domid}.{vif.number}"
-    end_redirection(interface.namespace, vif.device, name)
+    end_redirection(interface.namespace, vif, name)
     link = Rtnetlink(interface.namespace).find_link(name)
     if not link:
         raise Error(f"cannot connect the VM to {interface.device}: {name} is gone")
@@ -6244,7 +6242,7 @@ def unplug(container: Container, vif: Device) -> None:
     state, name = container.state, f"vif{vif.domain.domid}.{vif.number}"
     for each in (Vif(**fields) for fields in state.plugged):
         if each.number == vif.number and each.device:
-            end_redirection(each.namespace, each.device, name)
+            end_redirection(each.namespace, each, name)
     state.plugged = [fields for fields in state.plugged if fields["number"] != vif.number]
     container.release(vif)
 
@@ -6320,19 +6318,21 @@ def make_silent(netlink: Rtnetlink, index: int) -> None:
 def end_redirects(state: State) -> None:
     """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
     for vif in (Vif(**fields) for fields in state.plugged):
-        if state.namespace and vif.device:
-            end_redirection(state.namespace, vif.device, f"vif{state.domid}.{vif.number}")
+        if state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
+            end_redirection(state.namespace, vif, f"vif{state.domid}.{vif.number}")
 
 
-def end_redirection(namespace: str, device: str, vif: str) -> None:
-    """Undo redirect() between two links of these names, as far as they are still there."""
+def end_redirection(namespace: str, vif: Vif, name: str) -> None:
+    """Undo redirect() between a vif of this name and the link that it is joined to, as far as they are still there."""
     try:
         netlink = Rtnetlink(namespace)
-        links = {link.name: link for link in netlink.links()}
-        others = [name for name in links if name.startswith("vif") and not name.startswith(vif.partition(".")[0] + ".")]
-        for name in (device, vif) if not others else ():  # else it is that of another VM which has come after ours
-            if name in links:
-                end_redirect(netlink, links[name].index)
+        links, ours = netlink.links(), name.partition(".")[0] + "."
+        # by its number: it may have got another name, and another link its own
+        ends = [link for link in links if (link.index == vif.index if vif.index else link.name == vif.device)]
+        ends += [link for link in links if link.name == name]
+        others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
+        for link in ends if not others else ():  # else it is that of another VM which has come after ours
+            end_redirect(netlink, link.index)
     except OSError:
         pass  # the engine has taken the interface or the namespace away
 

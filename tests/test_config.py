@@ -213,7 +213,9 @@ def test_a_wrong_configuration_of_the_host(bundle, host_config, text, words):
         runx.load_config(bundle(config("true")))
 
 
-@pytest.mark.parametrize("target, reason", [("host.json", "Too many levels of symbolic links"), ("gone", "No such file")])
+@pytest.mark.parametrize(
+    "target, reason", [("host.json", "Too many levels of symbolic links"), ("gone", "No such file")]
+)
 def test_a_configuration_of_the_host_that_cannot_be_reached_is_not_taken_for_none(
     bundle, host_config, tmp_path, target, reason
 ):
