@@ -8312,14 +8312,10 @@ def send_pidfd(path: str, pid: int) -> None:
     """Send a descriptor of the process, as runc does it.  Raise Error."""
     import socket
 
-    try:
-        with socket.socket(socket.AF_UNIX) as engine:
-            engine.connect(path)
-            pidfd = os.pidfd_open(pid)
+    with Attempt(f"send a pidfd to the socket {path}"), socket.socket(socket.AF_UNIX) as engine:
+        engine.connect(path)
+        with Descriptor(os.pidfd_open(pid)) as pidfd:
             socket.send_fds(engine, [b"setns"], [pidfd])
-            os.close(pidfd)
-    except OSError as error:
-        raise Error(f"cannot send a pidfd to the socket {path}: {error.strerror}") from None
 
 
 # ---- state, kill, delete
