@@ -576,7 +576,10 @@ class Xenstore:
     def exchange(self, requests: list[tuple[int, str, str, bytes]], transaction: int = 0) -> list[bytes]:
         """Send requests (type, operation, path, payload) one behind the other, and then take their replies, which are
         returned: a round trip for all.  Raise the first XenstoreError among them."""
-        for kind, _, _, payload in requests:  # a write each: /dev/xen/xenbus takes no more at once
+        if len(requests) > 1 and self.fd != self.socket.fileno():
+            # by the device each waits: its driver may send the one before late, from where this one would lie then
+            return [self.exchange([each], transaction)[0] for each in requests]
+        for kind, _, _, payload in requests:
             message = struct.pack(XS_HEADER, kind, 0, transaction, len(payload)) + payload
             with Attempt("write to xenstored"):
                 while message:
