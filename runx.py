@@ -567,7 +567,7 @@ class Xenstore:
             self.fd, self.takes_many = self.socket.fileno(), True
         except OSError:
             try:
-                self.fd, self.takes_many = os.open(XENBUS_DEVICE, os.O_RDWR), False  # a message with each write
+                self.fd, self.takes_many = os.open(XENBUS_DEVICE, os.O_RDWR), False
             except OSError as error:
                 raise Error(f"cannot connect to xenstored ({error.strerror}): is this a Xen dom0?") from None
 
@@ -577,11 +577,14 @@ class Xenstore:
     def exchange(self, requests: list[tuple[int, str, str, bytes]], transaction: int = 0) -> list[bytes]:
         """Send requests (type, operation, path, payload) one behind the other, and then take their replies, which are
         returned: a round trip for all.  Raise the first XenstoreError among them."""
+        if len(requests) > 1 and not self.takes_many:
+            # by the device each waits: its driver may send the one before late, from where this one would lie then
+            return [self.exchange([each], transaction)[0] for each in requests]
         messages = [struct.pack(XS_HEADER, kind, 0, transaction, len(body)) + body for kind, _, _, body in requests]
+        message = b"".join(messages)
         with Attempt("write to xenstored"):
-            for message in [b"".join(messages)] if self.takes_many else messages:
-                while message:
-                    message = message[os.write(self.fd, message) :]
+            while message:
+                message = message[os.write(self.fd, message) :]
         replies, failure = [], None
         for _, operation, path, _ in requests:
             kind, body = self.receive()
@@ -1005,10 +1008,10 @@ def seen_alive(domid: int) -> bool:
     """
     called = time.monotonic()
     try:
-        fd = os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT, 0o600)  # who can read it can lock it
+        fd = Descriptor(os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT, 0o600))  # who can read it can lock it
     except OSError:
         return False
-    try:
+    with fd:
         while time.monotonic() < called + LOOK_TIME_LIMIT:  # one that is stuck must not stop all others
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1016,8 +1019,6 @@ def seen_alive(domid: int) -> bool:
                 time.sleep(0.05)
                 continue
             return domid in (last_look(fd, called) or look(fd))
-    finally:
-        os.close(fd)
     return False
 
 
@@ -1634,11 +1635,11 @@ class Container:
     def tell_monitor(self, request: str) -> None:
         """request: "kill N" or "destroy N", see Monitor.  Raise NotRunning."""
         try:
-            fd = os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK)
+            fd = Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK))
         except OSError:  # no such file, or nobody reads it
             raise NotRunning() from None
-        os.write(fd, request.encode() + b"\n")
-        os.close(fd)
+        with fd:
+            os.write(fd, request.encode() + b"\n")
 
     def open_pidfd(self) -> int | None:
         """A descriptor that is readable once the container has ended; None if it has."""
@@ -1973,7 +1974,7 @@ class Host:
 def load_host_config() -> Host:
     """Read HOST_CONFIG; what is silent or absent there has its default."""
     with Attempt(f"read {HOST_CONFIG}", ValueError):
-        document = read_document(HOST_CONFIG) if os.path.exists(HOST_CONFIG) else {}
+        document = read_document(HOST_CONFIG) if os.path.lexists(HOST_CONFIG) else {}
     return Host(Section(document, HOST_CONFIG, ": "))
 
 
@@ -6195,7 +6196,7 @@ class Vif(Record):
     mtu: int
     namespace: str  # path of the network namespace, whose
     device: str  # link, and its number, it is joined to; "" for a port of a bridge
-    index: int
+    index: int  # 0: not known, as the number
 
 
 def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
@@ -6246,7 +6247,7 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
     name = f"vif{domain.domid}.{vif.number}"
-    end_redirection(interface.namespace, vif.device, name)
+    end_redirection(interface.namespace, vif, name)
     link = Rtnetlink(interface.namespace).find_link(name)
     if not link:
         raise Error(f"cannot connect the VM to {interface.device}: {name} is gone")
@@ -6259,7 +6260,7 @@ def unplug(container: Container, vif: Device) -> None:
     state, name = container.state, f"vif{vif.domain.domid}.{vif.number}"
     for each in (Vif(**fields) for fields in state.plugged):
         if each.number == vif.number and each.device:
-            end_redirection(each.namespace, each.device, name)
+            end_redirection(each.namespace, each, name)
     state.plugged = [fields for fields in state.plugged if fields["number"] != vif.number]
     container.release(vif)
 
@@ -6314,9 +6315,8 @@ def join_namespace(interface: Interface, vif: Link) -> None:
     netlink = Rtnetlink(interface.namespace)
     moved, device = netlink.find_link(vif.name), netlink.find_link(interface.device)
     if not moved:
-        namespace = os.open(interface.namespace, os.O_RDONLY)
-        Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
-        os.close(namespace)
+        with Descriptor(os.open(interface.namespace, os.O_RDONLY)) as namespace:
+            Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
         moved = netlink.find_link(vif.name)
     if not moved or not device:
         raise Error(f"cannot connect the VM to {interface.device}: it is gone")
@@ -6336,19 +6336,21 @@ def make_silent(netlink: Rtnetlink, index: int) -> None:
 def end_redirects(state: State) -> None:
     """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
     for vif in (Vif(**fields) for fields in state.plugged):
-        if state.namespace and vif.device:
-            end_redirection(state.namespace, vif.device, f"vif{state.domid}.{vif.number}")
+        if state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
+            end_redirection(state.namespace, vif, f"vif{state.domid}.{vif.number}")
 
 
-def end_redirection(namespace: str, device: str, vif: str) -> None:
-    """Undo redirect() between two links of these names, as far as they are still there."""
+def end_redirection(namespace: str, vif: Vif, name: str) -> None:
+    """Undo redirect() between a vif of this name and the link that it is joined to, as far as they are still there."""
     try:
         netlink = Rtnetlink(namespace)
-        links = {link.name: link for link in netlink.links()}
-        others = [name for name in links if name.startswith("vif") and not name.startswith(vif.partition(".")[0] + ".")]
-        for name in (device, vif) if not others else ():  # else it is that of another VM which has come after ours
-            if name in links:
-                end_redirect(netlink, links[name].index)
+        links, ours = netlink.links(), name.partition(".")[0] + "."
+        # by its number: it may have got another name, and another link its own
+        ends = [link for link in links if (link.index == vif.index if vif.index else link.name == vif.device)]
+        ends += [link for link in links if link.name == name]
+        others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
+        for link in ends if not others else ():  # else it is that of another VM which has come after ours
+            end_redirect(netlink, link.index)
     except OSError:
         pass  # the engine has taken the interface or the namespace away
 
@@ -6527,9 +6529,8 @@ def enter_namespaces(config: Config, share: str, namespace: int, exported: bool)
     name, process = config.hostname or os.uname().nodename, config.process
     with Attempt("enter the container's namespaces"):
         if config.namespace:
-            fd = os.open(config.namespace, os.O_RDONLY)
-            system_call("setns", fd, CLONE_NEWNET)
-            os.close(fd)
+            with Descriptor(os.open(config.namespace, os.O_RDONLY)) as fd:
+                system_call("setns", fd, CLONE_NEWNET)
         else:
             flags |= CLONE_NEWNET
         system_call("unshare", flags)
@@ -8065,6 +8066,8 @@ def begin(container: Container, log: Log) -> Domain:
         told, words = plug(container, domain, undo), ["disk"] if state.disk else []
         if told:  # to read messages takes no script
             words.append("net" if told.keys().isdisjoint(("data/dhcp", "data/dns")) else "network")
+        if told and state.starts_paused:  # an init of a runX before 0.2 looks for it when it boots
+            domain.write(told)
         try:
             going = domain.unpause if state.starts_paused else lambda: domain.start(words, told)
             container.switch(going, status="running")
@@ -8327,14 +8330,10 @@ def send_pidfd(path: str, pid: int) -> None:
     """Send a descriptor of the process, as runc does it.  Raise Error."""
     import socket
 
-    try:
-        with socket.socket(socket.AF_UNIX) as engine:
-            engine.connect(path)
-            pidfd = os.pidfd_open(pid)
+    with Attempt(f"send a pidfd to the socket {path}"), socket.socket(socket.AF_UNIX) as engine:
+        engine.connect(path)
+        with Descriptor(os.pidfd_open(pid)) as pidfd:
             socket.send_fds(engine, [b"setns"], [pidfd])
-            os.close(pidfd)
-    except OSError as error:
-        raise Error(f"cannot send a pidfd to the socket {path}: {error.strerror}") from None
 
 
 # ---- state, kill, delete
