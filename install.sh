@@ -65,11 +65,14 @@ install_boot_file initrd "$initrd" initrd/build.sh
 # Python compiles a module once and a script at each call, so the command is only this much.
 cat >"$sbin/runX.new" <<END
 #!/usr/bin/python3 -IS
+import gc
 import sys
 
 sys.path.insert(0, "$prefix/lib/runX")
+gc.disable()  # while a module is loaded there is no garbage to look for
 import runx
 
+gc.enable()
 runx.run()
 END
 chmod 755 "$sbin/runX.new"

@@ -418,15 +418,34 @@ def xenconsoled_rate(folder, size):
         return read_stream(console, size)[2]
 
 
+def input_rate(folder, size):
+    """Bytes/s of what a container's program is given."""
+    bundle = make_hello(folder / "input", "ramdisk", "sh", "-c", "echo ready; exec /bin/busybox wc -c")
+    command = ["runX", "run", "--bundle", str(bundle), "bench-input"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes) as running:
+        running.stdout.readline()
+        began = time.monotonic()
+        running.stdin.write(bytes(size))
+        running.stdin.close()
+        if running.stdout.read() != b"%d\n" % size:
+            raise SystemExit("the container has not got all of its input")
+        return size / (time.monotonic() - began)
+
+
 def measure_output(folder, size=4 << 20):
-    """{way: bytes/s} of a program's output, to a pipe and to hvc0."""
+    """{way: bytes/s} of a program's output, to a pipe and to hvc0, and of its input."""
     bundle = make_hello(folder / "stream", "ramdisk", "dd", "if=/dev/zero", "bs=4096", f"count={size >> 12}")
     command = ["runX", "run", "--bundle", str(bundle), "bench-output"]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as running:
         rate = read_stream(running.stdout.fileno(), 1 << 40)[2]
-    return {"standard output": rate, "hvc0, xenconsoled": xenconsoled_rate(folder, size >> 2)}
+    return {
+        "standard output": rate,
+        "hvc0, xenconsoled": xenconsoled_rate(folder, size >> 2),
+        "standard input": input_rate(folder, size >> 2),
+    }
 
 
 def print_output(results):

@@ -213,6 +213,17 @@ def test_a_wrong_configuration_of_the_host(bundle, host_config, text, words):
         runx.load_config(bundle(config("true")))
 
 
+@pytest.mark.parametrize(
+    "target, reason", [("host.json", "Too many levels of symbolic links"), ("gone", "No such file")]
+)
+def test_a_configuration_of_the_host_that_cannot_be_reached_is_not_taken_for_none(
+    bundle, host_config, tmp_path, target, reason
+):
+    (tmp_path / "host.json").symlink_to(target)
+    with pytest.raises(runx.Error, match=f"^cannot read .*host.json: {reason}"):
+        runx.load_config(bundle(config("true")))
+
+
 # ---- what an image may have said
 
 
@@ -1150,7 +1161,7 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     """tests/data: what each engine has written for a plain `run`, with its version."""
     spec = json.loads((DATA / f"{name}.json").read_text())
     spec["root"]["path"] = "rootfs"
-    monkeypatch.setattr(runx.os.path, "exists", lambda path: path != runx.HOST_CONFIG)  # sources of bind mounts
+    monkeypatch.setattr(runx.os.path, "exists", lambda path: True)  # sources of bind mounts
     parsed = runx.load_config(bundle(spec))
     assert parsed.warnings == []
     check_guest_words(parsed, spec)

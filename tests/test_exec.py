@@ -348,6 +348,14 @@ def test_a_terminal_needs_a_console_socket_where_exec_does_not_stay(dom0):
     finish(container)
 
 
+@pytest.mark.parametrize(
+    "path, reason", [("/none/socket", "No such file or directory"), ("/x" * 99, "AF_UNIX path too long")]
+)
+def test_why_a_pidfd_cannot_be_sent(path, reason):
+    with pytest.raises(runx.Error, match=f"^cannot send a pidfd to the socket {path}: {reason}$"):
+        runx.send_pidfd(path, os.getpid())
+
+
 def test_a_terminal_is_joined_to_ours(dom0):
     container = running(dom0, mounts=PTS)
     check_our_terminal(functools.partial(execute, container, "out:go", "line:", "exit:4", options=["-t"]))

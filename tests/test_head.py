@@ -220,6 +220,32 @@ def test_a_barrier_gives_the_lock_up_before_it_takes_it():
     assert done == ["release", "acquire"]
 
 
+def test_xenstored_by_the_device_gets_a_request_when_the_one_before_is_answered(monkeypatch):
+    """Linux's xenbus_dev_request_and_reply() sends what it has in the buffer of the file, some time after write(2)."""
+    done, replies = [], bytearray()
+
+    def write(fd, message):
+        done.append("write")
+        replies.extend(message[:4] + bytes(8) + b"\3\0\0\0OK\0")
+        return len(message)
+
+    def read(fd, size):
+        done.append("read")
+        part = bytes(replies[:size])
+        del replies[:size]
+        return part
+
+    monkeypatch.setattr(runx, "XENSTORED_SOCKET", "/none/socket")
+    monkeypatch.setattr(runx, "XENBUS_DEVICE", "/dev/null")
+    xenstore = runx.Xenstore()
+    monkeypatch.setattr(runx.os, "write", write)
+    monkeypatch.setattr(runx.os, "read", read)
+    xenstore.write_all([("/a", "1"), ("/a", ("n0",)), ("/b", "2")])
+    monkeypatch.undo()
+    os.close(xenstore.fd)
+    assert done == ["write", "read"] * 3
+
+
 def test_xl_does_not_know_of_our_consoles():
     """It would wait for each when it destroys the domain."""
     written = []

@@ -192,6 +192,16 @@ def test_what_the_engine_changes_before_start_is_what_the_guest_is_told(dom0, ip
     assert container.runx("delete", "--force").returncode == 0
 
 
+def test_what_boots_only_when_it_is_started_is_told_of_its_interfaces_before(dom0, engines):
+    """As the VM of a runX before 0.2, whose init looks for them when it boots."""
+    container = engines("wait").created()
+    assert container.runx("pause").stderr == ""
+    container.store(lambda state: state.update(starts_paused=True, paused=False))
+    assert container.runx("start").stderr == ""
+    assert list(told(container)) == [MAC.replace(":", "")]
+    assert container.runx("delete", "--force").returncode == 0
+
+
 def test_a_vm_that_ends_while_its_interfaces_are_plugged_is_a_stopped_container(dom0, ip, engines):
     container = engines()
     dom0.ask("deaf", True)

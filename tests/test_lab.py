@@ -31,6 +31,7 @@ import frames  # noqa: E402
 import image  # noqa: E402
 import lab as program  # noqa: E402
 import machine  # noqa: E402
+import platforms  # noqa: E402
 import pythons  # noqa: E402
 import release  # noqa: E402
 import suite  # noqa: E402
@@ -300,6 +301,18 @@ def test_a_test_that_hangs_fails_and_what_the_machine_is_at_is_printed_and_the_n
     assert {name.split("::")[1]: outcome for name, (outcome, _) in results.items()} == {
         "test_hangs": "failed", "test_next": "passed",
     }  # fmt: skip
+
+
+def test_the_table_of_platforms_has_the_last_result_of_each_test_that_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(platforms, "CACHE", tmp_path)
+    (tmp_path / "versions-x86_64.json").write_text('{"Xen": "4.17.5"}')
+    life, gone = "test_xen_life.py::test_a_short_soak", "test_xen_life.py::test_that_was_removed"
+    (tmp_path / "seconds.json").write_text(json.dumps({life: ["passed", 1.0], gone: ["failed", 1.0]}))
+    (tmp_path / "seconds-arm64.json").write_text(json.dumps({life + "[x]": ["skipped", 1.0], life: ["failed", 1.0]}))
+    rows = dict(line.strip("| \n").split(" | ", 1) for line in platforms.table().splitlines()[1:])
+    of_life = next(feature for feature in rows if feature.startswith("life"))
+    assert (rows["Xen"], rows[of_life]) == ("4.17.5 | –", "1 passed | 1 failed, 1 skipped")
+    assert all(platforms.feature_of(f"{path.name}::test") for path in REPOSITORY.glob("tests/test_xen_*.py"))
 
 
 def test_jobs_side_by_side_have_their_statuses_and_each_line_comes_at_once(capfdbinary):

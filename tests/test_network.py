@@ -911,8 +911,8 @@ def test_only_what_has_changed_is_plugged_again(plugged, engine, ended):
     plugged()
     assert container.state.devices == [["vif", 1], ["vif", 2], ["vif", 3]]
     assert joined(container) == ["eth1", "eth2", "eth3"]
-    # nobody is joined to what is gone; the two others let go of both ends, and are joined anew
-    assert ended == [index_of(name, path) for name in ("vif7.0", "eth1", "vif7.1", "eth2", "vif7.2")]
+    # nobody is joined to what is gone; of the two others all ends that are still there let go, and are joined anew
+    assert ended == [index_of(name, path) for name in ("vif7.0", "vif7.1", "eth2", "vif7.2")]
     assert first[0] != index_of("eth1", path) and first[1] == index_of("eth2", path)
     assert ip("link show dev vif7.2", path)[0]["mtu"] == 1300
     assert (backends, set(store.list("/local/domain/0/backend/vif/7"))) == ({"0", "1", "2"}, {"1", "2", "3"})
@@ -920,6 +920,35 @@ def test_only_what_has_changed_is_plugged_again(plugged, engine, ended):
     del ended[:]
     plugged()
     assert ended == [] and joined(container) == ["eth1", "eth2", "eth3"]
+
+
+def test_links_that_have_got_each_others_names_stay_joined(plugged, engine, monkeypatch):
+    process, path = engine
+    classified = set()  # numbers of the links
+
+    def redirect(_, *numbers):
+        if classified.intersection(numbers):
+            raise FileExistsError(errno.EEXIST, "File exists")
+        classified.update(numbers)
+
+    monkeypatch.setattr(runx, "redirect", redirect)
+    monkeypatch.setattr(runx, "end_redirect", lambda _, number: classified.discard(number))
+    _, container = plugged(namespace=path, pid=process.pid)
+    before = set(classified)
+    for old, new in (("eth0", "x"), ("eth2", "eth0"), ("x", "eth2")):
+        ip(f"link set {old} down", path)
+        ip(f"link set {old} name {new} up", path)
+    plugged()
+    assert (classified, joined(container), len(before)) == (before, ["eth2", "eth0"], 4)
+
+
+def test_what_comes_under_the_name_of_a_link_that_is_gone_keeps_its_own_classifier(plugged, engine, ended):
+    process, path = engine
+    plugged(namespace=path, pid=process.pid)
+    ip("link del eth0", path)
+    ip("link add eth0 up address 02:00:00:00:00:24 type veth peer name out4", path)
+    plugged()
+    assert ended == [index_of("vif7.0", path)]
 
 
 def test_a_redirection_that_cannot_be_stored_is_ended(plugged, engine, ended, monkeypatch):

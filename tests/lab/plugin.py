@@ -4,7 +4,8 @@
 A failure is printed when it happens, not only at the end.  In the environment:
 
     LAB_CLAIMS=FOLDER   several runs with the same folder share the tests: each runs in the one that comes to it first
-    LAB_RESULTS=PATH    write to PATH.<pid>.json what became of each test: {id: [outcome, seconds]}
+    LAB_RESULTS=PATH    write to PATH.<pid>.json what became of each test: {id: [outcome, seconds]}; and on a dom0 to
+                        PATH.versions those of Xen, Linux and the engines: {what: version}
     LAB_SECONDS=FILE    the same of earlier runs: what took longest then begins now
     LAB_TIME_LIMIT=S    a test that has not ended by then fails, and what the machine is at is printed
 
@@ -17,6 +18,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -26,6 +29,10 @@ import pytest
 
 LOOKS = ("ps -eo pid,ppid,stat,etimes,wchan:20,args", "xl list", "xenstore-ls -fp /local")  # at a machine that hangs
 TO_CLEAN_UP = 60  # seconds, for what a test does after it has failed
+VERSIONS = {  # what tells them
+    "Xen": "xl info", "Linux": "uname -r", "Python": "python3 --version", "containerd": "containerd --version",
+    "Podman": "podman --version", "Docker": "docker --version", "runc": "runc --version",
+}  # fmt: skip
 Unit = list[pytest.Item]  # what runs in one place, one after the other
 
 results: dict[str, tuple[str, float]] = {}
@@ -117,7 +124,20 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             reporter.write_line(f"{report.nodeid} failed ({report.when}):\n{report.longreprtext}")
 
 
+def versions() -> dict[str, str]:
+    found = {}
+    for what, command in VERSIONS.items():
+        if shutil.which(command.split()[0]):
+            text = subprocess.run(command.split(), stdout=subprocess.PIPE, text=True, timeout=60, check=False).stdout
+            match = re.search(r"\d+\.\d+(\.\d+)?", text.partition("xen_version")[2] or text)
+            found[what] = match[0] if match else "?"
+    return found
+
+
 def pytest_sessionfinish() -> None:
+    if "LAB_RESULTS" in os.environ and shutil.which("xl"):
+        with open(f"{os.environ['LAB_RESULTS']}.versions", "w", encoding="utf-8") as file:
+            json.dump(versions(), file)
     if "LAB_RESULTS" in os.environ:
         with open(f"{os.environ['LAB_RESULTS']}.{os.getpid()}.json", "w", encoding="utf-8") as file:
             json.dump(results, file)

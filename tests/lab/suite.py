@@ -210,7 +210,10 @@ def run_all(built: Built) -> int:
 
 @contextlib.contextmanager
 def results_folder(built: Built) -> Iterator[Path]:
-    """What the runs of pytest share: their claims, their results, and how long each test took the last time."""
+    """What the runs of pytest share: their claims, their results, and how long each test took the last time.
+
+    What became of each test is kept, and the versions of what is in the dom0, for tests/platforms.py.
+    """
     name = machine_name(built.arch, built.release)
     kept = cache_root() / f"seconds{'' if name == X86_64.name else '-' + name}.json"
     with tempfile.TemporaryDirectory() as temporary:
@@ -222,9 +225,16 @@ def results_folder(built: Built) -> Iterator[Path]:
         seconds = json.loads(kept.read_text()) if kept.exists() else {}
         for path in folder.glob("dom0*.*.json"):
             seconds.update(json.loads(path.read_text()))
-        partial = kept.with_name(f"partial-seconds-{os.getpid()}")
-        partial.write_text(json.dumps(seconds))
-        partial.rename(kept)
+        keep(kept, json.dumps(seconds))
+        for path in folder.glob("dom0*.versions"):
+            keep(kept.with_name(f"versions-{name}.json"), path.read_text())
+
+
+def keep(path: Path, text: str) -> None:
+    """Replace a file in the cache in one step."""
+    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def summary(jobs: list[Job], statuses: list[int], share: Path) -> int:

@@ -1,0 +1,87 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""Write the table of docs/platforms.md: what the lab's tests have last shown on each machine and release.
+
+    python3 tests/platforms.py
+
+`lab.py test` keeps in its cache what became of each test, and the versions of what the dom0 has.
+"""
+
+import json
+import os
+import pathlib
+
+DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / "docs/platforms.md"
+BEGIN, END = "<!-- written by tests/platforms.py -->\n", "<!-- until here -->\n"
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "runx"
+PLATFORMS = {  # the name of a column, by that of its files in the cache
+    "x86_64": "x86-64, bookworm", "trixie-x86_64": "x86-64, trixie", "forky-x86_64": "x86-64, forky",
+    "arm64": "arm64, bookworm",
+}  # fmt: skip
+FEATURES = {  # words of which one is in a test's name: it belongs to the first that fits
+    "a VM of type PVH on x86": ("pvh",),
+    "Podman": ("podman",),
+    "Docker": ("docker",),
+    "containerd, ctr": ("containerd", "_ctr_", "[ctr-", "test_xen_engines"),
+    "life: create to delete, hooks, kill, pause, update, how a VM ends": ("test_xen_life",),
+    "standard streams and terminals": ("test_xen_streams", "test_xen_consoles"),
+    "exec": ("test_xen_exec",),
+    "config.json: users, mounts, capabilities, limits, seccomp": ("test_xen_config",),
+    "rootfs by 9p, block device and ramdisk": ("test_xen_rootfs",),
+    "files as under runc": ("test_xen_files",),
+    "programs on served files": ("test_xen_apps",),
+    "hostile guests": ("test_xen_hostile",),
+    "memory, processors, devices, kernels of their own": ("test_xen_machine",),
+    "network": ("test_xen_network",),
+    "errors": ("test_xen_errors",),
+}
+
+
+def results_of(platform):
+    """{test: outcome}, of the tests that there are still."""
+    path = CACHE / ("seconds.json" if platform == "x86_64" else f"seconds-{platform}.json")
+    texts = {file.name: file.read_text() for file in DOCUMENT.parent.parent.glob("tests/test_xen_*.py")}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        test: outcome
+        for test, (outcome, _) in found.items()
+        if f"def {test.partition('[')[0].split('::')[-1]}(" in texts.get(test.partition("::")[0], "")
+    }
+
+
+def feature_of(test):
+    return next(feature for feature, words in FEATURES.items() if any(word in test for word in words))
+
+
+def versions_of(platform):
+    """{what: version} of the dom0."""
+    path = CACHE / f"versions-{platform}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def cell(outcomes):
+    counts = [(outcomes.count(outcome), outcome) for outcome in ("passed", "failed", "skipped")]
+    return ", ".join(f"{count} {outcome}" for count, outcome in counts if count) or "–"
+
+
+def table():
+    """In Markdown: a column for each platform that has results."""
+    results = {platform: results_of(platform) for platform in PLATFORMS}
+    shown = [platform for platform in PLATFORMS if results[platform]]
+    rows = [["", *(PLATFORMS[platform] for platform in shown)], ["---"] * (len(shown) + 1)]
+    versions = {platform: versions_of(platform) for platform in shown}
+    for what in dict.fromkeys(what for found in versions.values() for what in found):
+        rows.append([what, *(versions[platform].get(what, "–") for platform in shown)])
+    for feature in FEATURES:
+        of_it = [[o for test, o in results[platform].items() if feature_of(test) == feature] for platform in shown]
+        rows.append([feature, *map(cell, of_it)])
+    return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
+
+
+def main():
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()
