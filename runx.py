@@ -4350,7 +4350,7 @@ class FuseNames:
         """Return a reply's body, or how many bytes of content it has."""
         handler, structure, kinds, is_open = self.handlers[opcode]
         message, end = call.message, IN_HEADER.size + structure.size
-        data = message.head if end <= 80 else message.bytes(0, end)
+        data = message.head if end <= HEAD_MAX else message.bytes(0, end)
         fields = structure.unpack_from(data, IN_HEADER.size)
         if is_open:
             fields = (self.known.handle(fields[0], call.node), *fields[1:])
@@ -6211,7 +6211,7 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     wanted = {interface.mac.hex(): interface for interface in interfaces}
     plugged = [Vif(**fields) for fields in state.plugged]
     kept = {vif.mac: vif for vif in plugged if vif.mac in wanted}
-    for number in ours.union(vif.number for vif in plugged).difference(vif.number for vif in kept.values()):
+    for number in (ours | {vif.number for vif in plugged}) - {vif.number for vif in kept.values()}:
         unplug(container, Device(domain, "vif", number))
     for mac, vif in kept.items():
         keep_vif(container, domain, vif, wanted[mac])
@@ -7883,7 +7883,7 @@ def check_status(command: str, container: Container, status: str) -> None:
 
 
 def read_object(path: str | int, what: str) -> JsonObject:
-    """The JSON object in a file, 0: on standard input.  what: it is, such as "the process".  Raise Error."""
+    """The JSON object in a file, or for 0 on standard input.  what: its name, such as "the process".  Raise Error."""
     name = path or "standard input"
     with Attempt(f"read {what} from {name}", ValueError):
         found = read_document(path)
