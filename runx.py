@@ -7946,6 +7946,8 @@ def create(plan: Plan, pid_file: str | None) -> int:
         undo.add(f"remove container {container.id}", remove_unmade, container, log)
         for warning in plan.config.warnings:
             log.about(container.id).warn(warning)
+        for module in ("mmap", "resource"):  # here, so that what we fork shares the half a megabyte that each takes
+            __import__(module)
         holder = start_holder(plan.config, container.path("share"))
         report_reader, report_writer = os.pipe()
         word = Commit()
