@@ -3809,8 +3809,12 @@ class Files:
         return self.node(os.open(name, PATH_FLAGS, dir_fd=folder.fd))
 
     def mount(self, node: Node) -> int:
-        """Return the number of the mount by which it was found: proc(5)."""
-        return int(read_file(f"/proc/self/fdinfo/{node.fd}").partition("mnt_id:")[2].split()[0])
+        """Return the number of the mount by which it was found: proc(5); 0 if Linux before 5.14 does not let us look with
+        the rights of a process in the guest."""
+        try:
+            return int(read_file(f"/proc/self/fdinfo/{node.fd}").partition("mnt_id:")[2].split()[0])
+        except PermissionError:
+            return 0
 
     # ---- making
 
@@ -4350,7 +4354,7 @@ class FuseNames:
         """Return a reply's body, or how many bytes of content it has."""
         handler, structure, kinds, is_open = self.handlers[opcode]
         message, end = call.message, IN_HEADER.size + structure.size
-        data = message.head if end <= 80 else message.bytes(0, end)
+        data = message.head if end <= HEAD_MAX else message.bytes(0, end)
         fields = structure.unpack_from(data, IN_HEADER.size)
         if is_open:
             fields = (self.known.handle(fields[0], call.node), *fields[1:])
@@ -6211,7 +6215,7 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     wanted = {interface.mac.hex(): interface for interface in interfaces}
     plugged = [Vif(**fields) for fields in state.plugged]
     kept = {vif.mac: vif for vif in plugged if vif.mac in wanted}
-    for number in ours.union(vif.number for vif in plugged).difference(vif.number for vif in kept.values()):
+    for number in (ours | {vif.number for vif in plugged}) - {vif.number for vif in kept.values()}:
         unplug(container, Device(domain, "vif", number))
     for mac, vif in kept.items():
         keep_vif(container, domain, vif, wanted[mac])
@@ -7883,7 +7887,7 @@ def check_status(command: str, container: Container, status: str) -> None:
 
 
 def read_object(path: str | int, what: str) -> JsonObject:
-    """The JSON object in a file, 0: on standard input.  what: it is, such as "the process".  Raise Error."""
+    """The JSON object in a file, or for 0 on standard input.  what: its name, such as "the process".  Raise Error."""
     name = path or "standard input"
     with Attempt(f"read {what} from {name}", ValueError):
         found = read_document(path)
@@ -7946,6 +7950,8 @@ def create(plan: Plan, pid_file: str | None) -> int:
         undo.add(f"remove container {container.id}", remove_unmade, container, log)
         for warning in plan.config.warnings:
             log.about(container.id).warn(warning)
+        for module in ("mmap", "resource"):  # here, so that what we fork shares the half a megabyte that each takes
+            __import__(module)
         holder = start_holder(plan.config, container.path("share"))
         report_reader, report_writer = os.pipe()
         word = Commit()

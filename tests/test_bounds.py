@@ -37,8 +37,6 @@ def load(tmp_path, monkeypatch):
 
 # ---- Section
 
-MISSING = object()
-
 
 def section(**values):
     return runx.Section(values, "file", ": ")

@@ -15,6 +15,7 @@ import struct
 import tempfile
 import threading
 import time
+import types
 
 import conftest
 import pytest
@@ -410,6 +411,15 @@ def test_one_folder_at_two_places_stays_at_both(shared):
     finally:
         for name in ("a", "b"):
             runx.detach(str(shared.host / name))
+
+
+def test_before_linux_5_14_a_folder_is_moved_where_its_mount_cannot_be_asked_for(monkeypatch):
+    def read_file(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(runx, "read_file", read_file)
+    node = types.SimpleNamespace(fd=3)
+    assert runx.Files.mount(None, node) == 0
 
 
 def test_files_of_several_file_systems_have_numbers_of_their_own(shared):

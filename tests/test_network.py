@@ -951,6 +951,14 @@ def test_what_comes_under_the_name_of_a_link_that_is_gone_keeps_its_own_classifi
     assert ended == [index_of("vif7.0", path)]
 
 
+def test_what_has_not_changed_needs_no_room_on_the_disk(plugged, engine, ended, monkeypatch):
+    process, path = engine
+    store, container = plugged(namespace=path, pid=process.pid)
+    monkeypatch.setattr(container, "save", None)
+    with runx.Undo(runx.Log()) as undo:
+        assert runx.plug(container, runx.Domain(store, 7, "u"), undo).keys() >= {"data/network/0", "data/network/1"}
+
+
 def test_a_redirection_that_cannot_be_stored_is_ended(plugged, engine, ended, monkeypatch):
     process, path = engine
     save = runx.Container.save
