@@ -266,14 +266,16 @@ def test_update_changes_what_xen_can_change(dom0, status):
     finish(container, 137)
 
 
-def test_an_update_by_a_document(dom0):
+@pytest.mark.parametrize("option", [["-r", "-"], ["--resources", "-"], ["--resources=-"]])
+def test_an_update_by_a_document(dom0, option):
+    """containerd before 2.0 gives the option and its value as two words, and since then as one."""
     container = limited(dom0)
     document = json.dumps({"memory": {"limit": 64 << 20, "swap": -1}})
-    assert container.runx("update", "-r", "-", stdin=document.encode()).returncode == 0
+    assert container.runx("update", *option, stdin=document.encode()).returncode == 0
     assert dom0.domains()[container.domid()]["memory"] == 64
     assert container.stored()["resources"] == {"memory": {"limit": 64 << 20, "swap": -1}}
     for text, words in (("[]", "must be a JSON object"), ("{", "cannot read the resources")):
-        assert words in container.runx("update", "-r", "-", stdin=text.encode()).stderr
+        assert words in container.runx("update", *option, stdin=text.encode()).stderr
     kill(container)
     finish(container, 137)
 
