@@ -240,6 +240,9 @@ class Frontend(dict):
     def read(self, path, transaction=0):
         return self.get(path.rpartition("/")[2])
 
+    def read_numbers(self, *paths):
+        return [int(self.read(path)) for path in paths]
+
     def transaction(self, work):
         work(1)
 
