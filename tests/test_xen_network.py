@@ -558,7 +558,7 @@ def test_docker_runs_a_container_twice_and_one_with_a_published_port(bundle, cle
         assert started.returncode == 0, started
         wait_until(lambda: fetch("http://127.0.0.1:8082/page") == b"hello from a VM\n", "the page", 60)
         assert b"172.17.0." in call(*docker, "logs", "web").stdout
-        _, row = call(*docker, "top", "web", "-efww").stdout.decode().splitlines()  # ps of Debian 13 takes 80 columns
+        _, row = call(*docker, "top", "web", "-efww").stdout.decode().splitlines()  # procps 4.0.4 cuts it otherwise
         assert row.endswith(script), row  # by config.json: what the VM runs, only the VM knows
         stats = call(*docker, "stats", "--no-stream", "--format", "{{.PIDs}} {{.MemUsage}}", "web")
         assert stats.stdout.split()[0] not in (b"", b"0", b"--") and not stats.stderr, stats
