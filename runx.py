@@ -3809,8 +3809,8 @@ class Files:
         return self.node(os.open(name, PATH_FLAGS, dir_fd=folder.fd))
 
     def mount(self, node: Node) -> int:
-        """Return the number of the mount by which it was found: proc(5); 0 if Linux before 5.14 does not let us look with
-        the rights of a process in the guest."""
+        """Return the number of the mount by which it was found: proc(5); 0 where Linux before 5.14 does not let
+        us look with the rights of a process in the guest."""
         try:
             return int(read_file(f"/proc/self/fdinfo/{node.fd}").partition("mnt_id:")[2].split()[0])
         except PermissionError:
