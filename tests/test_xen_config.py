@@ -122,6 +122,7 @@ def compare(runc, runx, *limits):
     different, from_dom0 = {}, {at for at, _, what in runx["mounts"] if what.startswith("xenfuse")}
     for fields in (runc, runx):
         fields["mounts"] = list(comparable(fields["mounts"], from_dom0))
+        fields["env"].sort()  # of two values of one name the last counts, and its place is another in runc 1.3
     for name, value in runc.items():
         if name == "limits":
             pairs = [(runx["limits"][limit], value[limit]) for limit in limits]
