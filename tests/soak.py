@@ -45,6 +45,11 @@ def resident():
     return {name: count * os.sysconf("SC_PAGE_SIZE") >> 10 for name, count in pages.items()}
 
 
+def more_than(files):
+    """{daemon: how many files it has open}, of those that have more."""
+    return {name: count for name, count in conftest.descriptors(*DAEMONS).items() if count > files[name]}
+
+
 def live_once(bundle):
     """create, start, exit, delete."""
     pidfd = bundle.started(conftest.config("sh", "-c", "echo out; echo err >&2; exit 5"))
@@ -67,11 +72,12 @@ def check_rounds(bundle, rounds):
         conftest.wait_until(lambda: not conftest.difference(before), "dom0 as it was before")
     except AssertionError:
         yield f"left behind or taken away: {conftest.difference(before)}"
-    after = conftest.descriptors(*DAEMONS)
+    try:  # a daemon closes what has ended in its own time
+        conftest.wait_until(lambda: not more_than(files), "the daemons to have no more files open than before")
+    except AssertionError:
+        yield f"daemons have more files open: {more_than(files)}, and had {files}"
     growth = {name: size - used[name] for name, size in memory().items()}
     print("memory of dom0 and its daemons, KiB more than before:", growth)
-    if after != files:
-        yield f"daemons have {after} files open, and had {files}"
     for name, kibibytes in growth.items():
         if kibibytes > (MEMORY_NOISE if name == "dom0" else DAEMON_NOISE):
             yield f"{name} has grown by {kibibytes} KiB in {rounds} rounds"
