@@ -117,12 +117,18 @@ def comparable(mounts, from_dom0):
             yield at, options, what
 
 
+def runc_version():
+    """Its first two numbers."""
+    return tuple(map(int, re.search(rb"runc version (\d+)\.(\d+)", call("runc", "--version").stdout).groups()))
+
+
 def compare(runc, runx, *limits):
     """limits: those that the config sets."""
     different, from_dom0 = {}, {at for at, _, what in runx["mounts"] if what.startswith("xenfuse")}
     for fields in (runc, runx):
         fields["mounts"] = list(comparable(fields["mounts"], from_dom0))
-        fields["env"].sort()  # of two values of one name the last counts, and its place is another in runc 1.3
+        if runc_version() >= (1, 3):  # which puts a name that is given twice where the second one stands
+            fields["env"].sort()
     for name, value in runc.items():
         if name == "limits":
             pairs = [(runx["limits"][limit], value[limit]) for limit in limits]
