@@ -38,7 +38,7 @@ from conftest import (
 )
 from test_xen_config import DATA, DEFAULT_CAPABILITIES, REPORT, compare, report, report_config
 from test_xen_network import docker_daemon
-from test_xen_streams import check_at_a_terminal, follows
+from test_xen_streams import OUR_PS1, check_at_a_terminal, follows
 
 import runx
 
@@ -308,7 +308,7 @@ class TestOfARunningContainer:
         os.close(shell.fd)
 
     def test_at_our_own_terminal(self, box):
-        command = box.exec_command("sh", "-i", options=["--tty", "--env", "PS1=# ", "--env", "PATH=/bin"])
+        command = box.exec_command("sh", "-i", options=["--tty", "--env", OUR_PS1, "--env", "PATH=/bin"])
         assert check_at_a_terminal(*command) == 7
 
     def test_the_pid_of_one_that_is_detached_is_the_process_to_its_parent(self, box):
@@ -478,7 +478,7 @@ def check_exec(command, name, terminal="-it", input="-i"):
 def test_containerd(clean_dom0):
     name = f"test-{uuid.uuid4().hex[:8]}"
     options = ["--runc-binary=/usr/sbin/runX", "--annotation", "org.runx.rootfs=ramdisk"] if RUNTIME == "runX" else []
-    assert call("ctr", "run", "-d", "--env", "PS1=# ", *options, IMAGE, name, "sh", "-c", PROCESS).returncode == 0
+    assert call("ctr", "run", "-d", "--env", OUR_PS1, *options, IMAGE, name, "sh", "-c", PROCESS).returncode == 0
     try:
         command = ["ctr", "task", "exec", "--exec-id", "one"]
         check_exec(command, [name], "-t", None)
@@ -498,7 +498,7 @@ def test_podman_and_its_health_check(clean_dom0, podman, bundle):
     before = processes()
     engine = ["podman", "--cgroup-manager", "cgroupfs", "--runtime", shutil.which(RUNTIME)]
     health = ["--health-cmd", "[ -e /tmp/well ]", "--health-interval", "disable", "--health-retries", "1"]
-    options = ["--detach", "--network", "none", "--name", bundle.id, "--env", "PS1=# ", "--env", "PATH=/bin"]
+    options = ["--detach", "--network", "none", "--name", bundle.id, "--env", OUR_PS1, "--env", "PATH=/bin"]
     started = call(*engine, "run", *options, *health, "--rootfs", str(bundle.rootfs), "sh", "-c", PROCESS)
     assert started.returncode == 0, started
     try:
@@ -522,7 +522,7 @@ def test_docker_and_its_health_check(clean_dom0, bundle, tmp_path):
     health = ["--health-cmd", "[ -e /tmp/well ]", "--health-interval", "1s", "--health-retries", "1"]
     with docker_daemon(tmp_path, "--bridge=none", "--iptables=false") as docker:
         assert call(*docker, "import", "-", "test", input=rootfs.stdout).returncode == 0
-        options = ["--network", "none", "--runtime", RUNTIME.lower(), "--env", "PATH=/bin", "--env", "PS1=# "]
+        options = ["--network", "none", "--runtime", RUNTIME.lower(), "--env", "PATH=/bin", "--env", OUR_PS1]
         started = call(*docker, "run", "-d", *options, *health, "--name", "box", "test", "sh", "-c", PROCESS)
         assert started.returncode == 0, started
 

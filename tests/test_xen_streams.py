@@ -256,10 +256,13 @@ def spawn(*argv):
     return pid, terminal
 
 
+OUR_PS1 = "PS1=ready>"  # without a blank: ctr of containerd 2 takes it off
+
+
 def check_at_a_terminal(*argv):
-    """argv runs `sh -i` in a container at our terminal."""
+    """argv runs `sh -i` in a container at our terminal, with OUR_PS1."""
     pid, shell = spawn(*argv)
-    shell.expect(b"#")  # ctr of containerd 2 takes the space from the end of PS1
+    shell.expect(b"ready>")
 
     def resized(rows):
         for columns in (82, 81):  # anew: an engine's command may look for changes only some time after the prompt
@@ -274,7 +277,7 @@ def check_at_a_terminal(*argv):
     shell.type(b"sh -c 'echo be\"\"gun; exec sleep 1000'\n")
     shell.expect(b"begun\r")
     shell.type(b"\x03")
-    shell.expect(b"#")
+    shell.expect(b"ready>")
     shell.type(b"exit $(($? - 123))\n")
     shell.rest()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -282,7 +285,7 @@ def check_at_a_terminal(*argv):
 
 def test_run_joins_its_own_terminal_to_the_containers(bundle):
     spec = in_memory(terminal_config("sh", "-i"))
-    spec["process"]["env"] = ["PATH=/bin", "PS1=# "]
+    spec["process"]["env"] = ["PATH=/bin", OUR_PS1]
     bundle.write_config(spec)
     assert check_at_a_terminal(*bundle.command("run")) == 7
 
@@ -290,7 +293,7 @@ def test_run_joins_its_own_terminal_to_the_containers(bundle):
 @pytest.mark.skipif(not shutil.which("ctr"), reason="needs containerd's ctr")
 def test_ctr_run_with_a_terminal():
     name = f"test-{uuid.uuid4().hex[:8]}"
-    options = ["--rm", "-t", "--runc-binary=/usr/sbin/runX", "--env", "PS1=# "]
+    options = ["--rm", "-t", "--runc-binary=/usr/sbin/runX", "--env", OUR_PS1]
     assert check_at_a_terminal("ctr", "run", *options, IMAGE, name, "sh", "-i") == 7
 
 
