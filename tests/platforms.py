@@ -8,16 +8,24 @@
 """
 
 import json
-import os
 import pathlib
+import sys
 
-DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / "docs/platforms.md"
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "tests/lab"))
+
+import arch  # noqa: E402
+import image  # noqa: E402
+import release  # noqa: E402
+import suite  # noqa: E402
+
+DOCUMENT = REPOSITORY / "docs/platforms.md"
 BEGIN, END = "<!-- written by tests/platforms.py -->\n", "<!-- until here -->\n"
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "runx"
-PLATFORMS = {  # the name of a column, by that of its files in the cache
-    "x86_64": "x86-64, bookworm", "trixie-x86_64": "x86-64, trixie", "forky-x86_64": "x86-64, forky",
-    "arm64": "arm64, bookworm",
-}  # fmt: skip
+PLATFORMS = {  # heads of columns, by the name of the machine
+    image.machine_name(machine, debian): f"{machine.debian}, {debian.name}"
+    for machine in arch.ARCHITECTURES.values()
+    for debian in release.RELEASES.values()
+}
 FEATURES = {  # words of which one is in a test's name: it belongs to the first that fits
     "a VM of type PVH on x86": ("pvh",),
     "Podman": ("podman",),
@@ -39,8 +47,8 @@ FEATURES = {  # words of which one is in a test's name: it belongs to the first 
 
 def results_of(platform):
     """{test: outcome}, of the tests that there are still."""
-    path = CACHE / ("seconds.json" if platform == "x86_64" else f"seconds-{platform}.json")
-    texts = {file.name: file.read_text() for file in DOCUMENT.parent.parent.glob("tests/test_xen_*.py")}
+    path = suite.results_file(platform)
+    texts = {file.name: file.read_text() for file in REPOSITORY.glob("tests/test_xen_*.py")}
     found = json.loads(path.read_text()) if path.exists() else {}
     return {
         test: outcome
@@ -55,7 +63,7 @@ def feature_of(test):
 
 def versions_of(platform):
     """{what: version} of the dom0."""
-    path = CACHE / f"versions-{platform}.json"
+    path = suite.versions_file(platform)
     return json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -208,6 +208,16 @@ def run_all(built: Built) -> int:
         return summary([*here, *dom0s], statuses, share)
 
 
+def results_file(name: str) -> Path:
+    """Where is kept what became of each test on the machine of that name: {test: [outcome, seconds]}."""
+    return cache_root() / f"seconds{'' if name == X86_64.name else '-' + name}.json"
+
+
+def versions_file(name: str) -> Path:
+    """Where the versions of what its dom0 has are kept: {what: version}."""
+    return cache_root() / f"versions-{name}.json"
+
+
 @contextlib.contextmanager
 def results_folder(built: Built) -> Iterator[Path]:
     """What the runs of pytest share: their claims, their results, and how long each test took the last time.
@@ -215,7 +225,7 @@ def results_folder(built: Built) -> Iterator[Path]:
     What became of each test is kept, and the versions of what is in the dom0, for tests/platforms.py.
     """
     name = machine_name(built.arch, built.release)
-    kept = cache_root() / f"seconds{'' if name == X86_64.name else '-' + name}.json"
+    kept = results_file(name)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "claims").mkdir()
@@ -227,7 +237,7 @@ def results_folder(built: Built) -> Iterator[Path]:
             seconds.update(json.loads(path.read_text()))
         keep(kept, json.dumps(seconds))
         for path in folder.glob("dom0*.versions"):
-            keep(kept.with_name(f"versions-{name}.json"), path.read_text())
+            keep(versions_file(name), path.read_text())
 
 
 def keep(path: Path, text: str) -> None:
