@@ -85,7 +85,10 @@ def test_state_through_a_life(bundle):
     assert "does not exist" in bundle.refused("state")
 
 
-@pytest.mark.skipif(not shutil.which("runc"), reason="needs runc, to compare with")
+needs_runc = pytest.mark.skipif(not shutil.which("runc"), reason="needs runc, to compare with")
+
+
+@needs_runc
 def test_what_spec_writes_runs_as_it_does_under_runc(bundle):
     path = bundle.folder / "config.json"
     assert call("runc", "spec", cwd=bundle.folder).returncode == 0
@@ -312,11 +315,9 @@ def test_a_signal_sent_before_the_process_runs_is_not_lost(bundle):
     wait_for(pidfd)
 
 
-@pytest.mark.parametrize("runtime", ["runc", "runX"])
+@pytest.mark.parametrize("runtime", [pytest.param("runc", marks=needs_runc), "runX"])
 def test_a_signal_right_after_start_meets_a_process_that_handles_it(bundle, runtime):
     """The OCI validation suite's killsig (opencontainers/runtime-tools, validation/killsig): three lives of one id."""
-    if not shutil.which(runtime):
-        pytest.skip(f"needs {runtime}, to compare with")
 
     def call_it(*words, **options):
         result = call(runtime, "--root", str(bundle.root), *words, **options)
