@@ -361,6 +361,43 @@ def test_a_program_that_does_not_end_is_killed_and_fails(capfd):
     assert "sleep has not ended" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "broken, ran, status",
+    [
+        (None, ["arm64", "trixie-x86_64", "forky-x86_64"], 0),
+        ("forky-x86_64", ["arm64", "trixie-x86_64"], 0),  # it is in motion: no fault of ours
+        ("trixie-x86_64", [], 1),
+        ("arm64", [], 1),
+    ],
+)
+def test_the_main_path_runs_on_each_machine_whose_dom0_can_be_made(broken, ran, status, tmp_path, monkeypatch, capfd):
+    def make(arch, release):
+        if image.machine_name(arch, release) == broken:
+            raise common.LabError("making the dom0 image: no packages")
+        suite.image_folder(arch, release).mkdir(exist_ok=True)
+        return suite.Built(None, None, arch=arch, release=release)
+
+    def call(argv):
+        try:
+            return make(arch.ARCHITECTURES[argv[1]], release.RELEASES[argv[2]]) is None
+        except common.LabError:
+            return 1
+
+    def in_dom0(built, words, share, name):
+        print("ran", image.machine_name(built.arch, built.release), *words)
+        return 0
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image.cache_root().mkdir()
+    for replacement in (call, in_dom0):
+        monkeypatch.setattr(suite, replacement.__name__, replacement)
+    monkeypatch.setattr(suite, "build", make)
+    assert suite.run_elsewhere() == status
+    output, said = capfd.readouterr()
+    assert sorted(re.findall(r"ran (\S+) -m main_path /repo/tests", output)) == sorted(ran)
+    assert ("forky changes every day" in output + said) == (broken == "forky-x86_64")
+
+
 # ---- what is kept
 
 

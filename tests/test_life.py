@@ -447,6 +447,20 @@ def test_the_end_of_another_vm_ends_nothing(dom0):
     remove(second)
 
 
+def test_where_xenstored_can_tell_one_end_from_another_each_container_is_told_of_its_own_only(dom0):
+    dom0.ask("features", 4)  # XENSTORE_SERVER_FEATURE_WATCHDEPTH, Xen 4.22
+    first, second = bring(dom0, "running", "wait"), bring(dom0, "running", "wait")
+    watched = [path for path in dom0.ask("watched") if path.startswith("@")]
+    assert sorted(watched) == sorted(f"@releaseDomain/{each.domid()}" for each in (first, second))
+    dom0.ask("destroy", second.domid())
+    assert second.wait() == 137, second.log_text()
+    assert first.status() == "running"
+    dom0.ask("end", first.domid(), "c")
+    assert first.wait() == 255, first.log_text()
+    remove(first)
+    remove(second)
+
+
 def test_why_it_could_not_be_started_is_in_the_log(dom0):
     container = dom0.container(
         "begun:set:data/process/0/error=cannot mount\x07 it", "begun:err:no such thing\n", "begun:exit:127"

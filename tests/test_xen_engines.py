@@ -76,6 +76,7 @@ def exit_status(name):
     return int(told[1]) if told else removed.returncode
 
 
+@pytest.mark.main_path
 @needs_ctr
 def test_arguments_environment_and_the_default_spec_arrive_and_streams_and_status_come_back():
     awkward = ["two words", "'", '"', "$HOME `id` \\", "line\nbreak\n", "héłló 世界", "", "*", "-n", "a=b"]
@@ -129,6 +130,7 @@ def terminate(name):
     wait_until(lambda: ctr("task", "kill", name).returncode != 0 or task(name)[1] == "STOPPED", "TERM to end it")
 
 
+@pytest.mark.main_path
 @needs_ctr
 def test_a_task_is_listed_paused_and_resumed(detached):
     name = detached("sh", "-c", FOR_EVER)
@@ -223,6 +225,7 @@ def test_a_rootfs_that_a_snapshotter_of_block_devices_has_mounted(bundle):
 # ---- Podman
 
 
+@pytest.mark.main_path
 def test_podman_runs_a_container(bundle, podman):
     """Also one that has the host's UTS namespace: its name."""
     script = "echo out; echo err >&2; cat /proc/sys/kernel/hostname; exit 3"

@@ -475,6 +475,7 @@ def check_exec(command, name, terminal="-it", input="-i"):
     assert check_at_a_terminal(*command, terminal, *name, "sh", "-i") == 7
 
 
+@pytest.mark.main_path
 def test_containerd(clean_dom0):
     name = f"test-{uuid.uuid4().hex[:8]}"
     options = ["--runc-binary=/usr/sbin/runX", "--annotation", "org.runx.rootfs=ramdisk"] if RUNTIME == "runX" else []

@@ -42,6 +42,7 @@ for module in list(sys.modules.values()):
             print(path)
 """
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
+POLLS = {"x86_64": ("7", "271"), "aarch64": ("73",)}[os.uname().machine]  # numbers of poll and ppoll
 
 
 # ---- the guest's system
@@ -112,7 +113,7 @@ class Guest:
 
     def waits(self):
         """Return whether its server sleeps in poll(2): it does not spin."""
-        return pathlib.Path(f"/proc/{self.server}/syscall").read_text().split()[0] in ("7", "271")
+        return pathlib.Path(f"/proc/{self.server}/syscall").read_text().split()[0] in POLLS
 
     def end(self):
         """Return the exit status, when it has ended, and the log."""

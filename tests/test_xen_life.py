@@ -48,6 +48,7 @@ def listed(bundle, *options):
     return call(*runx_command(*bundle.globals(), "list", *options)).stdout.decode()
 
 
+@pytest.mark.main_path
 def test_state_through_a_life(bundle):
     mounted = pathlib.Path("/proc/self/mountinfo").read_text()
     bundle.write_config({**config("sleep", "1000"), "annotations": {"org.example.note": "kept"}})
@@ -148,6 +149,7 @@ def test_a_vm_that_ends_before_start_is_a_stopped_container_and_start_says_why(b
     bundle.succeed("delete")
 
 
+@pytest.mark.main_path
 def test_what_only_the_guest_can_know_is_the_error_of_start(bundle):
     (bundle.rootfs / "junk").write_text("junk")
     (bundle.rootfs / "junk").chmod(0o755)
@@ -262,6 +264,7 @@ def test_a_poststart_hook_that_fails_ends_and_removes_the_container(bundle, tmp_
 # ---- signals
 
 
+@pytest.mark.main_path
 def test_every_signal_reaches_the_process_again_and_again(bundle):
     traps = "".join(f"trap 'echo {number}' {number};" for number in (1, 2, 3, 10, 12, 13, 15, 34, 50, 64))
     loop = "while :; do sleep 1000 & wait $!; done"  # a signal ends the wait at once
@@ -345,6 +348,7 @@ def test_a_signal_right_after_start_meets_a_process_that_handles_it(bundle, runt
 # ---- ends
 
 
+@pytest.mark.main_path
 @pytest.mark.parametrize(
     "name, command, status, reason",
     [

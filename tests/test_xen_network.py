@@ -107,6 +107,7 @@ def test_without_a_network_there_is_a_loopback_and_no_device(bundle, network):
     assert result.stdout.split() == [b"all", b"default", b"lo"], result
 
 
+@pytest.mark.main_path
 @pytest.mark.parametrize("version", ["0.2.0", "1.1.0"])
 def test_static_addresses_on_a_bridge(bundle, network, version):
     settings = {"dns": {"nameservers": ["10.77.0.53"], "search": ["test"]}}
@@ -465,6 +466,7 @@ def test_a_hook_fills_the_namespace(bundle, network, tmp_path):
     assert "inet 10.77.0.44/24" in text and "default via 10.77.0.1" in text and "hello from dom0" in text, result
 
 
+@pytest.mark.main_path
 def test_ctr_with_cni(network):
     FOLDER.joinpath("00-test-ctr.conflist").write_text(json.dumps({
         "cniVersion": "0.4.0", "name": "ctr", "plugins": [{"type": "bridge", "bridge": "testbr0", "ipam": ipam()}],

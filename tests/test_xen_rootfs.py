@@ -37,6 +37,7 @@ def bind(source, destination, *options):
 # ---- over 9p
 
 
+@pytest.mark.main_path
 def test_what_the_container_writes_is_in_the_bundles_rootfs_also_after_sigkill(bundle):
     script = """
         echo kept >/tmp/file; chmod 4711 /tmp/file; ln -s file /tmp/link; mkdir /tmp/dir
@@ -203,6 +204,7 @@ def test_an_image_is_the_rootfs_and_keeps_what_is_written(bundle):
     wait_until(lambda: not loops(), "the loop device to go")
 
 
+@pytest.mark.main_path
 def test_what_cannot_be_written_gets_a_layer_of_memory(bundle):
     spec = config("sh", "-c", SEEN + "echo lost >/written; cat /written /sys/block/xvda/ro; ls /")
     spec["mounts"].append({"destination": "/sys", "type": "sysfs", "source": "sysfs"})

@@ -34,6 +34,7 @@ from conftest import (
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
 
+@pytest.mark.main_path
 def test_run_joins_its_own_streams_and_returns_the_exit_status_and_all_output(bundle):
     # what runs beside the process ends with it, and what is written in the last instant is delivered
     script = """
@@ -290,6 +291,7 @@ def test_run_joins_its_own_terminal_to_the_containers(bundle):
     assert check_at_a_terminal(*bundle.command("run")) == 7
 
 
+@pytest.mark.main_path
 @pytest.mark.skipif(not shutil.which("ctr"), reason="needs containerd's ctr")
 def test_ctr_run_with_a_terminal():
     name = f"test-{uuid.uuid4().hex[:8]}"

@@ -72,7 +72,7 @@ class Machine:
 
     def shut_down(self, reason):
         self.end = reason
-        self.xen.store.fire("@releaseDomain")
+        self.xen.store.release(self.domid)
 
 
 class Fault:
@@ -369,8 +369,16 @@ class Xen:
     def test_memory(self, free):
         self.free_memory = free
 
+    def test_features(self, features):
+        """What xenstored can do: XENSTORE_SERVER_FEATURE_..."""
+        self.store.features = features
+
+    def test_watched(self):
+        return [path for path, _, _ in self.store.watches]
+
     def test_reset(self):
         """An empty dom0, whatever was there."""
+        self.store.features = 0
         for domid in list(self.domains):
             self.xl.run(["destroy", str(domid)])
         for path in ("/local/domain/0/backend", "/libxl", "/vm", "/local/domain/0/error"):

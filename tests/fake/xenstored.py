@@ -9,16 +9,19 @@ import struct
 
 (DIRECTORY, READ, GET_PERMS, WATCH, UNWATCH, TRANSACTION_START, TRANSACTION_END) = range(1, 8)
 (GET_DOMAIN_PATH, WRITE, MKDIR, RM, SET_PERMS, WATCH_EVENT, ERROR) = range(10, 17)
+GET_FEATURE = 23
 NAMES = {
     DIRECTORY: "directory", READ: "read", GET_PERMS: "get_perms", WATCH: "watch", UNWATCH: "unwatch",
     TRANSACTION_START: "transaction_start", TRANSACTION_END: "transaction_end", GET_DOMAIN_PATH: "get_domain_path",
     WRITE: "write", MKDIR: "mkdir", RM: "rm", SET_PERMS: "set_perms",
+    GET_FEATURE: "get_feature",
 }  # fmt: skip
 HEADER = struct.Struct("<IIII")  # type, req_id, tx_id, length
 PAYLOAD_MAX, PATH_MAX = 4096, 3072  # bytes, XENSTORE_PAYLOAD_MAX and XENSTORE_ABS_PATH_MAX
 ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-/_@")
 NODES_MAX, SIZE_MAX, TRANSACTIONS_MAX = 1000, 2048, 10  # the quota of a guest; the last of any connection
 SPECIAL = ("@introduceDomain", "@releaseDomain")
+WATCHDEPTH = 4
 
 
 class Refused(Exception):
@@ -55,6 +58,7 @@ class Store:
     def __init__(self):
         self.count, self.nodes = 0, {"/": Node(b"", ["n0"], 0)}
         self.watches = []  # (path, domid, call(path))
+        self.features = 0  # XENSTORE_SERVER_FEATURE_...; 0: one that does not know the question
 
     # ---- nodes, in a transaction or none
 
@@ -186,6 +190,12 @@ class Store:
         self.watches.append((path, domid, call))
         call(path)
 
+    def release(self, domid):
+        """Tells of a domain's end; a watch for one domain's alone is never told by a xenstored without WATCHDEPTH."""
+        self.fire("@releaseDomain")
+        if self.features & WATCHDEPTH:
+            self.fire(f"@releaseDomain/{domid}")
+
     def unwatch(self, call):
         self.watches = [watch for watch in self.watches if watch[2] != call]
 
@@ -264,6 +274,8 @@ class Connection:
             if payload == b"T\0":
                 self.store.commit(transaction)
             return b"OK\0"
+        if kind == GET_FEATURE and self.store.features:
+            return b"%d\0" % self.store.features
         path, _, rest = payload.partition(b"\0")
         path = path.decode("ascii", "replace")
         if kind in (WATCH, UNWATCH):
@@ -321,7 +333,7 @@ def strings(payload):
 
 def absolute(path):
     """A path as the store has it; Refused if there can be none."""
-    if path in SPECIAL:
+    if path.partition("/")[0] in SPECIAL:
         return path
     if not path.startswith("/"):
         path = f"/local/domain/0/{path}"

@@ -207,7 +207,7 @@ class Xl:
         del self.xen.domains[machine.domid]
         for fd in machine.pty:
             os.close(fd)
-        self.store.fire("@releaseDomain")
+        self.store.release(machine.domid)
         listed = f"/libxl/{domid}/device"
         for kind in self.names(listed):
             for number in self.names(f"{listed}/{kind}"):
