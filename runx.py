@@ -537,9 +537,10 @@ def read_all(fd: int) -> bytes:
 # ==== xenstore ===========================================================================================
 # A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
 
-XS_DIRECTORY, XS_READ, XS_WATCH = 1, 2, 4
+XS_DIRECTORY, XS_READ, XS_WATCH, XS_UNWATCH = 1, 2, 4, 5
 XS_TRANSACTION_START, XS_TRANSACTION_END = 6, 7
-XS_WRITE, XS_RM, XS_SET_PERMS, XS_WATCH_EVENT, XS_ERROR = 11, 13, 14, 15, 16
+XS_WRITE, XS_RM, XS_SET_PERMS, XS_WATCH_EVENT, XS_ERROR, XS_GET_FEATURE = 11, 13, 14, 15, 16, 23
+XS_WATCHDEPTH = 4  # XENSTORE_SERVER_FEATURE_WATCHDEPTH, from Xen 4.22 on
 XS_HEADER, XS_HEADER_SIZE = "<IIII", 16  # type, req_id, tx_id, length of the payload
 XENSTORED_SOCKET = "/run/xenstored/socket"
 XENBUS_DEVICE = "/dev/xen/xenbus"  # the way where xenstored is a VM of its own
@@ -666,6 +667,16 @@ class Xenstore:
     def watch(self, *watches: tuple[str, str]) -> None:
         """watches: (path, token)."""
         self.exchange([(XS_WATCH, "watch", path, f"{path}\0{token}\0".encode()) for path, token in watches])
+
+    def watch_one_end(self, domid: int) -> None:
+        """Have the watch of "@releaseDomain" fire for the end of this domain only, where xenstored can tell."""
+        try:
+            features = int(self.request(XS_GET_FEATURE, "ask for", "features", b"").rstrip(b"\0"))
+        except XenstoreError:
+            features = 0  # it does not know the question
+        if features & XS_WATCHDEPTH:
+            self.watch((f"@releaseDomain/{domid}", "release"))
+            self.request(XS_UNWATCH, "unwatch", "@releaseDomain", b"@releaseDomain\0release\0")
 
     def take_events(self) -> list[str]:
         """The tokens of the watches that have fired, each once; block if there is none yet."""
@@ -6759,6 +6770,7 @@ class Builder:
         finally:
             self.discard_boot_files()
         self.keep(domain)
+        xenstore.watch_one_end(domain.domid)
         return domain
 
     def begin(self, bundle: str) -> None:
