@@ -479,7 +479,7 @@ CASES = [
     replaced, removed, made, made_anew, truncated, changed_in_place, appended, appended_by_both, rotated, swapped,
     attributes, folders, read_while_it_grows, seen_on_dom0, owners,
 ]  # fmt: skip
-ON_THE_ROOTFS = [replaced, made, truncated, appended, attributes, owners]  # too, which the same server serves
+ON_THE_ROOTFS = [replaced, made, truncated, appended, appended_by_both, attributes, owners]  # too, which the same server serves
 
 
 def what_is_wrong(case, guest, host, path):
