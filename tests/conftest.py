@@ -31,6 +31,7 @@ from fake.dom0 import Dom0  # noqa: E402
 import runx  # noqa: E402
 
 IMAGE = "docker.io/library/busybox:latest"
+PROGRAM_FOLDERS = [path for path in ("/usr", "/lib", "/lib64") if os.path.exists(path)]  # of this machine's; links, too
 
 
 def on_xen():

@@ -19,7 +19,17 @@ import threading
 import zlib
 
 import pytest
-from conftest import ALL_CAPABILITIES, Bundle, call, closing, config, file_servers, wait_for, wait_until
+from conftest import (
+    ALL_CAPABILITIES,
+    PROGRAM_FOLDERS,
+    Bundle,
+    call,
+    closing,
+    config,
+    file_servers,
+    wait_for,
+    wait_until,
+)
 
 pytestmark = pytest.mark.usefixtures("clean_dom0")
 
@@ -51,7 +61,7 @@ def bind(source, destination, *options):
 def python_config(*args, memory=160, capabilities=ALL_CAPABILITIES):
     """A config of a container that has dom0's Python; memory: the VM's, in MiB."""
     spec = config("/usr/bin/python3", *args, env=["PATH=/usr/bin:/bin"])
-    spec["mounts"] += [bind(os.path.realpath(path), path, "ro") for path in ("/usr", "/lib", "/lib64")]
+    spec["mounts"] += [bind(os.path.realpath(path), path, "ro") for path in PROGRAM_FOLDERS]
     spec["process"]["capabilities"] = {name: capabilities for name in ("bounding", "effective", "permitted")}
     spec["annotations"] = {"org.runx.memory": str(memory)}
     return spec
@@ -479,7 +489,7 @@ CASES = [
     replaced, removed, made, made_anew, truncated, changed_in_place, appended, appended_by_both, rotated, swapped,
     attributes, folders, read_while_it_grows, seen_on_dom0, owners,
 ]  # fmt: skip
-ON_THE_ROOTFS = [replaced, made, truncated, appended, appended_by_both, attributes, owners]  # too, which the same server serves
+ON_THE_ROOTFS = [replaced, made, truncated, appended, appended_by_both, attributes, owners]  # the same server serves it
 
 
 def what_is_wrong(case, guest, host, path):

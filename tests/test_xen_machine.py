@@ -12,7 +12,19 @@ import time
 import zlib
 
 import pytest
-from conftest import call, can_run_pvh, config, file_servers, in_memory, runx_command, wait_for, wait_in, wait_until, xl
+from conftest import (
+    PROGRAM_FOLDERS,
+    call,
+    can_run_pvh,
+    config,
+    file_servers,
+    in_memory,
+    runx_command,
+    wait_for,
+    wait_in,
+    wait_until,
+    xl,
+)
 
 import runx
 
@@ -323,7 +335,7 @@ def test_the_clock_follows_dom0s(bundle, clock, kind):
 def test_protocols_of_gateways_and_cars(bundle):
     shutil.copy(pathlib.Path(__file__).with_name("features.py"), bundle.rootfs)
     spec = config("python3", "/features.py", env=["PATH=/bin:/usr/bin:/usr/sbin"])
-    for path in filter(os.path.exists, ("/usr", "/lib", "/lib64")):
+    for path in PROGRAM_FOLDERS:
         source = os.path.realpath(path)
         spec["mounts"].append({"destination": path, "type": "bind", "source": source, "options": ["rbind", "ro"]})
     spec["linux"] = {"resources": {"memory": {"limit": 128 << 20}}}
