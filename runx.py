@@ -825,9 +825,13 @@ def host_processors() -> int:
     return sum(name.startswith("xen_cpu") for name in names) or int(xl_info("nr_cpus") or 1)
 
 
+def on_x86() -> bool:
+    return os.uname().machine in ("x86_64", "i686")
+
+
 def host_guest_type() -> str:
     """PVH where the hypervisor can run it: it needs hardware support, PV does not; on Arm there is only PVH."""
-    if os.uname().machine not in ("x86_64", "i686"):
+    if not on_x86():
         return "pvh"
     try:
         return "pvh" if "hvm-3.0-x86_64" in read_file("/sys/hypervisor/properties/capabilities") else "pv"
@@ -933,6 +937,14 @@ class Domain:
             self.xenstore.write_all(((f"{self.path}/{node}", value) for node, value in nodes.items()), transaction)
 
         self.xenstore.transaction(write)
+
+    def set_memory(self, mebibytes: int) -> None:
+        """Have its kernel take or give back memory, in MiB.  On Arm xl's way fails, as Xen populates nothing on demand
+        there (xc_domain_set_pod_target), and to ask the kernel is all there is."""
+        if on_x86():
+            change_domain("mem-set", self.domid, f"{mebibytes}m")
+        else:
+            self.write({"memory/target": str(mebibytes << 10)})
 
     def shut_down(self) -> None:
         """Ask a VM that boots a system of its own to power off, as `xl shutdown` does."""
@@ -6748,6 +6760,7 @@ class Builder:
         self.holder, self.log = holder, log
         self.share = container.path("share")
         self.sizes = replace_sizes(vm_sizes(config), config.machine.lines)
+        self.populated = self.sizes["memory" if on_x86() else "maxmem"]  # MiB; see Domain.set_memory()
         self.rootfs = Rootfs(self.share)
         self.sources: list[str] = []  # paths in the share
         self.ramdisk: BinaryIO | None = None
@@ -6766,10 +6779,12 @@ class Builder:
             xenstore.read("domid")  # the watch fires once when it is made, and before this is answered
             xenstore.take_events()
             state = self.container.state
-            domain = create_domain(xenstore, xl_cfg, state.uuid, self.sizes["memory"], state.starts_paused)
+            domain = create_domain(xenstore, xl_cfg, state.uuid, self.populated, state.starts_paused)
         finally:
             self.discard_boot_files()
         self.keep(domain)
+        if self.populated > self.sizes["memory"]:
+            domain.set_memory(self.sizes["memory"])
         xenstore.watch_one_end(domain.domid)
         return domain
 
@@ -6884,8 +6899,8 @@ class Builder:
         resources = self.config.resources
         settings: dict[str, str | int | list[str]] = {
             "name": state.name, "uuid": state.uuid, "type": machine.type or host_guest_type(),
-            "kernel": kernel, "cmdline": command_line(machine), **vm_sizes(self.config), "cap": resources.cap(),
-            **machine.options,
+            "kernel": kernel, "cmdline": command_line(machine), **vm_sizes(self.config), "memory": self.populated,
+            "cap": resources.cap(), **machine.options,
         }  # fmt: skip
         if ramdisk:
             settings["ramdisk"] = ramdisk
@@ -8670,7 +8685,7 @@ def apply_resources(container: Container, new: Resources, old: Resources | None)
     domain, maxmem, maxvcpus = container.domain(), container.state.maxmem, container.state.maxvcpus
     domid = domain.domid
     if not old or new.mebibytes(maxmem) != old.mebibytes(maxmem):
-        change_domain("mem-set", domid, f"{new.mebibytes(maxmem)}m")
+        domain.set_memory(new.mebibytes(maxmem))
     if not old or new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
         change_domain("vcpu-set", domid, new.vcpus(maxvcpus))
         # the kernel finds one more; that it is used is userspace's to say

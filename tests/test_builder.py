@@ -80,7 +80,10 @@ class Dom0:
         assert (xenstore, uuid, self.watches) == (self, UUID, (("@releaseDomain", "release"),))
         if self.failures:
             raise runx.Error(self.failures.pop(0))
-        return SimpleNamespace(domid=7)
+        return SimpleNamespace(domid=7, set_memory=self.set_memory)
+
+    def set_memory(self, mebibytes):
+        self.seen.append({"given back": mebibytes})
 
     def annotate(self, **annotations):
         self.spec["annotations"] = {f"org.runx.{key}": str(value) for key, value in annotations.items()}
@@ -314,7 +317,15 @@ def test_xl_and_the_state_are_told_the_memory_that_further_settings_say(dom0):
     built = dom0.build()
     assert (built.error, built.seen[0]["memory"]) == ("", 100)
     assert (built.state["maxmem"], built.state["maxvcpus"]) == (200, 4)
-    assert "\nmemory = 64\n" in (dom0.folder / "root/c/xl.cfg").read_text()
+    assert "\nmemory = 100\n" in (dom0.folder / "root/c/xl.cfg").read_text()
+
+
+def test_on_arm_a_vm_begins_with_all_that_it_may_get_and_gives_back_what_is_too_much(dom0, monkeypatch):
+    """Xen populates on demand on x86 only."""
+    monkeypatch.setattr(runx, "on_x86", lambda: False)
+    begun, then = dom0.annotate(rootfs="9p", maxmem=128).build().seen
+    assert (begun["settings"]["memory"], begun["settings"]["maxmem"], begun["memory"]) == ("128", "128", 128)
+    assert then == {"given back": 64}
 
 
 def test_a_kernel_of_the_rootfs_is_what_xl_gets_and_no_link_leads_out(dom0):
