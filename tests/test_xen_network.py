@@ -471,7 +471,7 @@ def test_ctr_with_cni(network):
     FOLDER.joinpath("00-test-ctr.conflist").write_text(json.dumps({
         "cniVersion": "0.4.0", "name": "ctr", "plugins": [{"type": "bridge", "bridge": "testbr0", "ipam": ipam()}],
     }))  # fmt: skip
-    pathlib.Path("/opt/cni").mkdir(exist_ok=True)
+    pathlib.Path("/opt/cni").mkdir(parents=True, exist_ok=True)
     if not pathlib.Path("/opt/cni/bin").exists():
         pathlib.Path("/opt/cni/bin").symlink_to("/usr/lib/cni")
     script = "ip -o address; ping -c 1 -w 9 fd77::1; wget -q -O - http://10.77.0.1:8080/page"
