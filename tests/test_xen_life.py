@@ -369,10 +369,11 @@ def test_a_vm_that_ends_in_a_way_of_its_own_has_a_status_and_a_reason(bundle, na
     spec = in_memory(config("sh", "-c", command))
     spec["linux"] = {"resources": {"memory": {"limit": 48 << 20}}}
     result = bundle.run(spec)
-    assert (result.returncode, result.stdout, result.stderr) == (status, b"", b"")
-    assert json.dumps(reason)[1:-1] in bundle.log.read_text()
+    log = bundle.log.read_text()
+    assert (result.returncode, result.stdout, result.stderr) == (status, b"", b""), log
+    assert json.dumps(reason)[1:-1] in log
     if name == "panic":
-        assert "Kernel panic - not syncing: Out of memory" in bundle.log.read_text()
+        assert "Kernel panic - not syncing: Out of memory" in log
 
 
 def test_what_the_guest_writes_to_xenstore_is_checked(bundle):
