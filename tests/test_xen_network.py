@@ -246,15 +246,17 @@ def test_ten_at_once_get_ten_addresses_and_give_them_back(network, tmp_path):
             runs.append(subprocess.Popen(bundle.command("run"), **options))
     connections = []
     try:
-        while len(connections) < 10:
-            connections.append(door.accept())
-        assert len({host for _, (host, _) in connections}) == 10 == len(list(LEASES.glob("net/10.77.*")))
+        with contextlib.suppress(TimeoutError):  # why one does not come, its output says
+            while len(connections) < 10:
+                connections.append(door.accept())
+        leases = len(list(LEASES.glob("net/10.77.*")))
     finally:
         door.close()
         for connection, _ in connections:
             connection.close()
         outputs = [(run.wait(timeout=200), (tmp_path / f"{n}/output").read_text()) for n, run in enumerate(runs)]
     assert outputs == [(0, "")] * 10
+    assert len({host for _, (host, _) in connections}) == 10 == leases
 
 
 @pytest.fixture
