@@ -914,14 +914,19 @@ class Domain:
     def unpause(self) -> None:
         change_domain("unpause", self.domid)
 
+    def transaction(self, work: Callable[[int], Any]) -> None:
+        """Xenstore.transaction() with the domain still there at its end.  Raise NotRunning."""
+
+        def checked(transaction: int) -> None:
+            self.check(transaction)
+            work(transaction)
+
+        self.xenstore.transaction(checked)
+
     def write(self, nodes: dict[str, str]) -> None:
         """Write nodes of its own, all or none.  Raise NotRunning."""
-
-        def write(transaction: int) -> None:
-            self.check(transaction)
-            self.xenstore.write_all(((f"{self.path}/{node}", value) for node, value in nodes.items()), transaction)
-
-        self.xenstore.transaction(write)
+        steps = [(f"{self.path}/{node}", value) for node, value in nodes.items()]
+        self.transaction(lambda transaction: self.xenstore.write_all(steps, transaction))
 
     def shut_down(self) -> None:
         """Ask a VM that boots a system of its own to power off, as `xl shutdown` does."""
@@ -948,7 +953,6 @@ class Domain:
         number = operand.split()[0] if verb in ("kill", "look") else "0"
 
         def write(transaction: int) -> None:
-            self.check(transaction)
             if more:
                 more(transaction)
             for name, value in (data or {}).items():
@@ -960,7 +964,7 @@ class Domain:
             if xenstore.read(f"{self.path}/data/process/{number}/ready", transaction=transaction):
                 xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
 
-        xenstore.transaction(write)
+        self.transaction(write)
 
 
 def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int, paused: bool) -> Domain:
@@ -3579,7 +3583,7 @@ def announce_disk(vbd: Device, disk: Disk, device: int) -> None:
                     raise Error(f"cannot give {disk.path} to the VM: domain {other} has it, and one could write")
         vbd.announce(backend, frontend, transaction)
 
-    xenstore.transaction(write)
+    vbd.domain.transaction(write)
     await_blkback(vbd, disk)
 
 
@@ -6278,7 +6282,7 @@ def announce_vif(vif: Device, interface: Interface) -> Link:
         backend["bridge"] = interface.bridge
     if interface.rate:
         backend["rate"] = interface.rate
-    vif.xenstore.transaction(lambda transaction: vif.announce(backend, common, transaction))
+    vif.domain.transaction(lambda transaction: vif.announce(backend, common, transaction))
     link = events.await_link(name, VIF_TIME_LIMIT)
     if not link:
         raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
@@ -7465,7 +7469,7 @@ class Monitor(Loop):
 
     def prepare(self) -> None:
         """Announce consoles and files, and watch what the guest says: it runs already."""
-        self.xenstore.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
+        self.domain.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
         self.watch()
         self.first_console = open_first_console(self.domain)
         if self.first_console < 0 and self.own_init:

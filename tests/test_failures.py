@@ -69,6 +69,15 @@ def test_a_create_that_xenstore_fails_leaves_nothing(dom0, rootfs, how):
     try_each(dom0, lambda nth: dom0.fail("xenstore", nth, how), life, 1 if how == "EIO" else 3)
 
 
+def test_a_create_whose_vm_is_destroyed_before_its_devices_are_there_leaves_nothing(dom0):
+    def life(arm):
+        container = dom0.container(**place("9p"))
+        arm()
+        return create_or_fail(container)
+
+    try_each(dom0, lambda nth: dom0.fail("xenstore", nth, "destroy", match="device/"), life, 5)
+
+
 def test_a_conflict_in_xenstore_is_tried_again_but_not_for_ever(dom0):
     for count, created in ((1, True), (99, True), (100, False)):
         container = dom0.container()

@@ -217,6 +217,22 @@ def test_a_vm_that_ends_while_its_interfaces_are_plugged_is_a_stopped_container(
     assert set(links(ip, "engine")) == {"lo", "eth0"}
 
 
+def test_a_vm_that_is_destroyed_while_its_interfaces_are_plugged_leaves_nothing(dom0, ip, engines):
+    ip("-n", "engine", "address", "flush", "dev", "eth0")
+
+    def life(arm):
+        ip("-n", "engine", "link", "set", "eth0", "down")
+        container = engines("wait").created()
+        ip("-n", "engine", "link", "set", "eth0", "up")
+        arm()
+        result = container.runx("start")
+        dom0.forget()
+        assert is_sentence(result, container) and (result.returncode == 0) == dom0.spared
+        assert container.runx("delete", "--force").returncode == 0, container.log_text()
+
+    try_each(dom0, lambda nth: dom0.fail("xenstore", nth, "destroy", match="/vif"), life, 3)
+
+
 @pytest.mark.parametrize("how, step", [("EIO", 2), ("kill", 5)])
 def test_a_create_that_fails_or_is_killed_while_it_plugs_leaves_nothing(dom0, engines, how, step):
     def life(arm):

@@ -680,7 +680,7 @@ class FakeXenstore:
     """A store; a vif is there once its backend has been announced: announced() makes it."""
 
     def __init__(self, announced):
-        self.nodes, self.announced = {}, announced
+        self.nodes, self.announced = {"/local/domain/7/vm": "/vm/u"}, announced
 
     def read(self, path, default="", transaction=0):
         return self.nodes.get(path, default)
@@ -828,7 +828,7 @@ def test_a_port_that_cannot_be_leaves_nothing(namespaces, plugged, monkeypatch):
 
 def test_no_network_is_no_interface(plugged):
     store, container = plugged(namespace=None)
-    assert store.nodes == {} and container.state.devices == []
+    assert (list(store.nodes), container.state.devices) == (["/local/domain/7/vm"], [])
 
 
 @pytest.fixture
