@@ -1385,6 +1385,7 @@ class State(Record):
     domid: int = 0  # 0 until it is built
     devices: list[list[Any]] = []  # [kind, number] of each that runX has announced
     plugged: list[dict[str, Any]] = []  # a Vif each
+    last_vif: int = -1  # the highest number that a vif of the VM has had
     # what the VM is made from
     namespace: str | None = None  # path of the engine's network namespace; "": one of its own, None: none
     networks: list[JsonObject] = []  # an Attachment each
@@ -6224,14 +6225,15 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     for mac, vif in kept.items():
         keep_vif(container, domain, vif, wanted[mac])
     new = [interface for interface in interfaces if interface.mac.hex() not in kept]
-    # never the number of one that is unplugged: the guest may have it still
-    for number, interface in enumerate(new, max(ours | others, default=-1) + 1):
+    # never the number of one that is unplugged, also by another command: the guest may have it still
+    for number, interface in enumerate(new, max(ours | others | {state.last_vif}) + 1):
         plug_vif(container, Device(domain, "vif", number), interface, undo)
     return guest_nodes(state, interfaces)
 
 
 def plug_vif(container: Container, vif: Device, interface: Interface, undo: Undo) -> None:
     """Give a VM one more network interface.  Raise Error."""
+    container.state.last_vif = vif.number
     container.acquire(vif)
     undo.add(f"take the interface {interface.name} away from the VM", unplug, container, vif)
     join(interface, announce_vif(vif, interface))

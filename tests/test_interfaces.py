@@ -281,6 +281,20 @@ def test_a_start_that_fails_or_is_killed_keeps_the_interface_for_a_vm_that_may_g
     assert container.runx("delete", "--force").returncode == 0
 
 
+def test_no_two_vifs_of_a_vm_have_one_number(dom0, ip, engines):
+    container = engines("wait").created()
+    add(ip, "eth1", "02:00:00:00:00:11")
+    dom0.constants["VIF_TIME_LIMIT"] = 0.05
+    dom0.ask("deaf", True)
+    for _ in range(2):  # the VM has seen those of a `start` that has failed, and may have them still
+        assert "has not made vif" in container.runx("start").stderr
+    dom0.ask("deaf", False)
+    dom0.constants.clear()
+    assert container.runx("start").stderr == ""
+    assert vifs(container) == [0, 3]
+    assert container.runx("delete", "--force").returncode == 0
+
+
 def test_a_netback_that_makes_no_vif_is_told(dom0, ip, engines):
     dom0.constants["VIF_TIME_LIMIT"] = 0.05
     reason = "in 0.05 s: is its module xen-netback loaded?"
