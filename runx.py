@@ -6201,7 +6201,7 @@ class Vif(Record):
     is joined to."""
 
     number: int  # -1: not known, a runX before 0.2 has plugged it
-    mac: str
+    mac: str  # "": not known, or it may be joined or not: who comes later takes it away, and with it what is there
     mtu: int
     namespace: str  # path of the network namespace, whose
     device: str  # link, and its number, it is joined to; "" for a port of a bridge
@@ -6236,19 +6236,30 @@ def plug_vif(container: Container, vif: Device, interface: Interface, undo: Undo
     container.state.last_vif = vif.number
     container.acquire(vif)
     undo.add(f"take the interface {interface.name} away from the VM", unplug, container, vif)
-    join(interface, announce_vif(vif, interface))
-    note_vif(container, vif.number, interface)
+    join_noted(container, vif.number, interface, announce_vif(vif, interface))
 
 
-def note_vif(container: Container, number: int, interface: Interface) -> None:
-    """Store what a vif is joined to.  Raise Error."""
+def join_noted(container: Container, number: int, interface: Interface, link: Link) -> None:
+    """join() of a vif, which is noted before: whoever is killed meanwhile leaves nothing that is not undone later."""
     vif = Vif(
         number=number, mac=interface.mac.hex(), mtu=interface.mtu, namespace=interface.namespace,
         device=interface.device, index=interface.index,
     )  # fmt: skip
-    plugged = container.state.plugged
-    plugged[:] = [each for each in plugged if each["number"] != number] + [vif.__dict__]  # also if it cannot be stored
-    container.save()
+    before = container.state.plugged
+    note_vif(container, vif, joined=False)
+    try:
+        join(interface, link)
+    except Error:
+        container.save(plugged=before)  # join() has left nothing: a classifier that is there is somebody else's
+        raise
+    vif.mtu = interface.mtu
+    note_vif(container, vif, joined=True)
+
+
+def note_vif(container: Container, vif: Vif, joined: bool) -> None:
+    """Store what a vif is joined to, or if not joined, may be joined to.  Raise Error."""
+    others = [each for each in container.state.plugged if each["number"] != vif.number]
+    container.save(plugged=[*others, {**vif.__dict__, "mac": vif.mac if joined else ""}])
 
 
 def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interface) -> None:
@@ -6257,12 +6268,13 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
     name = f"vif{domain.domid}.{vif.number}"
+    note_vif(container, vif, joined=False)
     end_redirection(interface.namespace, vif, name)
-    link = Rtnetlink(interface.namespace).find_link(name)
+    with Attempt(f"connect the VM to {interface.device}"):
+        link = Rtnetlink(interface.namespace).find_link(name)
     if not link:
         raise Error(f"cannot connect the VM to {interface.device}: {name} is gone")
-    join(interface, link)
-    note_vif(container, vif.number, interface)
+    join_noted(container, vif.number, interface, link)
 
 
 def unplug(container: Container, vif: Device) -> None:

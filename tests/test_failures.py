@@ -25,9 +25,9 @@ def try_each(dom0, arm, life, step=1):
             wrong.append(f"{nth}: " + str(error).partition("\nassert")[0][:500])
             dom0.clean()
         dom0.release()
-        if dom0.spared:
+        if dom0.spared or len(wrong) == 10:  # what one has left, a test's own links say, may be in the way of all
             break
-    assert not wrong, "\n".join([f"{len(wrong)} of {nth} calls", *wrong[:10]])
+    assert not wrong, "\n".join([f"{len(wrong)} of {nth} calls", *wrong])
 
 
 def is_sentence(result, container):
