@@ -929,14 +929,19 @@ class Domain:
     def unpause(self) -> None:
         change_domain("unpause", self.domid)
 
+    def transaction(self, work: Callable[[int], Any]) -> None:
+        """Xenstore.transaction() with the domain still there at its end.  Raise NotRunning."""
+
+        def checked(transaction: int) -> None:
+            self.check(transaction)
+            work(transaction)
+
+        self.xenstore.transaction(checked)
+
     def write(self, nodes: dict[str, str]) -> None:
         """Write nodes of its own, all or none.  Raise NotRunning."""
-
-        def write(transaction: int) -> None:
-            self.check(transaction)
-            self.xenstore.write_all(((f"{self.path}/{node}", value) for node, value in nodes.items()), transaction)
-
-        self.xenstore.transaction(write)
+        steps = [(f"{self.path}/{node}", value) for node, value in nodes.items()]
+        self.transaction(lambda transaction: self.xenstore.write_all(steps, transaction))
 
     def set_memory(self, mebibytes: int) -> None:
         """Have its kernel take or give back memory, in MiB.  On Arm xl's way fails, as Xen populates nothing on demand
@@ -971,7 +976,6 @@ class Domain:
         number = operand.split()[0] if verb in ("kill", "look") else "0"
 
         def write(transaction: int) -> None:
-            self.check(transaction)
             if more:
                 more(transaction)
             for name, value in (data or {}).items():
@@ -983,7 +987,7 @@ class Domain:
             if xenstore.read(f"{self.path}/data/process/{number}/ready", transaction=transaction):
                 xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
 
-        xenstore.transaction(write)
+        self.transaction(write)
 
 
 def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int, paused: bool) -> Domain:
@@ -1404,6 +1408,7 @@ class State(Record):
     domid: int = 0  # 0 until it is built
     devices: list[list[Any]] = []  # [kind, number] of each that runX has announced
     plugged: list[dict[str, Any]] = []  # a Vif each
+    last_vif: int = -1  # the highest number that a vif of the VM has had
     # what the VM is made from
     namespace: str | None = None  # path of the engine's network namespace; "": one of its own, None: none
     networks: list[JsonObject] = []  # an Attachment each
@@ -3602,7 +3607,7 @@ def announce_disk(vbd: Device, disk: Disk, device: int) -> None:
                     raise Error(f"cannot give {disk.path} to the VM: domain {other} has it, and one could write")
         vbd.announce(backend, frontend, transaction)
 
-    xenstore.transaction(write)
+    vbd.domain.transaction(write)
     await_blkback(vbd, disk)
 
 
@@ -6219,7 +6224,7 @@ class Vif(Record):
     is joined to."""
 
     number: int  # -1: not known, a runX before 0.2 has plugged it
-    mac: str
+    mac: str  # "": not known, or it may be joined or not: who comes later takes it away, and with it what is there
     mtu: int
     namespace: str  # path of the network namespace, whose
     device: str  # link, and its number, it is joined to; "" for a port of a bridge
@@ -6243,29 +6248,41 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     for mac, vif in kept.items():
         keep_vif(container, domain, vif, wanted[mac])
     new = [interface for interface in interfaces if interface.mac.hex() not in kept]
-    # never the number of one that is unplugged: the guest may have it still
-    for number, interface in enumerate(new, max(ours | others, default=-1) + 1):
+    # never the number of one that is unplugged, also by another command: the guest may have it still
+    for number, interface in enumerate(new, max(ours | others | {state.last_vif}) + 1):
         plug_vif(container, Device(domain, "vif", number), interface, undo)
     return guest_nodes(state, interfaces)
 
 
 def plug_vif(container: Container, vif: Device, interface: Interface, undo: Undo) -> None:
     """Give a VM one more network interface.  Raise Error."""
+    container.state.last_vif = vif.number
     container.acquire(vif)
     undo.add(f"take the interface {interface.name} away from the VM", unplug, container, vif)
-    join(interface, announce_vif(vif, interface))
-    note_vif(container, vif.number, interface)
+    join_noted(container, vif.number, interface, announce_vif(vif, interface))
 
 
-def note_vif(container: Container, number: int, interface: Interface) -> None:
-    """Store what a vif is joined to.  Raise Error."""
+def join_noted(container: Container, number: int, interface: Interface, link: Link) -> None:
+    """join() of a vif, which is noted before: whoever is killed meanwhile leaves nothing that is not undone later."""
     vif = Vif(
         number=number, mac=interface.mac.hex(), mtu=interface.mtu, namespace=interface.namespace,
         device=interface.device, index=interface.index,
     )  # fmt: skip
-    plugged = container.state.plugged
-    plugged[:] = [each for each in plugged if each["number"] != number] + [vif.__dict__]  # also if it cannot be stored
-    container.save()
+    before = container.state.plugged
+    note_vif(container, vif, joined=False)
+    try:
+        join(interface, link)
+    except Error:
+        container.save(plugged=before)  # join() has left nothing: a classifier that is there is somebody else's
+        raise
+    vif.mtu = interface.mtu
+    note_vif(container, vif, joined=True)
+
+
+def note_vif(container: Container, vif: Vif, joined: bool) -> None:
+    """Store what a vif is joined to, or if not joined, may be joined to.  Raise Error."""
+    others = [each for each in container.state.plugged if each["number"] != vif.number]
+    container.save(plugged=[*others, {**vif.__dict__, "mac": vif.mac if joined else ""}])
 
 
 def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interface) -> None:
@@ -6274,12 +6291,13 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
     name = f"vif{domain.domid}.{vif.number}"
+    note_vif(container, vif, joined=False)
     end_redirection(interface.namespace, vif, name)
-    link = Rtnetlink(interface.namespace).find_link(name)
+    with Attempt(f"connect the VM to {interface.device}"):
+        link = Rtnetlink(interface.namespace).find_link(name)
     if not link:
         raise Error(f"cannot connect the VM to {interface.device}: {name} is gone")
-    join(interface, link)
-    note_vif(container, vif.number, interface)
+    join_noted(container, vif.number, interface, link)
 
 
 def unplug(container: Container, vif: Device) -> None:
@@ -6301,7 +6319,7 @@ def announce_vif(vif: Device, interface: Interface) -> Link:
         backend["bridge"] = interface.bridge
     if interface.rate:
         backend["rate"] = interface.rate
-    vif.xenstore.transaction(lambda transaction: vif.announce(backend, common, transaction))
+    vif.domain.transaction(lambda transaction: vif.announce(backend, common, transaction))
     link = events.await_link(name, VIF_TIME_LIMIT)
     if not link:
         raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
@@ -7492,7 +7510,7 @@ class Monitor(Loop):
 
     def prepare(self) -> None:
         """Announce consoles and files, and watch what the guest says: it runs already."""
-        self.xenstore.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
+        self.domain.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
         self.watch()
         self.first_console = open_first_console(self.domain)
         if self.first_console < 0 and self.own_init:

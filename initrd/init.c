@@ -135,7 +135,7 @@ int64_t in_seconds(int count)
 }
 
 /* Returns what can be read from when a file is made there. */
-int watch_folder(const char *path)
+static int watch_folder(const char *path)
 {
 	int fd = check(inotify_init1(IN_NONBLOCK | IN_CLOEXEC), "open", "inotify");
 
@@ -209,7 +209,7 @@ int xs_write(const char *path, const char *value)
 }
 
 /* Has what changes at a path be told, and at once too.  fd: of another watch, or -1.  Returns what to read from. */
-int xs_watch(int fd, const char *path)
+static int xs_watch(int fd, const char *path)
 {
 	struct { struct xs_header header; char payload[128]; } message;
 	size_t len = join(message.payload, sizeof message.payload - 2, path, NULL) + 1;
@@ -285,7 +285,7 @@ static void show_devices(void)
 }
 
 /*
- * Waits until one of two descriptors, the second may be -1, has something to read, and reads it: all that it says is
+ * Waits until one of two descriptors, either may be -1, has something to read, and reads it: all that it says is
  * that it is worth looking again.  Watch first, look, and then wait, so that nothing is missed.  end: when to fail with
  * the sentence, by milliseconds(); negative: never, and it is not about a device.
  */
@@ -303,6 +303,32 @@ void await_event(int fd, int other, int64_t end, const char *sentence)
 	for (int i = 0; i < 2; i++)
 		while (fds[i].revents && read(fds[i].fd, events, sizeof events) > 0)
 			;
+}
+
+/*
+ * The first call only begins to watch: who looks once more misses nothing, and what is there already costs no watch.
+ * The others wait.  end: as above.
+ */
+void await_change(struct awaited *it, int64_t end)
+{
+	if (it->is_watched) {
+		await_event(it->changes, it->files, end, it->sentence);
+		return;
+	}
+	it->is_watched = 1;
+	it->files = it->folder ? watch_folder(it->folder) : -1;
+	it->changes = -1;
+	for (int i = 0; i < 2; i++)
+		if (it->nodes[i])
+			it->changes = xs_watch(it->changes, it->nodes[i]);
+}
+
+void end_watch(struct awaited *it)
+{
+	if (it->is_watched) {
+		close(it->files);
+		close(it->changes);
+	}
 }
 
 /* xs read PATH | write PATH VALUE.  Exit status 1 where xenstore refuses, 2 for another usage. */

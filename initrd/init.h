@@ -41,14 +41,22 @@ int write_at(int folder, const char *path, const char *value);
 
 int64_t milliseconds(void);
 int64_t in_seconds(int count);
-int watch_folder(const char *path);
 void await_event(int fd, int other, int64_t end, const char *sentence);
+
+/* What a loop looks for: "while (it is not there) await_change(&awaited, end); end_watch(&awaited);". */
+struct awaited {
+	const char *sentence;	/* that says what is not there */
+	const char *folder;	/* NULL, or where a file is made when it comes */
+	const char *nodes[2];	/* of xenstore, NULL, or what changes when it comes */
+	int is_watched, files, changes;
+};
+void await_change(struct awaited *it, int64_t end);
+void end_watch(struct awaited *it);
 
 enum { XS_DIRECTORY = 1, XS_READ = 2, XS_WATCH = 4, XS_WRITE = 11, XS_RM = 13, XS_ERROR = 16 };
 enum { XS_PAYLOAD_MAX = 4096, XS_REPLY_MAX = XS_PAYLOAD_MAX + 1 };	/* bytes; the latter with a NUL */
 int xs_request(uint32_t type, const char *path, const char *value, char *reply);
 int xs_write(const char *path, const char *value);
-int xs_watch(int fd, const char *path);
 int tell(const char *name, const char *value);
 int tell_and_list(const char *name, const char *value, const char *folder, char *reply);
 int ask(const char *name, char *reply);

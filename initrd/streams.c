@@ -96,26 +96,17 @@ static int decode(struct stream *s)
 int open_console(unsigned long number, int64_t end)
 {
 	char path[64], node[64], sentence[128], state[XS_REPLY_MAX];
-	int watch = -1, folder = -1, fd = -1;
+	struct awaited console = { .sentence = sentence, .folder = "/dev", .nodes = { node } };
+	int fd;
 	struct termios raw;
 
 	join(path, sizeof path, "/dev/hvc", decimal(number), NULL);
 	join(node, sizeof node, "device/console/", decimal(number), "/state", NULL);
 	join(sentence, sizeof sentence, "there is no ", path, ": the kernel needs its driver, hvc_xen", NULL);
-	for (;;) {
-		if (xs_request(XS_READ, node, "", state) > 0 && (*state == '3' || *state == '4'))
-			fd = open(path, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
-		if (fd >= 0)
-			break;
-		if (watch < 0) {	/* and look once more: nothing is missed then */
-			folder = watch_folder("/dev");
-			watch = xs_watch(-1, node);
-			continue;
-		}
-		await_event(folder, watch, end, sentence);
-	}
-	close(watch);
-	close(folder);
+	while (xs_request(XS_READ, node, "", state) <= 0 || (*state != '3' && *state != '4') ||
+	       (fd = open(path, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC)) < 0)
+		await_change(&console, end);
+	end_watch(&console);
 	check(tcgetattr(fd, &raw), "open", path);
 	cfmakeraw(&raw);
 	check(tcsetattr(fd, TCSANOW, &raw), "set the mode of", path);

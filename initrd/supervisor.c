@@ -140,17 +140,17 @@ static int is_connected(const char *state)
 /* The files that dom0 serves: to a kernel that is not ours over 9p. */
 static void mount_share(void)
 {
-	static const char fuse[] = "device/fuse/0/state", ninep[] = "device/9pfs/0/state";
-	int watch = -1, is_fuse, result;
+	struct awaited share = {
+		.sentence = "the container's files are not there: nobody serves them, or the kernel has no driver for "
+			    "them",
+		.nodes = { "device/fuse/0/state", "device/9pfs/0/state" },
+	};
 	int64_t end = in_seconds(DEVICE_WAIT);
+	int is_fuse, result;
 
-	while (!(is_fuse = is_connected(fuse)) && !is_connected(ninep))
-		if (watch < 0)	/* and look once more: nothing is missed then */
-			watch = xs_watch(xs_watch(-1, fuse), ninep);
-		else
-			await_event(watch, -1, end, "the container's files are not there: nobody serves them, or the "
-				    "kernel has no driver for them");
-	close(watch);
+	while (!(is_fuse = is_connected(share.nodes[0])) && !is_connected(share.nodes[1]))
+		await_change(&share, end);
+	end_watch(&share);
 	result = is_fuse ? mount("share", SHARE, "xenfuse", 0, "") :
 		 mount("share", SHARE, "9p", 0, "trans=xen,version=9p2000.L,msize=131072,cache=mmap");
 	if (result < 0)
@@ -159,25 +159,24 @@ static void mount_share(void)
 
 static void await_disk(void)
 {
-	int folder = watch_folder("/dev");
+	struct awaited disk = {
+		.sentence = "there is no /dev/xvda: the kernel needs its driver, xen-blkfront", .folder = "/dev",
+	};
 	int64_t end = in_seconds(DEVICE_WAIT);
 
 	while (!is_there("/dev/xvda"))
-		await_event(folder, -1, end, "there is no /dev/xvda: the kernel needs its driver, xen-blkfront");
-	close(folder);
+		await_change(&disk, end);
+	end_watch(&disk);
 }
 
 /* Waits for the container's start, however long; what is to be set up then are words. */
 static void await_start(void)
 {
+	struct awaited start = { .nodes = { "data/process/0/start" } };
 	char words[XS_REPLY_MAX];
-	int watch = -1;
 
 	while (ask("start", words) <= 0)
-		if (watch < 0)
-			watch = xs_watch(-1, "data/process/0/start");	/* it stays: its end is a question to the host */
-		else
-			await_event(watch, -1, -1, NULL);
+		await_change(&start, -1);	/* it is watched on: the end of that is a question to the host */
 	for (char *word = strtok(words, " "); word; word = strtok(NULL, " ")) {
 		if (!strcmp(word, "disk"))
 			await_disk();

@@ -352,6 +352,15 @@ class Terminal:
     def resize(self, rows, columns):
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
+    def interrupt(self, prompt):
+        """What the shell at the other end runs, with status 130; what has been typed before has been done by then."""
+        self.type(b"echo all re''ad\n")  # what comes late of earlier commands is no answer to the next ones
+        self.expect(b"all read\r")
+        self.type(b"sh -c 'echo be\"\"gun; exec sleep 1000'\n")
+        self.expect(b"begun\r")
+        self.type(b"\x03")
+        self.expect(prompt)
+
     def rest(self):
         """What is left until the container's end is closed."""
         try:

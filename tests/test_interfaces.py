@@ -217,6 +217,22 @@ def test_a_vm_that_ends_while_its_interfaces_are_plugged_is_a_stopped_container(
     assert set(links(ip, "engine")) == {"lo", "eth0"}
 
 
+def test_a_vm_that_is_destroyed_while_its_interfaces_are_plugged_leaves_nothing(dom0, ip, engines):
+    ip("-n", "engine", "address", "flush", "dev", "eth0")
+
+    def life(arm):
+        ip("-n", "engine", "link", "set", "eth0", "down")
+        container = engines("wait").created()
+        ip("-n", "engine", "link", "set", "eth0", "up")
+        arm()
+        result = container.runx("start")
+        dom0.forget()
+        assert is_sentence(result, container) and (result.returncode == 0) == dom0.spared
+        assert container.runx("delete", "--force").returncode == 0, container.log_text()
+
+    try_each(dom0, lambda nth: dom0.fail("xenstore", nth, "destroy", match="/vif"), life, 3)
+
+
 @pytest.mark.parametrize("how, step", [("EIO", 2), ("kill", 5)])
 def test_a_create_that_fails_or_is_killed_while_it_plugs_leaves_nothing(dom0, engines, how, step):
     def life(arm):
@@ -262,6 +278,62 @@ def test_a_start_that_fails_or_is_killed_keeps_the_interface_for_a_vm_that_may_g
     assert container.status() == ("running" if done else "created")
     assert done or container.runx("start").stderr == ""
     assert vifs(container) == [0, 1]
+    assert container.runx("delete", "--force").returncode == 0
+
+
+def redirected(ip):
+    """The interfaces in the engine's namespace that are, see fake/host.py."""
+    return sorted(name for name, link in links(ip, "engine").items() if link.get("ifalias"))
+
+
+@pytest.mark.parametrize("code, again, step", [("EIO", True, 2), ("kill", True, 3), ("kill", False, 1)])
+def test_a_start_that_ends_while_it_joins_interfaces_leaves_none_half_joined(dom0, ip, engines, code, again, step):
+    """One is new, and one is to be joined anew: its MTU has changed, which the engine takes back later."""
+
+    def life(arm):
+        for words in (["set", "eth0", "mtu", "1400"], ["delete", "eth1"]):
+            dom0.run(program=["ip", "-n", "engine", "link", *words])
+        container = engines("wait").created()
+        assert redirected(ip) == ["eth0", f"vif{container.domid()}.0"]
+        ip("-n", "engine", "link", "set", "eth0", "mtu", "1300")
+        add(ip, "eth1", "02:00:00:00:00:11")
+        arm()
+        result = container.runx("start")
+        dom0.forget()
+        assert result.returncode == -9 or is_sentence(result, container)
+        if again:
+            if result.returncode:
+                ip("-n", "engine", "link", "set", "eth0", "mtu", "1400")
+                assert container.runx("start").stderr == ""
+            of_vm = [f"vif{container.domid()}.{number}" for number in vifs(container)]
+            assert (len(of_vm), redirected(ip)) == (2, sorted(["eth0", "eth1", *of_vm]))
+        assert container.runx("delete", "--force").returncode == 0, container.log_text()
+        assert redirected(ip) == []
+        ip("-n", "engine", "link", "delete", "eth1")
+
+    try_each(dom0, lambda nth: dom0.fail_system_call(8 + nth, code), life, step)  # eight are to look what there is
+
+
+def test_a_classifier_of_somebody_elses_stays_when_the_interface_cannot_be_joined(dom0, ip, engines):
+    container = engines("wait").created()
+    add(ip, "eth1", "02:00:00:00:00:11")
+    ip("-n", "engine", "link", "set", "eth1", "alias", "theirs")
+    assert "eth1 is another VM's, or something else classifies its traffic" in container.runx("start").stderr
+    assert container.runx("delete", "--force").returncode == 0
+    assert redirected(ip) == ["eth1"]
+
+
+def test_no_two_vifs_of_a_vm_have_one_number(dom0, ip, engines):
+    container = engines("wait").created()
+    add(ip, "eth1", "02:00:00:00:00:11")
+    dom0.constants["VIF_TIME_LIMIT"] = 0.05
+    dom0.ask("deaf", True)
+    for _ in range(2):  # the VM has seen those of a `start` that has failed, and may have them still
+        assert "has not made vif" in container.runx("start").stderr
+    dom0.ask("deaf", False)
+    dom0.constants.clear()
+    assert container.runx("start").stderr == ""
+    assert vifs(container) == [0, 3]
     assert container.runx("delete", "--force").returncode == 0
 
 

@@ -828,10 +828,8 @@ class Store:
 
 @pytest.fixture
 def vbd(monkeypatch):
-    store = Store()
-    domain = SimpleNamespace(domid=5, path="/local/domain/5", xenstore=store)
     monkeypatch.setattr(runx, "await_blkback", lambda *args: None)
-    return runx.Device(domain, "vbd", runx.DISK)
+    return runx.Device(runx.Domain(Store(__local__domain__5__vm="/vm/u"), 5, "u"), "vbd", runx.DISK)
 
 
 def test_blkback_gets_the_block_device_and_the_guest_xvda(vbd):

@@ -162,7 +162,7 @@ class Dom0:
         """Has the nth `what` (xenstore, xl; of those with match in them) from now fail.  after: it is done first.
 
         how: an errno's name or xl's message; "hang"; "slow", an xl until ask("release"); "close", the connection;
-        "kill", who has asked; or "nothing" is done.
+        "kill", who has asked; "destroy", every VM, just before; or "nothing" is done.
         """
         self.armed = True
         self.ask("fail", what, nth, how, after, match)

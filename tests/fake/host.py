@@ -8,6 +8,7 @@ is ours to wait for has ended.  EVENTS, a socket: Xen's side, see server.py.  FO
 """
 
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -33,7 +34,7 @@ from fake import server, xl  # noqa: E402
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID, CLONE_NEWNET, MS_REC, MS_PRIVATE, MS_BIND = 0x20000000, 0x40000000, 0x4000, 1 << 18, 4096
-MNT_DETACH = 2
+MNT_DETACH, IFLA_IFALIAS = 2, 20
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -147,7 +148,8 @@ class Grants:
 
 
 class Faults:
-    """Counts system calls that runX makes by name, in memory that all its processes share, and has one fail."""
+    """Counts system calls that runX makes by name, and what it redirects, in memory that all its processes share, and
+    has one fail."""
 
     LAYOUT = struct.Struct("=QQQ")  # how many there were, which is to fail, with what errno (0: the caller is killed)
 
@@ -155,16 +157,45 @@ class Faults:
         self.page, self.call = page, runx.system_call
 
     def system_call(self, name, *args):
+        self.strike()
+        return self.call(name, *args)
+
+    def strike(self):
         count, target, error = self.LAYOUT.unpack_from(self.page)
         self.page[:8] = struct.pack("=Q", count + 1)
         if count + 1 == target:
             if error == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(error, os.strerror(error))
-        return self.call(name, *args)
+
+    # for a redirection stands an alias of both links: not every kernel has the classifier
+
+    def redirect(self, netlink, source, target):
+        if alias(netlink, source) or alias(netlink, target):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        try:
+            for index in (source, target):
+                netlink.set_link(index, {IFLA_IFALIAS: "redirected"})
+                self.strike()
+        except OSError:
+            for index in (source, target):
+                netlink.set_link(index, {IFLA_IFALIAS: b""})
+            raise
+
+    def end_redirect(self, netlink, index):
+        if not alias(netlink, index):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        netlink.set_link(index, {IFLA_IFALIAS: b""})
+        self.strike()
+
+
+def alias(netlink, index):
+    (link,) = netlink.request(runx.Message(runx.RTM_NEWLINK + runx.RTM_GET, (0, 0, index, 0, 0), {}))
+    return link.attributes.get(IFLA_IFALIAS)
 
 
 def patch(page):
+    faults = Faults(page)
     replacements = {
         "XENSTORED_SOCKET": server.XENSTORED,
         "PATH": f"/run/fake/bin:{runx.PATH}",
@@ -172,9 +203,9 @@ def patch(page):
         "lib_folder": lambda: "/run/fake/lib",
         "EventChannels": EventChannels,
         "Grants": Grants,
-        "redirect": lambda netlink, source, target: None,  # not every kernel has the classifier
-        "end_redirect": lambda netlink, index: None,
-        "system_call": Faults(page).system_call,
+        "redirect": faults.redirect,
+        "end_redirect": faults.end_redirect,
+        "system_call": faults.system_call,
     }
     for name, value in replacements.items():
         assert hasattr(runx, name), f"runx.py has no {name} any more"

@@ -154,6 +154,9 @@ class Xen:
             for kind, *request in connection.requests(data):
                 text = f"{xenstored.NAMES.get(kind, kind)} {request[2].partition(chr(0).encode())[0].decode()}"
                 fault = self.fault("xenstore", text)
+                if fault and fault.how == "destroy":
+                    self.destroy_all()
+                    fault = None
                 if fault is None or fault.after:
                     connection.answer(kind, *request)
                 if fault is None:
@@ -276,7 +279,7 @@ class Xen:
         self.waiting.append(wait)
 
     def test_fail(self, what, nth, how, after=False, match=""):
-        assert how in ("hang", "close", "kill", "nothing") or what != "xenstore" or hasattr(errno, how)
+        assert how in ("hang", "close", "kill", "nothing", "destroy") or what != "xenstore" or hasattr(errno, how)
         self.faults.append(Fault(what, nth, how, after, match))
 
     def test_forget(self):
@@ -379,13 +382,16 @@ class Xen:
     def test_reset(self):
         """An empty dom0, whatever was there."""
         self.store.features = 0
-        for domid in list(self.domains):
-            self.xl.run(["destroy", str(domid)])
+        self.destroy_all()
         for path in ("/local/domain/0/backend", "/libxl", "/vm", "/local/domain/0/error"):
             for name in self.store.list(path) if path in self.store.nodes else ():
                 self.store.remove(f"{path}/{name}")
 
     # ---- domains
+
+    def destroy_all(self):
+        for domid in list(self.domains):
+            self.xl.run(["destroy", str(domid)])
 
     def make_domain(self, settings, ramdisk):
         """A paused domain as libxl leaves it."""
