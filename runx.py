@@ -8363,7 +8363,8 @@ def command_state(call: Invocation) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """indent None: on one line, at once, for a reader of a stream."""
-    print(json_text(value, indent), flush=True)
+    with Attempt("write to standard output"):
+        print(json_text(value, indent), flush=indent is None)
 
 
 def command_kill(call: Invocation) -> None:
@@ -8993,21 +8994,38 @@ def main(words: list[str]) -> int:
     message = printable(message[:2000])
     if log.path:
         log.write("error", message)
-    print(f"runX: {message}", file=sys.stderr)
+    say(message)
     return status
+
+
+def say(message: str) -> None:
+    """Write it to standard error, if that can be."""
+    try:
+        print(f"runX: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 def run() -> NoReturn:
     """main() as a whole process, which ends without Python's tidying up: that is a tenth of what `state` takes."""
     gc.freeze()  # what is loaded stays, and what we fork shares it: no collection must look at it, and so write to it
+    open_standard()
     status = main(sys.argv[1:])
     try:
-        if sys.stdout:  # None if the caller has closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
-        print(f"runX: cannot write to standard output: {error.strerror}", file=sys.stderr)
-        status = 1
+        if status == 0:  # else something has been said
+            say(f"cannot write to standard output: {error.strerror}")
+        status = status or 1
     os._exit(status)
+
+
+def open_standard() -> None:
+    """Have 0, 1 and 2 open, as Go has it: what we open must not get the number of one that the caller has closed."""
+    while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,13 @@
 What is found before Xen is asked for anything; the rest is in test_xen_errors.py.
 """
 
+import os
+import sys
+
 import pytest
 from conftest import call, config, runx_command
+
+import runx
 
 
 def test_config_json_missing(bundle):
@@ -67,3 +72,38 @@ def test_missing_id(bundle, command):
     bundle.write_config(config("true"))
     result = call(*runx_command(*bundle.globals(), command), cwd=bundle.folder)
     assert (result.returncode, result.stderr) == (1, b"runX: a container ID is required as an argument\n")
+
+
+# ---- standard streams
+
+
+def shell(redirections, *words):
+    """Run a command with redirections of the shell's."""
+    return call("sh", "-c", f'"$@" {redirections}', "sh", *words)
+
+
+def test_a_stream_that_the_caller_has_closed_gets_nothing_and_no_other_one_does():
+    state = runx_command("state", "never-made")
+    result = shell("2>&-", *state)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert shell("2>/dev/full", *state).returncode == 1
+    assert shell(">&-", *runx_command("features")).returncode == 0
+
+
+def test_what_runx_opens_never_gets_the_number_of_a_standard_stream():
+    script = (
+        "import os, runx\n"
+        "runx.open_standard()\n"
+        "places = {os.readlink(f'/proc/self/fd/{fd}') for fd in range(3)}\n"
+        "os._exit(os.open('/', os.O_RDONLY) if places == {'/dev/null'} else 1)"
+    )
+    folder = os.path.dirname(runx.__file__)
+    result = shell("<&- >&- 2>&-", "env", f"PYTHONPATH={folder}", sys.executable, "-c", script)
+    assert result.returncode == 3
+
+
+@pytest.mark.parametrize("command", ["features", "--version"])
+def test_output_that_cannot_be_written_is_an_error_that_is_told_once(command):
+    result = shell(">/dev/full", *runx_command(command))
+    assert result.returncode == 1
+    assert result.stderr == b"runX: cannot write to standard output: No space left on device\n"
