@@ -103,7 +103,7 @@ class Log:
         if self.as_json:
             line = json_text({"level": level, "msg": message, "time": now})
         else:
-            line = f"time={now} level={level} msg={message}"
+            line = f'time="{now}" level={level} msg={json_string(message)}'
         try:
             if self.path is None:
                 print(line, file=sys.stderr, flush=True)
@@ -8992,9 +8992,10 @@ def main(words: list[str]) -> int:
         message = f"internal error: {error!r}"
         log.debug(traceback.format_exc())
     message = printable(message[:2000])
-    if log.path:
+    if log.path or log.as_json:
         log.write("error", message)
-    say(message)
+    if log.path or not log.as_json:
+        say(message)
     return status
 
 

@@ -4,7 +4,9 @@
 What is found before Xen is asked for anything; the rest is in test_xen_errors.py.
 """
 
+import json
 import os
+import re
 import sys
 
 import pytest
@@ -107,3 +109,18 @@ def test_output_that_cannot_be_written_is_an_error_that_is_told_once(command):
     result = shell(">/dev/full", *runx_command(command))
     assert result.returncode == 1
     assert result.stderr == b"runX: cannot write to standard output: No space left on device\n"
+
+
+# ---- the log
+
+
+def test_a_record_of_the_log_is_one_line_as_runcs(tmp_path):
+    log = tmp_path / "log"
+    call(*runx_command("--log", str(log), "state", "never-made"))
+    time, told = r'time="[0-9]{4}-[^" ]*Z"', r'level=error msg="container \\"never-made\\" does not exist"'
+    assert re.fullmatch(f"{time} {told}\n", log.read_text())
+
+
+def test_without_a_log_standard_error_has_its_format():
+    told = json.loads(call(*runx_command("--log-format", "json", "state", "never-made")).stderr)
+    assert (told["level"], told["msg"]) == ("error", 'container "never-made" does not exist')

@@ -216,7 +216,7 @@ def test_as_long_as_its_pid_is_there_a_container_takes_signals(dom0):
     assert dom0.status() == "running"
     dom0.change(pid_start_time=1)
     assert (dom0.run("kill", "c", "KILL"), dom0.status()) == (1, "stopped")
-    assert dom0.log().endswith("msg=container not running\n")
+    assert dom0.log().endswith('msg="container not running"\n')
 
 
 def test_an_xl_that_hangs_is_ended(dom0, monkeypatch):
@@ -324,7 +324,7 @@ def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
     dom0.nodes.update(consoles)
     for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
         assert dom0.run(command, "c") == 1
-        assert dom0.log().endswith("remove the container by `runX delete --force c`\n"), command
+        assert dom0.log().endswith("remove the container by `runX delete --force c`\"\n"), command
     warnings = dom0.log().count("level=warning")
     assert (dom0.run("list"), dom0.log().count("level=warning")) == (0, warnings + 1)
     assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (0, [])
@@ -371,7 +371,7 @@ def test_what_lies_in_the_root_and_is_no_container_is_left_alone(dom0, capsys):
     assert (dom0.run("list", "--quiet"), capsys.readouterr().out) == (0, "c\n")
     for command in (["state"], ["kill"], ["start"], ["delete"]):
         assert dom0.run(*command, "file") == 1
-        assert dom0.log().endswith('container "file" does not exist\n')
+        assert dom0.log().endswith('msg="container \\"file\\" does not exist"\n')
     assert (dom0.run("delete", "--force", "file"), (dom0.root / "file").read_text()) == (0, "here")
 
 

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import pathlib
+import re
 import select
 import shutil
 import socket
@@ -363,7 +364,9 @@ class Container:
         return self.dom0.ask("guest", self.domid())
 
     def log_text(self):
-        return self.log.read_text() if self.log.exists() else ""
+        """Its records, with their messages unquoted."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return re.sub('msg=(".*")', lambda match: f"msg={json.loads(match[1])}", text)
 
     def remove(self):
         """Its bundle, when the dom0 has nothing of it any more."""
