@@ -1489,7 +1489,9 @@ class Container:
         except FileExistsError:
             raise Error(f"container with given ID already exists: {self.id}") from None
         except OSError as error:
-            raise Error(f"cannot make {self.folder}: {error.strerror}") from None
+            if isinstance(error, FileExistsError) and error.filename == self.folder:
+                raise Error(f"container with given ID already exists: {self.id}") from None
+            raise Error(f"cannot make {error.filename}: {error.strerror}") from None
 
     # ---- state.json
 

@@ -60,6 +60,13 @@ def test_bad_id(bundle, container_id):
         bundle.id = "never-made"
 
 
+def test_a_root_that_is_no_folder(dom0):
+    container = dom0.container()
+    container.root.write_text("here")
+    assert container.create().stderr == f"runX: cannot make {container.root}: File exists\n"
+    container.root.unlink()
+
+
 @pytest.mark.parametrize("command", ["state", "start", "kill", "delete"])
 def test_unknown_id(bundle, command):
     bundle.check_refused("does not exist", command=command)
