@@ -8370,7 +8370,7 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 def command_kill(call: Invocation) -> None:
-    signal = call.options.get("signal") or (call.arguments[1] if len(call.arguments) > 1 else "TERM")
+    signal = call.options.get("signal") or "".join(call.arguments[1:]) or "TERM"
     kill(call.container(), parse_signal(signal), "all" in call.options)
 
 

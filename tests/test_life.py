@@ -174,7 +174,7 @@ def test_other_signals_do_nothing_to_what_is_not_started(dom0, status):
 
 def test_signals_reach_the_process_by_name_and_number(dom0):
     container = bring(dom0, "running", "signal:6")
-    signals = {"TERM": 15, "SIGUSR1": 10, "12": 12, "0": None, "rtmin+2": 36, "63": 63, "RTMAX": 64}
+    signals = {"": 15, "SIGUSR1": 10, "12": 12, "0": None, "rtmin+2": 36, "63": 63, "RTMAX": 64}
     for signal, number in signals.items():
         assert kill(container, signal).returncode == 0
         if number and signal != "RTMAX":  # which is the last
