@@ -8031,6 +8031,8 @@ def write_pid_file(path: str, pid: int) -> None:
         os.rename(temporary, path)
     except OSError as error:
         raise Error(f"cannot write the pid file {path}: {error.strerror}") from None
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
 
 
 # ---- start and run
@@ -8239,9 +8241,9 @@ def execute(call: Invocation) -> int:
         engine, order.console_socket = console_sockets()
     pid = start_carrier(call, order, attached)
     try:
-        if "pidfd-socket" in options:
-            send_pidfd(options["pidfd-socket"], pid)
-        if "pid-file" in options:
+        if options.get("pidfd-socket"):
+            send_pidfd(options["pidfd-socket"], pid, b"setns")
+        if options.get("pid-file"):
             write_pid_file(options["pid-file"], pid)
     except BaseException:
         os.kill(pid, SIGKILL)

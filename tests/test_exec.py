@@ -378,10 +378,27 @@ def test_a_pidfd_of_the_process_is_sent(dom0, tmp_path):
     finish(container)
 
 
-def test_a_pid_file_that_cannot_be_written_ends_the_process(dom0):
-    container = running(dom0)
-    result = execute(container, "wait", options=["--detach", "--pid-file", "/none/pid"]).wait()
-    assert (result.returncode, "cannot write the pid file /none/pid" in result.stderr) == (255, True)
+def test_a_pidfd_of_the_container_is_sent(dom0, tmp_path):
+    container = dom0.container("wait")
+    assert "cannot send a pidfd to the socket /none" in container.create("--pidfd-socket", "/none").stderr
+    assert container.runx("state").returncode == 1 and not container.pid_file.exists()
+    with pidfd_socket(tmp_path / "socket") as receive:
+        container.created("--pidfd-socket", str(tmp_path / "socket"))
+        name, pidfd = receive()
+    assert name == b"standard"
+    signal.pidfd_send_signal(pidfd, 15)
+    os.close(pidfd)
+    assert container.wait() == 143
+    remove(container)
+
+
+@pytest.mark.parametrize("place", ["none/pid", ""])  # "": the folder itself
+def test_a_pid_file_that_cannot_be_written_ends_the_process_and_leaves_no_other(dom0, tmp_path, place):
+    container, folder = running(dom0), tmp_path / "folder"
+    folder.mkdir()
+    result = execute(container, "wait", options=["--detach", "--pid-file", str(folder / place)]).wait()
+    assert (result.returncode, f"cannot write the pid file {folder / place}" in result.stderr) == (255, True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
     freed(container)
     finish(container)
 
@@ -397,6 +414,12 @@ def test_what_a_guest_tells_of_it_is_checked(dom0, steps, status):
     assert execute(container, *steps).wait().returncode == status
     assert container.status() == "running"
     remove(container)
+
+
+def test_a_pid_file_without_a_name_is_none(dom0):
+    container = running(dom0)
+    assert execute(container, "exit:4", options=["--pid-file", "", "--pidfd-socket="]).wait().returncode == 4
+    finish(container)
 
 
 def test_a_vm_that_never_takes_it_is_given_up(dom0):
