@@ -1486,8 +1486,6 @@ class Container:
         try:
             os.makedirs(os.path.dirname(self.folder), 0o711, exist_ok=True)
             os.mkdir(self.folder, 0o700)
-        except FileExistsError:
-            raise Error(f"container with given ID already exists: {self.id}") from None
         except OSError as error:
             if isinstance(error, FileExistsError) and error.filename == self.folder:
                 raise Error(f"container with given ID already exists: {self.id}") from None
@@ -7914,7 +7912,7 @@ def read_object(path: str | int, what: str) -> JsonObject:
 
 
 def command_create(call: Invocation) -> None:
-    create(make_plan(call, attached=False), call.options.get("pid-file"))
+    create(make_plan(call, attached=False), call.options)
 
 
 def make_plan(call: Invocation, attached: bool) -> Plan:
@@ -7954,7 +7952,7 @@ def find_console_socket(call: Invocation, process: Process | None, attached: boo
     return path and os.path.abspath(path)
 
 
-def create(plan: Plan, pid_file: str | None) -> int:
+def create(plan: Plan, options: JsonObject) -> int:
     """Make the container: fork holder and monitor, and wait until the domain is built.  Return the holder's pid."""
     container, log = plan.container, plan.log
     if plan.config.namespace:
@@ -7981,7 +7979,7 @@ def create(plan: Plan, pid_file: str | None) -> int:
         report = read_all(report_reader)
         if report != b"+":
             raise Error(f"cannot create container {container.id}: {report.decode() or 'its monitor was killed'}")
-        commit(container.load(), holder.pid, pid, pid_file, word.writer, log)
+        commit(container.load(), holder.pid, pid, options, word.writer, log)
         return holder.pid
 
 
@@ -7991,12 +7989,15 @@ def remove_unmade(container: Container, log: Log) -> None:
         destroy(container.load(), log)
 
 
-def commit(container: Container, pid: int, monitor: int, pid_file: str | None, writer: int, log: Log) -> None:
+def commit(container: Container, pid: int, monitor: int, options: JsonObject, writer: int, log: Log) -> None:
     """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error."""
+    pid_file = options.get("pid-file")
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
     plug_early(container, log)
+    if options.get("pidfd-socket"):
+        send_pidfd(options["pidfd-socket"], pid, b"standard")
     if pid_file:
         write_pid_file(pid_file, pid)
     try:
@@ -8030,9 +8031,9 @@ def write_pid_file(path: str, pid: int) -> None:
         write_file(temporary, pid)
         os.rename(temporary, path)
     except OSError as error:
-        raise Error(f"cannot write the pid file {path}: {error.strerror}") from None
         if os.path.lexists(temporary):
             os.unlink(temporary)
+        raise Error(f"cannot write the pid file {path}: {error.strerror}") from None
 
 
 # ---- start and run
@@ -8124,7 +8125,7 @@ def command_run(call: Invocation) -> int:
     plan = make_plan(call, attached)
     if attached and plan.config.process and plan.config.process.terminal:
         engine, plan.console_socket = console_sockets()
-    pid = create(plan, call.options.get("pid-file"))
+    pid = create(plan, call.options)
     if attached:
         forward_signals(pid)
     try:
@@ -8348,14 +8349,14 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
     return pid
 
 
-def send_pidfd(path: str, pid: int) -> None:
-    """Send a descriptor of the process, as runc does it.  Raise Error."""
+def send_pidfd(path: str, pid: int, kind: bytes) -> None:
+    """Send a descriptor of the process, as runc does it.  kind: runc's word for its init.  Raise Error."""
     import socket
 
     with Attempt(f"send a pidfd to the socket {path}"), socket.socket(socket.AF_UNIX) as engine:
         engine.connect(path)
         with Descriptor(os.pidfd_open(pid)) as pidfd:
-            socket.send_fds(engine, [b"setns"], [pidfd])
+            socket.send_fds(engine, [kind], [pidfd])
 
 
 # ---- state, kill, delete

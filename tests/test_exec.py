@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`runX exec` in a dom0 without Xen: what the VM is asked for, streams, signals, exit status, and what is left."""
 
+import contextlib
 import functools
 import json
 import os
@@ -353,7 +354,7 @@ def test_a_terminal_needs_a_console_socket_where_exec_does_not_stay(dom0):
 )
 def test_why_a_pidfd_cannot_be_sent(path, reason):
     with pytest.raises(runx.Error, match=f"^cannot send a pidfd to the socket {path}: {reason}$"):
-        runx.send_pidfd(path, os.getpid())
+        runx.send_pidfd(path, os.getpid(), b"setns")
 
 
 def test_a_terminal_is_joined_to_ours(dom0):
@@ -362,15 +363,27 @@ def test_a_terminal_is_joined_to_ours(dom0):
     finish(container)
 
 
-def test_a_pidfd_of_the_process_is_sent(dom0, tmp_path):
+@contextlib.contextmanager
+def pidfd_socket(path):
+    """An engine's socket; yield what gives the message and the pidfd that come by it."""
     with socket.socket(socket.AF_UNIX) as engine:
-        engine.bind(str(tmp_path / "socket"))
+        engine.bind(str(path))
         engine.listen()
-        container = running(dom0)
+
+        def receive():
+            connection, _ = engine.accept()
+            with connection:
+                name, (pidfd,), _, _ = socket.recv_fds(connection, 100, 4)
+            return name, pidfd
+
+        yield receive
+
+
+def test_a_pidfd_of_the_process_is_sent(dom0, tmp_path):
+    container = running(dom0)
+    with pidfd_socket(tmp_path / "socket") as receive:
         process = execute(container, "wait", options=["--pidfd-socket", str(tmp_path / "socket")])
-        connection, _ = engine.accept()
-        with connection:
-            name, (pidfd,), _, _ = socket.recv_fds(connection, 100, 4)
+        name, pidfd = receive()
     assert name == b"setns"
     signal.pidfd_send_signal(pidfd, 15)
     os.close(pidfd)
@@ -403,6 +416,12 @@ def test_a_pid_file_that_cannot_be_written_ends_the_process_and_leaves_no_other(
     finish(container)
 
 
+def test_a_pid_file_without_a_name_is_none(dom0):
+    container = running(dom0)
+    assert execute(container, "exit:4", options=["--pid-file", "", "--pidfd-socket="]).wait().returncode == 4
+    finish(container)
+
+
 # ---- guests that mean no good, and what is left
 
 
@@ -414,12 +433,6 @@ def test_what_a_guest_tells_of_it_is_checked(dom0, steps, status):
     assert execute(container, *steps).wait().returncode == status
     assert container.status() == "running"
     remove(container)
-
-
-def test_a_pid_file_without_a_name_is_none(dom0):
-    container = running(dom0)
-    assert execute(container, "exit:4", options=["--pid-file", "", "--pidfd-socket="]).wait().returncode == 4
-    finish(container)
 
 
 def test_a_vm_that_never_takes_it_is_given_up(dom0):
