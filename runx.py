@@ -2386,6 +2386,9 @@ class Process:
             spec.refuse("must not be empty", "args")
         env = {variable.partition("=")[0]: variable for variable in spec.texts("env")}  # the last counts
         self.env = list(env.values())
+        for variable in self.env:
+            if variable.find("=") < 1:
+                spec.refuse(f"must hold NAME=VALUE, not {printable(variable) or 'an empty string'}", "env")
         self.cwd = spec.path("cwd")
         self.terminal = spec.flag("terminal")
         self.uid = user.unsigned("uid", 32)

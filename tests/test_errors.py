@@ -35,6 +35,8 @@ def test_config_json_broken(bundle, text):
         ({"process": {"args": [], "cwd": "/"}}, "args"),
         ({"process": {"args": ["true"], "cwd": "relative"}}, "cwd"),
         ({"process": {"args": [1], "cwd": "/"}}, "args"),
+        ({"process": {"args": ["true"], "cwd": "/", "env": ["A=1", "B"]}}, "env must hold NAME=VALUE, not B"),
+        ({"process": {"args": ["true"], "cwd": "/", "env": ["=x"]}}, "env must hold NAME=VALUE, not =x"),
         ({"process": {"args": ["a\0b"], "cwd": "/"}}, "NUL"),
         ({"process": {"args": ["true"], "cwd": "/", "user": {"uid": -1}}}, "user"),
         ({"mounts": [{"destination": "/x", "type": "bind", "source": "/no/such/source"}]}, "/no/such/source"),
