@@ -8702,8 +8702,9 @@ def command_list(call: Invocation) -> None:
         raise Error(f"there is no root {printable(call.root)}")
     for name in sorted(os.listdir(call.root)) if made else ():
         try:
-            states.append(Container(call.root, name).load().public_state())
-        except NoContainer:
+            container = Container(call.root, name).load()
+            states.append({**container.public_state(), "owner": owner_of(container.folder)})
+        except (NoContainer, FileNotFoundError):
             pass  # deleted meanwhile, or no folder
         except Error as error:
             call.log.warn(str(error))
@@ -8724,6 +8725,16 @@ def print_table(states: list[JsonObject]) -> None:
 
 
 OWN_NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "uts")  # those that a VM has instead of dom0's
+
+
+def owner_of(path: str) -> str:
+    import pwd
+
+    uid = os.stat(path).st_uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
 
 
 def command_features(call: Invocation) -> None:

@@ -95,7 +95,7 @@ def test_what_can_be_asked_in_any_state(dom0, status):
     assert (state["bundle"], state["rootfs"]) == (str(container.bundle), str(container.bundle / "rootfs"))
     assert (state["ociVersion"], state["annotations"]) == ("1.0.2", {"org.runx.rootfs": "ramdisk"})
     listed = dom0.run("--root", str(container.root), "list", "--format", "json")
-    assert json.loads(listed.stdout) == [state]
+    assert json.loads(listed.stdout) == [{**state, "owner": "root"}]
     assert dom0.run("--root", str(container.root), "list", "-q").stdout == f"{container.id}\n"
     table = dom0.run("--root", str(container.root), "list").stdout.splitlines()
     assert table[0].split() == ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]
