@@ -7929,10 +7929,21 @@ def make_plan(call: Invocation, attached: bool) -> Plan:
     fit_vcpus(config)
     take_ordinary_score()
     networks = [Network(request, config.netconf_folders) for request in config.netconf]
+    config.warnings += [f"{what} has no effect: nothing that is open on dom0 reaches a VM" for what in handed(call)]
     return Plan(
         container=container, config=config, networks=networks, bundle=bundle, systemd=call.systemd, log=call.log,
         console_socket=find_console_socket(call, config.process, attached),
     )  # fmt: skip
+
+
+def handed(call: Invocation) -> list[str]:
+    """Return by what the caller hands descriptors of its own to the process, or wants to hear from it."""
+    asked = {
+        "--preserve-fds": call.options.get("preserve-fds", "0") != "0",
+        "LISTEN_FDS": os.environ.get("LISTEN_PID") == str(os.getpid()),
+        "NOTIFY_SOCKET": bool(os.environ.get("NOTIFY_SOCKET")),
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
 
 
 def fit_vcpus(config: Config) -> None:
@@ -8716,6 +8727,16 @@ def command_list(call: Invocation) -> None:
         print_table(states)
 
 
+def owner_of(path: str) -> str:
+    import pwd
+
+    uid = os.stat(path).st_uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
+
+
 def print_table(states: list[JsonObject]) -> None:
     heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
     rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
@@ -8725,16 +8746,6 @@ def print_table(states: list[JsonObject]) -> None:
 
 
 OWN_NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "uts")  # those that a VM has instead of dom0's
-
-
-def owner_of(path: str) -> str:
-    import pwd
-
-    uid = os.stat(path).st_uid
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"#{uid}"
 
 
 def command_features(call: Invocation) -> None:

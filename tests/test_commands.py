@@ -7,8 +7,10 @@ import os
 import pathlib
 
 import pytest
-from conftest import call, check_our_terminal, runx_command, wait_until
+from conftest import call, check_our_terminal, record, runx_command, wait_until
 from fake.dom0 import config
+
+import runx
 
 
 def kill(container, signal="KILL"):
@@ -237,6 +239,26 @@ def test_run_cannot_have_a_console_socket(dom0):
     container = dom0.container(terminal=True)
     result = run(container, "--console-socket", "/x").wait()
     assert result.stderr == "runX: cannot use console socket if runX will not detach or allocate tty\n"
+
+
+@pytest.mark.parametrize("command", ["create", "run"])
+def test_what_no_vm_can_take_over_is_a_warning(dom0, command):
+    container = dom0.container("exit:0")
+    asked = ["--bundle", str(container.bundle), "--preserve-fds", "2"]
+    env = {"NOTIFY_SOCKET": "/run/notify", "LISTEN_FDS": "1", "LISTEN_PID": "1"}  # which is not ours
+    assert container.start_runx(command, *asked, env=env).wait().returncode == 0
+    assert [line.split(": ")[1].split()[0] for line in container.log_text().splitlines()] == [
+        "--preserve-fds",
+        "NOTIFY_SOCKET",
+    ]
+    container.runx("delete", "--force")
+
+
+def test_descriptors_of_systemd_count_for_the_process_that_they_are_meant_for(monkeypatch):
+    asked = record(runx.Invocation, options={"preserve-fds": "0"})
+    for pid, told in ((os.getpid(), ["LISTEN_FDS"]), (os.getppid(), [])):
+        monkeypatch.setenv("LISTEN_PID", str(pid))
+        assert runx.handed(asked) == told
 
 
 # ---- update, events

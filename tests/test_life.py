@@ -99,7 +99,7 @@ def test_what_can_be_asked_in_any_state(dom0, status):
     assert dom0.run("--root", str(container.root), "list", "-q").stdout == f"{container.id}\n"
     table = dom0.run("--root", str(container.root), "list").stdout.splitlines()
     assert table[0].split() == ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]
-    assert table[1].split() == [container.id, str(state["pid"]), status, state["bundle"], state["created"]]
+    assert table[1].split() == [container.id, str(state["pid"]), status, state["bundle"], state["created"], "root"]
     processes = container.runx("ps", "--format", "json")
     assert json.loads(processes.stdout) == (None if status == "stopped" else [pid])
     shown = container.runx("ps").stdout.splitlines()
