@@ -2522,7 +2522,7 @@ def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
 
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
-MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
+MS_REMOUNT, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 32, 128, 256, 1024, 2048
 MS_BIND, MS_MOVE, MS_REC, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 17
 MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
@@ -2534,6 +2534,7 @@ MOUNT_ATTRIBUTES = (
     (MS_NOSUID, "nosuid", "suid"),
     (MS_NODEV, "nodev", "dev"),
     (MS_NOEXEC, "noexec", "exec"),
+    (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
     (MS_NOATIME, "noatime", "atime"),
     (MS_NODIRATIME, "nodiratime", "diratime"),
     (MS_RELATIME, "relatime", "norelatime"),
@@ -2553,6 +2554,8 @@ MOUNT_OPTIONS = {
     **{prefix + name: (flag, 0) for flag, name, _ in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     **{prefix + name: (0, flag) for flag, _, name in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),
+    # of a whole file system, and nothing to those that a container gets
+    **dict.fromkeys("silent loud mand nomand iversion noiversion acl noacl".split(), (0, 0)),
 }
 PROPAGATIONS = {
     "": 0,
