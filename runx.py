@@ -405,7 +405,7 @@ def is_text(text: str) -> bool:
 # Files and processes of dom0's kernel: small files of /proc and /sys, programs that get JSON and have a time limit, and
 # the waiting for processes.
 
-SIGHUP, SIGKILL, SIGPIPE, SIGWINCH = 1, 9, 13, 28  # <signal.h>
+SIGHUP, SIGKILL, SIGPIPE, SIGCHLD, SIGWINCH = 1, 9, 13, 17, 28  # <signal.h>
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80  # <linux/sched.h>
 OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
@@ -9044,6 +9044,8 @@ def run() -> NoReturn:
     """main() as a whole process, which ends without Python's tidying up: that is a tenth of what `state` takes."""
     gc.freeze()  # what is loaded stays, and what we fork shares it: no collection must look at it, and so write to it
     open_standard()
+    signal = import_core("signal")
+    signal.signal(SIGCHLD, signal.SIG_DFL)  # a caller may ignore it, and then there is nobody to wait for
     status = main(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -5,7 +5,9 @@ import concurrent.futures
 import json
 import os
 import resource
+import signal
 import struct
+import sys
 import threading
 import zlib
 
@@ -175,6 +177,15 @@ def test_what_was_killed_half_way_is_asked_of_xen(dom0):
     assert (dom0.run("pause", "c"), dom0.run("resume", "c"), dom0.status()) == (0, 0, "running")
 
 
+def test_a_caller_that_ignores_its_children_has_not_ours_ignored(dom0, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["runX", "--root", str(dom0.root), "start", "c"])
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        runx.run()
+    assert (os.waitpid(pid, 0)[1], dom0.status(), dom0.calls()) == (0, "running", ["unpause"])
+
+
 def test_what_xl_refuses_has_not_happened(dom0):
     for status, command in (("created", "start"), ("running", "pause"), ("paused", "resume")):
         (dom0.folder / "broken").touch()
@@ -211,8 +222,8 @@ def test_as_long_as_its_pid_is_there_a_container_takes_signals(dom0):
     dom0.run("start", "c")
     dom0.nodes.clear()  # its domain is destroyed, its monitor has not ended yet
     os.unlink(dom0.container.path("control"))
-    for signal in ("TERM", "KILL", "0"):
-        assert dom0.run("kill", "c", signal) == 0
+    for name in ("TERM", "KILL", "0"):
+        assert dom0.run("kill", "c", name) == 0
     assert dom0.status() == "running"
     dom0.change(pid_start_time=1)
     assert (dom0.run("kill", "c", "KILL"), dom0.status()) == (1, "stopped")
