@@ -8622,17 +8622,18 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
     if source:
         changes = read_object(0 if source == "-" else source, "the resources")
     for name, (section, key) in UPDATE_OPTIONS.items():
-        if name in options:
+        if options.get(name):
             values = Section(changes, "resources").section(section).values
             changes[section] = {**values, key: parse_quantity(name, options[name])}
     return changes
 
 
 def parse_quantity(name: str, text: str) -> int | str:
-    """An integer, with k, m or g behind a number of bytes; what is no number for runc either is text."""
+    """An integer, with k, m or g behind a number of bytes, as in 64m, 64MB or 64MiB; what is no number for runc either
+    is text."""
     if name in TEXTS:
         return text
-    digits, scale = text.lower().removesuffix("b"), 1
+    digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
     if "memory" in name and digits and digits[-1] in "kmg":
         digits, scale = digits[:-1], 1 << {"k": 10, "m": 20, "g": 30}[digits[-1]]
     try:

@@ -302,6 +302,11 @@ def test_an_update_by_a_document(dom0, option):
     finish(container, 137)
 
 
+@pytest.mark.parametrize("memory", ["96m", "96MB", "96MiB", "98304KiB", "98304 kb", "100663296", "100663296B"])
+def test_a_number_of_bytes_is_written_as_for_runc(memory):
+    assert runx.read_update({"memory": memory, "cpu-quota": ""}) == {"memory": {"limit": 96 << 20}}
+
+
 def test_an_update_is_all_or_nothing(dom0):
     container = limited(dom0)
     before = dom0.domains()
