@@ -8914,6 +8914,14 @@ commands:
 The root is {DEFAULT_ROOT} by default."""
 
 
+def usage_of(command: str) -> str:
+    """Return how a command is called, with all of its options."""
+    _, flags, values, _ = COMMANDS[command]
+    line = next(line for line in USAGE.splitlines() if f" {command} " in line)
+    options = sorted([f"  --{name}" for name in flags] + [f"  --{name} VALUE" for name in values])
+    return "\n".join([f"usage: runX {line.strip()}", *(["", "options:"] if options else []), *options])
+
+
 def split_option(word: str) -> tuple[str, str | None]:
     """("bundle", None) of --bundle, -bundle or -b; ("bundle", "x") of --bundle=x."""
     name, equals, value = word.lstrip("-").partition("=")
@@ -8986,7 +8994,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
         raise Error(f"invalid log-format: {options['log-format']}")
     refused_help = words and words[0] in UNSUPPORTED and words[1:] in (["-h"], ["--help"])
     if "help" in options or not words or words[0] in ("help", "h") or refused_help:
-        print(USAGE)
+        print(usage_of(words[1]) if words[1:] and words[1] in COMMANDS else USAGE)
         return None
     command = words.pop(0)
     if command in UNSUPPORTED:
@@ -8995,7 +9003,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
         raise Error(f"unknown command {command!r}: see runX --help")
     command_options, arguments = parse_options(command, words)
     if "help" in command_options:
-        print(USAGE)
+        print(usage_of(command))
         return None
     return Invocation(
         command=command, root=os.path.abspath(options.get("root", DEFAULT_ROOT)), log=log,
