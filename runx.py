@@ -1499,9 +1499,13 @@ class Container:
             with open(path, encoding="utf-8") as file:
                 self.state = parse_state(file.read())
         except (FileNotFoundError, NotADirectoryError):
-            if not os.path.isdir(self.folder):
+            try:
+                names = set(os.listdir(self.folder))
+            except OSError:
                 raise NoContainer(self.id) from None
-            self.state = State()  # between its first two steps, or killed there
+            if names - {"state.json.new"} and "xl.cfg" not in names:
+                raise NoContainer(self.id) from None  # the folder is not ours: nobody may remove it by our hand
+            self.state = State(**told_to_xl(self.path("xl.cfg")))  # between its first two steps, or killed there
         except (NewerState, OSError, ValueError, TypeError) as error:
             if self.forgiving:
                 self.state = State(**told_to_xl(self.path("xl.cfg")), devices=STANDARD_DEVICES)

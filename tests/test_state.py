@@ -386,6 +386,22 @@ def test_what_lies_in_the_root_and_is_no_container_is_left_alone(dom0, capsys):
     assert (dom0.run("delete", "--force", "file"), (dom0.root / "file").read_text()) == (0, "here")
 
 
+def test_a_folder_of_others_in_the_root_is_no_container_and_keeps_what_is_in_it(dom0, capsys):
+    (dom0.root / "photos").mkdir()
+    (dom0.root / "photos/one").write_text("here")
+    assert (dom0.run("list", "--quiet"), capsys.readouterr().out) == (0, "c\n")
+    assert [dom0.run(command, "photos") for command in ("state", "kill", "start", "delete")] == [1] * 4
+    assert (dom0.run("delete", "--force", "photos"), (dom0.root / "photos/one").read_text()) == (0, "here")
+
+
+def test_of_a_container_without_a_state_the_vm_is_found_and_removed(dom0):
+    os.unlink(dom0.container.path("state.json"))
+    with open(dom0.container.path("xl.cfg"), "w", encoding="utf-8") as file:
+        file.write(f'name = "runx-c-11111111"\nuuid = "{UUID}"\n')
+    assert dom0.run("delete", "c") == 1
+    assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root), dom0.calls()) == (0, [], ["destroy"])
+
+
 def test_ps_of_a_container_that_has_ended(dom0, capsys):
     """As runc 1.1 and later: the heading alone."""
     dom0.change(pid_start_time=1)
