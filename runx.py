@@ -8152,6 +8152,8 @@ def command_run(call: Invocation) -> int:
     try:
         start(plan.container, call.log)
     except BaseException:
+        if os.path.isfile(path := call.options.get("pid-file", "")):
+            os.unlink(path)
         delete(plan.container, True, call.log)
         raise
     if not attached:

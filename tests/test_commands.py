@@ -219,8 +219,9 @@ def test_run_of_what_cannot_start_leaves_nothing(dom0):
 def test_run_of_what_cannot_be_executed_leaves_nothing(dom0):
     reason = 'exec: "x": exec format error'
     container = dom0.container(f"begun:set:data/process/0/error={reason}", "begun:exit:255")
-    result = run(container).wait()
+    result = run(container, "--pid-file", str(container.pid_file)).wait()
     assert (result.returncode, result.stderr) == (1, f"runX: unable to start container process: {reason}\n")
+    assert not container.pid_file.exists()
     dom0.settle()
 
 
