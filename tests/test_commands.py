@@ -176,6 +176,13 @@ def test_run_is_the_container(dom0):
     assert container.runx("state").returncode == 1
 
 
+def test_a_container_whose_creator_has_closed_its_streams_has_empty_ones(dom0):
+    container = dom0.container("cat:", "err:oops", "exit:3").created(closed=(0, 1, 2))
+    assert container.runx("start", closed=(0, 1, 2)).returncode == 0
+    finish(container, 3)
+    assert container.log_text() == ""
+
+
 def test_run_keep_leaves_it_to_be_looked_at(dom0):
     container = dom0.container("exit:0")
     assert run(container, "--keep").wait().returncode == 0
