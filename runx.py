@@ -103,7 +103,7 @@ class Log:
         if self.as_json:
             line = json_text({"level": level, "msg": message, "time": now})
         else:
-            line = f"time={now} level={level} msg={message}"
+            line = f'time="{now}" level={level} msg={json_string(message)}'
         try:
             if self.path is None:
                 print(line, file=sys.stderr, flush=True)
@@ -405,7 +405,7 @@ def is_text(text: str) -> bool:
 # Files and processes of dom0's kernel: small files of /proc and /sys, programs that get JSON and have a time limit, and
 # the waiting for processes.
 
-SIGHUP, SIGKILL, SIGPIPE, SIGWINCH = 1, 9, 13, 28  # <signal.h>
+SIGHUP, SIGKILL, SIGPIPE, SIGCHLD, SIGWINCH = 1, 9, 13, 17, 28  # <signal.h>
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80  # <linux/sched.h>
 OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
@@ -1503,10 +1503,10 @@ class Container:
         try:
             os.makedirs(os.path.dirname(self.folder), 0o711, exist_ok=True)
             os.mkdir(self.folder, 0o700)
-        except FileExistsError:
-            raise Error(f"container with given ID already exists: {self.id}") from None
         except OSError as error:
-            raise Error(f"cannot make {self.folder}: {error.strerror}") from None
+            if isinstance(error, FileExistsError) and error.filename == self.folder:
+                raise Error(f"container with given ID already exists: {self.id}") from None
+            raise Error(f"cannot make {error.filename}: {error.strerror}") from None
 
     # ---- state.json
 
@@ -1516,9 +1516,13 @@ class Container:
             with open(path, encoding="utf-8") as file:
                 self.state = parse_state(file.read())
         except (FileNotFoundError, NotADirectoryError):
-            if not os.path.isdir(self.folder):
+            try:
+                names = set(os.listdir(self.folder))
+            except OSError:
                 raise NoContainer(self.id) from None
-            self.state = State()  # between its first two steps, or killed there
+            if names - {"state.json.new"} and "xl.cfg" not in names:
+                raise NoContainer(self.id) from None  # the folder is not ours: nobody may remove it by our hand
+            self.state = State(**told_to_xl(self.path("xl.cfg")))  # between its first two steps, or killed there
         except (NewerState, OSError, ValueError, TypeError) as error:
             if self.forgiving:
                 self.state = State(**told_to_xl(self.path("xl.cfg")), devices=STANDARD_DEVICES)
@@ -2403,6 +2407,9 @@ class Process:
             spec.refuse("must not be empty", "args")
         env = {variable.partition("=")[0]: variable for variable in spec.texts("env")}  # the last counts
         self.env = list(env.values())
+        for variable in self.env:
+            if variable.find("=") < 1:
+                spec.refuse(f"must hold NAME=VALUE, not {printable(variable) or 'an empty string'}", "env")
         self.cwd = spec.path("cwd")
         self.terminal = spec.flag("terminal")
         self.uid = user.unsigned("uid", 32)
@@ -2536,7 +2543,7 @@ def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
 
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
-MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
+MS_REMOUNT, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 32, 128, 256, 1024, 2048
 MS_BIND, MS_MOVE, MS_REC, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 17
 MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
@@ -2548,6 +2555,7 @@ MOUNT_ATTRIBUTES = (
     (MS_NOSUID, "nosuid", "suid"),
     (MS_NODEV, "nodev", "dev"),
     (MS_NOEXEC, "noexec", "exec"),
+    (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
     (MS_NOATIME, "noatime", "atime"),
     (MS_NODIRATIME, "nodiratime", "diratime"),
     (MS_RELATIME, "relatime", "norelatime"),
@@ -2567,6 +2575,8 @@ MOUNT_OPTIONS = {
     **{prefix + name: (flag, 0) for flag, name, _ in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     **{prefix + name: (0, flag) for flag, _, name in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),
+    # of a whole file system, and nothing to those that a container gets
+    **dict.fromkeys("silent loud mand nomand iversion noiversion acl noacl".split(), (0, 0)),
 }
 PROPAGATIONS = {
     "": 0,
@@ -7945,7 +7955,7 @@ def read_object(path: str | int, what: str) -> JsonObject:
 
 
 def command_create(call: Invocation) -> None:
-    create(make_plan(call, attached=False), call.options.get("pid-file"))
+    create(make_plan(call, attached=False), call.options)
 
 
 def make_plan(call: Invocation, attached: bool) -> Plan:
@@ -7959,10 +7969,21 @@ def make_plan(call: Invocation, attached: bool) -> Plan:
     fit_vcpus(config)
     take_ordinary_score()
     networks = [Network(request, config.netconf_folders) for request in config.netconf]
+    config.warnings += [f"{what} has no effect: nothing that is open on dom0 reaches a VM" for what in handed(call)]
     return Plan(
         container=container, config=config, networks=networks, bundle=bundle, systemd=call.systemd, log=call.log,
         console_socket=find_console_socket(call, config.process, attached),
     )  # fmt: skip
+
+
+def handed(call: Invocation) -> list[str]:
+    """Return by what the caller hands descriptors of its own to the process, or wants to hear from it."""
+    asked = {
+        "--preserve-fds": call.options.get("preserve-fds", "0") != "0",
+        "LISTEN_FDS": os.environ.get("LISTEN_PID") == str(os.getpid()),
+        "NOTIFY_SOCKET": bool(os.environ.get("NOTIFY_SOCKET")),
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
 
 
 def fit_vcpus(config: Config) -> None:
@@ -7985,7 +8006,7 @@ def find_console_socket(call: Invocation, process: Process | None, attached: boo
     return path and os.path.abspath(path)
 
 
-def create(plan: Plan, pid_file: str | None) -> int:
+def create(plan: Plan, options: JsonObject) -> int:
     """Make the container: fork holder and monitor, and wait until the domain is built.  Return the holder's pid."""
     container, log = plan.container, plan.log
     if plan.config.namespace:
@@ -8012,7 +8033,7 @@ def create(plan: Plan, pid_file: str | None) -> int:
         report = read_all(report_reader)
         if report != b"+":
             raise Error(f"cannot create container {container.id}: {report.decode() or 'its monitor was killed'}")
-        commit(container.load(), holder.pid, pid, pid_file, word.writer, log)
+        commit(container.load(), holder.pid, pid, options, word.writer, log)
         return holder.pid
 
 
@@ -8022,12 +8043,15 @@ def remove_unmade(container: Container, log: Log) -> None:
         destroy(container.load(), log)
 
 
-def commit(container: Container, pid: int, monitor: int, pid_file: str | None, writer: int, log: Log) -> None:
+def commit(container: Container, pid: int, monitor: int, options: JsonObject, writer: int, log: Log) -> None:
     """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error."""
+    pid_file = options.get("pid-file")
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
     plug_early(container, log)
+    if options.get("pidfd-socket"):
+        send_pidfd(options["pidfd-socket"], pid, b"standard")
     if pid_file:
         write_pid_file(pid_file, pid)
     try:
@@ -8061,6 +8085,8 @@ def write_pid_file(path: str, pid: int) -> None:
         write_file(temporary, pid)
         os.rename(temporary, path)
     except OSError as error:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
         raise Error(f"cannot write the pid file {path}: {error.strerror}") from None
 
 
@@ -8153,12 +8179,14 @@ def command_run(call: Invocation) -> int:
     plan = make_plan(call, attached)
     if attached and plan.config.process and plan.config.process.terminal:
         engine, plan.console_socket = console_sockets()
-    pid = create(plan, call.options.get("pid-file"))
+    pid = create(plan, call.options)
     if attached:
         forward_signals(pid)
     try:
         start(plan.container, call.log)
     except BaseException:
+        if os.path.isfile(path := call.options.get("pid-file", "")):
+            os.unlink(path)
         delete(plan.container, True, call.log)
         raise
     if not attached:
@@ -8270,9 +8298,9 @@ def execute(call: Invocation) -> int:
         engine, order.console_socket = console_sockets()
     pid = start_carrier(call, order, attached)
     try:
-        if "pidfd-socket" in options:
-            send_pidfd(options["pidfd-socket"], pid)
-        if "pid-file" in options:
+        if options.get("pidfd-socket"):
+            send_pidfd(options["pidfd-socket"], pid, b"setns")
+        if options.get("pid-file"):
             write_pid_file(options["pid-file"], pid)
     except BaseException:
         os.kill(pid, SIGKILL)
@@ -8377,14 +8405,14 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
     return pid
 
 
-def send_pidfd(path: str, pid: int) -> None:
-    """Send a descriptor of the process, as runc does it.  Raise Error."""
+def send_pidfd(path: str, pid: int, kind: bytes) -> None:
+    """Send a descriptor of the process, as runc does it.  kind: runc's word for its init.  Raise Error."""
     import socket
 
     with Attempt(f"send a pidfd to the socket {path}"), socket.socket(socket.AF_UNIX) as engine:
         engine.connect(path)
         with Descriptor(os.pidfd_open(pid)) as pidfd:
-            socket.send_fds(engine, [b"setns"], [pidfd])
+            socket.send_fds(engine, [kind], [pidfd])
 
 
 # ---- state, kill, delete
@@ -8396,11 +8424,12 @@ def command_state(call: Invocation) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """indent None: on one line, at once, for a reader of a stream."""
-    print(json_text(value, indent), flush=True)
+    with Attempt("write to standard output"):
+        print(json_text(value, indent), flush=indent is None)
 
 
 def command_kill(call: Invocation) -> None:
-    signal = call.options.get("signal") or (call.arguments[1] if len(call.arguments) > 1 else "TERM")
+    signal = call.options.get("signal") or "".join(call.arguments[1:]) or "TERM"
     kill(call.container(), parse_signal(signal), "all" in call.options)
 
 
@@ -8632,17 +8661,18 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
     if source:
         changes = read_object(0 if source == "-" else source, "the resources")
     for name, (section, key) in UPDATE_OPTIONS.items():
-        if name in options:
+        if options.get(name):
             values = Section(changes, "resources").section(section).values
             changes[section] = {**values, key: parse_quantity(name, options[name])}
     return changes
 
 
 def parse_quantity(name: str, text: str) -> int | str:
-    """An integer, with k, m or g behind a number of bytes; what is no number for runc either is text."""
+    """An integer, with k, m or g behind a number of bytes, as in 64m, 64MB or 64MiB; what is no number for runc either
+    is text."""
     if name in TEXTS:
         return text
-    digits, scale = text.lower().removesuffix("b"), 1
+    digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
     if "memory" in name and digits and digits[-1] in "kmg":
         digits, scale = digits[:-1], 1 << {"k": 10, "m": 20, "g": 30}[digits[-1]]
     try:
@@ -8726,8 +8756,9 @@ def command_list(call: Invocation) -> None:
         raise Error(f"there is no root {printable(call.root)}")
     for name in sorted(os.listdir(call.root)) if made else ():
         try:
-            states.append(Container(call.root, name).load().public_state())
-        except NoContainer:
+            container = Container(call.root, name).load()
+            states.append({**container.public_state(), "owner": owner_of(container.folder)})
+        except (NoContainer, FileNotFoundError):
             pass  # deleted meanwhile, or no folder
         except Error as error:
             call.log.warn(str(error))
@@ -8737,6 +8768,16 @@ def command_list(call: Invocation) -> None:
         print_json(states or None)  # null for none, as runc's
     else:
         print_table(states)
+
+
+def owner_of(path: str) -> str:
+    import pwd
+
+    uid = os.stat(path).st_uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
 
 
 def print_table(states: list[JsonObject]) -> None:
@@ -8912,6 +8953,14 @@ commands:
 The root is {DEFAULT_ROOT} by default."""
 
 
+def usage_of(command: str) -> str:
+    """Return how a command is called, with all of its options."""
+    _, flags, values, _ = COMMANDS[command]
+    line = next(line for line in USAGE.splitlines() if f" {command} " in line)
+    options = sorted([f"  --{name}" for name in flags] + [f"  --{name} VALUE" for name in values])
+    return "\n".join([f"usage: runX {line.strip()}", *(["", "options:"] if options else []), *options])
+
+
 def split_option(word: str) -> tuple[str, str | None]:
     """("bundle", None) of --bundle, -bundle or -b; ("bundle", "x") of --bundle=x."""
     name, equals, value = word.lstrip("-").partition("=")
@@ -8984,7 +9033,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
         raise Error(f"invalid log-format: {options['log-format']}")
     refused_help = words and words[0] in UNSUPPORTED and words[1:] in (["-h"], ["--help"])
     if "help" in options or not words or words[0] in ("help", "h") or refused_help:
-        print(USAGE)
+        print(usage_of(words[1]) if words[1:] and words[1] in COMMANDS else USAGE)
         return None
     command = words.pop(0)
     if command in UNSUPPORTED:
@@ -8993,7 +9042,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
         raise Error(f"unknown command {command!r}: see runX --help")
     command_options, arguments = parse_options(command, words)
     if "help" in command_options:
-        print(USAGE)
+        print(usage_of(command))
         return None
     return Invocation(
         command=command, root=os.path.abspath(options.get("root", DEFAULT_ROOT)), log=log,
@@ -9024,23 +9073,43 @@ def main(words: list[str]) -> int:
         message = f"internal error: {error!r}"
         log.debug(traceback.format_exc())
     message = printable(message[:2000])
-    if log.path:
+    if log.path or log.as_json:
         log.write("error", message)
-    print(f"runX: {message}", file=sys.stderr)
+    if log.path or not log.as_json:
+        say(message)
     return status
+
+
+def say(message: str) -> None:
+    """Write it to standard error, if that can be."""
+    try:
+        print(f"runX: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 def run() -> NoReturn:
     """main() as a whole process, which ends without Python's tidying up: that is a tenth of what `state` takes."""
     gc.freeze()  # what is loaded stays, and what we fork shares it: no collection must look at it, and so write to it
+    open_standard()
+    signal = import_core("signal")
+    signal.signal(SIGCHLD, signal.SIG_DFL)  # a caller may ignore it, and then there is nobody to wait for
     status = main(sys.argv[1:])
     try:
-        if sys.stdout:  # None if the caller has closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
-        print(f"runX: cannot write to standard output: {error.strerror}", file=sys.stderr)
-        status = 1
+        if status == 0:  # else something has been said
+            say(f"cannot write to standard output: {error.strerror}")
+        status = status or 1
     os._exit(status)
+
+
+def open_standard() -> None:
+    """Have 0, 1 and 2 open, as Go has it: what we open must not get the number of one that the caller has closed."""
+    while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
 
 
 if __name__ == "__main__":

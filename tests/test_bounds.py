@@ -551,11 +551,11 @@ def test_flags_of_mount(name):
 
 SETS = {  # runtime-spec config.md "Linux mount options", mount(8)
     "ro": "RDONLY", "nosuid": "NOSUID", "nodev": "NODEV", "noexec": "NOEXEC", "noatime": "NOATIME",
-    "nodiratime": "NODIRATIME", "relatime": "RELATIME", "strictatime": "STRICTATIME",
+    "nodiratime": "NODIRATIME", "relatime": "RELATIME", "strictatime": "STRICTATIME", "nosymfollow": "NOSYMFOLLOW",
 }  # fmt: skip
 CLEARS = {
     "rw": "RDONLY", "suid": "NOSUID", "dev": "NODEV", "exec": "NOEXEC", "atime": "NOATIME", "diratime": "NODIRATIME",
-    "norelatime": "RELATIME", "nostrictatime": "STRICTATIME",
+    "norelatime": "RELATIME", "nostrictatime": "STRICTATIME", "symfollow": "NOSYMFOLLOW",
 }  # fmt: skip
 
 
@@ -567,6 +567,8 @@ def test_options_of_mount():
     for option, name in (("sync", "SYNCHRONOUS"), ("dirsync", "DIRSYNC"), ("lazytime", "LAZYTIME")):
         expected[option] = (LINUX[f"MS_{name}"], 0)
     expected.update({"async": (0, LINUX["MS_SYNCHRONOUS"]), "nolazytime": (0, LINUX["MS_LAZYTIME"])})
+    for option in ("silent", "loud", "mand", "nomand", "iversion", "noiversion", "acl", "noacl"):
+        expected[option] = (0, 0)
     expected["rro"] = (LINUX["MS_RDONLY"] | runx.RECURSIVE_RO, 0)
     assert runx.MOUNT_OPTIONS == expected
     assert runx.RECURSIVE_RO not in LINUX.values() and not runx.RECURSIVE_RO & 0xFFFFFFFF  # none of mount(2)'s

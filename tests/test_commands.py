@@ -7,8 +7,10 @@ import os
 import pathlib
 
 import pytest
-from conftest import call, check_our_terminal, runx_command, wait_until
+from conftest import call, check_our_terminal, record, runx_command, wait_until
 from fake.dom0 import config
+
+import runx
 
 
 def kill(container, signal="KILL"):
@@ -174,6 +176,13 @@ def test_run_is_the_container(dom0):
     assert container.runx("state").returncode == 1
 
 
+def test_a_container_whose_creator_has_closed_its_streams_has_empty_ones(dom0):
+    container = dom0.container("cat:", "err:oops", "exit:3").created(closed=(0, 1, 2))
+    assert container.runx("start", closed=(0, 1, 2)).returncode == 0
+    finish(container, 3)
+    assert container.log_text() == ""
+
+
 def test_run_keep_leaves_it_to_be_looked_at(dom0):
     container = dom0.container("exit:0")
     assert run(container, "--keep").wait().returncode == 0
@@ -217,8 +226,9 @@ def test_run_of_what_cannot_start_leaves_nothing(dom0):
 def test_run_of_what_cannot_be_executed_leaves_nothing(dom0):
     reason = 'exec: "x": exec format error'
     container = dom0.container(f"begun:set:data/process/0/error={reason}", "begun:exit:255")
-    result = run(container).wait()
+    result = run(container, "--pid-file", str(container.pid_file)).wait()
     assert (result.returncode, result.stderr) == (1, f"runX: unable to start container process: {reason}\n")
+    assert not container.pid_file.exists()
     dom0.settle()
 
 
@@ -237,6 +247,26 @@ def test_run_cannot_have_a_console_socket(dom0):
     container = dom0.container(terminal=True)
     result = run(container, "--console-socket", "/x").wait()
     assert result.stderr == "runX: cannot use console socket if runX will not detach or allocate tty\n"
+
+
+@pytest.mark.parametrize("command", ["create", "run"])
+def test_what_no_vm_can_take_over_is_a_warning(dom0, command):
+    container = dom0.container("exit:0")
+    asked = ["--bundle", str(container.bundle), "--preserve-fds", "2"]
+    env = {"NOTIFY_SOCKET": "/run/notify", "LISTEN_FDS": "1", "LISTEN_PID": "1"}  # which is not ours
+    assert container.start_runx(command, *asked, env=env).wait().returncode == 0
+    assert [line.split(": ")[1].split()[0] for line in container.log_text().splitlines()] == [
+        "--preserve-fds",
+        "NOTIFY_SOCKET",
+    ]
+    container.runx("delete", "--force")
+
+
+def test_descriptors_of_systemd_count_for_the_process_that_they_are_meant_for(monkeypatch):
+    asked = record(runx.Invocation, options={"preserve-fds": "0"})
+    for pid, told in ((os.getpid(), ["LISTEN_FDS"]), (os.getppid(), [])):
+        monkeypatch.setenv("LISTEN_PID", str(pid))
+        assert runx.handed(asked) == told
 
 
 # ---- update, events
@@ -278,6 +308,11 @@ def test_an_update_by_a_document(dom0, option):
         assert words in container.runx("update", *option, stdin=text.encode()).stderr
     kill(container)
     finish(container, 137)
+
+
+@pytest.mark.parametrize("memory", ["96m", "96MB", "96MiB", "98304KiB", "98304 kb", "100663296", "100663296B"])
+def test_a_number_of_bytes_is_written_as_for_runc(memory):
+    assert runx.read_update({"memory": memory, "cpu-quota": ""}) == {"memory": {"limit": 96 << 20}}
 
 
 def test_an_update_is_all_or_nothing(dom0):

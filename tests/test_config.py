@@ -1173,6 +1173,15 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     check_guest_words(parsed, spec)
 
 
+@pytest.mark.parametrize("command", runx.COMMANDS)
+def test_the_help_of_a_command_is_its_own_and_names_all_of_its_options(command):
+    _, flags, values, _ = runx.COMMANDS[command]
+    for words in ([command, "--help"], ["help", command]):
+        usage = call(*RUNX, *words).stdout.decode()
+        assert re.match(rf"usage: runX (pause ID, )?{command} .*[a-z]", usage)
+        assert set(re.findall(r"(?m)^  --([a-z0-9-]+)", usage)) == flags | values
+
+
 def test_the_usage_names_every_command_and_global_option():
     named = set(re.findall(r"[a-z][a-z-]+", runx.USAGE))
     assert set(runx.COMMANDS) <= named

@@ -4,8 +4,15 @@
 What is found before Xen is asked for anything; the rest is in test_xen_errors.py.
 """
 
+import json
+import os
+import re
+import sys
+
 import pytest
 from conftest import call, config, runx_command
+
+import runx
 
 
 def test_config_json_missing(bundle):
@@ -28,6 +35,8 @@ def test_config_json_broken(bundle, text):
         ({"process": {"args": [], "cwd": "/"}}, "args"),
         ({"process": {"args": ["true"], "cwd": "relative"}}, "cwd"),
         ({"process": {"args": [1], "cwd": "/"}}, "args"),
+        ({"process": {"args": ["true"], "cwd": "/", "env": ["A=1", "B"]}}, "env must hold NAME=VALUE, not B"),
+        ({"process": {"args": ["true"], "cwd": "/", "env": ["=x"]}}, "env must hold NAME=VALUE, not =x"),
         ({"process": {"args": ["a\0b"], "cwd": "/"}}, "NUL"),
         ({"process": {"args": ["true"], "cwd": "/", "user": {"uid": -1}}}, "user"),
         ({"mounts": [{"destination": "/x", "type": "bind", "source": "/no/such/source"}]}, "/no/such/source"),
@@ -53,6 +62,13 @@ def test_bad_id(bundle, container_id):
         bundle.id = "never-made"
 
 
+def test_a_root_that_is_no_folder(dom0):
+    container = dom0.container()
+    container.root.write_text("here")
+    assert container.create().stderr == f"runX: cannot make {container.root}: File exists\n"
+    container.root.unlink()
+
+
 @pytest.mark.parametrize("command", ["state", "start", "kill", "delete"])
 def test_unknown_id(bundle, command):
     bundle.check_refused("does not exist", command=command)
@@ -67,3 +83,53 @@ def test_missing_id(bundle, command):
     bundle.write_config(config("true"))
     result = call(*runx_command(*bundle.globals(), command), cwd=bundle.folder)
     assert (result.returncode, result.stderr) == (1, b"runX: a container ID is required as an argument\n")
+
+
+# ---- standard streams
+
+
+def shell(redirections, *words):
+    """Run a command with redirections of the shell's."""
+    return call("sh", "-c", f'"$@" {redirections}', "sh", *words)
+
+
+def test_a_stream_that_the_caller_has_closed_gets_nothing_and_no_other_one_does():
+    state = runx_command("state", "never-made")
+    result = shell("2>&-", *state)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert shell("2>/dev/full", *state).returncode == 1
+    assert shell(">&-", *runx_command("features")).returncode == 0
+
+
+def test_what_runx_opens_never_gets_the_number_of_a_standard_stream():
+    script = (
+        "import os, runx\n"
+        "runx.open_standard()\n"
+        "places = {os.readlink(f'/proc/self/fd/{fd}') for fd in range(3)}\n"
+        "os._exit(os.open('/', os.O_RDONLY) if places == {'/dev/null'} else 1)"
+    )
+    folder = os.path.dirname(runx.__file__)
+    result = shell("<&- >&- 2>&-", "env", f"PYTHONPATH={folder}", sys.executable, "-c", script)
+    assert result.returncode == 3
+
+
+@pytest.mark.parametrize("command", ["features", "--version"])
+def test_output_that_cannot_be_written_is_an_error_that_is_told_once(command):
+    result = shell(">/dev/full", *runx_command(command))
+    assert result.returncode == 1
+    assert result.stderr == b"runX: cannot write to standard output: No space left on device\n"
+
+
+# ---- the log
+
+
+def test_a_record_of_the_log_is_one_line_as_runcs(tmp_path):
+    log = tmp_path / "log"
+    call(*runx_command("--log", str(log), "state", "never-made"))
+    time, told = r'time="[0-9]{4}-[^" ]*Z"', r'level=error msg="container \\"never-made\\" does not exist"'
+    assert re.fullmatch(f"{time} {told}\n", log.read_text())
+
+
+def test_without_a_log_standard_error_has_its_format():
+    told = json.loads(call(*runx_command("--log-format", "json", "state", "never-made")).stderr)
+    assert (told["level"], told["msg"]) == ("error", 'container "never-made" does not exist')

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`runX exec` in a dom0 without Xen: what the VM is asked for, streams, signals, exit status, and what is left."""
 
+import contextlib
 import functools
 import json
 import os
@@ -353,7 +354,7 @@ def test_a_terminal_needs_a_console_socket_where_exec_does_not_stay(dom0):
 )
 def test_why_a_pidfd_cannot_be_sent(path, reason):
     with pytest.raises(runx.Error, match=f"^cannot send a pidfd to the socket {path}: {reason}$"):
-        runx.send_pidfd(path, os.getpid())
+        runx.send_pidfd(path, os.getpid(), b"setns")
 
 
 def test_a_terminal_is_joined_to_ours(dom0):
@@ -362,15 +363,27 @@ def test_a_terminal_is_joined_to_ours(dom0):
     finish(container)
 
 
-def test_a_pidfd_of_the_process_is_sent(dom0, tmp_path):
+@contextlib.contextmanager
+def pidfd_socket(path):
+    """An engine's socket; yield what gives the message and the pidfd that come by it."""
     with socket.socket(socket.AF_UNIX) as engine:
-        engine.bind(str(tmp_path / "socket"))
+        engine.bind(str(path))
         engine.listen()
-        container = running(dom0)
+
+        def receive():
+            connection, _ = engine.accept()
+            with connection:
+                name, (pidfd,), _, _ = socket.recv_fds(connection, 100, 4)
+            return name, pidfd
+
+        yield receive
+
+
+def test_a_pidfd_of_the_process_is_sent(dom0, tmp_path):
+    container = running(dom0)
+    with pidfd_socket(tmp_path / "socket") as receive:
         process = execute(container, "wait", options=["--pidfd-socket", str(tmp_path / "socket")])
-        connection, _ = engine.accept()
-        with connection:
-            name, (pidfd,), _, _ = socket.recv_fds(connection, 100, 4)
+        name, pidfd = receive()
     assert name == b"setns"
     signal.pidfd_send_signal(pidfd, 15)
     os.close(pidfd)
@@ -378,11 +391,34 @@ def test_a_pidfd_of_the_process_is_sent(dom0, tmp_path):
     finish(container)
 
 
-def test_a_pid_file_that_cannot_be_written_ends_the_process(dom0):
-    container = running(dom0)
-    result = execute(container, "wait", options=["--detach", "--pid-file", "/none/pid"]).wait()
-    assert (result.returncode, "cannot write the pid file /none/pid" in result.stderr) == (255, True)
+def test_a_pidfd_of_the_container_is_sent(dom0, tmp_path):
+    container = dom0.container("wait")
+    assert "cannot send a pidfd to the socket /none" in container.create("--pidfd-socket", "/none").stderr
+    assert container.runx("state").returncode == 1 and not container.pid_file.exists()
+    with pidfd_socket(tmp_path / "socket") as receive:
+        container.created("--pidfd-socket", str(tmp_path / "socket"))
+        name, pidfd = receive()
+    assert name == b"standard"
+    signal.pidfd_send_signal(pidfd, 15)
+    os.close(pidfd)
+    assert container.wait() == 143
+    remove(container)
+
+
+@pytest.mark.parametrize("place", ["none/pid", ""])  # "": the folder itself
+def test_a_pid_file_that_cannot_be_written_ends_the_process_and_leaves_no_other(dom0, tmp_path, place):
+    container, folder = running(dom0), tmp_path / "folder"
+    folder.mkdir()
+    result = execute(container, "wait", options=["--detach", "--pid-file", str(folder / place)]).wait()
+    assert (result.returncode, f"cannot write the pid file {folder / place}" in result.stderr) == (255, True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
     freed(container)
+    finish(container)
+
+
+def test_a_pid_file_without_a_name_is_none(dom0):
+    container = running(dom0)
+    assert execute(container, "exit:4", options=["--pid-file", "", "--pidfd-socket="]).wait().returncode == 4
     finish(container)
 
 

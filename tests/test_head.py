@@ -126,7 +126,7 @@ def test_what_is_acquired_is_given_back_in_reverse(tmp_path):
         undo.add("undo the third", done.append, 3)
         raise KeyError
     assert done == [3, 1]
-    assert "level=warning msg=cannot undo the second: [Errno 2]" in (tmp_path / "log").read_text()
+    assert 'level=warning msg="cannot undo the second: [Errno 2]' in (tmp_path / "log").read_text()
     with runx.Undo(log) as undo:
         undo.add("undo nothing", done.append, 4)
     assert done == [3, 1]

@@ -5,7 +5,9 @@ import concurrent.futures
 import json
 import os
 import resource
+import signal
 import struct
+import sys
 import threading
 import zlib
 
@@ -175,6 +177,15 @@ def test_what_was_killed_half_way_is_asked_of_xen(dom0):
     assert (dom0.run("pause", "c"), dom0.run("resume", "c"), dom0.status()) == (0, 0, "running")
 
 
+def test_a_caller_that_ignores_its_children_has_not_ours_ignored(dom0, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["runX", "--root", str(dom0.root), "start", "c"])
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        runx.run()
+    assert (os.waitpid(pid, 0)[1], dom0.status(), dom0.calls()) == (0, "running", ["unpause"])
+
+
 def test_what_xl_refuses_has_not_happened(dom0):
     for status, command in (("created", "start"), ("running", "pause"), ("paused", "resume")):
         (dom0.folder / "broken").touch()
@@ -211,12 +222,12 @@ def test_as_long_as_its_pid_is_there_a_container_takes_signals(dom0):
     dom0.run("start", "c")
     dom0.nodes.clear()  # its domain is destroyed, its monitor has not ended yet
     os.unlink(dom0.container.path("control"))
-    for signal in ("TERM", "KILL", "0"):
-        assert dom0.run("kill", "c", signal) == 0
+    for name in ("TERM", "KILL", "0"):
+        assert dom0.run("kill", "c", name) == 0
     assert dom0.status() == "running"
     dom0.change(pid_start_time=1)
     assert (dom0.run("kill", "c", "KILL"), dom0.status()) == (1, "stopped")
-    assert dom0.log().endswith("msg=container not running\n")
+    assert dom0.log().endswith('msg="container not running"\n')
 
 
 def test_an_xl_that_hangs_is_ended(dom0, monkeypatch):
@@ -324,7 +335,7 @@ def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
     dom0.nodes.update(consoles)
     for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
         assert dom0.run(command, "c") == 1
-        assert dom0.log().endswith("remove the container by `runX delete --force c`\n"), command
+        assert dom0.log().endswith("remove the container by `runX delete --force c`\"\n"), command
     warnings = dom0.log().count("level=warning")
     assert (dom0.run("list"), dom0.log().count("level=warning")) == (0, warnings + 1)
     assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (0, [])
@@ -371,8 +382,24 @@ def test_what_lies_in_the_root_and_is_no_container_is_left_alone(dom0, capsys):
     assert (dom0.run("list", "--quiet"), capsys.readouterr().out) == (0, "c\n")
     for command in (["state"], ["kill"], ["start"], ["delete"]):
         assert dom0.run(*command, "file") == 1
-        assert dom0.log().endswith('container "file" does not exist\n')
+        assert dom0.log().endswith('msg="container \\"file\\" does not exist"\n')
     assert (dom0.run("delete", "--force", "file"), (dom0.root / "file").read_text()) == (0, "here")
+
+
+def test_a_folder_of_others_in_the_root_is_no_container_and_keeps_what_is_in_it(dom0, capsys):
+    (dom0.root / "photos").mkdir()
+    (dom0.root / "photos/one").write_text("here")
+    assert (dom0.run("list", "--quiet"), capsys.readouterr().out) == (0, "c\n")
+    assert [dom0.run(command, "photos") for command in ("state", "kill", "start", "delete")] == [1] * 4
+    assert (dom0.run("delete", "--force", "photos"), (dom0.root / "photos/one").read_text()) == (0, "here")
+
+
+def test_of_a_container_without_a_state_the_vm_is_found_and_removed(dom0):
+    os.unlink(dom0.container.path("state.json"))
+    with open(dom0.container.path("xl.cfg"), "w", encoding="utf-8") as file:
+        file.write(f'name = "runx-c-11111111"\nuuid = "{UUID}"\n')
+    assert dom0.run("delete", "c") == 1
+    assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root), dom0.calls()) == (0, [], ["destroy"])
 
 
 def test_ps_of_a_container_that_has_ended(dom0, capsys):

@@ -332,13 +332,13 @@ def test_mounts_are_what_they_are_under_runc(outputs, busybox):
     spec["process"]["args"] = ["sh", "-c", script]
     spec["mounts"] += [
         bind("/a", "bind", "rw"),
-        bind("/b", "bind", "ro", "nosuid", "nodev", "noexec"),
+        bind("/b", "bind", "ro", "nosuid", "nodev", "noexec", "nosymfollow"),
         bind("/c/d/e", "rbind", "rprivate"),
         bind("/f", "bind", "ro", source=str(busybox.folder / "single")),
         bind("/g", "rbind", "rw", "nosuid"),
         bind("/g/inner", "bind", source=str(busybox.folder / "nested")),
         bind("/link", "bind"),
-        mount("/tmpfs", "tmpfs", "nosuid", "noexec", "size=4m", "mode=1770"),
+        mount("/tmpfs", "tmpfs", "nosuid", "noexec", "nosymfollow", "silent", "size=4m", "mode=1770"),
         mount("/overlay", "overlay", layers),
         mount("/filled", "tmpfs", "tmpcopyup", "size=1m"),
     ]

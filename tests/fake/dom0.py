@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import pathlib
+import re
 import select
 import shutil
 import socket
@@ -93,15 +94,16 @@ class Dom0:
             raise AssertionError(f"nothing has happened in the dom0 for {PATIENCE} s: {self.processes()}")
         return json.loads(self.commands.recv(4096))
 
-    def start(self, *words, stdin=None, stdout=None, stderr=None, program=None, session=False, env=None, folder="/"):
-        """Starts runX, or a program; returns the Process.  stdin: bytes, or a descriptor."""
+    def start(self, *words, stdin=None, stdout=None, stderr=None, program=None, session=False, env=None, folder="/",
+              closed=()):  # fmt: skip
+        """Starts runX, or a program; returns the Process.  stdin: bytes, or a descriptor.  closed: which of 0, 1, 2."""
         if not isinstance(stdin, int):
             data, stdin = stdin or b"", self.file()
             os.pwrite(stdin, data, 0)
         files = [self.file() if fd is None else fd for fd in (stdout, stderr)]
         request = {
             "words": list(words), "program": program, "session": session, "env": {**self.env, **(env or {})},
-            "folder": str(folder), "constants": self.constants,
+            "folder": str(folder), "constants": self.constants, "closed": list(closed),
         }  # fmt: skip
         socket.send_fds(self.commands, [json.dumps(request).encode()], [stdin, *files])
         while True:
@@ -363,7 +365,9 @@ class Container:
         return self.dom0.ask("guest", self.domid())
 
     def log_text(self):
-        return self.log.read_text() if self.log.exists() else ""
+        """Its records, with their messages unquoted."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return re.sub('msg=(".*")', lambda match: f"msg={json.loads(match[1])}", text)
 
     def remove(self):
         """Its bundle, when the dom0 has nothing of it any more."""

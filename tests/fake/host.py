@@ -229,6 +229,8 @@ def start(request, descriptors):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as CPython has it
         os.closerange(3, 256)
+        for fd in request["closed"]:
+            os.close(fd)
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["env"])
