@@ -2519,10 +2519,10 @@ def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
 
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
-MS_REMOUNT, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 32, 128, 1024, 2048
-MS_BIND, MS_MOVE, MS_REC, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 17
+MS_REMOUNT, MS_MANDLOCK, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 32, 64, 128, 256, 1024, 2048
+MS_BIND, MS_MOVE, MS_REC, MS_SILENT, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 15, 1 << 17
 MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
-MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
+MS_RELATIME, MS_I_VERSION, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 23, 1 << 24, 1 << 25
 RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 
 # flag, the option that sets it and the one that clears it
@@ -2535,6 +2535,7 @@ MOUNT_ATTRIBUTES = (
     (MS_NODIRATIME, "nodiratime", "diratime"),
     (MS_RELATIME, "relatime", "norelatime"),
     (MS_STRICTATIME, "strictatime", "nostrictatime"),
+    (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
 )
 # option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options".  What is mounted below a bind
 # mount is part of it in the VM, so there these are the same with an r before and without
@@ -2547,6 +2548,12 @@ MOUNT_OPTIONS = {
     "dirsync": (MS_DIRSYNC, 0),
     "lazytime": (MS_LAZYTIME, 0),
     "nolazytime": (0, MS_LAZYTIME),
+    "iversion": (MS_I_VERSION, 0),
+    "noiversion": (0, MS_I_VERSION),
+    "mand": (MS_MANDLOCK, 0),
+    "nomand": (0, MS_MANDLOCK),
+    "silent": (MS_SILENT, 0),
+    "loud": (0, MS_SILENT),
     **{prefix + name: (flag, 0) for flag, name, _ in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     **{prefix + name: (0, flag) for flag, _, name in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),

@@ -551,11 +551,11 @@ def test_flags_of_mount(name):
 
 SETS = {  # runtime-spec config.md "Linux mount options", mount(8)
     "ro": "RDONLY", "nosuid": "NOSUID", "nodev": "NODEV", "noexec": "NOEXEC", "noatime": "NOATIME",
-    "nodiratime": "NODIRATIME", "relatime": "RELATIME", "strictatime": "STRICTATIME",
+    "nodiratime": "NODIRATIME", "relatime": "RELATIME", "strictatime": "STRICTATIME", "nosymfollow": "NOSYMFOLLOW",
 }  # fmt: skip
 CLEARS = {
     "rw": "RDONLY", "suid": "NOSUID", "dev": "NODEV", "exec": "NOEXEC", "atime": "NOATIME", "diratime": "NODIRATIME",
-    "norelatime": "RELATIME", "nostrictatime": "STRICTATIME",
+    "norelatime": "RELATIME", "nostrictatime": "STRICTATIME", "symfollow": "NOSYMFOLLOW",
 }  # fmt: skip
 
 
@@ -564,9 +564,12 @@ def test_options_of_mount():
     for prefix in ("", "r"):
         expected.update({prefix + option: (LINUX[f"MS_{name}"], 0) for option, name in SETS.items()})
         expected.update({prefix + option: (0, LINUX[f"MS_{name}"]) for option, name in CLEARS.items()})
-    for option, name in (("sync", "SYNCHRONOUS"), ("dirsync", "DIRSYNC"), ("lazytime", "LAZYTIME")):
-        expected[option] = (LINUX[f"MS_{name}"], 0)
-    expected.update({"async": (0, LINUX["MS_SYNCHRONOUS"]), "nolazytime": (0, LINUX["MS_LAZYTIME"])})
+    for option, without, name in (
+        ("sync", "async", "SYNCHRONOUS"), ("lazytime", "nolazytime", "LAZYTIME"), ("mand", "nomand", "MANDLOCK"),
+        ("iversion", "noiversion", "I_VERSION"), ("silent", "loud", "SILENT"),
+    ):  # fmt: skip
+        expected.update({option: (LINUX[f"MS_{name}"], 0), without: (0, LINUX[f"MS_{name}"])})
+    expected["dirsync"] = (LINUX["MS_DIRSYNC"], 0)
     expected["rro"] = (LINUX["MS_RDONLY"] | runx.RECURSIVE_RO, 0)
     assert runx.MOUNT_OPTIONS == expected
     assert runx.RECURSIVE_RO not in LINUX.values() and not runx.RECURSIVE_RO & 0xFFFFFFFF  # none of mount(2)'s
