@@ -2871,21 +2871,33 @@ def encode_words(words: Words) -> bytes:
 def guest_files(config: Config, sources: Iterator[str]) -> Words:
     """Return what makes the mounts, and what is in them."""
     words: Words = []
+    over_dev = [entry for entry in config.mounts if os.path.normpath(entry.destination) == "/dev"]
+    if not over_dev:
+        words += guest_devices(config.linux)
     for entry in config.mounts:
         words += guest_mount(entry, sources)
-        if entry.destination == "/dev" and entry.type == "tmpfs":
-            for name, major, minor in map(str.split, DEVICES.split(",")):
-                words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
-            for content, name in DEVICE_LINKS:
-                words += ["link", content, f"/dev/{name}"]
-    for device in config.linux.devices:
-        words += ["node", *device]
+        if entry in over_dev and not entry.on_host():
+            words += guest_devices(config.linux)
+    if not any(entry.flags & MS_BIND for entry in over_dev):  # else what is there is dom0's
+        for device in config.linux.devices:
+            words += ["node", *device]
     if config.process and config.process.terminal:
         words += ["terminal"]
     if config.process:
         words += ["cwd", config.process.cwd]
     if config.netconf and not any(entry.destination.rstrip("/") == "/etc/resolv.conf" for entry in config.mounts):
         words += ["resolv_conf"]
+    return words
+
+
+def guest_devices(linux: Linux) -> Words:
+    """Return what makes the default devices, without those for which config.json has its own."""
+    words: Words = []
+    for name, major, minor in map(str.split, DEVICES.split(",")):
+        if all(path != f"/dev/{name}" for path, *_ in linux.devices):
+            words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
+    for content, name in DEVICE_LINKS:
+        words += ["link", content, f"/dev/{name}"]
     return words
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 import struct
 
 import pytest
@@ -156,6 +157,7 @@ def test_the_guests_config_keeps_the_order_of_mounts(bundle, tmp_path):
         {"destination": "/run/x", "type": "bind", "source": "source", "options": ["ro"]},
     ]
     words = guest_words(runx.load_config(bundle(spec)))
+    words = words[:1] + words[words.index("mount") :]
     assert words[:7] == ["0", "mount", "tmpfs", "/run", "tmpfs", "0", ""]
     assert words[7:13] == ["mount", "mounts/0", "/run/x", "", str(runx.MS_BIND), ""]
     readonly = str(runx.MS_BIND | runx.MS_REMOUNT | runx.MS_RDONLY)
@@ -736,6 +738,26 @@ def test_memory_that_is_read_only_is_so_when_all_is_made_in_it(bundle):
             "node /dev/pipe ", "terminal ", "cwd /dev/cwd ", seal, "readonly /dev/cwd ", "mount  /  "]  # fmt: skip
     places = [text.index(record) for record in made]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "mounts, found",
+    [
+        ([], ["/dev/null", "mount", "/dev/f", "/dev/tty"]),  # in the image's own folder
+        ([{"destination": "/dev/", "type": "tmpfs"}], ["mount", "mount", "/dev/null", "/dev/f", "/dev/tty"]),
+        ([{"destination": "/dev", "type": "bind", "source": "/"}], ["mount", "mount"]),  # those are dom0's
+    ],
+)
+def test_the_default_devices_are_there_whatever_is_mounted(bundle, mounts, found):
+    """And config.json's own in place of them."""
+    spec = config("true")
+    spec["mounts"] = [{"destination": "/proc", "type": "proc"}, *mounts]
+    own = {"type": "c", "major": 5, "minor": 0}
+    spec["linux"] = {"devices": [{"path": "/dev/f", **own}, {"path": "/dev/tty", "fileMode": 0o600, **own}]}
+    words = guest_words(runx.load_config(bundle(spec)))
+    assert [word for word in words if word in ("mount", "/dev/null", "/dev/f", "/dev/tty")] == found
+    if "/dev/tty" in words:
+        assert words[words.index("/dev/tty") + 1] == str(stat.S_IFCHR | 0o600)
 
 
 def test_the_last_of_two_variables_of_one_name_counts(bundle):
