@@ -6454,7 +6454,7 @@ def hook_errors(container: Container, kind: str, status: str, namespaces: Sequen
     they read says.  namespaces: paths of those that they join."""
     for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
         state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
-        env = dict(variable.partition("=")[::2] for variable in hook.env)
+        env = dict(variable.partition("=")[::2] for variable in hook.env) or dict(os.environ)  # as under runc and crun
         reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
         if reason:
             if reason.startswith("ran past"):
