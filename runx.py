@@ -2386,11 +2386,14 @@ class Process:
             spec.refuse("must not be empty", "args")
         env = {variable.partition("=")[0]: variable for variable in spec.texts("env")}  # the last counts
         self.env = list(env.values())
+        for variable in self.env:
+            if variable.find("=") < 1:
+                spec.refuse(f"must hold variables such as NAME=value, not {printable(variable)}", "env")
         self.cwd = spec.path("cwd")
         self.terminal = spec.flag("terminal")
         self.uid = user.unsigned("uid", 32)
         self.gid = user.unsigned("gid", 32)
-        self.groups = user.each("additionalGids", Section.unsigned, 32, REQUIRED)
+        self.groups = list(dict.fromkeys(user.each("additionalGids", Section.unsigned, 32, REQUIRED)))
         self.umask = user.number("umask", 0o022, 0, 0o777)
         self.capabilities = parse_capabilities(spec.section("capabilities"))
         self.no_new_privileges = spec.flag("noNewPrivileges")

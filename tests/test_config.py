@@ -772,6 +772,11 @@ def test_propagation_of_a_mount(bundle, tmp_path, option, flags):
     assert runx.guest_mount(mount, iter(["mounts/0"]))[6:] == (["propagation", "/t", flags] if flags else [])
 
 
+def test_a_group_that_is_there_twice_counts_once(bundle):
+    spec = config("true", user={"uid": 0, "gid": 0, "additionalGids": [6, 5, 6]})
+    assert runx.load_config(bundle(spec)).process.groups == [6, 5]
+
+
 def test_id_mapped_mounts_are_refused(bundle, tmp_path):
     mappings = [{"containerID": 0, "hostID": 1000, "size": 1}]
     with pytest.raises(runx.Error, match="ID-mapped mounts are not supported"):
@@ -1103,6 +1108,8 @@ def test_capabilities_that_cannot_be_granted_are_left_out(lacking, left_out):
             r"rlimits\[0\].soft must be from 0 to 1",
         ),
         ("process", {"oomScoreAdj": 1001}, "oomScoreAdj must be"),
+        ("process", {"env": ["A=b", "NAME"]}, "process.env must hold variables such as NAME=value, not NAME"),
+        ("process", {"env": ["=b"]}, "process.env must hold variables such as NAME=value, not =b"),
         ("process", {"user": {"umask": 0o1000}}, "umask must be from 0 to 511"),
         ("process", {"ioPriority": {"class": "IOPRIO_CLASS_NEW"}}, "ioPriority.class must be one of IOPRIO_CLASS_RT"),
         ("process", {"scheduler": {"policy": "SCHED_NEW"}}, "policy must be one of SCHED_OTHER, .*, not SCHED_NEW"),
