@@ -263,12 +263,12 @@ static const char *find_home(void)
 		return "/";
 	text = load(fd, path, &size);
 	while ((line = strsep(&text, "\n"))) {
-		char *fields[7];
+		char *fields[6];
 		int n = 0;
 
-		while (n < 7 && (fields[n] = strsep(&line, ":")))
+		while (n < 6 && (fields[n] = strsep(&line, ":")))
 			n++;
-		if (n == 7 && !line && !strcmp(fields[2], uid))
+		if (n == 6 && !strcmp(fields[2], uid))	/* the shell may be missing */
 			return *fields[5] ? fields[5] : "/";
 	}
 	return "/";

@@ -220,7 +220,7 @@ def test_what_is_to_be_masked_may_be_missing_but_not_unknown(files, root):
     assert (result.returncode, result.stderr) == (126, "mask /file/below: Not a directory\n")
 
 
-PASSWD = "root:x:0:0::/root:/bin/sh\nshort:x:7\nlong:x:7:7::/long:/bin/sh:more\nuser:x:7:7::/home/user:\nno:x:8:8:::\n"
+PASSWD = "root:x:0:0::/root:/bin/sh:more\nshort:x:7:7:\nuser:x:7:7::/home/user\nother:x:7:7::/x:\nno:x:8:8:::\n"
 
 
 @pytest.mark.parametrize(
