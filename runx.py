@@ -2582,6 +2582,7 @@ class Mount:
         self.source = spec.text("source", "")
         self.flags = MS_BIND if self.type == "bind" else 0
         self.propagation = 0  # flags of mount(2), 0: private
+        self.kept = 0  # flags of what it is bound from, which hold if it has none of its own
         self.copy_up = False  # a tmpfs that begins with what is below it
         data = [option for option in spec.texts("options") if not self.take(option)]
         if self.flags & MS_BIND:
@@ -2594,6 +2595,7 @@ class Mount:
         if self.flags & MS_BIND:
             if not os.path.exists(self.source):
                 raise Error(f"{where}: the source does not exist")
+            self.kept = flags_of(self.source)
             if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
                 # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
                 data = ["mode=1777", f"size={size_of(self.source) >> 10}k"]
@@ -2635,6 +2637,11 @@ class Mount:
 def is_empty_memory(path: str) -> bool:
     """Return whether an engine has mounted a tmpfs there for one container."""
     return os.path.ismount(path) and os.major(os.stat(path).st_dev) == 0 and not os.listdir(path)
+
+
+def flags_of(path: str) -> int:
+    """Return what the mount at path forbids, which <sys/statvfs.h> has the numbers of mount(2) for."""
+    return os.statvfs(path).f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
 def size_of(path: str) -> int:
@@ -2911,6 +2918,7 @@ def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
     if entry.on_host():
         source = next(sources)
         words += ["mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""]
+        flags = flags or entry.kept
         if flags:  # a bind mount takes its options only from a second call
             words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
     else:

@@ -719,6 +719,17 @@ def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
     assert not mount_of(bundle, type="cgroup", source="cgroup", options=["ro", "name=systemd"]).data
 
 
+@pytest.mark.parametrize(
+    "options, flags", [(["bind"], 2 | 8), (["rbind", "rslave"], 2 | 8), (["bind", "ro"], 1), (["bind", "nodev"], 4)]
+)
+def test_a_bind_mount_without_flags_has_those_of_its_source(bundle, tmp_path, monkeypatch, options, flags):
+    """As bind mounts on one kernel do, where nosuid and noexec are the mount's."""
+    statvfs = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs[:8], 2 | 8 | 1024, *statvfs[9:]]))
+    words = runx.guest_mount(mount_of(bundle, source=str(tmp_path), options=options), iter(["mounts/0"]))
+    assert words[6:11] == ["mount", "mounts/0", "/t", "", runx.MS_BIND | runx.MS_REMOUNT | flags]
+
+
 def test_a_tmpfs_that_begins_with_what_is_below(bundle):
     mount = mount_of(bundle, type="tmpfs", source="tmpfs", options=["tmpcopyup", "ro", "size=1m"])
     assert runx.guest_mount(mount, iter(())) == ["copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m"]
@@ -1194,6 +1205,7 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     spec = json.loads((DATA / f"{name}.json").read_text())
     spec["root"]["path"] = "rootfs"
     monkeypatch.setattr(runx.os.path, "exists", lambda path: True)  # sources of bind mounts
+    monkeypatch.setattr(runx, "flags_of", lambda path: 0)
     # the network namespaces are of another time
     monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
