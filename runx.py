@@ -2736,7 +2736,7 @@ def seccomp_action(spec: Section, key: str, errno_key: str) -> int:
 
 
 def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
-    """Return the rules of each system call that is named.  One without conditions stands alone."""
+    """Return the rules of each system call that is named.  The first without conditions stands alone."""
     rules: dict[str, list[Rule]] = {}
     for entry in spec.sections("syscalls"):
         action = seccomp_action(entry, "action", "errnoRet")
@@ -2747,13 +2747,13 @@ def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
         for name in entry.texts("names"):
             if not name.isidentifier():
                 entry.refuse(f"must hold names of system calls, not {printable(name)}", "names")
-            if action == default:
+            if action == default or (name in rules and not rules[name][0][0]):
                 continue
-            if not args:
-                rules[name] = [([], action)]
-            elif name not in rules or rules[name][0][0]:
+            if args:
                 rules.setdefault(name, [])
                 rules[name] += [(conditions, action) for conditions in alternatives]
+            else:
+                rules[name] = [([], action)]
     return rules
 
 

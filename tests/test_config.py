@@ -639,6 +639,13 @@ def test_a_rule_without_conditions_stands_alone():
         assert filtered(seccomp(*rules)[1], NAMES, "clone", 9) == ALLOW
 
 
+def test_the_first_rule_without_conditions_counts():
+    """As libseccomp has it."""
+    other = {"action": "SCMP_ACT_ERRNO", "errnoRet": 38}
+    for rules, result in (([{}, other], ALLOW), ([other, {}], NOT_THERE)):
+        assert filtered(seccomp(*[rule("clone", **each) for each in rules])[1], NAMES, "clone") == result
+
+
 def test_a_system_call_may_have_several_actions():
     rules = [rule("clone", args=[arg(0, 1)]), rule("clone", args=[arg(0, 2)], action="SCMP_ACT_ERRNO", errnoRet=38)]
     _, program = seccomp(*rules)
