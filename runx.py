@@ -2498,8 +2498,8 @@ class Linux:
             spec.refuse("must hold names such as net.ipv4.ip_forward", "sysctl")
         self.masked_paths = spec.each("maskedPaths", Section.path)
         self.readonly_paths = spec.each("readonlyPaths", Section.path)
-        propagation = PROPAGATIONS[spec.choice("rootfsPropagation", PROPAGATIONS, "")]
-        self.propagation = propagation and propagation | MS_REC  # flags of mount(2), 0: private as it is
+        # flags of mount(2), 0: private as it is; of "/" alone, for each mount has its own
+        self.propagation = PROPAGATIONS[spec.choice("rootfsPropagation", PROPAGATIONS, "")] & ~MS_REC
         self.personality = PERSONALITIES[spec.section("personality").choice("domain", PERSONALITIES, "")]
         self.cgroup = parse_cgroup(spec.section("resources"))
         self.seccomp = spec.section("seccomp").values if "seccomp" in spec else None  # as there
