@@ -125,7 +125,10 @@ static void apply_copy_up(char **word)
 	struct stat st;
 	pid_t pid;
 
-	make(target, S_IFDIR | 0755, 0);
+	if (missing) {
+		apply_mount(word);
+		return;
+	}
 	below = check(open(target, O_PATH | O_DIRECTORY | O_CLOEXEC), "open", target);
 	apply_mount(word);
 	check(stat(target, &st), "stat", target);
