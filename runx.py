@@ -4249,6 +4249,7 @@ class Known:
         self.by_key: dict[int | tuple[int, int], Node] = {}
         self.handles: dict[int, Handle] = {}
         self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
+        self.fixed: tuple[int, int] | None = None  # file and read-only mount of what is being looked up again
         self.forget_all()
 
     def forget_all(self) -> None:
@@ -4300,6 +4301,15 @@ class Known:
             del self.nodes[number]
             if self.by_key.get(node.key) is node:
                 del self.by_key[node.key]
+
+    def looks_again(self, node: Node) -> bool:
+        """Return whether the guest is to look a file up that it cannot change: what it was found by is read-only, and
+        the name that is used now may be in a mount that is not.  True only once in succession."""
+        found = node.inode, self.files.mount(node)
+        self.fixed = None if self.fixed == found or node.kind == stat.S_IFDIR else found
+        if self.by_key.get(node.key) is node and node.kind != stat.S_IFDIR:
+            del self.by_key[node.key]
+        return self.fixed is not None
 
     def check_room(self) -> None:
         """Raise OSError if there may be no room for one more file."""
@@ -4385,6 +4395,8 @@ class FuseNames:
         except OSError as failure:
             # at this one the guest's kernel forgets files, and asks again
             error = errno.ENFILE if failure.errno == errno.EMFILE else failure.errno or errno.EIO
+            if error == errno.EROFS and self.known.looks_again(call.node):
+                error = errno.ESTALE
         except (struct.error, ValueError, OverflowError):  # what it says makes no sense
             error = errno.EINVAL
         if opcode in FUSE_SILENT:
