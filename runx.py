@@ -6762,7 +6762,7 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
     else:
         path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
         candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
-    reason = f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
+    by_path, reason = "/" not in name, "executable file not found in $PATH"
     for candidate in candidates:
         if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
             return
@@ -6772,10 +6772,11 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return  # such as a kernel without openat2(2)
+            reason = reason if by_path else f"stat {name}: {os.strerror(error.errno).lower()}"
             continue
         if stat.S_ISREG(mode) and mode & 0o111:
             return
-        reason = "permission denied"
+        reason = reason if by_path else "permission denied"
     raise Error(f'unable to start container process: exec: "{name}": {reason}')
 
 
