@@ -289,6 +289,16 @@ def test_a_working_directory_that_cannot_be_entered_is_told_in_runcs_words(proce
     assert (result.returncode, result.stderr) == (126, words)
 
 
+def test_a_working_directory_outside_of_the_rootfs_is_refused(process, root):
+    """As a link of /proc leads to what init has open: here it stays where it was."""
+    run_in(root, process, "cwd", "/")
+    words = 'chdir to cwd (".") set in config.json failed: it is outside of the container\n'
+    options = {"capture_output": True, "text": True, "preexec_fn": lambda: os.chroot(root)}
+    result = subprocess.run(["/program", "cwd", "."], cwd="/", check=False, **options)
+    assert (result.returncode, result.stderr) == (126, words)
+    assert subprocess.run(["/program", "cwd", "."], cwd=root / "etc", check=False, **options).returncode == 0
+
+
 DOORBELL_MAIN = r"""
 int main(int argc, char **argv)
 {
