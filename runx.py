@@ -2891,6 +2891,8 @@ def guest_files(config: Config, sources: Iterator[str]) -> Words:
     if not any(entry.flags & MS_BIND for entry in over_dev):  # else what is there is dom0's
         for device in config.linux.devices:
             words += ["node", *device]
+        for content, name in DEVICE_LINKS:
+            words += ["link", content, f"/dev/{name}"]
     if config.process and config.process.terminal:
         words += ["terminal"]
     if config.process:
@@ -2906,8 +2908,6 @@ def guest_devices(linux: Linux) -> Words:
     for name, major, minor in map(str.split, DEVICES.split(",")):
         if all(path != f"/dev/{name}" for path, *_ in linux.devices):
             words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
-    for content, name in DEVICE_LINKS:
-        words += ["link", content, f"/dev/{name}"]
     return words
 
 

@@ -21,12 +21,18 @@ def guest(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(spec))
         parsed = runx.load_config(str(tmp_path))
         found = runx.guest_config(parsed, sources, '{"a": 1}', capabilities or {}).decode().split("\0")[:-1]
-        devices = [] if "/dev" in [mount.destination for mount in parsed.mounts] else runx.guest_devices(parsed.linux)
-        place = found.index("node") if devices else 0
-        assert found[place : place + len(devices)] == text(*devices)
-        return found[:place] + found[place + len(devices) :]
+        if "/dev" in [mount.destination for mount in parsed.mounts]:
+            return found
+        for keyword, same in (("node", runx.guest_devices(parsed.linux)), ("link", LINKS)):
+            place = found.index(keyword)
+            assert found[place : place + len(same)] == text(*same)
+            del found[place : place + len(same)]
+        return found
 
     return words
+
+
+LINKS = [word for content, name in runx.DEVICE_LINKS for word in ("link", content, f"/dev/{name}")]
 
 
 def plain(**others):
@@ -143,7 +149,7 @@ def test_words_stand_in_one_order_whatever_config_json_has(guest):
     }  # fmt: skip
     words = guest(spec, capabilities={"bin/x": b"\1\2"})
     keywords = [
-        "file_capability", "cgroup", "mount", "node", "link", "mount", "node", "terminal", "cwd", "mount", "sysctl",
+        "file_capability", "cgroup", "mount", "node", "mount", "node", "link", "terminal", "cwd", "mount", "sysctl",
         "readonly", "mask", "propagation", "mount", "hostname", "domainname", "rlimit", "oom", "ioprio", "scheduler",
         "personality", "capabilities", "no_new_privileges", "seccomp", "user", "state", "hook", "group", "arg", "env",
     ]  # fmt: skip
