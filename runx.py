@@ -2889,8 +2889,8 @@ def guest_files(config: Config, sources: Iterator[str]) -> Words:
         if entry in over_dev and not entry.on_host():
             words += guest_devices(config.linux)
     if not any(entry.flags & MS_BIND for entry in over_dev):  # else what is there is dom0's
-        for device in config.linux.devices:
-            words += ["node", *device]
+        for path, *numbers in config.linux.devices:
+            words += ["node", path, *numbers] if path != "/dev/ptmx" else []  # it is a link, to the container's own
         for content, name in DEVICE_LINKS:
             words += ["link", content, f"/dev/{name}"]
     if config.process and config.process.terminal:

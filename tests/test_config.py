@@ -772,11 +772,13 @@ def test_the_default_devices_are_there_whatever_is_mounted(bundle, mounts, found
     spec = config("true")
     spec["mounts"] = [{"destination": "/proc", "type": "proc"}, *mounts]
     own = {"type": "c", "major": 5, "minor": 0}
-    spec["linux"] = {"devices": [{"path": "/dev/f", **own}, {"path": "/dev/tty", "fileMode": 0o600, **own}]}
+    paths = ["/dev/f", "/dev/tty", "/dev/ptmx"]
+    spec["linux"] = {"devices": [{"path": path, "fileMode": 0o600, **own} for path in paths]}
     words = guest_words(runx.load_config(bundle(spec)))
     assert [word for word in words if word in ("mount", "/dev/null", "/dev/f", "/dev/tty")] == found
     if "/dev/tty" in words:
         assert words[words.index("/dev/tty") + 1] == str(stat.S_IFCHR | 0o600)
+        assert words[words.index("/dev/ptmx") - 1] == "pts/ptmx" and words.count("/dev/ptmx") == 1
 
 
 def test_the_last_of_two_variables_of_one_name_counts(bundle):
