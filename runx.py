@@ -2414,7 +2414,7 @@ class Process:
         self.terminal = spec.flag("terminal")
         self.uid = user.unsigned("uid", 32)
         self.gid = user.unsigned("gid", 32)
-        self.groups = user.each("additionalGids", Section.unsigned, 32, REQUIRED)
+        self.groups = list(dict.fromkeys(user.each("additionalGids", Section.unsigned, 32, REQUIRED)))
         self.umask = user.number("umask", 0o022, 0, 0o777)
         self.capabilities = parse_capabilities(spec.section("capabilities"))
         self.no_new_privileges = spec.flag("noNewPrivileges")
@@ -2519,8 +2519,8 @@ class Linux:
             spec.refuse("must hold names such as net.ipv4.ip_forward", "sysctl")
         self.masked_paths = spec.each("maskedPaths", Section.path)
         self.readonly_paths = spec.each("readonlyPaths", Section.path)
-        propagation = PROPAGATIONS[spec.choice("rootfsPropagation", PROPAGATIONS, "")]
-        self.propagation = propagation and propagation | MS_REC  # flags of mount(2), 0: private as it is
+        # flags of mount(2), 0: private as it is; of "/" alone, for each mount has its own
+        self.propagation = PROPAGATIONS[spec.choice("rootfsPropagation", PROPAGATIONS, "")] & ~MS_REC
         self.personality = PERSONALITIES[spec.section("personality").choice("domain", PERSONALITIES, "")]
         self.cgroup = parse_cgroup(spec.section("resources"))
         self.seccomp = spec.section("seccomp").values if "seccomp" in spec else None  # as there
@@ -2543,10 +2543,10 @@ def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
 
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
-MS_REMOUNT, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 32, 128, 256, 1024, 2048
-MS_BIND, MS_MOVE, MS_REC, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 17
+MS_REMOUNT, MS_MANDLOCK, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 32, 64, 128, 256, 1024, 2048
+MS_BIND, MS_MOVE, MS_REC, MS_SILENT, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 15, 1 << 17
 MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
-MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
+MS_RELATIME, MS_I_VERSION, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 23, 1 << 24, 1 << 25
 RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 
 # flag, the option that sets it and the one that clears it
@@ -2555,11 +2555,11 @@ MOUNT_ATTRIBUTES = (
     (MS_NOSUID, "nosuid", "suid"),
     (MS_NODEV, "nodev", "dev"),
     (MS_NOEXEC, "noexec", "exec"),
-    (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
     (MS_NOATIME, "noatime", "atime"),
     (MS_NODIRATIME, "nodiratime", "diratime"),
     (MS_RELATIME, "relatime", "norelatime"),
     (MS_STRICTATIME, "strictatime", "nostrictatime"),
+    (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
 )
 # option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options".  What is mounted below a bind
 # mount is part of it in the VM, so there these are the same with an r before and without
@@ -2572,11 +2572,16 @@ MOUNT_OPTIONS = {
     "dirsync": (MS_DIRSYNC, 0),
     "lazytime": (MS_LAZYTIME, 0),
     "nolazytime": (0, MS_LAZYTIME),
+    "iversion": (MS_I_VERSION, 0),
+    "noiversion": (0, MS_I_VERSION),
+    "mand": (MS_MANDLOCK, 0),
+    "nomand": (0, MS_MANDLOCK),
+    "silent": (MS_SILENT, 0),
+    "loud": (0, MS_SILENT),
     **{prefix + name: (flag, 0) for flag, name, _ in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     **{prefix + name: (0, flag) for flag, _, name in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),
-    # of a whole file system, and nothing to those that a container gets
-    **dict.fromkeys("silent loud mand nomand iversion noiversion acl noacl".split(), (0, 0)),
+    **dict.fromkeys(("acl", "noacl"), (0, 0)),  # nothing to the file systems that a container gets
 }
 PROPAGATIONS = {
     "": 0,
@@ -2599,6 +2604,7 @@ class Mount:
         self.source = spec.text("source", "")
         self.flags = MS_BIND if self.type == "bind" else 0
         self.propagation = 0  # flags of mount(2), 0: private
+        self.kept = 0  # flags of what it is bound from, which hold if it has none of its own
         self.copy_up = False  # a tmpfs that begins with what is below it
         data = [option for option in spec.texts("options") if not self.take(option)]
         if self.flags & MS_BIND:
@@ -2611,6 +2617,7 @@ class Mount:
         if self.flags & MS_BIND:
             if not os.path.exists(self.source):
                 raise Error(f"{where}: the source does not exist")
+            self.kept = flags_of(self.source)
             if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
                 # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
                 data = ["mode=1777", f"size={size_of(self.source) >> 10}k"]
@@ -2652,6 +2659,11 @@ class Mount:
 def is_empty_memory(path: str) -> bool:
     """Return whether an engine has mounted a tmpfs there for one container."""
     return os.path.ismount(path) and os.major(os.stat(path).st_dev) == 0 and not os.listdir(path)
+
+
+def flags_of(path: str) -> int:
+    """Return what the mount at path forbids, which <sys/statvfs.h> has the numbers of mount(2) for."""
+    return os.statvfs(path).f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
 def size_of(path: str) -> int:
@@ -2746,7 +2758,7 @@ def seccomp_action(spec: Section, key: str, errno_key: str) -> int:
 
 
 def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
-    """Return the rules of each system call that is named.  One without conditions stands alone."""
+    """Return the rules of each system call that is named.  The first without conditions stands alone."""
     rules: dict[str, list[Rule]] = {}
     for entry in spec.sections("syscalls"):
         action = seccomp_action(entry, "action", "errnoRet")
@@ -2757,13 +2769,13 @@ def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
         for name in entry.texts("names"):
             if not name.isidentifier():
                 entry.refuse(f"must hold names of system calls, not {printable(name)}", "names")
-            if action == default:
+            if action == default or (name in rules and not rules[name][0][0]):
                 continue
-            if not args:
-                rules[name] = [([], action)]
-            elif name not in rules or rules[name][0][0]:
+            if args:
                 rules.setdefault(name, [])
                 rules[name] += [(conditions, action) for conditions in alternatives]
+            else:
+                rules[name] = [([], action)]
     return rules
 
 
@@ -2891,21 +2903,33 @@ def encode_words(words: Words) -> bytes:
 def guest_files(config: Config, sources: Iterator[str]) -> Words:
     """Return what makes the mounts, and what is in them."""
     words: Words = []
+    over_dev = [entry for entry in config.mounts if os.path.normpath(entry.destination) == "/dev"]
+    if not over_dev:
+        words += guest_devices(config.linux)
     for entry in config.mounts:
         words += guest_mount(entry, sources)
-        if entry.destination == "/dev" and entry.type == "tmpfs":
-            for name, major, minor in map(str.split, DEVICES.split(",")):
-                words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
-            for content, name in DEVICE_LINKS:
-                words += ["link", content, f"/dev/{name}"]
-    for device in config.linux.devices:
-        words += ["node", *device]
+        if entry in over_dev and not entry.on_host():
+            words += guest_devices(config.linux)
+    if not any(entry.flags & MS_BIND for entry in over_dev):  # else what is there is dom0's
+        for path, *numbers in config.linux.devices:
+            words += ["node", path, *numbers] if path != "/dev/ptmx" else []  # it is a link, to the container's own
+        for content, name in DEVICE_LINKS:
+            words += ["link", content, f"/dev/{name}"]
     if config.process and config.process.terminal:
         words += ["terminal"]
     if config.process:
         words += ["cwd", config.process.cwd]
     if config.netconf and not any(entry.destination.rstrip("/") == "/etc/resolv.conf" for entry in config.mounts):
         words += ["resolv_conf"]
+    return words
+
+
+def guest_devices(linux: Linux) -> Words:
+    """Return what makes the default devices, without those for which config.json has its own."""
+    words: Words = []
+    for name, major, minor in map(str.split, DEVICES.split(",")):
+        if all(path != f"/dev/{name}" for path, *_ in linux.devices):
+            words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
     return words
 
 
@@ -2916,6 +2940,7 @@ def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
     if entry.on_host():
         source = next(sources)
         words += ["mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""]
+        flags = flags or entry.kept
         if flags:  # a bind mount takes its options only from a second call
             words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
     else:
@@ -4246,6 +4271,7 @@ class Known:
         self.by_key: dict[int | tuple[int, int], Node] = {}
         self.handles: dict[int, Handle] = {}
         self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
+        self.fixed: tuple[int, int] | None = None  # file and read-only mount of what is being looked up again
         self.forget_all()
 
     def forget_all(self) -> None:
@@ -4297,6 +4323,15 @@ class Known:
             del self.nodes[number]
             if self.by_key.get(node.key) is node:
                 del self.by_key[node.key]
+
+    def looks_again(self, node: Node) -> bool:
+        """Return whether the guest is to look a file up that it cannot change: what it was found by is read-only, and
+        the name that is used now may be in a mount that is not.  True only once in succession."""
+        found = node.inode, self.files.mount(node)
+        self.fixed = None if self.fixed == found or node.kind == stat.S_IFDIR else found
+        if self.by_key.get(node.key) is node and node.kind != stat.S_IFDIR:
+            del self.by_key[node.key]
+        return self.fixed is not None
 
     def check_room(self) -> None:
         """Raise OSError if there may be no room for one more file."""
@@ -4382,6 +4417,8 @@ class FuseNames:
         except OSError as failure:
             # at this one the guest's kernel forgets files, and asks again
             error = errno.ENFILE if failure.errno == errno.EMFILE else failure.errno or errno.EIO
+            if error == errno.EROFS and self.known.looks_again(call.node):
+                error = errno.ESTALE
         except (struct.error, ValueError, OverflowError):  # what it says makes no sense
             error = errno.EINVAL
         if opcode in FUSE_SILENT:
@@ -6475,7 +6512,7 @@ def hook_errors(container: Container, kind: str, status: str, namespaces: Sequen
     they read says.  namespaces: paths of those that they join."""
     for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
         state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
-        env = dict(variable.partition("=")[::2] for variable in hook.env)
+        env = dict(variable.partition("=")[::2] for variable in hook.env) or dict(os.environ)  # as under runc and crun
         reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
         if reason:
             if reason.startswith("ran past"):
@@ -6760,7 +6797,7 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
     else:
         path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
         candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
-    reason = f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
+    by_path, reason = "/" not in name, "executable file not found in $PATH"
     for candidate in candidates:
         if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
             return
@@ -6770,10 +6807,11 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return  # such as a kernel without openat2(2)
+            reason = reason if by_path else f"stat {name}: {os.strerror(error.errno).lower()}"
             continue
         if stat.S_ISREG(mode) and mode & 0o111:
             return
-        reason = "permission denied"
+        reason = reason if by_path else "permission denied"
     raise Error(f'unable to start container process: exec: "{name}": {reason}')
 
 

@@ -125,7 +125,10 @@ static void apply_copy_up(char **word)
 	struct stat st;
 	pid_t pid;
 
-	make(target, S_IFDIR | 0755, 0);
+	if (missing) {
+		apply_mount(word);
+		return;
+	}
 	below = check(open(target, O_PATH | O_DIRECTORY | O_CLOEXEC), "open", target);
 	apply_mount(word);
 	check(stat(target, &st), "stat", target);
@@ -150,11 +153,12 @@ static void apply_node(char **word)
 	dev_t device = S_ISFIFO(mode) ? 0 : makedev(number(word[2]), number(word[3]));
 	struct stat st;
 
-	if (make(path, mode, device) < 0 &&
-	    (errno != EEXIST || stat(path, &st) < 0 || (st.st_mode ^ mode) & S_IFMT || st.st_rdev != device))
-		die("mknod", path);
-	check(chmod(path, mode & 07777), "chmod", path);
-	check(chown(path, number(word[4]), number(word[5])), "chown", path);
+	if (make(path, mode, device) == 0) {
+		check(chmod(path, mode & 07777), "chmod", path);
+		check(chown(path, number(word[4]), number(word[5])), "chown", path);
+	} else if (errno != EEXIST || stat(path, &st) < 0 || (st.st_mode ^ mode) & S_IFMT || st.st_rdev != device) {
+		die("mknod", path);	/* one that is there already stays as it is: it may be the host's */
+	}
 }
 
 static void apply_link(char **word)

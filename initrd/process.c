@@ -2,6 +2,7 @@
 /* What a process is given: its cgroup, limits, user, capabilities, seccomp filter, environment; and its execution. */
 #include "container.h"
 #include <grp.h>
+#include <limits.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -263,12 +264,12 @@ static const char *find_home(void)
 		return "/";
 	text = load(fd, path, &size);
 	while ((line = strsep(&text, "\n"))) {
-		char *fields[7];
+		char *fields[6];
 		int n = 0;
 
-		while (n < 7 && (fields[n] = strsep(&line, ":")))
+		while (n < 6 && (fields[n] = strsep(&line, ":")))
 			n++;
-		if (n == 7 && !line && !strcmp(fields[2], uid))
+		if (n == 6 && !strcmp(fields[2], uid))	/* the shell may be missing */
 			return *fields[5] ? fields[5] : "/";
 	}
 	return "/";
@@ -322,14 +323,23 @@ static void die_in_words(int status, const char *operation, const char *reason)
 	die_with(status, message);
 }
 
+/* Links of /proc, which an image may name as its working directory, lead to what init has open: out of the rootfs. */
+static int is_inside(void)
+{
+	char path[PATH_MAX];
+
+	return syscall(SYS_getcwd, path, sizeof path) > 0 && *path == '/';
+}
+
 static void enter_cwd(void)
 {
 	char operation[MESSAGE_MAX];
+	int entered = chdir(settings.cwd) == 0;
 
-	if (chdir(settings.cwd) == 0)
+	if (entered && is_inside())
 		return;
 	join(operation, sizeof operation, "chdir to cwd (\"", settings.cwd, "\") set in config.json failed", NULL);
-	die_in_words(CANNOT_EXECUTE, operation, strerror(errno));
+	die_in_words(CANNOT_EXECUTE, operation, entered ? "it is outside of the container" : strerror(errno));
 }
 
 enum { AHEAD_MAX = 2 << 20, AHEAD_STEP = 128 << 10 };	/* bytes; the kernel takes no more at once */
@@ -370,7 +380,8 @@ void read_ahead(void)
 /* The order is capabilities(7)'s: the bounding set while we may, the rest once the user is what it will be. */
 void become_user(void)
 {
-	int entered = chdir(settings.cwd) == 0;	/* as root, where the user cannot; the other way round later */
+	/* as root, where the user cannot; the other way round later */
+	int entered = chdir(settings.cwd) == 0 && is_inside();
 
 	set_home();
 	environ = settings.env;

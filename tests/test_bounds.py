@@ -331,7 +331,7 @@ def test_every_field_of_linux(load):
             {"path": "/p", "type": "p"},
             {"path": "/u", "type": "u", "major": 7, "minor": 8},
         ],
-        "sysctl": {"a.b": "1"}, "maskedPaths": ["/m"], "readonlyPaths": ["/r"], "rootfsPropagation": "slave",
+        "sysctl": {"a.b": "1"}, "maskedPaths": ["/m"], "readonlyPaths": ["/r"], "rootfsPropagation": "rslave",
         "personality": {"domain": "LINUX32"}, "seccomp": {"defaultAction": "SCMP_ACT_LOG"}, "cgroupsPath": "/g",
         "resources": {
             "pids": {"limit": 1}, "hugepageLimits": [{"pageSize": "64KB", "limit": 2}, {"pageSize": "1GB", "limit": 3}],
@@ -346,7 +346,7 @@ def test_every_field_of_linux(load):
             ("/p", stat.S_IFIFO | 0o666, 0, 0, 0, 0), ("/u", stat.S_IFCHR | 0o666, 7, 8, 0, 0),
         ],
         "sysctl": {"a.b": "1"}, "masked_paths": ["/m"], "readonly_paths": ["/r"],
-        "propagation": LINUX["MS_SLAVE"] | LINUX["MS_REC"], "personality": LINUX["PER_LINUX32"],
+        "propagation": LINUX["MS_SLAVE"], "personality": LINUX["PER_LINUX32"],
         "cgroup": {"pids.max": "1", "hugetlb.64KB.max": "2", "hugetlb.1GB.max": "3", "cpu.idle": "1"},
         "seccomp": {"defaultAction": "SCMP_ACT_LOG"},
     }  # fmt: skip
@@ -438,7 +438,8 @@ def test_every_field_of_the_hosts_file(load):
     assert (host.xlconf, host.netconf, host.annotations, host.environment) == ([], [], [], [])
 
 
-def test_every_field_of_a_mount(load, tmp_path):
+def test_every_field_of_a_mount(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(runx, "flags_of", lambda path: LINUX["MS_RDONLY"])
     spec = config("true")
     spec["mounts"] = [
         {"destination": "t", "type": "tmpfs", "source": "s", "options": ["ro", "a=1", "tmpcopyup", "b", "slave"]},
@@ -448,11 +449,11 @@ def test_every_field_of_a_mount(load, tmp_path):
     mounts = load(spec).mounts
     assert [mount.__dict__ for mount in mounts] == [
         {"destination": "/t", "type": "tmpfs", "source": "s", "flags": LINUX["MS_RDONLY"], "data": "a=1,b",
-         "propagation": LINUX["MS_SLAVE"], "copy_up": True},
+         "propagation": LINUX["MS_SLAVE"], "copy_up": True, "kept": 0},
         {"destination": "/b", "type": "", "source": str(tmp_path / "rootfs"), "data": "", "propagation": 0,
-         "flags": LINUX["MS_BIND"] | LINUX["MS_REC"], "copy_up": False},
+         "flags": LINUX["MS_BIND"] | LINUX["MS_REC"], "copy_up": False, "kept": 1},
         {"destination": "/c", "type": "tmpfs", "source": "", "flags": 0, "data": "", "propagation": 0,
-         "copy_up": False},
+         "copy_up": False, "kept": 0},
     ]  # fmt: skip
     assert [(mount.on_host(), mount.is_sealed_late(), mount.is_folder()) for mount in mounts] == [
         (False, True, True), (True, False, True), (False, False, True)
@@ -564,11 +565,13 @@ def test_options_of_mount():
     for prefix in ("", "r"):
         expected.update({prefix + option: (LINUX[f"MS_{name}"], 0) for option, name in SETS.items()})
         expected.update({prefix + option: (0, LINUX[f"MS_{name}"]) for option, name in CLEARS.items()})
-    for option, name in (("sync", "SYNCHRONOUS"), ("dirsync", "DIRSYNC"), ("lazytime", "LAZYTIME")):
-        expected[option] = (LINUX[f"MS_{name}"], 0)
-    expected.update({"async": (0, LINUX["MS_SYNCHRONOUS"]), "nolazytime": (0, LINUX["MS_LAZYTIME"])})
-    for option in ("silent", "loud", "mand", "nomand", "iversion", "noiversion", "acl", "noacl"):
-        expected[option] = (0, 0)
+    for option, without, name in (
+        ("sync", "async", "SYNCHRONOUS"), ("lazytime", "nolazytime", "LAZYTIME"), ("mand", "nomand", "MANDLOCK"),
+        ("iversion", "noiversion", "I_VERSION"), ("silent", "loud", "SILENT"),
+    ):  # fmt: skip
+        expected.update({option: (LINUX[f"MS_{name}"], 0), without: (0, LINUX[f"MS_{name}"])})
+    expected["dirsync"] = (LINUX["MS_DIRSYNC"], 0)
+    expected.update(dict.fromkeys(("acl", "noacl"), (0, 0)))
     expected["rro"] = (LINUX["MS_RDONLY"] | runx.RECURSIVE_RO, 0)
     assert runx.MOUNT_OPTIONS == expected
     assert runx.RECURSIVE_RO not in LINUX.values() and not runx.RECURSIVE_RO & 0xFFFFFFFF  # none of mount(2)'s
@@ -875,9 +878,10 @@ def test_memory_of_an_engine_is_memory_of_the_guest(load, monkeypatch):
 
     monkeypatch.setattr(runx, "is_empty_memory", lambda path: path.endswith("/rootfs"))
     monkeypatch.setattr(runx, "size_of", lambda path: 65536 << 10)
+    monkeypatch.setattr(runx, "flags_of", lambda path: 0)
     assert mount("/dev/shm/").__dict__ == {
         "destination": "/dev/shm/", "type": "tmpfs", "source": "shm", "flags": LINUX["MS_RDONLY"],
-        "data": "mode=1777,size=65536k", "propagation": 0, "copy_up": False,
+        "data": "mode=1777,size=65536k", "propagation": 0, "copy_up": False, "kept": 0,
     }  # fmt: skip
     with pytest.raises(runx.Error, match="a bind mount has no option idmap here"):
         mount("/dev/shm2")

@@ -50,6 +50,17 @@ def records(container):
     return [[part.strip() for part in note.split("\n", 2)] for note in notes]
 
 
+def test_a_hook_without_an_environment_has_that_of_the_command(dom0):
+    dom0.env["OF_THE_ENGINE"] = "x"
+    kinds = ["prestart", "createRuntime"]
+    bare = {"command": "echo $OF_THE_ENGINE", "env": []}
+    container = with_hooks(dom0, kinds=kinds, prestart={**bare, "env": ["A=b"]}, createRuntime=bare)
+    assert container.create().returncode == 0
+    assert [text for _, _, text in records(container)] == ["", "x"]
+    kill(container)
+    finish(container, 137)
+
+
 def test_hooks_run_in_their_order_in_the_bundle_with_the_state_on_stdin(dom0):
     container = with_hooks(dom0, "wait").started()
     kill(container)

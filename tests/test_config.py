@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 import struct
 
 import pytest
@@ -156,6 +157,7 @@ def test_the_guests_config_keeps_the_order_of_mounts(bundle, tmp_path):
         {"destination": "/run/x", "type": "bind", "source": "source", "options": ["ro"]},
     ]
     words = guest_words(runx.load_config(bundle(spec)))
+    words = words[:1] + words[words.index("mount") :]
     assert words[:7] == ["0", "mount", "tmpfs", "/run", "tmpfs", "0", ""]
     assert words[7:13] == ["mount", "mounts/0", "/run/x", "", str(runx.MS_BIND), ""]
     readonly = str(runx.MS_BIND | runx.MS_REMOUNT | runx.MS_RDONLY)
@@ -637,6 +639,13 @@ def test_a_rule_without_conditions_stands_alone():
         assert filtered(seccomp(*rules)[1], NAMES, "clone", 9) == ALLOW
 
 
+def test_the_first_rule_without_conditions_counts():
+    """As libseccomp has it."""
+    other = {"action": "SCMP_ACT_ERRNO", "errnoRet": 38}
+    for rules, result in (([{}, other], ALLOW), ([other, {}], NOT_THERE)):
+        assert filtered(seccomp(*[rule("clone", **each) for each in rules])[1], NAMES, "clone") == result
+
+
 def test_a_system_call_may_have_several_actions():
     rules = [rule("clone", args=[arg(0, 1)]), rule("clone", args=[arg(0, 2)], action="SCMP_ACT_ERRNO", errnoRet=38)]
     _, program = seccomp(*rules)
@@ -717,6 +726,17 @@ def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
     assert not mount_of(bundle, type="cgroup", source="cgroup", options=["ro", "name=systemd"]).data
 
 
+@pytest.mark.parametrize(
+    "options, flags", [(["bind"], 2 | 8), (["rbind", "rslave"], 2 | 8), (["bind", "ro"], 1), (["bind", "nodev"], 4)]
+)
+def test_a_bind_mount_without_flags_has_those_of_its_source(bundle, tmp_path, monkeypatch, options, flags):
+    """As bind mounts on one kernel do, where nosuid and noexec are the mount's."""
+    statvfs = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs[:8], 2 | 8 | 1024, *statvfs[9:]]))
+    words = runx.guest_mount(mount_of(bundle, source=str(tmp_path), options=options), iter(["mounts/0"]))
+    assert words[6:11] == ["mount", "mounts/0", "/t", "", runx.MS_BIND | runx.MS_REMOUNT | flags]
+
+
 def test_a_tmpfs_that_begins_with_what_is_below(bundle):
     mount = mount_of(bundle, type="tmpfs", source="tmpfs", options=["tmpcopyup", "ro", "size=1m"])
     assert runx.guest_mount(mount, iter(())) == ["copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m"]
@@ -738,6 +758,29 @@ def test_memory_that_is_read_only_is_so_when_all_is_made_in_it(bundle):
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize(
+    "mounts, found",
+    [
+        ([], ["/dev/null", "mount", "/dev/f", "/dev/tty"]),  # in the image's own folder
+        ([{"destination": "/dev/", "type": "tmpfs"}], ["mount", "mount", "/dev/null", "/dev/f", "/dev/tty"]),
+        ([{"destination": "/dev", "type": "ramfs"}], ["mount", "mount", "/dev/null", "/dev/f", "/dev/tty"]),
+        ([{"destination": "/dev", "type": "bind", "source": "/"}], ["mount", "mount"]),  # those are dom0's
+    ],
+)
+def test_the_default_devices_are_there_whatever_is_mounted(bundle, mounts, found):
+    """And config.json's own in place of them."""
+    spec = config("true")
+    spec["mounts"] = [{"destination": "/proc", "type": "proc"}, *mounts]
+    own = {"type": "c", "major": 5, "minor": 0}
+    paths = ["/dev/f", "/dev/tty", "/dev/ptmx"]
+    spec["linux"] = {"devices": [{"path": path, "fileMode": 0o600, **own} for path in paths]}
+    words = guest_words(runx.load_config(bundle(spec)))
+    assert [word for word in words if word in ("mount", "/dev/null", "/dev/f", "/dev/tty")] == found
+    if "/dev/tty" in words:
+        assert words[words.index("/dev/tty") + 1] == str(stat.S_IFCHR | 0o600)
+        assert words[words.index("/dev/ptmx") - 1] == "pts/ptmx" and words.count("/dev/ptmx") == 1
+
+
 def test_the_last_of_two_variables_of_one_name_counts(bundle):
     spec = config("sh", env=["A=1", "B=2", "A=3", "HOME="])
     words = guest_words(runx.load_config(bundle(spec)))
@@ -748,6 +791,11 @@ def test_the_last_of_two_variables_of_one_name_counts(bundle):
 def test_propagation_of_a_mount(bundle, tmp_path, option, flags):
     mount = mount_of(bundle, source=str(tmp_path), options=["bind", option])
     assert runx.guest_mount(mount, iter(["mounts/0"]))[6:] == (["propagation", "/t", flags] if flags else [])
+
+
+def test_a_group_that_is_there_twice_counts_once(bundle):
+    spec = config("true", user={"uid": 0, "gid": 0, "additionalGids": [6, 5, 6]})
+    assert runx.load_config(bundle(spec)).process.groups == [6, 5]
 
 
 def test_id_mapped_mounts_are_refused(bundle, tmp_path):
@@ -1081,6 +1129,8 @@ def test_capabilities_that_cannot_be_granted_are_left_out(lacking, left_out):
             r"rlimits\[0\].soft must be from 0 to 1",
         ),
         ("process", {"oomScoreAdj": 1001}, "oomScoreAdj must be"),
+        ("process", {"env": ["A=b", "NAME"]}, "process.env must hold variables such as NAME=value, not NAME"),
+        ("process", {"env": ["=b"]}, "process.env must hold variables such as NAME=value, not =b"),
         ("process", {"user": {"umask": 0o1000}}, "umask must be from 0 to 511"),
         ("process", {"ioPriority": {"class": "IOPRIO_CLASS_NEW"}}, "ioPriority.class must be one of IOPRIO_CLASS_RT"),
         ("process", {"scheduler": {"policy": "SCHED_NEW"}}, "policy must be one of SCHED_OTHER, .*, not SCHED_NEW"),
@@ -1148,7 +1198,7 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
     for record in (
         "personality 8 ",
         f"node /dev/f {0o20666} 10 229 1 2 ", "sysctl sys/net/ipv4/ip_forward 1 sysctl sys/net/ipv4/conf/eth0.1/x 2 ",
-        "readonly /r mask /m ", f"propagation / {1 << 20 | 16384} ", "oom 5 ", "no_new_privileges ",
+        "readonly /r mask /m ", f"propagation / {1 << 20} ", "oom 5 ", "no_new_privileges ",
     ):  # fmt: skip
         assert record in text, record
 
@@ -1165,6 +1215,7 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     spec = json.loads((DATA / f"{name}.json").read_text())
     spec["root"]["path"] = "rootfs"
     monkeypatch.setattr(runx.os.path, "exists", lambda path: True)  # sources of bind mounts
+    monkeypatch.setattr(runx, "flags_of", lambda path: 0)
     # the network namespaces are of another time
     monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)

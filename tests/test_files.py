@@ -413,6 +413,27 @@ def test_one_folder_at_two_places_stays_at_both(shared):
             runx.detach(str(shared.host / name))
 
 
+def test_a_file_that_was_seen_by_a_read_only_mount_is_written_by_another(shared):
+    for name in ("data", "fixed", "free"):
+        (shared.host / name).mkdir()
+    (shared.host / "data/file").write_text("old")
+    for name in ("fixed", "free"):
+        runx.mount(str(shared.host / "data"), str(shared.host / name), runx.MS_BIND)
+    runx.mount(None, str(shared.host / "fixed"), runx.MS_BIND | runx.MS_REMOUNT | runx.MS_RDONLY)
+    fixed, free = (shared.guest / name / "file" for name in ("fixed", "free"))
+    try:
+        assert fixed.read_text() == "old"
+        for _ in range(2):
+            with refused(errno.EROFS):
+                fixed.write_text("x")
+        free.chmod(0o600)
+        free.write_text("new")
+        assert fixed.read_text() == "new" and (shared.host / "data/file").read_text() == "new"
+    finally:
+        for name in ("fixed", "free"):
+            runx.detach(str(shared.host / name))
+
+
 def test_before_linux_5_14_a_folder_is_moved_where_its_mount_cannot_be_asked_for(monkeypatch):
     def read_file(path):
         raise PermissionError(errno.EACCES, "Permission denied", path)

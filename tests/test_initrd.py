@@ -220,7 +220,7 @@ def test_what_is_to_be_masked_may_be_missing_but_not_unknown(files, root):
     assert (result.returncode, result.stderr) == (126, "mask /file/below: Not a directory\n")
 
 
-PASSWD = "root:x:0:0::/root:/bin/sh\nshort:x:7\nlong:x:7:7::/long:/bin/sh:more\nuser:x:7:7::/home/user:\nno:x:8:8:::\n"
+PASSWD = "root:x:0:0::/root:/bin/sh:more\nshort:x:7:7:\nuser:x:7:7::/home/user\nother:x:7:7::/x:\nno:x:8:8:::\n"
 
 
 @pytest.mark.parametrize(
@@ -287,6 +287,16 @@ def test_a_working_directory_that_cannot_be_entered_is_told_in_runcs_words(proce
     result = run_in(root, process, "cwd", "/no/such")
     words = 'chdir to cwd ("/no/such") set in config.json failed: no such file or directory\n'
     assert (result.returncode, result.stderr) == (126, words)
+
+
+def test_a_working_directory_outside_of_the_rootfs_is_refused(process, root):
+    """As a link of /proc leads to what init has open: here it stays where it was."""
+    run_in(root, process, "cwd", "/")
+    words = 'chdir to cwd (".") set in config.json failed: it is outside of the container\n'
+    options = {"capture_output": True, "text": True, "preexec_fn": lambda: os.chroot(root)}
+    result = subprocess.run(["/program", "cwd", "."], cwd="/", check=False, **options)
+    assert (result.returncode, result.stderr) == (126, words)
+    assert subprocess.run(["/program", "cwd", "."], cwd=root / "etc", check=False, **options).returncode == 0
 
 
 DOORBELL_MAIN = r"""

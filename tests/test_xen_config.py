@@ -484,6 +484,46 @@ def test_a_tmpfs_of_no_mode_has_that_of_the_folder(outputs, busybox):
     assert runx == runc and "plain 750 0:0\n" in runx and "HOME=/home/of/root\n" in runx
 
 
+@pytest.mark.parametrize("link", ["cwd", "fd/3", "fd/4", "fd/5", "fd/6"])
+def test_no_working_directory_is_outside_of_the_rootfs(bundle, link):
+    """Links of /proc lead to what init has open, and an image names its working directory."""
+    result = bundle.run(in_memory(config("ls", "..", cwd=f"/proc/self/{link}")))
+    assert (result.returncode, result.stdout) == (1, b""), result
+    assert b"set in config.json failed: " in result.stderr
+
+
+def test_options_and_propagation_of_mounts_are_what_they_are_under_runc(outputs, busybox):
+    """And what a bind mount has from its source's mount; in an image's own /dev there are the default devices."""
+    for folder in ("plain", "strict"):
+        (busybox.folder / folder).mkdir()
+    assert call("mount", "-t", "tmpfs", "-o", "nosuid,noexec", "strict", str(busybox.folder / "strict")).returncode == 0
+    script = """
+        while read -r id parent device root at options rest; do
+            rest=" $rest"
+            case $at in /t/*) echo "$at $options${rest%% - *}" | sed 's/,\\(rel\\|no\\)atime//; s/:[0-9]*//' ;; esac
+        done </proc/self/mountinfo
+        stat -c '%n %A' /t/*; stat -c '%n %A %u:%g %t:%T' /dev/* | sort; echo x >/dev/null
+    """
+    spec = in_memory(config("sh", "-c", script))
+    spec["linux"] = {"namespaces": NAMESPACES, "rootfsPropagation": "rslave"}
+    plain, strict = str(busybox.folder / "plain"), str(busybox.folder / "strict")
+    spec["mounts"] = [
+        spec["mounts"][0],
+        mount("/t", "tmpfs"),
+        mount("/t/silent", "tmpfs", "nosymfollow", "noiversion", "nomand", "silent", "mode=700"),
+        mount("/t/filled", "tmpfs", "tmpcopyup"),
+        mount("/t/shared", "bind", "rbind", "rshared", source=plain),
+        mount("/t/kept", "bind", "rbind", source=strict),
+        mount("/t/set", "bind", "bind", "ro", "rprivate", source=strict),
+    ]
+    try:
+        runc, runx = outputs(spec, "dev")
+    finally:
+        call("umount", strict)
+    assert runx == runc and "/t/kept rw,nosuid,noexec" in runx and "/t/shared rw shared" in runx
+    assert "/dev/null crw-rw-rw- 0:0 1:3\n" in runx and "nosymfollow" in runx
+
+
 @pytest.mark.parametrize("uid", [0, 1000])
 def test_capabilities_that_cannot_be_granted_are_left_out(reports, busybox, uid):
     names = ["CAP_CHOWN", "CAP_KILL"]
