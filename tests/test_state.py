@@ -335,7 +335,7 @@ def test_a_state_that_cannot_be_read_is_an_error_and_can_be_removed(dom0, text):
     dom0.nodes.update(consoles)
     for command in ("state", "start", "kill", "pause", "resume", "ps", "events", "update", "delete"):
         assert dom0.run(command, "c") == 1
-        assert dom0.log().endswith("remove the container by `runX delete --force c`\"\n"), command
+        assert dom0.log().endswith('remove the container by `runX delete --force c`"\n'), command
     warnings = dom0.log().count("level=warning")
     assert (dom0.run("list"), dom0.log().count("level=warning")) == (0, warnings + 1)
     assert (dom0.run("delete", "--force", "c"), os.listdir(dom0.root)) == (0, [])
