@@ -354,7 +354,6 @@ def test_a_signal_right_after_start_meets_a_process_that_handles_it(bundle, runt
 # ---- ends
 
 
-@pytest.mark.main_path
 @pytest.mark.parametrize(
     "name, command, status, reason",
     [
