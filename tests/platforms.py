@@ -27,7 +27,7 @@ PLATFORMS = {  # heads of columns, by the name of the machine
     for debian in release.RELEASES.values()
 }
 FEATURES = {  # words of which one is in a test's name: it belongs to the first that fits
-    "a VM of type PVH on x86": ("pvh",),
+    "a VM of type PVH": ("pvh",),
     "Podman": ("podman",),
     "Docker": ("docker",),
     "containerd, ctr": ("containerd", "_ctr_", "[ctr-", "test_xen_engines"),
