@@ -31,7 +31,11 @@ from fake.dom0 import Dom0  # noqa: E402
 import runx  # noqa: E402
 
 IMAGE = "docker.io/library/busybox:latest"
-PROGRAM_FOLDERS = [path for path in ("/usr", "/lib", "/lib64") if os.path.exists(path)]  # of this machine's; links, too
+PROGRAM_MOUNTS = [  # this machine's programs and their libraries, in a container; what is a link here is a folder there
+    {"destination": path, "type": "bind", "source": os.path.realpath(path), "options": ["rbind", "ro"]}
+    for path in ("/usr", "/lib", "/lib64")
+    if os.path.exists(path)
+]
 
 
 def on_xen():

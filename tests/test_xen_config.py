@@ -13,7 +13,7 @@ import stat
 import subprocess
 
 import pytest
-from conftest import DEVPTS, PROGRAM_FOLDERS, call, config, in_memory, wait_for, wait_in
+from conftest import DEVPTS, PROGRAM_MOUNTS, call, config, in_memory, wait_for, wait_in
 
 REPORT = pathlib.Path("/usr/share/lab/report")  # tests/report.c
 DATA = pathlib.Path(__file__).with_name("data")
@@ -623,8 +623,7 @@ def test_special_files_on_the_rootfs(busybox):
     made.mkdir()
     (made / "forged").write_text("9p stand-in for special file c 001:00003\n")
     spec = config("sh", "-c", script)
-    for folder in PROGRAM_FOLDERS:
-        spec["mounts"].append(mount(folder, "bind", "rbind", "ro", source=os.path.realpath(folder)))
+    spec["mounts"] += PROGRAM_MOUNTS
     spec["process"]["env"] = ["PATH=/bin:/usr/bin"]
     listed = busybox.run(spec).stdout.decode().splitlines()
     assert listed[:2] == ["through", "served"], listed
@@ -651,11 +650,9 @@ def test_a_container_runtime_runs_in_the_container(busybox):
     prepare = "mkdir /sys/fs/cgroup/init; echo 1 >/sys/fs/cgroup/init/cgroup.procs"
     outer = config("sh", "-c", f"{prepare}; exec runc --root /tmp/state run --bundle /inner nested")
     outer["process"]["env"] = ["PATH=/bin:/usr/sbin:/usr/bin"]
-    for folder in PROGRAM_FOLDERS:
-        outer["mounts"].append(mount(folder, "bind", "rbind", "ro", source=os.path.realpath(folder)))
     outer["mounts"] += [
-        DEVPTS, mount("/sys", "sysfs"), mount("/sys/fs/cgroup", "cgroup", "rw"), mount("/tmp", "tmpfs"),
-        mount("/sys/kernel/security", "securityfs"),
+        *PROGRAM_MOUNTS, DEVPTS, mount("/sys", "sysfs"), mount("/sys/fs/cgroup", "cgroup", "rw"),
+        mount("/tmp", "tmpfs"), mount("/sys/kernel/security", "securityfs"),
     ]  # fmt: skip
     outer["linux"] = {"namespaces": NAMESPACES, "resources": {"memory": {"limit": 160 << 20}}}
     result = busybox.run(outer)

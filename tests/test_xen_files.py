@@ -21,7 +21,7 @@ import zlib
 import pytest
 from conftest import (
     ALL_CAPABILITIES,
-    PROGRAM_FOLDERS,
+    PROGRAM_MOUNTS,
     Bundle,
     call,
     closing,
@@ -61,7 +61,7 @@ def bind(source, destination, *options):
 def python_config(*args, memory=160, capabilities=ALL_CAPABILITIES):
     """A config of a container that has dom0's Python; memory: the VM's, in MiB."""
     spec = config("/usr/bin/python3", *args, env=["PATH=/usr/bin:/bin"])
-    spec["mounts"] += [bind(os.path.realpath(path), path, "ro") for path in PROGRAM_FOLDERS]
+    spec["mounts"] += PROGRAM_MOUNTS
     spec["process"]["capabilities"] = {name: capabilities for name in ("bounding", "effective", "permitted")}
     spec["annotations"] = {"org.runx.memory": str(memory)}
     return spec

@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 from conftest import (
-    PROGRAM_FOLDERS,
+    PROGRAM_MOUNTS,
     call,
     can_run_pvh,
     config,
@@ -335,9 +335,7 @@ def test_the_clock_follows_dom0s(bundle, clock, kind):
 def test_protocols_of_gateways_and_cars(bundle):
     shutil.copy(pathlib.Path(__file__).with_name("features.py"), bundle.rootfs)
     spec = config("python3", "/features.py", env=["PATH=/bin:/usr/bin:/usr/sbin"])
-    for path in PROGRAM_FOLDERS:
-        source = os.path.realpath(path)
-        spec["mounts"].append({"destination": path, "type": "bind", "source": source, "options": ["rbind", "ro"]})
+    spec["mounts"] += PROGRAM_MOUNTS
     spec["linux"] = {"resources": {"memory": {"limit": 128 << 20}}}
     result = bundle.run(spec, timeout=300)
     assert (result.returncode, json.loads(result.stdout)) == (0, {}), result
