@@ -79,8 +79,10 @@ chmod 755 "$sbin/runX.new"
 mv "$sbin/runX.new" "$sbin/runX"
 
 # The compiled module is used only by the same version of Python, so a build host's does no harm. It has the path that the
-# module has on dom0, and no time: the same source and Python make the same file.
+# module has on dom0, and no time: the same source and Python make the same file. Python takes it without a look at the
+# source, which would be a tenth of what it takes to load it, and it has no docstrings, which nobody reads there.
 if command -v python3 >/dev/null; then
-    python3 -IS -c 'import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True,
-        invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)' "$lib/runx.py" "$prefix/lib/runX/runx.py"
+    python3 -IS -c 'import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True, optimize=2,
+        cfile=sys.argv[3] + "/__pycache__/runx." + sys.implementation.cache_tag + ".pyc",
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)' "$lib/runx.py" "$prefix/lib/runX/runx.py" "$lib"
 fi

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """runX: an OCI runtime that runs each container as a Xen VM of its own.
 
-An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a holder, whose pid is the
-container's pid and whose namespaces are the container's, and a monitor, which builds a domain with `xl create`; that
-boots, and waits until `start` lets it execute the process.  The monitor carries the standard streams over PV consoles,
-waits for the domain to end and destroys it; the holder exits with the container's exit status.  In the VM there is an
-init and no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore, consoles, 9p, vif).
+An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a monitor, which builds a domain
+with `xl create`, and then a holder, whose pid is the container's pid and whose namespaces are the container's.  The
+domain boots meanwhile, and waits until `start` lets it execute the process.  The monitor carries the standard streams
+over PV consoles, waits for the domain to end and destroys it; the holder exits with the container's exit status.  In
+the VM there is an init and no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore,
+consoles, 9p, vif).
 
 One module, standard library only.  It is started for every operation of every container, so what only one operation
 needs is imported there: json, signal or ctypes cost more than most operations.
@@ -5257,8 +5258,8 @@ def cgroup_processes(folder: str) -> list[str]:
         return []
 
 
-def make_cgroups(cgroups: Cgroups, resources: Resources, pids: Sequence[int]) -> None:
-    """Make them, with their limits, and move processes there.  Raise Error."""
+def make_cgroups(cgroups: Cgroups, resources: Resources) -> None:
+    """Make them, with their limits.  Raise Error."""
     for root, path in cgroups:
         folder = root
         with Attempt(f"make the cgroup {path} in {root}"):
@@ -5267,8 +5268,13 @@ def make_cgroups(cgroups: Cgroups, resources: Resources, pids: Sequence[int]) ->
                 folder += f"/{name}"
                 os.makedirs(folder, exist_ok=True)
             limit_cgroup(folder, resources)
-            for pid in pids:
-                write_file(f"{folder}/cgroup.procs", pid)
+
+
+def join_cgroups(cgroups: Cgroups, pid: int) -> None:
+    """Move a process there.  Raise Error."""
+    for root, path in cgroups:
+        with Attempt(f"move process {pid} to the cgroup {path} in {root}"):
+            write_file(f"{root}{path}/cgroup.procs", pid)
 
 
 def enable_controllers(folder: str) -> None:
@@ -6532,14 +6538,27 @@ RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # <signal.h>: also INT, QUIT, USR1, USR2, 
 
 
 class Holder:
-    """The monitor's side: the holder's pid, and a socket to it.
+    """The holder's pid, and the monitor's end of a socket to it, which is there first.
 
     The monitor sends two descriptors and whether the container's files are exported, and gets "+" or an error; later
     one byte, the exit status.  The holder sends signals, a byte each.
     """
 
-    def __init__(self, pid: int, link: Any) -> None:
-        self.pid, self.link = pid, link
+    def __init__(self) -> None:
+        socket = import_core("socket")
+        self.pid = 0
+        self.link, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def start(self, config: Config, share: str) -> None:
+        """Make it, as the first process of a new pid namespace.  Raise Error."""
+        with Attempt("make a pid namespace"), Descriptor(os.open("/proc/self/ns/pid", os.O_RDONLY)) as home:
+            system_call("unshare", CLONE_NEWPID)
+            self.pid = os.fork()
+            if self.pid:
+                system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
+        if self.pid == 0:
+            run_holder(config, share, self.other)
+        self.other.close()
 
     def enter(self, exported: bool) -> None:
         """Have the holder take our mount namespace's files as its own.  Raise Error."""
@@ -6567,23 +6586,6 @@ class Holder:
             self.link.send(bytes([status]))
         except OSError:
             pass  # it was killed
-
-
-def start_holder(config: Config, share: str) -> Holder:
-    """Make the holder, as the first process of a new pid namespace.  Raise Error."""
-    socket = import_core("socket")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    home = os.open("/proc/self/ns/pid", os.O_RDONLY)
-    with Attempt("make a pid namespace"):
-        system_call("unshare", CLONE_NEWPID)
-        pid = os.fork()
-        if pid:
-            system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
-    if pid == 0:
-        run_holder(config, share, theirs)
-    os.close(home)
-    theirs.close()
-    return Holder(pid, ours)
 
 
 def run_holder(config: Config, share: str, link: Any) -> NoReturn:
@@ -6821,9 +6823,8 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
 class Builder:
     """Makes one domain."""
 
-    def __init__(self, container: Container, config: Config, networks: list[Network], holder: Holder, log: Log) -> None:
-        self.container, self.config, self.networks = container, config, networks
-        self.holder, self.log = holder, log
+    def __init__(self, container: Container, config: Config, networks: list[Network], log: Log) -> None:
+        self.container, self.config, self.networks, self.log = container, config, networks, log
         self.share = container.path("share")
         self.sizes = replace_sizes(vm_sizes(config), config.machine.lines)
         self.populated = self.sizes["memory" if on_x86() else "maxmem"]  # MiB; see Domain.set_memory()
@@ -6857,7 +6858,7 @@ class Builder:
     def begin(self, bundle: str) -> None:
         """Write down what is to be given back, before there is any of it."""
         container, config, uuid = self.container, self.config, new_uuid()
-        pid, monitor = self.holder.pid, os.getpid()
+        monitor = [os.getpid(), process_start_time(os.getpid())]
         devices = [each for each in STANDARD_DEVICES if each[0] in ("console", config.machine.share_device())]
         container.save(
             oci_version=config.oci_version, bundle=bundle, rootfs=config.rootfs, created=timestamp(),
@@ -6866,14 +6867,14 @@ class Builder:
             starts_paused=config.machine.own_init, uuid=uuid,
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
-            boot=boot_id(), pid=pid, pid_start_time=process_start_time(pid),
-            monitor=[monitor, process_start_time(monitor)], devices=devices,
+            # until there is a holder, the monitor stands for it
+            boot=boot_id(), monitor=monitor, pid=monitor[0], pid_start_time=monitor[1], devices=devices,
             namespace=config.namespace, rate=config.rate, resources=config.raw_resources, base=config.base,
         )  # fmt: skip
         os.mkfifo(container.path("control"), 0o600)  # says, as long as it is there, that something may be left
 
     def enter_cgroup(self, systemd: bool) -> None:
-        """Have the holder, us and what we start in the container's cgroup, if it has one; noted before it is made."""
+        """Have us and what we start in the container's cgroup, if it has one; noted before it is made."""
         path, resources, scope = self.config.cgroup, self.config.resources, None
         if not path:
             return
@@ -6882,7 +6883,8 @@ class Builder:
         try:
             cgroups = find_cgroups(path, bool(scope))
             self.container.save(cgroups=cgroups)
-            make_cgroups(cgroups, resources, (self.holder.pid, os.getpid()))
+            make_cgroups(cgroups, resources)
+            join_cgroups(cgroups, os.getpid())
         finally:
             if scope:
                 scope.communicate()  # which ends it
@@ -6932,7 +6934,7 @@ class Builder:
             check_executable(config.rootfs, config.process, config.mounts)
         if self.rootfs.disk:
             detach(os.path.join(self.share, "rootfs"))
-        state = json_text(self.container.public_state("created"))
+        state = json_text({**self.container.public_state("created"), "pid": 1})  # of startContainer hooks, in the VM
         with Attempt("write the container's ramdisk"):
             self.ramdisk, path = self.rootfs.open_ramdisk(self.container)
             capabilities = self.rootfs.pack(self.ramdisk, self.sizes["memory"])
@@ -7420,8 +7422,8 @@ class BootConsole:
 
 
 class Commit:
-    """create's word that it has done its part: a byte on a pipe, whose end without one means that create is gone, and
-    all goes with it.
+    """create's words on a pipe: the holder's pid, and a byte when it has done its part.  An end without that means that
+    create is gone, and all goes with it.
 
     Until then the monitor is where the share is, in a mount namespace of its own, for createContainer hooks.
     """
@@ -7430,6 +7432,20 @@ class Commit:
         self.fd, self.writer = os.pipe()
         self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.waits, self.is_given = True, False
+
+    def tell_pid(self, pid: int) -> None:
+        """create's part."""
+        try:
+            os.write(self.writer, pid.to_bytes(4, "little"))
+        except BrokenPipeError:
+            pass  # the monitor was killed, as the end of its report tells
+
+    def take_pid(self) -> int:
+        """Wait for it.  Raise Error."""
+        word = os.read(self.fd, 4)
+        if not word:
+            raise Error("the process that creates the container was killed")
+        return int.from_bytes(word, "little")
 
     def take(self) -> bool:
         """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
@@ -7672,7 +7688,8 @@ class Plan(Record):
 
 
 def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoReturn:
-    """The monitor's whole life.  report: a pipe to create, that gets "+" or an error."""
+    """The monitor's whole life.  report: a pipe to create, that gets "=" when there is a domain, and a holder is to be
+    made; then "+" or an error."""
     container, monitor, committed, status, failure = plan.container, None, False, 255, ""
     server = FileServer()
     try:
@@ -7680,7 +7697,7 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
         os.chdir("/")
         socket = plan.console_socket if isinstance(plan.console_socket, int) else None
         close_other_descriptors({0, 1, 2, report, commit.fd, commit.home, socket, holder.link.fileno()})
-        monitor = build(plan, holder, server, commit)
+        monitor = build(plan, holder, server, report, commit)
         os.write(report, b"+")
         os.close(report)
         status = monitor.serve()
@@ -7709,10 +7726,11 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
     os._exit(status)
 
 
-def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Monitor:
-    """Have the domain built; return what serves it.  Raise Error."""
-    builder = Builder(plan.container, plan.config, plan.networks, holder, plan.log)
+def build(plan: Plan, holder: Holder, server: FileServer, report: int, commit: Commit) -> Monitor:
+    """Have the domain built; return what serves it.  Raise Error.  The holder comes when the VM boots already."""
+    builder = Builder(plan.container, plan.config, plan.networks, plan.log)
     domain = builder.build(plan.bundle, plan.systemd)
+    os.write(report, b"=")
     if builder.rootfs.is_served:
         capabilities = plan.config.process.capabilities["bounding"] if plan.config.process else 0
         server.start(plan.config.machine.share_device(), builder.share, capabilities)
@@ -7720,6 +7738,9 @@ def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Mon
     monitor.prepare()
     if monitor.terminal and plan.config.process and plan.console_socket is not None:
         take_terminal(plan.console_socket, plan.config.process.console_size)
+    holder.pid = commit.take_pid()
+    plan.container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid))
+    join_cgroups(plan.container.state.cgroups, holder.pid)
     holder.enter(builder.rootfs.is_served and not builder.rootfs.disk)
     if server.pid and (reason := server.hear()):
         raise Error(f"cannot serve the container's files: {reason}")
@@ -8045,7 +8066,7 @@ def find_console_socket(call: Invocation, process: Process | None, attached: boo
 
 
 def create(plan: Plan, options: JsonObject) -> int:
-    """Make the container: fork holder and monitor, and wait until the domain is built.  Return the holder's pid."""
+    """Make the container: fork monitor and holder, and wait until the domain is built.  Return the holder's pid."""
     container, log = plan.container, plan.log
     if plan.config.namespace:
         in_namespace(plan.config.namespace, mark_namespace)
@@ -8056,22 +8077,27 @@ def create(plan: Plan, options: JsonObject) -> int:
             log.about(container.id).warn(warning)
         for module in ("mmap", "resource"):  # here, so that what we fork shares the half a megabyte that each takes
             __import__(module)
-        holder = start_holder(plan.config, container.path("share"))
+        holder, word = Holder(), Commit()
         report_reader, report_writer = os.pipe()
-        word = Commit()
-        pid = os.fork()
-        if pid == 0:
+        monitor = os.fork()
+        if monitor == 0:
             run_monitor(plan, holder, report_writer, word)
         for fd in (report_writer, word.fd, word.home):
             os.close(fd)
         holder.link.close()
-        for child in (holder.pid, pid):
-            undo.add(f"wait for process {child}", os.waitpid, child, 0)
+        children = [monitor]
+        undo.add("wait for its processes", lambda: [os.waitpid(child, 0) for child in children])
         undo.add("end the monitor", os.close, word.writer)  # it takes all down when it sees this
-        report = read_all(report_reader)
+        report = os.read(report_reader, 1)
+        if report == b"=":
+            holder.start(plan.config, container.path("share"))
+            children.append(holder.pid)
+            word.tell_pid(holder.pid)
+            report = b""
+        report += read_all(report_reader)
         if report != b"+":
             raise Error(f"cannot create container {container.id}: {report.decode() or 'its monitor was killed'}")
-        commit(container.load(), holder.pid, pid, options, word.writer, log)
+        commit(container.load(), holder.pid, monitor, options, word.writer, log)
         return holder.pid
 
 

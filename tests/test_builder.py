@@ -101,7 +101,7 @@ class Dom0:
         self.container.reserve()
         parsed = runx.load_config(str(self.folder))
         log = SimpleNamespace(warn=self.warnings.append)
-        return runx.Builder(self.container, parsed, self.networks, SimpleNamespace(pid=os.getpid()), log)
+        return runx.Builder(self.container, parsed, self.networks, log)
 
     def build(self):
         """Return what is seen of it all, from a mount namespace of its own."""
@@ -516,8 +516,8 @@ def test_the_cgroup_is_in_the_state_before_it_is_made(dom0, monkeypatch, systemd
     monkeypatch.setattr(runx, "start_scope", lambda path, resources: done.append(path) or (scope, "/made"))
     monkeypatch.setattr(runx, "find_cgroups", lambda path, is_scope: done.append((path, is_scope)) or [["/r", path]])
 
-    def make(cgroups, resources, pids):
-        assert (pids, dom0.container.state.cgroups) == ((os.getpid(), os.getpid()), cgroups)
+    def make(cgroups, resources):
+        assert dom0.container.state.cgroups == cgroups
         done.append(cgroups)
         raise runx.Error("no cgroup")
 
@@ -562,6 +562,7 @@ def test_the_vm_is_made_in_the_cgroup_and_when_it_has_its_networks(dom0, monkeyp
     done = []
     monkeypatch.setattr(runx, "find_cgroups", lambda path, is_scope: [["/r", path]])
     monkeypatch.setattr(runx, "make_cgroups", lambda cgroups, *_: done.append(cgroups))
+    monkeypatch.setattr(runx, "join_cgroups", lambda cgroups, pid: done.append([cgroups, pid == os.getpid()]))
     monkeypatch.setattr(runx.Builder, "attach_networks", lambda self: done.append("networks"))
     monkeypatch.setattr(runx.Builder, "write_boot_files", lambda self: done.append("files") or ("/kernel", ""))
     monkeypatch.setattr(runx, "create_domain", lambda *_: done.append("xl") or SimpleNamespace(domid=7))
@@ -571,7 +572,10 @@ def test_the_vm_is_made_in_the_cgroup_and_when_it_has_its_networks(dom0, monkeyp
         dom0.builder().build("/bundle", False)
         return done
 
-    assert in_own_mounts(work) == [[["/r", "/a"]], "networks", "files", "xl"]
+    cgroups = [["/r", "/a"]]
+    assert in_own_mounts(work) == [
+        cgroups, [cgroups, True], "networks", "files", "xl",
+    ]  # fmt: skip
 
 
 # ---- what is installed

@@ -42,7 +42,8 @@ def test_all_hierarchies_get_the_processes_and_each_its_own_limits(hierarchy):
             (root / "a/b" / name).touch()
     cgroups = runx.find_cgroups("a//../a/b", False)
     assert cgroups == [[str(root), "/a/b"] for root in (unified, memory, cpu)]
-    runx.make_cgroups(cgroups, RESOURCES, [7, 8])
+    runx.make_cgroups(cgroups, RESOURCES)
+    runx.join_cgroups(cgroups, 8)
     assert (unified / "cgroup.subtree_control").read_text() == "+memory"  # the last word that was written
     assert (unified / "a/b/memory.max").read_text() == str(144 << 20)
     assert (unified / "a/b/cpu.weight").read_text() == "79"
@@ -55,7 +56,7 @@ def test_all_hierarchies_get_the_processes_and_each_its_own_limits(hierarchy):
 def test_a_hierarchy_that_takes_no_group_is_an_error(hierarchy):
     (hierarchy("cgroup", "memory") / "a").write_text("no folder")
     with pytest.raises(runx.Error, match="cannot make the cgroup /a/b in "):
-        runx.make_cgroups(runx.find_cgroups("//a/b", False), RESOURCES, [])
+        runx.make_cgroups(runx.find_cgroups("//a/b", False), RESOURCES)
 
 
 @pytest.mark.parametrize("scope", [False, True])
@@ -159,7 +160,7 @@ def test_version_1_has_shares_and_a_hierarchy_counts_once(hierarchy):
     runx.host_mounts().append(runx.host_mounts()[0])  # it is mounted at two places
     cgroups = runx.find_cgroups("a", False)
     assert cgroups == [[str(cpu), "/a"]] and list(other.iterdir()) == []
-    runx.make_cgroups(cgroups, RESOURCES, [])
+    runx.make_cgroups(cgroups, RESOURCES)
     assert (cpu / "a/cpu.shares").read_text() == "2048" and os.listdir(cpu / "a") == ["cpu.shares"]
 
 
@@ -167,7 +168,7 @@ def test_a_controller_that_the_kernel_does_not_give_is_done_without(hierarchy):
     root = hierarchy("cgroup2")
     (root / "cgroup.controllers").write_text("cpu")
     (root / "cgroup.subtree_control").mkdir()  # cannot be written
-    runx.make_cgroups([[str(root), "/a"]], RESOURCES, [])
+    runx.make_cgroups([[str(root), "/a"]], RESOURCES)
     assert (root / "a").is_dir()
 
 

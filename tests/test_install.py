@@ -137,3 +137,10 @@ def test_install_puts_everything_below_destdir_and_uninstall_takes_it_away(tmp_p
     assert (share / "bash-completion/completions/runX").read_bytes() == COMPLETION.read_bytes()
     install(folder, "--uninstall", prefix="/opt/x")
     assert [path for path in folder.rglob("*") if not path.is_dir()] == []
+
+
+def test_what_is_installed_runs_as_it_was_compiled_without_a_look_at_the_source(tmp_path):
+    install("", prefix=str(tmp_path))
+    (tmp_path / "lib/runX/runx.py").write_text("not a module")
+    result = call(str(tmp_path / "sbin/runX"), "--version")
+    assert (result.returncode, result.stdout.split(b"\n")[0]) == (0, f"runX version {runx.VERSION}".encode())

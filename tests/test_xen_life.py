@@ -202,7 +202,7 @@ def test_hooks_run_in_their_order_each_with_its_state(bundle, tmp_path):
     assert {state["bundle"] for state in states.values()} == {str(bundle.folder)}
     assert all(state["annotations"] == spec["annotations"] for state in states.values())
     assert [(states[kind]["status"], states[kind]["pid"]) for kind in HOOK_KINDS] == [
-        *[("creating", pid)] * 3, ("created", pid), ("running", pid), ("stopped", 0),
+        *[("creating", pid)] * 3, ("created", 1), ("running", pid), ("stopped", 0),
     ]  # fmt: skip
 
 
