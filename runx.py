@@ -7134,69 +7134,24 @@ class Streams:
         return unread
 
 
-class Ending:
-    """How a process of a VM ends: when, and with what exit status.
+class Loop:
+    """Carries the streams of a process of a VM, and what host and guest tell each other about it, until it has ended
+    and its output is delivered.
 
     number: the process's, of the guest protocol.  phase: "serving"; "draining", when it has ended and the readers of
     its output have until `deadline`, or for ever; "done".  deadline: when it is to have ended, or 0.
     """
 
-    def __init__(self, domain: Domain, number: int, log: Log) -> None:
-        self.domain = domain
-        self.number = number
-        self.log = log
-        self.phase = "serving"
-        self.deadline = 0.0
-        self.status = 255
-
-    def is_open(self) -> bool:
-        return self.phase == "serving"
-
-    def is_over(self, streams: Streams) -> bool:
-        return self.phase == "done" or self.phase == "draining" and streams.are_delivered()
-
-    def end(self, status: int, abandon: bool = False) -> None:
-        """It has ended with status; abandon: do not wait for readers of its output."""
-        if self.is_open():
-            self.status, self.phase = status, "draining"
-            self.log.debug(f"the exit status is {status}")
-        if abandon:
-            self.phase = "done"
-
-    def told(self, node: str) -> str:
-        """What the guest has said of the process, "" if nothing."""
-        return self.domain.told(f"process/{self.number}/{node}")
-
-    def take_exit_status(self) -> bool:
-        """Return whether the guest has told it, and it was not known."""
-        text = self.told("exit")
-        if not text or not self.is_open():
-            return False
-        if text.isascii() and text.isdecimal() and int(text) <= 255:
-            self.end(int(text))
-        else:
-            self.log.warn("the VM told no valid exit status")
-            self.end(255)
-        return True
-
-
-class Loop:
-    """Carries the streams of a process of a VM, and what host and guest tell each other about it, until it has ended
-    and its output is delivered."""
-
     streams: Streams
 
-    def __init__(self, ending: Ending, consoles: int, terminal: bool) -> None:
+    def __init__(self, domain: Domain, number: int, consoles: int, terminal: bool, log: Log) -> None:
         """consoles: how many the process has."""
-        self.ending = ending
-        self.domain = ending.domain
-        self.number = ending.number
-        self.log = ending.log
-        self.xenstore = self.domain.xenstore
-        self.terminal = terminal
+        self.domain, self.number, self.terminal, self.log = domain, number, terminal, log
+        self.xenstore = domain.xenstore
+        self.phase, self.deadline, self.status = "serving", 0.0, 255
         self.channels = EventChannels()
-        numbers = [console.number for console in consoles_of(self.domain, self.number)[:consoles]]
-        self.consoles = [Console(self.domain, number, self.channels) for number in numbers]
+        numbers = [console.number for console in consoles_of(domain, number)[:consoles]]
+        self.consoles = [Console(domain, each, self.channels) for each in numbers]
         self.devices: list[Console | ShareDevice] = [*self.consoles]
 
     def watch(self) -> None:
@@ -7218,10 +7173,21 @@ class Loop:
                 poll.register(fd, events)
             ready = {fd for fd, _ in poll.poll(self.timeout())}
             self.handle(ready, handlers)
-        return self.ending.status
+        return self.status
+
+    def is_open(self) -> bool:
+        return self.phase == "serving"
 
     def is_over(self) -> bool:
-        return self.ending.is_over(self.streams)
+        return self.phase == "done" or self.phase == "draining" and self.streams.are_delivered()
+
+    def end(self, status: int, abandon: bool = False) -> None:
+        """It has ended with status; abandon: do not wait for readers of its output."""
+        if self.is_open():
+            self.status, self.phase = status, "draining"
+            self.log.debug(f"the exit status is {status}")
+        if abandon:
+            self.phase = "done"
 
     def handlers(self) -> dict[int, Callable[[], None]]:
         """What is called, in this order, when a descriptor is readable."""
@@ -7235,8 +7201,7 @@ class Loop:
         """Milliseconds; None waits for ever."""
         if self.xenstore.events:
             return 0
-        deadline = self.ending.deadline
-        return max(0, (deadline - time.monotonic()) * 1000) if deadline else None
+        return max(0, (self.deadline - time.monotonic()) * 1000) if self.deadline else None
 
     def handle(self, ready: set[int], handlers: dict[int, Callable[[], None]]) -> None:
         if self.xenstore.events:
@@ -7249,7 +7214,7 @@ class Loop:
             console.confirm()
         if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
             self.look("unread", unread)
-        if self.ending.deadline and time.monotonic() >= self.ending.deadline:
+        if self.deadline and time.monotonic() >= self.deadline:
             self.expire()
 
     def advance(self, ready: set[int]) -> None:
@@ -7257,9 +7222,25 @@ class Loop:
 
     def expire(self) -> None:
         """The deadline is over."""
-        self.ending.end(128 + SIGKILL, abandon=True)
+        self.end(128 + SIGKILL, abandon=True)
 
     # ---- what the guest says
+
+    def told(self, node: str) -> str:
+        """What it has said of the process, "" if nothing."""
+        return self.domain.told(f"process/{self.number}/{node}")
+
+    def take_exit_status(self) -> bool:
+        """Return whether the guest has told it, and it was not known."""
+        text = self.told("exit")
+        if not text or not self.is_open():
+            return False
+        if text.isascii() and text.isdecimal() and int(text) <= 255:
+            self.end(int(text))
+        else:
+            self.log.warn("the VM told no valid exit status")
+            self.end(255)
+        return True
 
     def handle_xenstore(self) -> None:
         # the end of some domain comes last: if it is ours, it has told its exit status before
@@ -7271,13 +7252,13 @@ class Loop:
 
     def hear(self, token: str) -> None:
         """A watch has fired."""
-        if token == "ready" and not self.streams.ready and self.ending.told("ready"):
+        if token == "ready" and not self.streams.ready and self.told("ready"):
             self.streams.ready = True
             self.begin()
         elif token == "ended":
-            self.streams.close_ended(self.ending.told("ended"))
+            self.streams.close_ended(self.told("ended"))
         elif token == "exit":
-            self.ending.take_exit_status()
+            self.take_exit_status()
 
     def begin(self) -> None:
         """The program is executed."""
@@ -7389,29 +7370,19 @@ def open_first_console(domain: Domain) -> int:
         return -1
 
 
-class BootConsole:
+class BootConsole(FirstConsole):
     """The VM's first console where init has it: the last words of kernel and init, for the log."""
 
     def __init__(self, fd: int) -> None:
-        self.fd, self.text = fd, b""
+        super().__init__(fd)
+        self.ended, self.text = fd < 0, b""
 
     def read(self) -> None:
-        if self.fd < 0:
-            return  # reported, and closed, since poll(2) has named it
-        try:
-            data = os.read(self.fd, 4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""  # xenconsoled has gone
-        if not data:
-            os.close(self.fd)
-            self.fd = -1
-        self.text = (self.text + data)[-CONSOLE_TAIL:]
+        self.text = (self.text + self.take())[-CONSOLE_TAIL:]
 
     def report(self, log: Log, message: str) -> None:
         """A warning, with these words."""
-        while self.fd >= 0 and select.select([self.fd], [], [], 0)[0]:
+        while not self.ended and select.select([self.fd], [], [], 0)[0]:
             self.read()
         log.warn(message)
         words = printable(self.text.decode("utf-8", "replace"))
@@ -7446,59 +7417,6 @@ class Commit:
             os.chdir("/")
         except OSError as error:
             raise Error(f"cannot return to dom0's mount namespace: {error.strerror}") from None
-
-
-class ContainerEnding(Ending):
-    """How a container ends, and why."""
-
-    def __init__(self, container: Container, domain: Domain, own_init: bool, log: Log) -> None:
-        super().__init__(domain, 0, log)
-        self.container = container
-        self.own_init = own_init
-        self.console = BootConsole(-1)
-
-    def explain(self, message: str, reason: str = "") -> None:
-        """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
-        self.console.report(self.log, message)
-        self.leave("error", reason or message)
-
-    def leave(self, name: str, text: str) -> None:
-        """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first
-        "error", for which it will never be."""
-        path = self.container.path(name)
-        if not any(map(os.path.exists, map(self.container.path, ("ready", "error")))):
-            self.log.attempt(f"write {path}", write_file, path, text)
-
-    def take_exit_status(self) -> bool:
-        if not super().take_exit_status():
-            return False
-        error, oom = printable(self.told("error")), self.domain.told("oom")
-        if error:
-            self.explain(f"the VM's init: {error}", error)
-        if oom:
-            self.console.report(self.log, f"the VM has run out of memory: {printable(oom)}")
-            show_oom(self.container.state.cgroups, self.log)
-        return True
-
-    def check_domain(self) -> None:
-        """Look whether it was ours, when some domain has ended."""
-        if not self.is_open() or seen_alive(self.domain.domid):
-            return
-        try:
-            end = self.domain.end()
-        except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
-            self.log.warn(str(error))
-            return
-        if end:
-            self.take_exit_status()  # which the guest may have told just before
-        if not end or not self.is_open():
-            return
-        if self.own_init and end == "-":
-            self.end(0)
-        else:
-            status, reason = ENDS.get(end, ENDS["c"])
-            self.explain(f"{reason}; exit status {status}", reason)
-            self.end(status)
 
 
 class Execs:
@@ -7542,18 +7460,15 @@ class Execs:
 class Monitor(Loop):
     """Serves one domain until it has ended, and all output of the container's process is delivered."""
 
-    ending: ContainerEnding
-
     def __init__(self, plan: Plan, holder: Holder, server: FileServer, commit: Commit, domain: Domain) -> None:
-        config, log = plan.config, plan.log.about(plan.container.id)
+        config, self.own_init = plan.config, plan.config.machine.own_init
         self.container, self.holder, self.server, self.commit = plan.container, holder, server, commit
-        self.own_init = config.machine.own_init
         terminal = bool(config.process and config.process.terminal)
-        ending = ContainerEnding(plan.container, domain, self.own_init, log)
-        super().__init__(ending, 0 if self.own_init else 2, terminal)
+        super().__init__(domain, 0, 0 if self.own_init else 2, terminal, plan.log.about(plan.container.id))
         self.share = ShareDevice(domain, config.machine.share_device(), server)
         self.devices += [self.share] if server.pid else []
-        self.execs = Execs(plan.container, domain, log)
+        self.boot_console = BootConsole(-1)
+        self.execs = Execs(plan.container, domain, self.log)
         self.control = os.open(plan.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
 
     def prepare(self) -> None:
@@ -7568,7 +7483,7 @@ class Monitor(Loop):
         """Return the container's exit status."""
         signals = relay_signals((*RELAYED, SIGWINCH) if self.terminal else RELAYED)
         if not self.own_init:
-            self.ending.console = BootConsole(self.first_console)
+            self.boot_console = BootConsole(self.first_console)
         self.streams = Streams([FirstConsole(self.first_console)] if self.own_init else self.consoles, self.terminal)
         if self.terminal:
             self.resize()
@@ -7579,46 +7494,89 @@ class Monitor(Loop):
 
     def handlers(self) -> dict[int, Callable[[], None]]:
         found = {self.commit.fd: self.handle_commit} if self.commit.waits else {}
-        if self.ending.phase == "done":
+        if self.phase == "done":
             return found
         found.update(super().handlers())
         found[self.control] = self.handle_control
         found[self.holder.link.fileno()] = self.handle_holder
         if self.server.pid:
             found[self.server.link.fileno()] = self.handle_server
-        if self.ending.console.fd >= 0:
-            found[self.ending.console.fd] = self.ending.console.read
+        if not self.boot_console.ended:
+            found[self.boot_console.fd] = self.boot_console.read
         return {**found, **self.execs.handlers()}
 
     def timeout(self) -> float | None:
-        return None if self.ending.phase == "done" else super().timeout()
+        return None if self.phase == "done" else super().timeout()
+
+    def explain(self, message: str, reason: str = "") -> None:
+        """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
+        self.boot_console.report(self.log, message)
+        self.leave("error", reason or message)
+
+    def leave(self, name: str, text: str) -> None:
+        """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first
+        "error", for which it will never be."""
+        path = self.container.path(name)
+        if not any(map(os.path.exists, map(self.container.path, ("ready", "error")))):
+            self.log.attempt(f"write {path}", write_file, path, text)
 
     # ---- what the guest says
 
     def hear(self, token: str) -> None:
         if token == "release":
-            self.ending.check_domain()
+            self.check_domain()
         else:
             super().hear(token)
 
     def begin(self) -> None:
-        self.ending.leave("ready", "")
+        self.leave("ready", "")
+
+    def take_exit_status(self) -> bool:
+        if not super().take_exit_status():
+            return False
+        error, oom = printable(self.told("error")), self.domain.told("oom")
+        if error:
+            self.explain(f"the VM's init: {error}", error)
+        if oom:
+            self.boot_console.report(self.log, f"the VM has run out of memory: {printable(oom)}")
+            show_oom(self.container.state.cgroups, self.log)
+        return True
+
+    def check_domain(self) -> None:
+        """Look whether it was ours, when some domain has ended."""
+        if not self.is_open() or seen_alive(self.domain.domid):
+            return
+        try:
+            end = self.domain.end()
+        except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
+            self.log.warn(str(error))
+            return
+        if end:
+            self.take_exit_status()  # which the guest may have told just before
+        if not end or not self.is_open():
+            return
+        if self.own_init and end == "-":
+            self.end(0)
+        else:
+            status, reason = ENDS.get(end, ENDS["c"])
+            self.explain(f"{reason}; exit status {status}", reason)
+            self.end(status)
 
     # ---- what the host says
 
     def handle_commit(self) -> None:
         if not self.commit.take():
-            self.ending.end(255, abandon=True)
+            self.end(255, abandon=True)
 
     def handle_server(self) -> None:
         reason = self.server.hear()
         if not reason:
             return self.share.confirm()
         self.server.stop()
-        self.ending.take_exit_status()  # which the guest may have told just before
-        if self.ending.is_open():
-            self.ending.explain(f"its files are not served any more: {printable(reason)}")
-            self.ending.end(255, abandon=True)
+        self.take_exit_status()  # which the guest may have told just before
+        if self.is_open():
+            self.explain(f"its files are not served any more: {printable(reason)}")
+            self.end(255, abandon=True)
 
     def handle_control(self) -> None:
         """Requests of other runX processes: "kill N", "destroy N" (N: a signal), "exec N PID", a line each."""
@@ -7626,22 +7584,22 @@ class Monitor(Loop):
             verb, number, *pid = line.split()
             if verb == "exec":
                 self.execs.take(int(number), int(pid[0]))
-            elif verb == "destroy" or not self.ending.is_open():
-                self.ending.end(128 + int(number), abandon=True)
-            elif not self.ending.deadline:
-                self.ending.deadline = time.monotonic() + KILL_GRACE
+            elif verb == "destroy" or not self.is_open():
+                self.end(128 + int(number), abandon=True)
+            elif not self.deadline:
+                self.deadline = time.monotonic() + KILL_GRACE
                 self.ask(f"kill 0 {number}")
 
     def handle_holder(self) -> None:
         self.handle_signals(signals := self.holder.take_signals())
         if not signals:
-            self.ending.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
+            self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
 
     def send(self, number: int) -> None:
         if self.is_started():
             super().send(number)
         else:
-            self.ending.end(128 + number)
+            self.end(128 + number)
 
     def is_started(self) -> bool:
         """Whether there is a process that takes signals, or will be."""
@@ -7692,7 +7650,7 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
             close_standard(fd)  # who reads the streams sees the end at once
         if monitor:
             if failure:
-                monitor.ending.leave("error", failure)
+                monitor.leave("error", failure)
             committed = commit.take()
         server.stop()
         take_down(container, plan.log)
@@ -7823,8 +7781,8 @@ class Carrier(Loop):
         """report: a pipe to `exec`, that gets "+" when the program is executed."""
         container, process = order.container, order.process
         domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
-        ending = Ending(domain, order.number, order.log.about(container.id))
-        super().__init__(ending, 1 if process.terminal else 2, process.terminal)
+        consoles, log = 1 if process.terminal else 2, order.log.about(container.id)
+        super().__init__(domain, order.number, consoles, process.terminal, log)
         self.order, self.report, self.is_greeted = order, report, False
         holder = container.open_pidfd()
         if holder is None:
@@ -7852,7 +7810,7 @@ class Carrier(Loop):
         show_arguments(self.order.process.args)  # the VM works meanwhile
         enter_cgroups(container.state.cgroups, self.log)
         if not self.order.is_patient:
-            self.ending.deadline = time.monotonic() + EXEC_TIME_LIMIT
+            self.deadline = time.monotonic() + EXEC_TIME_LIMIT
 
     def introduce(self, transaction: int) -> None:
         """Announce the consoles; and forget what the guest has told late of another process of that number."""
@@ -7876,7 +7834,7 @@ class Carrier(Loop):
         raise Error(f"the container's VM has not executed it within {EXEC_TIME_LIMIT:.0f} s: is it too busy?")
 
     def begin(self) -> None:
-        self.ending.deadline = 0
+        self.deadline = 0
         os.write(self.report, b"+")
         os.close(self.report)
         self.report = -1
@@ -7885,12 +7843,12 @@ class Carrier(Loop):
         if token == "exit":
             super().hear("ready")  # which it has told before
         super().hear(token)
-        if self.report >= 0 and not self.ending.is_open():
-            reason = printable(self.ending.told("error")) or "the VM does not tell why"
+        if self.report >= 0 and not self.is_open():
+            reason = printable(self.told("error")) or "the VM does not tell why"
             raise Error(f"unable to start container process: {reason}")
 
     def lose_container(self) -> None:
-        self.ending.end(128 + SIGKILL, abandon=True)
+        self.end(128 + SIGKILL, abandon=True)
         if self.report >= 0:
             raise NotRunning()
 
