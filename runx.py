@@ -5945,11 +5945,8 @@ def cni_path() -> str:
 
 def find_plugin(name: str) -> str | None:
     """Return the path of a CNI plugin."""
-    for folder in cni_path().split(":"):
-        path = os.path.join(folder, name)
-        if os.access(path, os.X_OK):
-            return path
-    return None
+    paths = (os.path.join(folder, name) for folder in cni_path().split(":"))
+    return next((path for path in paths if os.access(path, os.X_OK)), None)
 
 
 def attach_network(attachment: Attachment, network: Network) -> None:
@@ -6115,7 +6112,7 @@ def route_message(destination: Subnet, gateway: Address | None, addresses: Seque
 
 def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
     """Yield the Interfaces of a network namespace, as they are now.  Raise Error."""
-    try:
+    with Attempt(f"read the network namespace {path}"):
         netlink = Rtnetlink(path)
         for link in netlink.links():
             interface = Interface(link.name, link.mac, link.mtu)
@@ -6130,8 +6127,6 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
             interface.ipv6 = read_ipv6_settings(path, link.name)
             interface.namespace, interface.device, interface.index = path, link.name, link.index
             yield interface
-    except OSError as error:
-        raise Error(f"cannot read the network namespace {path}: {error.strerror}") from None
 
 
 def link_addresses(netlink: Rtnetlink, index: int) -> Iterator[Message]:
@@ -6501,24 +6496,24 @@ def guest_words(interface: Interface) -> Iterator[str]:
 # Hooks".  Those of startContainer run in the guest, see initrd/container.c.
 
 
-def run_hooks(container: Container, kind: str, status: str, namespaces: Sequence[str] = ()) -> None:
-    """Run the container's hooks of one kind; the first that fails is an Error, and the last that runs."""
-    for error in hook_errors(container, kind, status, namespaces):
-        raise Error(error)
-
-
-def hook_errors(container: Container, kind: str, status: str, namespaces: Sequence[str] = ()) -> Iterator[str]:
-    """Run hooks one by one, and yield a sentence, in runc's words, for each that fails.  status: what the state that
-    they read says.  namespaces: paths of those that they join."""
+def run_hooks(
+    container: Container, kind: str, status: str, namespaces: Sequence[str] = (), log: Log | None = None
+) -> None:
+    """Run the container's hooks of one kind.  status: what the state that they read says.  namespaces: paths of those
+    that they join.  The first that fails is an Error, in runc's words, and the last that runs; but with a log, all run,
+    and each that fails is a warning there."""
     for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
         state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
         env = dict(variable.partition("=")[::2] for variable in hook.env) or dict(os.environ)  # as under runc and crun
         reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
-        if reason:
-            if reason.startswith("ran past"):
-                reason = f"hook ran past specified timeout of {hook.timeout}s"
-            stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
-            yield f"error running {kind} hook #{number}: {reason}, stdout: {stdout}, stderr: {stderr}"
+        if reason.startswith("ran past"):
+            reason = f"hook ran past specified timeout of {hook.timeout}s"
+        stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
+        failure = f"error running {kind} hook #{number}: {reason}, stdout: {stdout}, stderr: {stderr}"
+        if reason and not log:
+            raise Error(failure)
+        if reason and log:
+            log.warn(failure)
 
 
 # ==== holder =============================================================================================
@@ -7297,8 +7292,8 @@ class Loop:
         self.domain.request(request, key, data)
 
 
-def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
-    """Make a pty, give the engine its master, and return its slave, which becomes our controlling terminal.
+def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
+    """Make a pty, give the engine its master, and have its slave for our standard streams and controlling terminal.
 
     console_socket: a path, or the descriptor of a connected socket; it gets one message, the pty's name and
     the one descriptor, as runc sends it.  size: rows, columns.  Raise Error.
@@ -7307,7 +7302,9 @@ def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
     import termios
     import tty
 
-    try:
+    signal = import_core("signal")
+    signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
+    with Attempt(f"send a terminal to the console socket {console_socket}"):
         master, slave = os.openpty()
         tty.setraw(slave)  # the terminal in the guest edits, echoes and makes signals
         os.set_blocking(slave, False)
@@ -7322,17 +7319,6 @@ def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
         os.close(master)
         # a resize of the master is a SIGWINCH for the foreground of the slave's session: us
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-    except OSError as error:
-        reason = error.strerror or error
-        raise Error(f"cannot send a terminal to the console socket {console_socket}: {reason}") from None
-    return slave
-
-
-def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
-    """Our standard streams become a terminal's, whose other end the engine has.  Raise Error."""
-    signal = import_core("signal")
-    signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
-    slave = open_terminal(console_socket, size)
     os.dup2(slave, 0)
     os.dup2(slave, 1)
     os.close(slave)
@@ -7412,11 +7398,9 @@ class Commit:
 
     def return_home(self) -> None:
         """Raise Error."""
-        try:
+        with Attempt("return to dom0's mount namespace"):
             system_call("setns", self.home, CLONE_NEWNS)
             os.chdir("/")
-        except OSError as error:
-            raise Error(f"cannot return to dom0's mount namespace: {error.strerror}") from None
 
 
 class Execs:
@@ -7744,12 +7728,7 @@ def destroy(container: Container, log: Log) -> None:
         pids = (state.pid, state.monitor[0])
         log.attempt(f"remove the cgroup of {container.id}", remove_cgroups, state.cgroups, pids)
     container.remove()
-    log.attempt(f"run the poststop hooks of {container.id}", run_poststop, container, log)
-
-
-def run_poststop(container: Container, log: Log) -> None:
-    for error in hook_errors(container, "poststop", "stopped"):
-        log.warn(error)
+    log.attempt(f"run the poststop hooks of {container.id}", run_hooks, container, "poststop", "stopped", (), log)
 
 
 # ==== carrier ============================================================================================
@@ -8090,16 +8069,13 @@ def write_pid_file(path: str, pid: int) -> None:
 
 
 def command_start(call: Invocation) -> None:
-    start(call.container(), call.log)
-
-
-def start(container: Container, log: Log) -> None:
     """Have the container's process executed.  Raise Error if it cannot be, with the reason."""
+    container = call.container()
     with container:
         status = container.status()
         try:
             check_status("start", container, status)
-            domain = begin(container, log)
+            domain = begin(container, call.log)
         except Error as error:
             reason = reason_of_end(container) if container.state.status == "created" else ""
             if reason and (status == "stopped" or isinstance(error, NotRunning)):
@@ -8113,7 +8089,7 @@ def start(container: Container, log: Log) -> None:
     except Error:
         with container:
             stop_monitor(container)
-            destroy(container, log)
+            destroy(container, call.log)
         raise
 
 
@@ -8179,7 +8155,7 @@ def command_run(call: Invocation) -> int:
     if attached:
         forward_signals(pid)
     try:
-        start(plan.container, call.log)
+        command_start(call)
     except BaseException:
         if os.path.isfile(path := call.options.get("pid-file", "")):
             os.unlink(path)
@@ -8187,41 +8163,38 @@ def command_run(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    if engine is not None:
-        attach(take_master(engine))
-    status = wait_for_child(pid)
+    status = await_child(pid, engine)
     if "keep" not in call.options:
         delete(call.container(), True, call.log)
     return status
 
 
-def wait_for_child(pid: int) -> int:
-    """Return its exit status as a shell has it."""
+def await_child(pid: int, engine: int | None) -> int:
+    """Return a process's exit status as a shell has it.  engine: the socket by which its terminal comes, if it has
+    one."""
+    if engine is not None:
+        attach(engine)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return status if status >= 0 else 128 - status
 
 
 def console_sockets() -> tuple[int, int]:
-    """Descriptors of two connected sockets: for take_master(), and in place of --console-socket."""
+    """Descriptors of two connected sockets: for attach(), and in place of --console-socket."""
     import socket
 
     ours, theirs = socket.socketpair()
     return ours.detach(), theirs.detach()
 
 
-def take_master(engine: int) -> int:
-    """The terminal that comes by that socket, which is closed."""
-    import socket
-
-    with socket.socket(fileno=engine) as connection:
-        return socket.recv_fds(connection, 4096, 1)[1][0]
-
-
-def attach(master: int) -> None:
-    """Join our standard input and output, a terminal or not, to a container's terminal until that ends."""
+def attach(engine: int) -> None:
+    """Join our standard input and output, a terminal or not, to the terminal that comes by a socket, until it ends."""
     import signal
+    import socket
     import termios
     import tty
+
+    with socket.socket(fileno=engine) as connection:
+        master = socket.recv_fds(connection, 4096, 1)[1][0]
 
     def resize(*_: object) -> None:
         fcntl.ioctl(master, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
@@ -8304,12 +8277,9 @@ def execute(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    if engine is not None:
-        attach(take_master(engine))
-    else:
-        for fd in (0, 1, 2):  # the carrier alone has them now, so that it can end them one by one
-            close_standard(fd)
-    return wait_for_child(pid)
+    for fd in (0, 1, 2) if engine is None else ():  # the carrier alone has them now, to end them one by one
+        close_standard(fd)
+    return await_child(pid, engine)
 
 
 def make_order(call: Invocation, attached: bool) -> Order:
@@ -8391,8 +8361,6 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
         os.close(writer)
     if attached:
         forward_signals(pid)
-    if isinstance(order.console_socket, int):
-        os.close(order.console_socket)
     report = read_all(reader)
     os.close(reader)
     if report != b"+":
@@ -8425,8 +8393,18 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 def command_kill(call: Invocation) -> None:
-    signal = call.options.get("signal") or "".join(call.arguments[1:]) or "TERM"
-    kill(call.container(), parse_signal(signal), "all" in call.options)
+    """Ask for the signal and return; whether and when the container ends is its monitor's to see."""
+    text = call.options.get("signal") or "".join(call.arguments[1:]) or "TERM"
+    container, number, to_all = call.container(), parse_signal(text), "all" in call.options
+    with container:
+        status = container.status(ask=number != SIGKILL)  # which must not wait for xl
+        if status == "stopped" and to_all:
+            return  # as runc: all of nothing is done
+        check_status("kill", container, status)
+        try:
+            send_signal(container, number, to_all)
+        except NotRunning:
+            pass  # it is ending, and as long as its pid is there it takes signals, as any process does
 
 
 def parse_signal(text: str) -> int:
@@ -8442,19 +8420,6 @@ def parse_signal(text: str) -> int:
             if offset[0] in "+-" and offset[1:].isdecimal() and len(offset) < 5 and 34 <= number + int(offset) <= 64:
                 return number + int(offset)
     raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
-
-
-def kill(container: Container, number: int, to_all: bool = False) -> None:
-    """Ask for the signal and return; whether and when the container ends is its monitor's to see."""
-    with container:
-        status = container.status(ask=number != SIGKILL)  # which must not wait for xl
-        if status == "stopped" and to_all:
-            return  # as runc: all of nothing is done
-        check_status("kill", container, status)
-        try:
-            send_signal(container, number, to_all)
-        except NotRunning:
-            pass  # it is ending, and as long as its pid is there it takes signals, as any process does
 
 
 def send_signal(container: Container, number: int, to_all: bool) -> None:
@@ -8514,22 +8479,15 @@ def stop_monitor(container: Container) -> None:
 
 
 def command_pause(call: Invocation) -> None:
-    """The VM gets no processor time until `resume`."""
+    """`pause`: the VM gets no processor time until `resume`."""
     with call.container() as container:
-        check_status("pause", container, container.status())
+        check_status(call.command, container, container.status())
+        pauses = call.command == "pause"
         if container.state.may_run():
-            container.switch(container.domain().pause, paused=True)
-        else:  # it has none anyway
-            container.save(paused=True)
-
-
-def command_resume(call: Invocation) -> None:
-    with call.container() as container:
-        check_status("resume", container, container.status())
-        if container.state.may_run():
-            container.switch(container.domain().unpause, paused=False)
-        else:
-            container.save(paused=False)
+            domain = container.domain()
+            container.switch(domain.pause if pauses else domain.unpause, paused=pauses)
+        else:  # it gets none anyway
+            container.save(paused=pauses)
 
 
 def output_format(call: Invocation) -> str:
@@ -8912,7 +8870,7 @@ COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str]
     "kill": (command_kill, {"all"}, {"signal"}, 2),
     "delete": (command_delete, {"force"}, set(), 1),
     "pause": (command_pause, set(), set(), 1),
-    "resume": (command_resume, set(), set(), 1),
+    "resume": (command_pause, set(), set(), 1),
     "exec": (command_exec, EXEC_FLAGS, EXEC_VALUES, sys.maxsize),
     "ps": (command_ps, set(), {"format"}, 1000),
     "events": (command_events, {"stats"}, {"interval"}, 1),
