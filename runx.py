@@ -511,7 +511,7 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
             select.select([pidfd], [], [], timeout)
 
 
-def close_other_descriptors(keep: set[int | None]) -> None:
+def close_other_descriptors(keep: Collection[object]) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
             try:
@@ -5659,9 +5659,6 @@ def end_redirect(netlink: Rtnetlink, index: int) -> None:
 # ==== CNI ================================================================================================
 # Networks that NETCONF names: configuration files and plugins of the CNI specification, SPEC.md 0.2.0 to 1.1.0.
 
-if TYPE_CHECKING:
-    Range = tuple[Subnet, Union[Address, None]]  # with its gateway
-
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
 CNI_TIME_LIMIT = 30  # seconds that a plugin has
@@ -5749,11 +5746,11 @@ def find_document(request: Netconf, folders: list[str]) -> Section:
     return found[0]
 
 
-def parse_ranges(ipam: Section) -> list[Range]:
+def parse_ranges(ipam: Section) -> list[tuple[Subnet, Address | None]]:
     """Return subnet and gateway of each range that an ipam names, in one of three ways.  Raise Error."""
     import ipaddress
 
-    ranges: list[Range] = []
+    ranges: list[tuple[Subnet, Address | None]] = []
     entries = [ipam]
     for alternatives in ipam.each("ranges", Section.sections):
         entries += alternatives
@@ -6068,8 +6065,9 @@ IPV6_SETTINGS = ("disable_ipv6", "accept_ra")  # of net.ipv6.conf.<name>, taken 
 class Interface:
     """One of the VM's.  The messages are for the guest, without the number that it has there."""
 
-    def __init__(self, name: str, mac: bytes, mtu: int) -> None:
-        self.name, self.mac = name, mac
+    def __init__(self, name: str, mac: str, mtu: int) -> None:
+        self.name = name
+        self.mac = mac  # in hexadecimal
         self.mtu = mtu  # 0: the bridge's
         self.addresses: list[Message] = []
         self.routes: list[Message] = []
@@ -6083,9 +6081,6 @@ class Interface:
     def place(self) -> tuple[bool, int, str]:
         """Among others: eth0, eth1, …, and then those with other names."""
         return not self.name.startswith("eth"), len(self.name), self.name
-
-    def has_default_route(self, family: int) -> bool:
-        return any(route.head[:2] == (family, 0) for route in self.routes)
 
 
 def leads_to_gateway(route: Message) -> bool:
@@ -6115,7 +6110,7 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
     with Attempt(f"read the network namespace {path}"):
         netlink = Rtnetlink(path)
         for link in netlink.links():
-            interface = Interface(link.name, link.mac, link.mtu)
+            interface = Interface(link.name, link.mac.hex(), link.mtu)
             interface.addresses = list(link_addresses(netlink, link.index))
             if link.name == "lo" or not (link.up or interface.addresses):
                 continue
@@ -6214,7 +6209,17 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
     """Return the Interface of a network that NETCONF names.  Raise Error."""
     import ipaddress
 
-    interface = port_interface(attachment) if attachment.bridge else made_interface(attachment, log)
+    if attachment.bridge:  # it becomes a port of that
+        interface = Interface("", attachment.mac.replace(":", ""), attachment.mtu)
+        interface.bridge = attachment.bridge
+        interface.ipv6 = {} if attachment.dhcp else {"accept_ra": "0"}
+    else:
+        inside = namespace_interfaces(attachment.namespace, log)
+        found = [each for each in inside if each.device == attachment.interface]
+        if not found:
+            what = f"network {attachment.network}: its plugins have made no interface {attachment.interface}"
+            raise Error(what)
+        interface = found[0]
     interface.dhcp, interface.rate = attachment.dhcp, attachment.rate
     addresses = [ipaddress.ip_interface(address) for address in attachment.addresses]
     for address in addresses:
@@ -6226,27 +6231,10 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
     families = {message.head[0] for message in interface.addresses}
     for gateway in map(ipaddress.ip_address, attachment.gateways):
         family = family_of(gateway)
-        if family in families and not interface.has_default_route(family):
+        if family in families and not any(route.head[:2] == (family, 0) for route in interface.routes):
             everything = ipaddress.ip_network("0.0.0.0/0" if family == AF_INET else "::/0")
             interface.routes.append(route_message(everything, gateway, addresses))
     return interface
-
-
-def port_interface(attachment: Attachment) -> Interface:
-    """Return what becomes a port of a bridge."""
-    interface = Interface("", bytes.fromhex(attachment.mac.replace(":", "")), attachment.mtu)
-    interface.bridge = attachment.bridge
-    if not attachment.dhcp:
-        interface.ipv6 = {"accept_ra": "0"}
-    return interface
-
-
-def made_interface(attachment: Attachment, log: Log) -> Interface:
-    """Return what plugins have made in the attachment's network namespace.  Raise Error."""
-    for interface in namespace_interfaces(attachment.namespace, log):
-        if interface.device == attachment.interface:
-            return interface
-    raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
 
 
 def may_have_interfaces(state: State) -> bool:
@@ -6282,49 +6270,45 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     ours = {number for kind, number in state.devices if kind == "vif"}
     others = set(map(int, domain.xenstore.list(f"/libxl/{domain.domid}/device/vif"))) - ours  # of xl's settings
     interfaces = find_interfaces(container, len(others), undo.log)
-    wanted = {interface.mac.hex(): interface for interface in interfaces}
+    wanted = {interface.mac: interface for interface in interfaces}
     plugged = [Vif(**fields) for fields in state.plugged]
     kept = {vif.mac: vif for vif in plugged if vif.mac in wanted}
     for number in (ours | {vif.number for vif in plugged}) - {vif.number for vif in kept.values()}:
         unplug(container, Device(domain, "vif", number))
     for mac, vif in kept.items():
         keep_vif(container, domain, vif, wanted[mac])
-    new = [interface for interface in interfaces if interface.mac.hex() not in kept]
+    new = [interface for interface in interfaces if interface.mac not in kept]
     # never the number of one that is unplugged, also by another command: the guest may have it still
     for number, interface in enumerate(new, max(ours | others | {state.last_vif}) + 1):
-        plug_vif(container, Device(domain, "vif", number), interface, undo)
+        device = Device(domain, "vif", number)
+        container.state.last_vif = number
+        container.acquire(device)
+        undo.add(f"take the interface {interface.name} away from the VM", unplug, container, device)
+        join_noted(container, number, interface, announce_vif(device, interface))
     return guest_nodes(state, interfaces)
-
-
-def plug_vif(container: Container, vif: Device, interface: Interface, undo: Undo) -> None:
-    """Give a VM one more network interface.  Raise Error."""
-    container.state.last_vif = vif.number
-    container.acquire(vif)
-    undo.add(f"take the interface {interface.name} away from the VM", unplug, container, vif)
-    join_noted(container, vif.number, interface, announce_vif(vif, interface))
 
 
 def join_noted(container: Container, number: int, interface: Interface, link: Link) -> None:
     """join() of a vif, which is noted before: whoever is killed meanwhile leaves nothing that is not undone later."""
     vif = Vif(
-        number=number, mac=interface.mac.hex(), mtu=interface.mtu, namespace=interface.namespace,
-        device=interface.device, index=interface.index,
+        number=number, mac="", mtu=interface.mtu, namespace=interface.namespace, device=interface.device,
+        index=interface.index,
     )  # fmt: skip
     before = container.state.plugged
-    note_vif(container, vif, joined=False)
+    note_vif(container, vif)
     try:
         join(interface, link)
     except Error:
         container.save(plugged=before)  # join() has left nothing: a classifier that is there is somebody else's
         raise
-    vif.mtu = interface.mtu
-    note_vif(container, vif, joined=True)
+    vif.mac, vif.mtu = interface.mac, interface.mtu
+    note_vif(container, vif)
 
 
-def note_vif(container: Container, vif: Vif, joined: bool) -> None:
-    """Store what a vif is joined to, or if not joined, may be joined to.  Raise Error."""
+def note_vif(container: Container, vif: Vif) -> None:
+    """Store what a vif is joined to, or without its MAC address, may be joined to.  Raise Error."""
     others = [each for each in container.state.plugged if each["number"] != vif.number]
-    container.save(plugged=[*others, {**vif.__dict__, "mac": vif.mac if joined else ""}])
+    container.save(plugged=[*others, {**vif.__dict__}])
 
 
 def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interface) -> None:
@@ -6333,8 +6317,9 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
     name = f"vif{domain.domid}.{vif.number}"
-    note_vif(container, vif, joined=False)
-    end_redirection(interface.namespace, vif, name)
+    vif.mac = ""
+    note_vif(container, vif)
+    end_redirection(vif, domain.domid, interface.namespace)
     with Attempt(f"connect the VM to {interface.device}"):
         link = Rtnetlink(interface.namespace).find_link(name)
     if not link:
@@ -6344,10 +6329,10 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
 
 def unplug(container: Container, vif: Device) -> None:
     """Take a network interface away from the VM, as far as it has got it.  Raise Error."""
-    state, name = container.state, f"vif{vif.domain.domid}.{vif.number}"
+    state = container.state
     for each in (Vif(**fields) for fields in state.plugged):
         if each.number == vif.number and each.device:
-            end_redirection(each.namespace, each, name)
+            end_redirection(each, vif.domain.domid, each.namespace)
     state.plugged = [fields for fields in state.plugged if fields["number"] != vif.number]
     container.release(vif)
 
@@ -6355,7 +6340,7 @@ def unplug(container: Container, vif: Device) -> None:
 def announce_vif(vif: Device, interface: Interface) -> Link:
     """Have netback make a vif, and return its Link in dom0.  Raise Error."""
     events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{vif.domain.domid}.{vif.number}"
-    common = {"handle": str(vif.number), "mac": interface.mac.hex(":")}
+    common = {"handle": str(vif.number), "mac": bytes.fromhex(interface.mac).hex(":")}
     backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "connected", "type": "vif"}
     if interface.bridge:
         backend["bridge"] = interface.bridge
@@ -6424,17 +6409,18 @@ def end_redirects(state: State) -> None:
     """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
     for vif in (Vif(**fields) for fields in state.plugged):
         if state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
-            end_redirection(state.namespace, vif, f"vif{state.domid}.{vif.number}")
+            end_redirection(vif, state.domid, state.namespace)
 
 
-def end_redirection(namespace: str, vif: Vif, name: str) -> None:
-    """Undo redirect() between a vif of this name and the link that it is joined to, as far as they are still there."""
+def end_redirection(vif: Vif, domid: int, namespace: str) -> None:
+    """Undo redirect() between a vif and the link that it is joined to, as far as they are still there."""
+    ours = f"vif{domid}."
     try:
         netlink = Rtnetlink(namespace)
-        links, ours = netlink.links(), name.partition(".")[0] + "."
+        links = netlink.links()
         # by its number: it may have got another name, and another link its own
         ends = [link for link in links if (link.index == vif.index if vif.index else link.name == vif.device)]
-        ends += [link for link in links if link.name == name]
+        ends += [link for link in links if link.name == f"{ours}{vif.number}"]
         others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
         for link in ends if not others else ():  # else it is that of another VM which has come after ours
             end_redirect(netlink, link.index)
@@ -6450,9 +6436,9 @@ def guest_nodes(state: State, interfaces: list[Interface]) -> dict[str, str]:
     texts: list[str] = []
     # the guest's kernel calls them eth0, eth1, … in the order in which they have come: no name is another one's then
     for number, interface in enumerate(interfaces) if len(interfaces) > 1 else ():
-        texts.append(f"{interface.mac.hex()} {link_message(0, {IFLA_IFNAME: f'runx{number}'}).for_guest(0)}")
+        texts.append(f"{interface.mac} {link_message(0, {IFLA_IFNAME: f'runx{number}'}).for_guest(0)}")
     for interface in interfaces:
-        texts += split_words(interface.mac.hex(), guest_words(interface))
+        texts += split_words(interface.mac, guest_words(interface))
     told = {f"data/network/{number}": text for number, text in enumerate(texts)}
     dhcp = [interface.name for interface in interfaces if interface.dhcp]
     if dhcp:
@@ -6787,13 +6773,10 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
     """Find process.args[0] in root as execvp(3) will in the guest; raise Error in runc's words.  What a mount of the
     guest's may cover is not judged here; the guest says it on standard error."""
     name = process.args[0]
-    if "/" in name:
-        candidates = [os.path.join(process.cwd, name)]
-    else:
-        path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
-        candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
     by_path, reason = "/" not in name, "executable file not found in $PATH"
-    for candidate in candidates:
+    path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
+    for folder in path.split(":") if by_path else [""]:
+        candidate = os.path.join(process.cwd, folder, name)
         if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
             return
         try:
@@ -6843,7 +6826,10 @@ class Builder:
             domain = create_domain(xenstore, xl_cfg, state.uuid, self.populated, state.starts_paused)
         finally:
             self.discard_boot_files()
-        self.keep(domain)
+        disk, most = self.rootfs.disk, {key: self.sizes[key] for key in ("maxmem", "maxvcpus")}
+        if disk:
+            detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
+        self.container.save(domid=domain.domid, disk=disk and disk.__dict__, **most)
         if self.populated > self.sizes["memory"]:
             domain.set_memory(self.sizes["memory"])
         xenstore.watch_one_end(domain.domid)
@@ -6983,14 +6969,6 @@ class Builder:
             pass  # that it could not be written has been said
         for name in ("ramdisk", "kernel", "initrd"):
             discard(self.container.path(name))
-
-    def keep(self, domain: Domain) -> None:
-        """Note in the state what the domain is."""
-        disk, sizes = self.rootfs.disk, self.sizes
-        if disk:
-            detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
-        maxmem, maxvcpus = sizes["maxmem"], sizes["maxvcpus"]
-        self.container.save(domid=domain.domid, disk=disk and disk.__dict__, maxmem=maxmem, maxvcpus=maxvcpus)
 
 
 # ==== streams ============================================================================================
@@ -7141,9 +7119,15 @@ class Loop:
 
     def __init__(self, domain: Domain, number: int, consoles: int, terminal: bool, log: Log) -> None:
         """consoles: how many the process has."""
-        self.domain, self.number, self.terminal, self.log = domain, number, terminal, log
+        self.domain = domain
         self.xenstore = domain.xenstore
-        self.phase, self.deadline, self.status = "serving", 0.0, 255
+        self.request: Callable[..., None] = domain.request
+        self.number = number
+        self.terminal = terminal
+        self.log = log
+        self.phase = "serving"
+        self.deadline = 0.0
+        self.status = 255
         self.channels = EventChannels()
         numbers = [console.number for console in consoles_of(domain, number)[:consoles]]
         self.consoles = [Console(domain, each, self.channels) for each in numbers]
@@ -7166,8 +7150,20 @@ class Loop:
                 poll.register(fd, select.POLLIN)
             for fd, events in self.streams.interests():
                 poll.register(fd, events)
-            ready = {fd for fd, _ in poll.poll(self.timeout())}
-            self.handle(ready, handlers)
+            timeout = max(0, (self.deadline - time.monotonic()) * 1000) if self.deadline else None
+            ready = {fd for fd, _ in poll.poll(0 if self.xenstore.events else timeout)}
+            if self.xenstore.events:
+                ready.add(self.xenstore.fd)
+            for fd, work in handlers.items():
+                if fd in ready:
+                    work()
+            self.advance(ready)
+            for console in self.consoles:
+                console.confirm()
+            if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
+                self.look("unread", unread)
+            if self.deadline and time.monotonic() >= self.deadline:
+                self.expire()
         return self.status
 
     def is_open(self) -> bool:
@@ -7191,26 +7187,6 @@ class Loop:
             self.xenstore.fd: self.handle_xenstore,
             self.signals: lambda: self.handle_signals(os.read(self.signals, 64)),
         }
-
-    def timeout(self) -> float | None:
-        """Milliseconds; None waits for ever."""
-        if self.xenstore.events:
-            return 0
-        return max(0, (self.deadline - time.monotonic()) * 1000) if self.deadline else None
-
-    def handle(self, ready: set[int], handlers: dict[int, Callable[[], None]]) -> None:
-        if self.xenstore.events:
-            ready.add(self.xenstore.fd)
-        for fd, work in handlers.items():
-            if fd in ready:
-                work()
-        self.advance(ready)
-        for console in self.consoles:
-            console.confirm()
-        if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
-            self.look("unread", unread)
-        if self.deadline and time.monotonic() >= self.deadline:
-            self.expire()
 
     def advance(self, ready: set[int]) -> None:
         self.streams.advance(ready)
@@ -7281,24 +7257,17 @@ class Loop:
         """Have the process's supervisor see what is new below its node."""
         self.ask(f"look {self.number}", f"look-{self.number}", {f"process/{self.number}/{node}": value})
 
-    def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
+    def ask(self, *request: Any) -> None:
+        """As Domain.request."""
         try:
-            self.request(request, key, data)
+            self.request(*request)
         except Error as error:
             self.log.debug(str(error))  # gone, or its quota is full: the deadline or the container's end ends it
 
-    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
-        """As Domain.request."""
-        self.domain.request(request, key, data)
-
 
 def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
-    """Make a pty, give the engine its master, and have its slave for our standard streams and controlling terminal.
-
-    console_socket: a path, or the descriptor of a connected socket; it gets one message, the pty's name and
-    the one descriptor, as runc sends it.  size: rows, columns.  Raise Error.
-    """
-    import socket
+    """Make a pty, send its master and its name, as runc does, and have its slave for our standard streams and
+    controlling terminal.  console_socket: see send_descriptor().  size: rows, columns.  Raise Error."""
     import termios
     import tty
 
@@ -7309,13 +7278,7 @@ def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
         tty.setraw(slave)  # the terminal in the guest edits, echoes and makes signals
         os.set_blocking(slave, False)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-        if isinstance(console_socket, int):
-            engine = socket.socket(fileno=console_socket)
-        else:
-            engine = socket.socket(socket.AF_UNIX)
-            engine.connect(console_socket)
-        socket.send_fds(engine, [os.ttyname(slave).encode()], [master])
-        engine.close()
+        send_descriptor(console_socket, os.ttyname(slave).encode(), master)
         os.close(master)
         # a resize of the master is a SIGWINCH for the foreground of the slave's session: us
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
@@ -7323,6 +7286,17 @@ def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
     os.dup2(slave, 1)
     os.close(slave)
     close_standard(2)
+
+
+def send_descriptor(target: str | int, message: bytes, fd: int) -> None:
+    """Send a message with a descriptor to a socket: the path of one, or our descriptor of a connected one, which is
+    closed.  Raise OSError."""
+    import socket
+
+    with socket.socket(fileno=target) if isinstance(target, int) else socket.socket(socket.AF_UNIX) as connection:
+        if isinstance(target, str):
+            connection.connect(target)
+        socket.send_fds(connection, [message], [fd])
 
 
 # ==== monitor ============================================================================================
@@ -7386,15 +7360,15 @@ class Commit:
     def __init__(self) -> None:
         self.fd, self.writer = os.pipe()
         self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-        self.waits, self.is_given = True, False
+        self.given: bool | None = None  # not known yet
 
     def take(self) -> bool:
         """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
         Return whether all was done.  Raise Error."""
-        if self.waits:
-            self.waits, self.is_given = False, bool(os.read(self.fd, 1))
+        if self.given is None:
+            self.given = bool(os.read(self.fd, 1))
             self.return_home()
-        return self.is_given
+        return self.given
 
     def return_home(self) -> None:
         """Raise Error."""
@@ -7410,10 +7384,6 @@ class Execs:
     def __init__(self, container: Container, domain: Domain, log: Log) -> None:
         self.container, self.domain, self.log = container, domain, log
         self.carriers: dict[int, int] = {}  # number of the process, by a pidfd of its carrier
-
-    def handlers(self) -> dict[int, Callable[[], None]]:
-        """What is called when a descriptor is readable."""
-        return dict.fromkeys(self.carriers, self.look)
 
     def take(self, number: int, pid: int) -> None:
         """A process of dom0's carries process `number` from now on."""
@@ -7445,12 +7415,15 @@ class Monitor(Loop):
     """Serves one domain until it has ended, and all output of the container's process is delivered."""
 
     def __init__(self, plan: Plan, holder: Holder, server: FileServer, commit: Commit, domain: Domain) -> None:
-        config, self.own_init = plan.config, plan.config.machine.own_init
+        config = plan.config
+        self.own_init = config.machine.own_init
         self.container, self.holder, self.server, self.commit = plan.container, holder, server, commit
         terminal = bool(config.process and config.process.terminal)
         super().__init__(domain, 0, 0 if self.own_init else 2, terminal, plan.log.about(plan.container.id))
         self.share = ShareDevice(domain, config.machine.share_device(), server)
         self.devices += [self.share] if server.pid else []
+        if self.own_init:
+            self.request = self.power_off
         self.boot_console = BootConsole(-1)
         self.execs = Execs(plan.container, domain, self.log)
         self.control = os.open(plan.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
@@ -7473,24 +7446,17 @@ class Monitor(Loop):
             self.resize()
         return self.run(signals)
 
-    def is_over(self) -> bool:
-        return not self.commit.waits and super().is_over()
-
     def handlers(self) -> dict[int, Callable[[], None]]:
-        found = {self.commit.fd: self.handle_commit} if self.commit.waits else {}
-        if self.phase == "done":
-            return found
-        found.update(super().handlers())
+        found = super().handlers()
+        if self.commit.given is None:
+            found[self.commit.fd] = self.handle_commit
         found[self.control] = self.handle_control
         found[self.holder.link.fileno()] = self.handle_holder
         if self.server.pid:
             found[self.server.link.fileno()] = self.handle_server
         if not self.boot_console.ended:
             found[self.boot_console.fd] = self.boot_console.read
-        return {**found, **self.execs.handlers()}
-
-    def timeout(self) -> float | None:
-        return None if self.phase == "done" else super().timeout()
+        return {**found, **dict.fromkeys(self.execs.carriers, self.execs.look)}
 
     def explain(self, message: str, reason: str = "") -> None:
         """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
@@ -7591,10 +7557,9 @@ class Monitor(Loop):
             return self.container.load().state.status == "running" or bool(self.container.unsettled())
         return self.streams.ready or bool(self.domain.told("process/0/start"))
 
-    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
-        if not self.own_init:
-            super().request(request, key, data)
-        elif request.startswith("kill"):
+    def power_off(self, request: str, *_: object) -> None:
+        """All that a VM can be asked for that boots a system of its own."""
+        if request.startswith("kill"):
             self.domain.shut_down()
 
 
@@ -7620,8 +7585,7 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
     try:
         os.setsid()
         os.chdir("/")
-        socket = plan.console_socket if isinstance(plan.console_socket, int) else None
-        close_other_descriptors({0, 1, 2, report, commit.fd, commit.home, socket, holder.link.fileno()})
+        close_other_descriptors({0, 1, 2, report, commit.fd, commit.home, plan.console_socket, holder.link.fileno()})
         monitor = build(plan, holder, server, commit)
         os.write(report, b"+")
         os.close(report)
@@ -7738,7 +7702,7 @@ def destroy(container: Container, log: Log) -> None:
 EXECS_MAX = 27  # of a container at a time: of the 64 consoles that its kernel has each takes two
 EXEC_TIME_LIMIT = 60.0  # seconds until the VM has executed the program, or told why it cannot
 # all that can be caught, but for those that the C library has for itself, and those of faults, which return to them
-CARRIED = [number for number in range(1, 65) if number not in (4, 7, 8, SIGKILL, 11, 19, 32, 33)]
+CARRIED = set(range(1, 65)) - {4, 7, 8, SIGKILL, 11, 19, 32, 33}
 
 
 class Order(Record):
@@ -7759,9 +7723,8 @@ class Carrier(Loop):
     def __init__(self, order: Order, report: int) -> None:
         """report: a pipe to `exec`, that gets "+" when the program is executed."""
         container, process = order.container, order.process
-        domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
         consoles, log = 1 if process.terminal else 2, order.log.about(container.id)
-        super().__init__(domain, order.number, consoles, process.terminal, log)
+        super().__init__(container.domain(), order.number, consoles, process.terminal, log)
         self.order, self.report, self.is_greeted = order, report, False
         holder = container.open_pidfd()
         if holder is None:
@@ -7838,8 +7801,7 @@ def run_carrier(order: Order, report: int) -> NoReturn:
     try:
         os.setsid()
         os.chdir("/")
-        socket = order.console_socket if isinstance(order.console_socket, int) else None
-        close_other_descriptors({0, 1, 2, report, lock, socket})
+        close_other_descriptors({0, 1, 2, report, lock, order.console_socket})
         signals = relay_signals(CARRIED)
         carrier = Carrier(order, report)
         carrier.prepare()
@@ -7909,11 +7871,13 @@ class Invocation(Record):
         return Container(self.root, self.arguments[0])
 
 
-def check_status(command: str, container: Container, status: str) -> None:
-    """Raise Error where the command can do nothing."""
+def check_status(command: str, container: Container, status: str = "") -> str:
+    """Return the container's status, unless we are told.  Raise Error where the command can do nothing."""
+    status = status or container.status()
     sentence = REFUSED[command].get(status)
     if sentence:
         raise Error(sentence.format(id=container.id, status=status))
+    return status
 
 
 def read_object(path: str | int, what: str) -> JsonObject:
@@ -8277,8 +8241,9 @@ def execute(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    for fd in (0, 1, 2) if engine is None else ():  # the carrier alone has them now, to end them one by one
-        close_standard(fd)
+    if engine is None:  # the carrier alone has them now, so that it can end them one by one
+        for fd in (0, 1, 2):
+            close_standard(fd)
     return await_child(pid, engine)
 
 
@@ -8371,12 +8336,8 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
 
 def send_pidfd(path: str, pid: int, kind: bytes) -> None:
     """Send a descriptor of the process, as runc does it.  kind: runc's word for its init.  Raise Error."""
-    import socket
-
-    with Attempt(f"send a pidfd to the socket {path}"), socket.socket(socket.AF_UNIX) as engine:
-        engine.connect(path)
-        with Descriptor(os.pidfd_open(pid)) as pidfd:
-            socket.send_fds(engine, [kind], [pidfd])
+    with Attempt(f"send a pidfd to the socket {path}"), Descriptor(os.pidfd_open(pid)) as pidfd:
+        send_descriptor(path, kind, pidfd)
 
 
 # ---- state, kill, delete
@@ -8412,14 +8373,13 @@ def parse_signal(text: str) -> int:
     name = text.upper().removeprefix("SIG")
     if name.isdecimal() and len(name) < 10 and int(name) <= 64:
         return int(name)
-    if name in SIGNALS:
-        return SIGNALS.index(name) + 1
-    for base, number in (("RTMIN", 34), ("RTMAX", 64)):
-        if name.startswith(base):
-            offset = name[len(base) :] or "+0"
-            if offset[0] in "+-" and offset[1:].isdecimal() and len(offset) < 5 and 34 <= number + int(offset) <= 64:
-                return number + int(offset)
-    raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
+    numbers = {"RTMIN": 34, "RTMAX": 64}
+    numbers.update((each, number) for number, each in enumerate(SIGNALS, 1))
+    for number in range(34, 65):
+        numbers.update({f"RTMIN+{number - 34}": number, f"RTMAX-{64 - number}": number})
+    if name not in numbers:
+        raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
+    return numbers[name]
 
 
 def send_signal(container: Container, number: int, to_all: bool) -> None:
@@ -8481,7 +8441,7 @@ def stop_monitor(container: Container) -> None:
 def command_pause(call: Invocation) -> None:
     """`pause`: the VM gets no processor time until `resume`."""
     with call.container() as container:
-        check_status(call.command, container, container.status())
+        check_status(call.command, container)
         pauses = call.command == "pause"
         if container.state.may_run():
             domain = container.domain()
@@ -8504,9 +8464,8 @@ def command_ps(call: Invocation) -> None:
     import subprocess
 
     container, form = call.container().load(), output_format(call)
-    status, pid = container.status(), container.state.pid
-    check_status("ps", container, status)
-    shown = [pid] if status != "stopped" else []
+    stopped = check_status("ps", container) == "stopped"
+    shown = [] if stopped else [container.state.pid]
     shown += [carrier for carrier, start in carriers_of(container).values() if process_start_time(carrier) == start]
     if form == "json":
         print_json(shown or None, None)
@@ -8524,19 +8483,19 @@ def command_events(call: Invocation) -> None:
     """As `runc events`: one line of JSON every --interval, and "oom" when that happens; once with --stats."""
     interval = parse_duration(call.options.get("interval", "5s"))
     container = call.container().load()
-    check_status("events", container, container.status())
+    check_status("events", container)
     pidfd = container.open_pidfd()
     if pidfd is None:
         raise Error(GONE.format(id=container.id))
+    domain = container.domain()
     if "stats" in call.options:
-        print_stats(container)
+        print_stats(container, domain)
         return
-    domain, told, deadline = container.domain(), False, time.monotonic()
-    xenstore = domain.xenstore
+    xenstore, told, deadline = domain.xenstore, False, time.monotonic()
     xenstore.watch((f"{domain.path}/data/oom", "oom"))
     while True:
         if time.monotonic() >= deadline:
-            print_stats(container)
+            print_stats(container, domain)
             deadline += interval
         wait = 0 if xenstore.events else max(0, deadline - time.monotonic())
         ready = select.select([xenstore.fd, pidfd], [], [], wait)[0]
@@ -8561,12 +8520,9 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def print_stats(container: Container) -> None:
+def print_stats(container: Container, domain: Domain) -> None:
     """What Xen has counted, in runc's shape (types/events.go): nanoseconds and bytes.  Nothing if it is gone."""
-    try:
-        listing = container.domain().listing()
-    except NotRunning:
-        return
+    listing = domain.listing()
     if listing is None:
         return
     memory = {"limit": container.state.maxmem << 20, "usage": listing.memory << 20, "failcnt": 0}
@@ -8605,7 +8561,7 @@ def command_update(call: Invocation) -> None:
     """Change what Xen can change in a VM that runs; refuse all if anything else is to be different."""
     container, changes = call.container(), read_update(call.options)
     with container:
-        check_status("update", container, container.status())
+        check_status("update", container)
         update(container, changes)
 
 
@@ -8721,7 +8677,11 @@ def command_list(call: Invocation) -> None:
     elif output_format(call) == "json":
         print_json(states or None)  # null for none, as runc's
     else:
-        print_table(states)
+        heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
+        rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            print("   ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def owner_of(path: str) -> str:
@@ -8732,14 +8692,6 @@ def owner_of(path: str) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"#{uid}"
-
-
-def print_table(states: list[JsonObject]) -> None:
-    heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
-    rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    for row in rows:
-        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 OWN_NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "uts")  # those that a VM has instead of dom0's
@@ -8800,13 +8752,10 @@ def command_spec(call: Invocation) -> None:
     if "rootless" in call.options:
         raise Error("cannot write a rootless config.json: root of dom0 makes VMs, so call spec without --rootless")
     path = os.path.join(call.options.get("bundle", "."), "config.json")
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            print(json_text(example_config(), 4), file=file)
-    except FileExistsError:
-        raise Error("File config.json exists. Remove it first") from None
-    except OSError as error:
-        raise Error(f"cannot write {printable(path)}: {error.strerror}") from None
+    if os.path.lexists(path):
+        raise Error("File config.json exists. Remove it first")
+    with Attempt(f"write {printable(path)}"), open(path, "x", encoding="utf-8") as file:
+        print(json_text(example_config(), 4), file=file)
 
 
 def example_config() -> JsonObject:
