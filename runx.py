@@ -5700,15 +5700,15 @@ class Network:
         if not plugins:
             document.refuse("must name a plugin", "plugins")
         first, ipam = plugins[0], plugins[0].section("ipam")
-        self.ipam = ipam.text("type", "")  # the plugin that chooses addresses, or ""
+        kind = ipam.text("type", "")
+        self.ipam = "" if kind == "dhcp" else kind  # the plugin that chooses addresses, or ""
         for program in (self.ipam or "none", *(plugin.text("type") for plugin in plugins)):
             if "/" in program or program in ("", ".", "..") or not program.isprintable():
                 document.refuse(f"has the type {printable(program)}, which is not the name of a plugin")
         for plugin in plugins:
             plugin.section("args").section("cni")
-        chooses = self.ipam not in ("", "dhcp")
         is_bridge = first.values["type"] == "bridge"
-        if address == "auto" and not chooses:
+        if address == "auto" and not self.ipam:
             document.refuse('has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
         self.version = document.choice("cniVersion", CNI_VERSIONS, "0.2.0")
         self.plugins = [plugin.values for plugin in plugins]  # the first one makes the interface
@@ -5719,7 +5719,7 @@ class Network:
         self.dns = check_dns(first.section("dns"))
         # the VM asks for its address by itself; else it is one of these, or ipam chooses.  It is a bridge as RunX has
         # always taken it; what makes a link of its own, as CNI has it
-        self.dhcp = not address and (is_bridge or not chooses)
+        self.dhcp = not address and (is_bridge or not self.ipam)
         given = address.split(";") if address not in ("", "auto") else []
         self.addresses = [parse_address(part, self) for part in given]
 
@@ -5854,7 +5854,7 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
     attachment.bridge, first = network.bridge, network.plugins[0]
     if network.dhcp:
         return attachment
-    if network.ipam not in ("", "dhcp") and find_plugin(network.ipam):  # which reserves an address
+    if network.ipam and find_plugin(network.ipam):  # which reserves an address
         attachment.calls = [[network.ipam, plugin_configuration(network, first)]]
     elif not network.addresses:
         remedy = f"install it in {cni_path()}"
@@ -5875,9 +5875,9 @@ def stable_mac(*identity: str | int) -> str:
 
 def needs_plugins(network: Network, log: Log) -> bool:
     """Return whether the network's plugins make the interface, and not runX by itself."""
-    chained = [plugin["type"] for plugin in network.plugins[1:]]
-    if not find_plugin("bandwidth"):  # netback can do that too
-        chained = [kind for kind in chained if kind != "bandwidth"]
+    chained = {plugin["type"] for plugin in network.plugins[1:]}
+    if not find_plugin("bandwidth"):
+        chained.discard("bandwidth")  # netback can do that too
     if not network.bridge or chained:
         return True
     keys = BRIDGE_LAYER_2 if network.dhcp else BRIDGE_LAYER_2 + BRIDGE_LAYER_3
@@ -6956,8 +6956,7 @@ class Builder:
         if resources.cpus:
             settings["cpus"] = resources.cpus
         path = self.container.path("xl.cfg")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
+        write_file(path, xl_config(settings) + "".join(line + "\n" for line in machine.lines))
         return path
 
     def discard_boot_files(self) -> None:
@@ -7129,8 +7128,8 @@ class Loop:
         self.deadline = 0.0
         self.status = 255
         self.channels = EventChannels()
-        numbers = [console.number for console in consoles_of(domain, number)[:consoles]]
-        self.consoles = [Console(domain, each, self.channels) for each in numbers]
+        devices = consoles_of(domain, number)[:consoles]
+        self.consoles = [Console(domain, device.number, self.channels) for device in devices]
         self.devices: list[Console | ShareDevice] = [*self.consoles]
 
     def watch(self) -> None:
@@ -7319,17 +7318,6 @@ ENDS = {
 }
 
 
-def open_first_console(domain: Domain) -> int:
-    """A descriptor of the pty that xenconsoled has made for the VM's first console, or -1."""
-    path = domain.xenstore.read(f"{domain.path}/console/tty")
-    if not path.startswith("/dev/pts/"):
-        return -1
-    try:
-        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return -1
-
-
 class BootConsole(FirstConsole):
     """The VM's first console where init has it: the last words of kernel and init, for the log."""
 
@@ -7432,9 +7420,14 @@ class Monitor(Loop):
         """Announce consoles and files, and watch what the guest says: it runs already."""
         self.domain.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
         self.watch()
-        self.first_console = open_first_console(self.domain)
-        if self.first_console < 0 and self.own_init:
-            raise Error("cannot reach the VM's console: is xenconsoled running?")
+        path = self.xenstore.read(f"{self.domain.path}/console/tty")
+        flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
+        try:  # it is a pty of xenconsoled's, or nothing
+            self.first_console = os.open(path if path.startswith("/dev/pts/") else "", flags)
+        except OSError:
+            if self.own_init:
+                raise Error("cannot reach the VM's console: is xenconsoled running?") from None
+            self.first_console = -1
 
     def serve(self) -> int:
         """Return the container's exit status."""
@@ -7447,9 +7440,8 @@ class Monitor(Loop):
         return self.run(signals)
 
     def handlers(self) -> dict[int, Callable[[], None]]:
-        found = super().handlers()
-        if self.commit.given is None:
-            found[self.commit.fd] = self.handle_commit
+        found = {self.commit.fd: self.handle_commit} if self.commit.given is None else {}
+        found.update(super().handlers())
         found[self.control] = self.handle_control
         found[self.holder.link.fileno()] = self.handle_holder
         if self.server.pid:
@@ -7735,9 +7727,7 @@ class Carrier(Loop):
         """Take what the process is to have on dom0, noted before it is there, and have the VM run it.  Raise Error."""
         container, number = self.order.container, self.number
         container.tell_monitor(f"exec {number} {os.getpid()}")
-        fd = os.open(container.path(f"process-{number}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.write(fd, f"{os.getpid()} {process_start_time(os.getpid())}".encode())
-        os.close(fd)
+        write_file(container.path(f"process-{number}"), f"{os.getpid()} {process_start_time(os.getpid())}")
         data = {}
         if self.terminal and self.order.console_socket is not None:
             take_terminal(self.order.console_socket, self.order.process.console_size)
