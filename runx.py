@@ -6083,10 +6083,6 @@ class Interface:
         return not self.name.startswith("eth"), len(self.name), self.name
 
 
-def leads_to_gateway(route: Message) -> bool:
-    return RTA_GATEWAY in route.attributes or RTA_VIA in route.attributes
-
-
 def route_message(destination: Subnet, gateway: Address | None, addresses: Sequence[Prefixed]) -> Message:
     """gateway: None, or one that is on the link even if it is in no network of addresses."""
     found, scope, flags = {}, RT_SCOPE_LINK, 0
@@ -6468,7 +6464,8 @@ def guest_words(interface: Interface) -> Iterator[str]:
     for address in interface.addresses:
         if interface.ipv6.get("disable_ipv6") != "1" or address.head[0] != AF_INET6:
             yield address.for_guest(NLM_F_CREATE | NLM_F_REPLACE)
-    for route in sorted(interface.routes, key=leads_to_gateway):  # which is reached through those of the link
+    # first those of the link, through which gateways are reached
+    for route in sorted(interface.routes, key=lambda way: RTA_GATEWAY in way.attributes or RTA_VIA in way.attributes):
         route.attributes[RTA_OIF] = 0  # the last one: see for_guest()
         # behind the one that came with an address, if a gateway is told for the same subnet; IPv6 cannot have both
         behind = NLM_F_APPEND if route.head[0] == AF_INET else 0
@@ -6922,22 +6919,17 @@ class Builder:
                 ("container", stat.S_IFDIR | 0o700, b""),
                 ("container/config", stat.S_IFREG | 0o600, guest),
                 *self.rootfs.entries(),
-                *self.module_entries(),
             ]
+            kernel, wanted = config.machine.kernel, self.rootfs.modules  # to reach the container's files
+            modules = kernel_modules(config.rootfs, kernel[0], wanted) if kernel and wanted else []
+            entries += [("modules", stat.S_IFDIR | 0o700, b"")] if modules else []
+            for number, (name, content) in enumerate(modules):
+                entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content))
             # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
             with open(base, "rb") as file:
                 self.ramdisk.write(cpio_archive(entries) + file.read())
             self.ramdisk.flush()
         return path
-
-    def module_entries(self) -> list[Entry]:
-        """Return the modules that a kernel of the rootfs needs to reach the container's files."""
-        kernel, wanted = self.config.machine.kernel, self.rootfs.modules
-        modules = kernel_modules(self.config.rootfs, kernel[0], wanted) if kernel and wanted else []
-        entries: list[Entry] = [("modules", stat.S_IFDIR | 0o700, b"")] if modules else []
-        for number, (name, content) in enumerate(modules):
-            entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content))
-        return entries
 
     def write_settings(self, kernel: str, ramdisk: str) -> str:
         """Write the settings for xl.  Return their path."""
