@@ -6572,7 +6572,7 @@ def run_holder(config: Config, share: str, link: Any) -> NoReturn:
         os.setsid()
         os.umask(0o022)
         close_other_descriptors({link.fileno()})
-        signals, monitor = relay_signals(RELAYED), None
+        signals = relay_signals(RELAYED)
         message, rights, _, _ = link.recvmsg(16, socket.CMSG_SPACE(8))
         if rights:  # else the monitor has failed before
             monitor, namespace = struct.unpack("ii", rights[0][2])
@@ -6581,14 +6581,13 @@ def run_holder(config: Config, share: str, link: Any) -> NoReturn:
                 link.send(b"+")
             except Exception as error:
                 link.send(str(error).encode("utf-8", "replace")[:4000])
-        while rights and message:
-            if signals in select.select([link, signals], [], [])[0]:
-                link.send(os.read(signals, 64))
-            else:
-                message = link.recv(1)
-                status = message[0] if message else status
-        if monitor is not None:  # who hears that we have ended finds nothing of ours
-            select.select([monitor], [], [])
+            while message:
+                if signals in select.select([link, signals], [], [])[0]:
+                    link.send(os.read(signals, 64))
+                else:
+                    message = link.recv(1)
+                    status = message[0] if message else status
+            select.select([monitor], [], [])  # who hears that we have ended finds nothing of ours
     finally:
         os._exit(status)
 
