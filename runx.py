@@ -8512,30 +8512,25 @@ def print_stats(container: Container, domain: Domain) -> None:
     data = {
         "cpu": cpu,
         "memory": {"usage": memory, "swap": none, "kernel": none, "kernelTCP": none},
-        "pids": {},
-        "blkio": {},
-        "hugetlb": {},
-        "intel_rdt": {},
+        **dict.fromkeys(("pids", "blkio", "hugetlb", "intel_rdt"), {}),
     }
     print_json({"type": "stats", "id": container.id, "data": data}, None)
 
 
 # ---- update
 
-# the option for each field of linux.resources, runc's names
+# the field of linux.resources for each option, runc's names
 UPDATE_OPTIONS = {
-    "memory": ("memory", "limit"), "memory-reservation": ("memory", "reservation"), "memory-swap": ("memory", "swap"),
-    "kernel-memory": ("memory", "kernel"), "kernel-memory-tcp": ("memory", "kernelTCP"),
-    "cpu-quota": ("cpu", "quota"), "cpu-period": ("cpu", "period"), "cpu-share": ("cpu", "shares"),
-    "cpu-burst": ("cpu", "burst"), "cpu-idle": ("cpu", "idle"), "cpu-rt-period": ("cpu", "realtimePeriod"),
-    "cpu-rt-runtime": ("cpu", "realtimeRuntime"), "cpuset-cpus": ("cpu", "cpus"), "cpuset-mems": ("cpu", "mems"),
-    "blkio-weight": ("blockIO", "weight"), "pids-limit": ("pids", "limit"),
-    "l3-cache-schema": ("intelRdt", "l3CacheSchema"), "mem-bw-schema": ("intelRdt", "memBwSchema"),
+    "memory": "memory.limit", "memory-reservation": "memory.reservation", "memory-swap": "memory.swap",
+    "kernel-memory": "memory.kernel", "kernel-memory-tcp": "memory.kernelTCP", "cpu-quota": "cpu.quota",
+    "cpu-period": "cpu.period", "cpu-share": "cpu.shares", "cpu-burst": "cpu.burst", "cpu-idle": "cpu.idle",
+    "cpu-rt-period": "cpu.realtimePeriod", "cpu-rt-runtime": "cpu.realtimeRuntime", "cpuset-cpus": "cpu.cpus",
+    "cpuset-mems": "cpu.mems", "blkio-weight": "blockIO.weight", "pids-limit": "pids.limit",
+    "l3-cache-schema": "intelRdt.l3CacheSchema", "mem-bw-schema": "intelRdt.memBwSchema",
 }  # fmt: skip
 TEXTS = ("cpuset-cpus", "cpuset-mems", "l3-cache-schema", "mem-bw-schema")  # all others are numbers
-UPDATABLE = {("memory", "limit"), ("cpu", "quota"), ("cpu", "period"), ("cpu", "shares"), ("cpu", "cpus")}
-# A VM has no swap, so any limit of it is kept; a reservation is a wish.
-IMMATERIAL = {("memory", "swap"), ("memory", "reservation")}
+# what is not refused.  A VM has no swap, so any limit of it is kept; a reservation is a wish.
+UPDATABLE = "memory.limit memory.swap memory.reservation cpu.quota cpu.period cpu.shares cpu.cpus".split()
 
 
 def command_update(call: Invocation) -> None:
@@ -8551,8 +8546,9 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
     source, changes = options.get("resources"), {}
     if source:
         changes = read_object(0 if source == "-" else source, "the resources")
-    for name, (section, key) in UPDATE_OPTIONS.items():
+    for name, field in UPDATE_OPTIONS.items():
         if options.get(name):
+            section, _, key = field.partition(".")
             values = Section(changes, "resources").section(section).values
             changes[section] = {**values, key: parse_quantity(name, options[name])}
     return changes
@@ -8565,7 +8561,7 @@ def parse_quantity(name: str, text: str) -> int | str:
         return text
     digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
     if "memory" in name and digits and digits[-1] in "kmg":
-        digits, scale = digits[:-1], 1 << {"k": 10, "m": 20, "g": 30}[digits[-1]]
+        digits, scale = digits[:-1], 1024 ** (1 + "kmg".index(digits[-1]))
     try:
         return int(digits) * scale
     except ValueError:
@@ -8610,10 +8606,11 @@ def merge_resources(container: Container, changes: JsonObject) -> JsonObject:
                 refused.append(section)
             continue
         for key, value in values.items():
-            if (section, key) in UPDATABLE | IMMATERIAL and value:
+            field = f"{section}.{key}"
+            if field in UPDATABLE and value:
                 new.setdefault(section, {})[key] = value
             elif value and value != (old or {}).get(key):
-                refused.append(f"{section}.{key}")
+                refused.append(field)
     if refused:
         raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
     return new
@@ -8694,9 +8691,7 @@ def command_features(call: Invocation) -> None:
         "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
         "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
         "seccomp": seccomp,
-        "apparmor": off,
-        "selinux": off,
-        "intelRdt": off,
+        **dict.fromkeys(("apparmor", "selinux", "intelRdt"), off),
         "mountExtensions": {"idmap": off},
     }
     print_json({
