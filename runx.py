@@ -6211,11 +6211,10 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
         interface.ipv6 = {} if attachment.dhcp else {"accept_ra": "0"}
     else:
         inside = namespace_interfaces(attachment.namespace, log)
-        found = [each for each in inside if each.device == attachment.interface]
-        if not found:
-            what = f"network {attachment.network}: its plugins have made no interface {attachment.interface}"
-            raise Error(what)
-        interface = found[0]
+        made = next((each for each in inside if each.device == attachment.interface), None)
+        if not made:
+            raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
+        interface = made
     interface.dhcp, interface.rate = attachment.dhcp, attachment.rate
     addresses = [ipaddress.ip_interface(address) for address in attachment.addresses]
     for address in addresses:
