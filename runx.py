@@ -512,7 +512,7 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
             select.select([pidfd], [], [], timeout)
 
 
-def close_other_descriptors(keep: set[int | None]) -> None:
+def close_other_descriptors(keep: Collection[object]) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
             try:
@@ -5665,9 +5665,6 @@ def end_redirect(netlink: Rtnetlink, index: int) -> None:
 # ==== CNI ================================================================================================
 # Networks that NETCONF names: configuration files and plugins of the CNI specification, SPEC.md 0.2.0 to 1.1.0.
 
-if TYPE_CHECKING:
-    Range = tuple[Subnet, Union[Address, None]]  # with its gateway
-
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
 CNI_TIME_LIMIT = 30  # seconds that a plugin has
@@ -5709,15 +5706,15 @@ class Network:
         if not plugins:
             document.refuse("must name a plugin", "plugins")
         first, ipam = plugins[0], plugins[0].section("ipam")
-        self.ipam = ipam.text("type", "")  # the plugin that chooses addresses, or ""
+        kind = ipam.text("type", "")
+        self.ipam = "" if kind == "dhcp" else kind  # the plugin that chooses addresses, or ""
         for program in (self.ipam or "none", *(plugin.text("type") for plugin in plugins)):
             if "/" in program or program in ("", ".", "..") or not program.isprintable():
                 document.refuse(f"has the type {printable(program)}, which is not the name of a plugin")
         for plugin in plugins:
             plugin.section("args").section("cni")
-        chooses = self.ipam not in ("", "dhcp")
         is_bridge = first.values["type"] == "bridge"
-        if address == "auto" and not chooses:
+        if address == "auto" and not self.ipam:
             document.refuse('has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
         self.version = document.choice("cniVersion", CNI_VERSIONS, "0.2.0")
         self.plugins = [plugin.values for plugin in plugins]  # the first one makes the interface
@@ -5728,7 +5725,7 @@ class Network:
         self.dns = check_dns(first.section("dns"))
         # the VM asks for its address by itself; else it is one of these, or ipam chooses.  It is a bridge as RunX has
         # always taken it; what makes a link of its own, as CNI has it
-        self.dhcp = not address and (is_bridge or not chooses)
+        self.dhcp = not address and (is_bridge or not self.ipam)
         given = address.split(";") if address not in ("", "auto") else []
         self.addresses = [parse_address(part, self) for part in given]
 
@@ -5755,11 +5752,11 @@ def find_document(request: Netconf, folders: list[str]) -> Section:
     return found[0]
 
 
-def parse_ranges(ipam: Section) -> list[Range]:
+def parse_ranges(ipam: Section) -> list[tuple[Subnet, Address | None]]:
     """Return subnet and gateway of each range that an ipam names, in one of three ways.  Raise Error."""
     import ipaddress
 
-    ranges: list[Range] = []
+    ranges: list[tuple[Subnet, Address | None]] = []
     entries = [ipam]
     for alternatives in ipam.each("ranges", Section.sections):
         entries += alternatives
@@ -5863,7 +5860,7 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
     attachment.bridge, first = network.bridge, network.plugins[0]
     if network.dhcp:
         return attachment
-    if network.ipam not in ("", "dhcp") and find_plugin(network.ipam):  # which reserves an address
+    if network.ipam and find_plugin(network.ipam):  # which reserves an address
         attachment.calls = [[network.ipam, plugin_configuration(network, first)]]
     elif not network.addresses:
         remedy = f"install it in {cni_path()}"
@@ -5884,9 +5881,9 @@ def stable_mac(*identity: str | int) -> str:
 
 def needs_plugins(network: Network, log: Log) -> bool:
     """Return whether the network's plugins make the interface, and not runX by itself."""
-    chained = [plugin["type"] for plugin in network.plugins[1:]]
-    if not find_plugin("bandwidth"):  # netback can do that too
-        chained = [kind for kind in chained if kind != "bandwidth"]
+    chained = {plugin["type"] for plugin in network.plugins[1:]}
+    if not find_plugin("bandwidth"):
+        chained.discard("bandwidth")  # netback can do that too
     if not network.bridge or chained:
         return True
     keys = BRIDGE_LAYER_2 if network.dhcp else BRIDGE_LAYER_2 + BRIDGE_LAYER_3
@@ -5951,11 +5948,8 @@ def cni_path() -> str:
 
 def find_plugin(name: str) -> str | None:
     """Return the path of a CNI plugin."""
-    for folder in cni_path().split(":"):
-        path = os.path.join(folder, name)
-        if os.access(path, os.X_OK):
-            return path
-    return None
+    paths = (os.path.join(folder, name) for folder in cni_path().split(":"))
+    return next((path for path in paths if os.access(path, os.X_OK)), None)
 
 
 def attach_network(attachment: Attachment, network: Network) -> None:
@@ -6077,8 +6071,9 @@ IPV6_SETTINGS = ("disable_ipv6", "accept_ra")  # of net.ipv6.conf.<name>, taken 
 class Interface:
     """One of the VM's.  The messages are for the guest, without the number that it has there."""
 
-    def __init__(self, name: str, mac: bytes, mtu: int) -> None:
-        self.name, self.mac = name, mac
+    def __init__(self, name: str, mac: str, mtu: int) -> None:
+        self.name = name
+        self.mac = mac  # in hexadecimal
         self.mtu = mtu  # 0: the bridge's
         self.addresses: list[Message] = []
         self.routes: list[Message] = []
@@ -6092,13 +6087,6 @@ class Interface:
     def place(self) -> tuple[bool, int, str]:
         """Among others: eth0, eth1, …, and then those with other names."""
         return not self.name.startswith("eth"), len(self.name), self.name
-
-    def has_default_route(self, family: int) -> bool:
-        return any(route.head[:2] == (family, 0) for route in self.routes)
-
-
-def leads_to_gateway(route: Message) -> bool:
-    return RTA_GATEWAY in route.attributes or RTA_VIA in route.attributes
 
 
 def route_message(destination: Subnet, gateway: Address | None, addresses: Sequence[Prefixed]) -> Message:
@@ -6121,10 +6109,10 @@ def route_message(destination: Subnet, gateway: Address | None, addresses: Seque
 
 def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
     """Yield the Interfaces of a network namespace, as they are now.  Raise Error."""
-    try:
+    with Attempt(f"read the network namespace {path}"):
         netlink = Rtnetlink(path)
         for link in netlink.links():
-            interface = Interface(link.name, link.mac, link.mtu)
+            interface = Interface(link.name, link.mac.hex(), link.mtu)
             interface.addresses = list(link_addresses(netlink, link.index))
             if link.name == "lo" or not (link.up or interface.addresses):
                 continue
@@ -6136,8 +6124,6 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
             interface.ipv6 = read_ipv6_settings(path, link.name)
             interface.namespace, interface.device, interface.index = path, link.name, link.index
             yield interface
-    except OSError as error:
-        raise Error(f"cannot read the network namespace {path}: {error.strerror}") from None
 
 
 def link_addresses(netlink: Rtnetlink, index: int) -> Iterator[Message]:
@@ -6225,7 +6211,16 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
     """Return the Interface of a network that NETCONF names.  Raise Error."""
     import ipaddress
 
-    interface = port_interface(attachment) if attachment.bridge else made_interface(attachment, log)
+    if attachment.bridge:  # it becomes a port of that
+        interface = Interface("", attachment.mac.replace(":", ""), attachment.mtu)
+        interface.bridge = attachment.bridge
+        interface.ipv6 = {} if attachment.dhcp else {"accept_ra": "0"}
+    else:
+        inside = namespace_interfaces(attachment.namespace, log)
+        made = next((each for each in inside if each.device == attachment.interface), None)
+        if not made:
+            raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
+        interface = made
     interface.dhcp, interface.rate = attachment.dhcp, attachment.rate
     addresses = [ipaddress.ip_interface(address) for address in attachment.addresses]
     for address in addresses:
@@ -6237,27 +6232,10 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
     families = {message.head[0] for message in interface.addresses}
     for gateway in map(ipaddress.ip_address, attachment.gateways):
         family = family_of(gateway)
-        if family in families and not interface.has_default_route(family):
+        if family in families and not any(route.head[:2] == (family, 0) for route in interface.routes):
             everything = ipaddress.ip_network("0.0.0.0/0" if family == AF_INET else "::/0")
             interface.routes.append(route_message(everything, gateway, addresses))
     return interface
-
-
-def port_interface(attachment: Attachment) -> Interface:
-    """Return what becomes a port of a bridge."""
-    interface = Interface("", bytes.fromhex(attachment.mac.replace(":", "")), attachment.mtu)
-    interface.bridge = attachment.bridge
-    if not attachment.dhcp:
-        interface.ipv6 = {"accept_ra": "0"}
-    return interface
-
-
-def made_interface(attachment: Attachment, log: Log) -> Interface:
-    """Return what plugins have made in the attachment's network namespace.  Raise Error."""
-    for interface in namespace_interfaces(attachment.namespace, log):
-        if interface.device == attachment.interface:
-            return interface
-    raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
 
 
 def may_have_interfaces(state: State) -> bool:
@@ -6293,49 +6271,45 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     ours = {number for kind, number in state.devices if kind == "vif"}
     others = set(map(int, domain.xenstore.list(f"/libxl/{domain.domid}/device/vif"))) - ours  # of xl's settings
     interfaces = find_interfaces(container, len(others), undo.log)
-    wanted = {interface.mac.hex(): interface for interface in interfaces}
+    wanted = {interface.mac: interface for interface in interfaces}
     plugged = [Vif(**fields) for fields in state.plugged]
     kept = {vif.mac: vif for vif in plugged if vif.mac in wanted}
     for number in (ours | {vif.number for vif in plugged}) - {vif.number for vif in kept.values()}:
         unplug(container, Device(domain, "vif", number))
     for mac, vif in kept.items():
         keep_vif(container, domain, vif, wanted[mac])
-    new = [interface for interface in interfaces if interface.mac.hex() not in kept]
+    new = [interface for interface in interfaces if interface.mac not in kept]
     # never the number of one that is unplugged, also by another command: the guest may have it still
     for number, interface in enumerate(new, max(ours | others | {state.last_vif}) + 1):
-        plug_vif(container, Device(domain, "vif", number), interface, undo)
+        device = Device(domain, "vif", number)
+        container.state.last_vif = number
+        container.acquire(device)
+        undo.add(f"take the interface {interface.name} away from the VM", unplug, container, device)
+        join_noted(container, number, interface, announce_vif(device, interface))
     return guest_nodes(state, interfaces)
-
-
-def plug_vif(container: Container, vif: Device, interface: Interface, undo: Undo) -> None:
-    """Give a VM one more network interface.  Raise Error."""
-    container.state.last_vif = vif.number
-    container.acquire(vif)
-    undo.add(f"take the interface {interface.name} away from the VM", unplug, container, vif)
-    join_noted(container, vif.number, interface, announce_vif(vif, interface))
 
 
 def join_noted(container: Container, number: int, interface: Interface, link: Link) -> None:
     """join() of a vif, which is noted before: whoever is killed meanwhile leaves nothing that is not undone later."""
     vif = Vif(
-        number=number, mac=interface.mac.hex(), mtu=interface.mtu, namespace=interface.namespace,
-        device=interface.device, index=interface.index,
+        number=number, mac="", mtu=interface.mtu, namespace=interface.namespace, device=interface.device,
+        index=interface.index,
     )  # fmt: skip
     before = container.state.plugged
-    note_vif(container, vif, joined=False)
+    note_vif(container, vif)
     try:
         join(interface, link)
     except Error:
         container.save(plugged=before)  # join() has left nothing: a classifier that is there is somebody else's
         raise
-    vif.mtu = interface.mtu
-    note_vif(container, vif, joined=True)
+    vif.mac, vif.mtu = interface.mac, interface.mtu
+    note_vif(container, vif)
 
 
-def note_vif(container: Container, vif: Vif, joined: bool) -> None:
-    """Store what a vif is joined to, or if not joined, may be joined to.  Raise Error."""
+def note_vif(container: Container, vif: Vif) -> None:
+    """Store what a vif is joined to, or without its MAC address, may be joined to.  Raise Error."""
     others = [each for each in container.state.plugged if each["number"] != vif.number]
-    container.save(plugged=[*others, {**vif.__dict__, "mac": vif.mac if joined else ""}])
+    container.save(plugged=[*others, {**vif.__dict__}])
 
 
 def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interface) -> None:
@@ -6344,8 +6318,9 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
     name = f"vif{domain.domid}.{vif.number}"
-    note_vif(container, vif, joined=False)
-    end_redirection(interface.namespace, vif, name)
+    vif.mac = ""
+    note_vif(container, vif)
+    end_redirection(vif, domain.domid, interface.namespace)
     with Attempt(f"connect the VM to {interface.device}"):
         link = Rtnetlink(interface.namespace).find_link(name)
     if not link:
@@ -6355,10 +6330,10 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
 
 def unplug(container: Container, vif: Device) -> None:
     """Take a network interface away from the VM, as far as it has got it.  Raise Error."""
-    state, name = container.state, f"vif{vif.domain.domid}.{vif.number}"
+    state = container.state
     for each in (Vif(**fields) for fields in state.plugged):
         if each.number == vif.number and each.device:
-            end_redirection(each.namespace, each, name)
+            end_redirection(each, vif.domain.domid, each.namespace)
     state.plugged = [fields for fields in state.plugged if fields["number"] != vif.number]
     container.release(vif)
 
@@ -6366,7 +6341,7 @@ def unplug(container: Container, vif: Device) -> None:
 def announce_vif(vif: Device, interface: Interface) -> Link:
     """Have netback make a vif, and return its Link in dom0.  Raise Error."""
     events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{vif.domain.domid}.{vif.number}"
-    common = {"handle": str(vif.number), "mac": interface.mac.hex(":")}
+    common = {"handle": str(vif.number), "mac": bytes.fromhex(interface.mac).hex(":")}
     backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "connected", "type": "vif"}
     if interface.bridge:
         backend["bridge"] = interface.bridge
@@ -6435,17 +6410,18 @@ def end_redirects(state: State) -> None:
     """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
     for vif in (Vif(**fields) for fields in state.plugged):
         if state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
-            end_redirection(state.namespace, vif, f"vif{state.domid}.{vif.number}")
+            end_redirection(vif, state.domid, state.namespace)
 
 
-def end_redirection(namespace: str, vif: Vif, name: str) -> None:
-    """Undo redirect() between a vif of this name and the link that it is joined to, as far as they are still there."""
+def end_redirection(vif: Vif, domid: int, namespace: str) -> None:
+    """Undo redirect() between a vif and the link that it is joined to, as far as they are still there."""
+    ours = f"vif{domid}."
     try:
         netlink = Rtnetlink(namespace)
-        links, ours = netlink.links(), name.partition(".")[0] + "."
+        links = netlink.links()
         # by its number: it may have got another name, and another link its own
         ends = [link for link in links if (link.index == vif.index if vif.index else link.name == vif.device)]
-        ends += [link for link in links if link.name == name]
+        ends += [link for link in links if link.name == f"{ours}{vif.number}"]
         others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
         for link in ends if not others else ():  # else it is that of another VM which has come after ours
             end_redirect(netlink, link.index)
@@ -6461,9 +6437,9 @@ def guest_nodes(state: State, interfaces: list[Interface]) -> dict[str, str]:
     texts: list[str] = []
     # the guest's kernel calls them eth0, eth1, … in the order in which they have come: no name is another one's then
     for number, interface in enumerate(interfaces) if len(interfaces) > 1 else ():
-        texts.append(f"{interface.mac.hex()} {link_message(0, {IFLA_IFNAME: f'runx{number}'}).for_guest(0)}")
+        texts.append(f"{interface.mac} {link_message(0, {IFLA_IFNAME: f'runx{number}'}).for_guest(0)}")
     for interface in interfaces:
-        texts += split_words(interface.mac.hex(), guest_words(interface))
+        texts += split_words(interface.mac, guest_words(interface))
     told = {f"data/network/{number}": text for number, text in enumerate(texts)}
     dhcp = [interface.name for interface in interfaces if interface.dhcp]
     if dhcp:
@@ -6493,7 +6469,8 @@ def guest_words(interface: Interface) -> Iterator[str]:
     for address in interface.addresses:
         if interface.ipv6.get("disable_ipv6") != "1" or address.head[0] != AF_INET6:
             yield address.for_guest(NLM_F_CREATE | NLM_F_REPLACE)
-    for route in sorted(interface.routes, key=leads_to_gateway):  # which is reached through those of the link
+    # first those of the link, through which gateways are reached
+    for route in sorted(interface.routes, key=lambda way: RTA_GATEWAY in way.attributes or RTA_VIA in way.attributes):
         route.attributes[RTA_OIF] = 0  # the last one: see for_guest()
         # behind the one that came with an address, if a gateway is told for the same subnet; IPv6 cannot have both
         behind = NLM_F_APPEND if route.head[0] == AF_INET else 0
@@ -6507,24 +6484,24 @@ def guest_words(interface: Interface) -> Iterator[str]:
 # Hooks".  Those of startContainer run in the guest, see initrd/container.c.
 
 
-def run_hooks(container: Container, kind: str, status: str, namespaces: Sequence[str] = ()) -> None:
-    """Run the container's hooks of one kind; the first that fails is an Error, and the last that runs."""
-    for error in hook_errors(container, kind, status, namespaces):
-        raise Error(error)
-
-
-def hook_errors(container: Container, kind: str, status: str, namespaces: Sequence[str] = ()) -> Iterator[str]:
-    """Run hooks one by one, and yield a sentence, in runc's words, for each that fails.  status: what the state that
-    they read says.  namespaces: paths of those that they join."""
+def run_hooks(
+    container: Container, kind: str, status: str, namespaces: Sequence[str] = (), log: Log | None = None
+) -> None:
+    """Run the container's hooks of one kind.  status: what the state that they read says.  namespaces: paths of those
+    that they join.  The first that fails is an Error, in runc's words, and the last that runs; but with a log, all run,
+    and each that fails is a warning there."""
     for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
         state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
         env = dict(variable.partition("=")[::2] for variable in hook.env) or dict(os.environ)  # as under runc and crun
         reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
-        if reason:
-            if reason.startswith("ran past"):
-                reason = f"hook ran past specified timeout of {hook.timeout}s"
-            stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
-            yield f"error running {kind} hook #{number}: {reason}, stdout: {stdout}, stderr: {stderr}"
+        if reason.startswith("ran past"):
+            reason = f"hook ran past specified timeout of {hook.timeout}s"
+        stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
+        failure = f"error running {kind} hook #{number}: {reason}, stdout: {stdout}, stderr: {stderr}"
+        if reason and not log:
+            raise Error(failure)
+        if reason and log:
+            log.warn(failure)
 
 
 # ==== holder =============================================================================================
@@ -6596,7 +6573,7 @@ def run_holder(config: Config, share: str, link: Any) -> NoReturn:
         os.setsid()
         os.umask(0o022)
         close_other_descriptors({link.fileno()})
-        signals, monitor = relay_signals(RELAYED), None
+        signals = relay_signals(RELAYED)
         message, rights, _, _ = link.recvmsg(16, socket.CMSG_SPACE(8))
         if rights:  # else the monitor has failed before
             monitor, namespace = struct.unpack("ii", rights[0][2])
@@ -6605,14 +6582,13 @@ def run_holder(config: Config, share: str, link: Any) -> NoReturn:
                 link.send(b"+")
             except Exception as error:
                 link.send(str(error).encode("utf-8", "replace")[:4000])
-        while rights and message:
-            if signals in select.select([link, signals], [], [])[0]:
-                link.send(os.read(signals, 64))
-            else:
-                message = link.recv(1)
-                status = message[0] if message else status
-        if monitor is not None:  # who hears that we have ended finds nothing of ours
-            select.select([monitor], [], [])
+            while message:
+                if signals in select.select([link, signals], [], [])[0]:
+                    link.send(os.read(signals, 64))
+                else:
+                    message = link.recv(1)
+                    status = message[0] if message else status
+            select.select([monitor], [], [])  # who hears that we have ended finds nothing of ours
     finally:
         os._exit(status)
 
@@ -6794,13 +6770,10 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
     """Find process.args[0] in root as execvp(3) will in the guest; raise Error in runc's words.  What a mount of the
     guest's may cover is not judged here; the guest says it on standard error."""
     name = process.args[0]
-    if "/" in name:
-        candidates = [os.path.join(process.cwd, name)]
-    else:
-        path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
-        candidates = [os.path.join(process.cwd, folder, name) for folder in path.split(":")]
     by_path, reason = "/" not in name, "executable file not found in $PATH"
-    for candidate in candidates:
+    path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
+    for folder in path.split(":") if by_path else [""]:
+        candidate = os.path.join(process.cwd, folder, name)
         if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
             return
         try:
@@ -6849,7 +6822,10 @@ class Builder:
             domain = create_domain(xenstore, xl_cfg, state.uuid, self.populated, state.starts_paused)
         finally:
             self.discard_boot_files()
-        self.keep(domain)
+        disk, most = self.rootfs.disk, {key: self.sizes[key] for key in ("maxmem", "maxvcpus")}
+        if disk:
+            detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
+        self.container.save(domid=domain.domid, disk=disk and disk.__dict__, **most)
         if self.populated > self.sizes["memory"]:
             domain.set_memory(self.sizes["memory"])
         xenstore.watch_one_end(domain.domid)
@@ -6943,22 +6919,17 @@ class Builder:
                 ("container", stat.S_IFDIR | 0o700, b""),
                 ("container/config", stat.S_IFREG | 0o600, guest),
                 *self.rootfs.entries(),
-                *self.module_entries(),
             ]
+            kernel, wanted = config.machine.kernel, self.rootfs.modules  # to reach the container's files
+            modules = kernel_modules(config.rootfs, kernel[0], wanted) if kernel and wanted else []
+            entries += [("modules", stat.S_IFDIR | 0o700, b"")] if modules else []
+            for number, (name, content) in enumerate(modules):
+                entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content))
             # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
             with open(base, "rb") as file:
                 self.ramdisk.write(cpio_archive(entries) + file.read())
             self.ramdisk.flush()
         return path
-
-    def module_entries(self) -> list[Entry]:
-        """Return the modules that a kernel of the rootfs needs to reach the container's files."""
-        kernel, wanted = self.config.machine.kernel, self.rootfs.modules
-        modules = kernel_modules(self.config.rootfs, kernel[0], wanted) if kernel and wanted else []
-        entries: list[Entry] = [("modules", stat.S_IFDIR | 0o700, b"")] if modules else []
-        for number, (name, content) in enumerate(modules):
-            entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content))
-        return entries
 
     def write_settings(self, kernel: str, ramdisk: str) -> str:
         """Write the settings for xl.  Return their path."""
@@ -6977,8 +6948,7 @@ class Builder:
         if resources.cpus:
             settings["cpus"] = resources.cpus
         path = self.container.path("xl.cfg")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(xl_config(settings) + "".join(line + "\n" for line in machine.lines))
+        write_file(path, xl_config(settings) + "".join(line + "\n" for line in machine.lines))
         return path
 
     def discard_boot_files(self) -> None:
@@ -6990,14 +6960,6 @@ class Builder:
             pass  # that it could not be written has been said
         for name in ("ramdisk", "kernel", "initrd"):
             discard(self.container.path(name))
-
-    def keep(self, domain: Domain) -> None:
-        """Note in the state what the domain is."""
-        disk, sizes = self.rootfs.disk, self.sizes
-        if disk:
-            detach(self.config.rootfs)  # what `start` unmounts must not go on in this namespace
-        maxmem, maxvcpus = sizes["maxmem"], sizes["maxvcpus"]
-        self.container.save(domid=domain.domid, disk=disk and disk.__dict__, maxmem=maxmem, maxvcpus=maxvcpus)
 
 
 # ==== streams ============================================================================================
@@ -7136,69 +7098,30 @@ class Streams:
         return unread
 
 
-class Ending:
-    """How a process of a VM ends: when, and with what exit status.
+class Loop:
+    """Carries the streams of a process of a VM, and what host and guest tell each other about it, until it has ended
+    and its output is delivered.
 
     number: the process's, of the guest protocol.  phase: "serving"; "draining", when it has ended and the readers of
     its output have until `deadline`, or for ever; "done".  deadline: when it is to have ended, or 0.
     """
 
-    def __init__(self, domain: Domain, number: int, log: Log) -> None:
+    streams: Streams
+
+    def __init__(self, domain: Domain, number: int, consoles: int, terminal: bool, log: Log) -> None:
+        """consoles: how many the process has."""
         self.domain = domain
+        self.xenstore = domain.xenstore
+        self.request: Callable[..., None] = domain.request
         self.number = number
+        self.terminal = terminal
         self.log = log
         self.phase = "serving"
         self.deadline = 0.0
         self.status = 255
-
-    def is_open(self) -> bool:
-        return self.phase == "serving"
-
-    def is_over(self, streams: Streams) -> bool:
-        return self.phase == "done" or self.phase == "draining" and streams.are_delivered()
-
-    def end(self, status: int, abandon: bool = False) -> None:
-        """It has ended with status; abandon: do not wait for readers of its output."""
-        if self.is_open():
-            self.status, self.phase = status, "draining"
-            self.log.debug(f"the exit status is {status}")
-        if abandon:
-            self.phase = "done"
-
-    def told(self, node: str) -> str:
-        """What the guest has said of the process, "" if nothing."""
-        return self.domain.told(f"process/{self.number}/{node}")
-
-    def take_exit_status(self) -> bool:
-        """Return whether the guest has told it, and it was not known."""
-        text = self.told("exit")
-        if not text or not self.is_open():
-            return False
-        if text.isascii() and text.isdecimal() and int(text) <= 255:
-            self.end(int(text))
-        else:
-            self.log.warn("the VM told no valid exit status")
-            self.end(255)
-        return True
-
-
-class Loop:
-    """Carries the streams of a process of a VM, and what host and guest tell each other about it, until it has ended
-    and its output is delivered."""
-
-    streams: Streams
-
-    def __init__(self, ending: Ending, consoles: int, terminal: bool) -> None:
-        """consoles: how many the process has."""
-        self.ending = ending
-        self.domain = ending.domain
-        self.number = ending.number
-        self.log = ending.log
-        self.xenstore = self.domain.xenstore
-        self.terminal = terminal
         self.channels = EventChannels()
-        numbers = [console.number for console in consoles_of(self.domain, self.number)[:consoles]]
-        self.consoles = [Console(self.domain, number, self.channels) for number in numbers]
+        devices = consoles_of(domain, number)[:consoles]
+        self.consoles = [Console(domain, device.number, self.channels) for device in devices]
         self.devices: list[Console | ShareDevice] = [*self.consoles]
 
     def watch(self) -> None:
@@ -7218,12 +7141,35 @@ class Loop:
                 poll.register(fd, select.POLLIN)
             for fd, events in self.streams.interests():
                 poll.register(fd, events)
-            ready = {fd for fd, _ in poll.poll(self.timeout())}
-            self.handle(ready, handlers)
-        return self.ending.status
+            timeout = max(0, (self.deadline - time.monotonic()) * 1000) if self.deadline else None
+            ready = {fd for fd, _ in poll.poll(0 if self.xenstore.events else timeout)}
+            if self.xenstore.events:
+                ready.add(self.xenstore.fd)
+            for fd, work in handlers.items():
+                if fd in ready:
+                    work()
+            self.advance(ready)
+            for console in self.consoles:
+                console.confirm()
+            if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
+                self.look("unread", unread)
+            if self.deadline and time.monotonic() >= self.deadline:
+                self.expire()
+        return self.status
+
+    def is_open(self) -> bool:
+        return self.phase == "serving"
 
     def is_over(self) -> bool:
-        return self.ending.is_over(self.streams)
+        return self.phase == "done" or self.phase == "draining" and self.streams.are_delivered()
+
+    def end(self, status: int, abandon: bool = False) -> None:
+        """It has ended with status; abandon: do not wait for readers of its output."""
+        if self.is_open():
+            self.status, self.phase = status, "draining"
+            self.log.debug(f"the exit status is {status}")
+        if abandon:
+            self.phase = "done"
 
     def handlers(self) -> dict[int, Callable[[], None]]:
         """What is called, in this order, when a descriptor is readable."""
@@ -7233,35 +7179,30 @@ class Loop:
             self.signals: lambda: self.handle_signals(os.read(self.signals, 64)),
         }
 
-    def timeout(self) -> float | None:
-        """Milliseconds; None waits for ever."""
-        if self.xenstore.events:
-            return 0
-        deadline = self.ending.deadline
-        return max(0, (deadline - time.monotonic()) * 1000) if deadline else None
-
-    def handle(self, ready: set[int], handlers: dict[int, Callable[[], None]]) -> None:
-        if self.xenstore.events:
-            ready.add(self.xenstore.fd)
-        for fd, work in handlers.items():
-            if fd in ready:
-                work()
-        self.advance(ready)
-        for console in self.consoles:
-            console.confirm()
-        if unread := self.streams.newly_unread():  # which the process is to see, as with a pipe of the host's
-            self.look("unread", unread)
-        if self.ending.deadline and time.monotonic() >= self.ending.deadline:
-            self.expire()
-
     def advance(self, ready: set[int]) -> None:
         self.streams.advance(ready)
 
     def expire(self) -> None:
         """The deadline is over."""
-        self.ending.end(128 + SIGKILL, abandon=True)
+        self.end(128 + SIGKILL, abandon=True)
 
     # ---- what the guest says
+
+    def told(self, node: str) -> str:
+        """What it has said of the process, "" if nothing."""
+        return self.domain.told(f"process/{self.number}/{node}")
+
+    def take_exit_status(self) -> bool:
+        """Return whether the guest has told it, and it was not known."""
+        text = self.told("exit")
+        if not text or not self.is_open():
+            return False
+        if text.isascii() and text.isdecimal() and int(text) <= 255:
+            self.end(int(text))
+        else:
+            self.log.warn("the VM told no valid exit status")
+            self.end(255)
+        return True
 
     def handle_xenstore(self) -> None:
         # the end of some domain comes last: if it is ours, it has told its exit status before
@@ -7273,13 +7214,13 @@ class Loop:
 
     def hear(self, token: str) -> None:
         """A watch has fired."""
-        if token == "ready" and not self.streams.ready and self.ending.told("ready"):
+        if token == "ready" and not self.streams.ready and self.told("ready"):
             self.streams.ready = True
             self.begin()
         elif token == "ended":
-            self.streams.close_ended(self.ending.told("ended"))
+            self.streams.close_ended(self.told("ended"))
         elif token == "exit":
-            self.ending.take_exit_status()
+            self.take_exit_status()
 
     def begin(self) -> None:
         """The program is executed."""
@@ -7307,57 +7248,46 @@ class Loop:
         """Have the process's supervisor see what is new below its node."""
         self.ask(f"look {self.number}", f"look-{self.number}", {f"process/{self.number}/{node}": value})
 
-    def ask(self, request: str, key: str = "", data: dict[str, str] | None = None) -> None:
+    def ask(self, *request: Any) -> None:
+        """As Domain.request."""
         try:
-            self.request(request, key, data)
+            self.request(*request)
         except Error as error:
             self.log.debug(str(error))  # gone, or its quota is full: the deadline or the container's end ends it
 
-    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
-        """As Domain.request."""
-        self.domain.request(request, key, data)
 
-
-def open_terminal(console_socket: str | int, size: tuple[int, int]) -> int:
-    """Make a pty, give the engine its master, and return its slave, which becomes our controlling terminal.
-
-    console_socket: a path, or the descriptor of a connected socket; it gets one message, the pty's name and
-    the one descriptor, as runc sends it.  size: rows, columns.  Raise Error.
-    """
-    import socket
+def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
+    """Make a pty, send its master and its name, as runc does, and have its slave for our standard streams and
+    controlling terminal.  console_socket: see send_descriptor().  size: rows, columns.  Raise Error."""
     import termios
     import tty
 
-    try:
+    signal = import_core("signal")
+    signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
+    with Attempt(f"send a terminal to the console socket {console_socket}"):
         master, slave = os.openpty()
         tty.setraw(slave)  # the terminal in the guest edits, echoes and makes signals
         os.set_blocking(slave, False)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-        if isinstance(console_socket, int):
-            engine = socket.socket(fileno=console_socket)
-        else:
-            engine = socket.socket(socket.AF_UNIX)
-            engine.connect(console_socket)
-        socket.send_fds(engine, [os.ttyname(slave).encode()], [master])
-        engine.close()
+        send_descriptor(console_socket, os.ttyname(slave).encode(), master)
         os.close(master)
         # a resize of the master is a SIGWINCH for the foreground of the slave's session: us
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-    except OSError as error:
-        reason = error.strerror or error
-        raise Error(f"cannot send a terminal to the console socket {console_socket}: {reason}") from None
-    return slave
-
-
-def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
-    """Our standard streams become a terminal's, whose other end the engine has.  Raise Error."""
-    signal = import_core("signal")
-    signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
-    slave = open_terminal(console_socket, size)
     os.dup2(slave, 0)
     os.dup2(slave, 1)
     os.close(slave)
     close_standard(2)
+
+
+def send_descriptor(target: str | int, message: bytes, fd: int) -> None:
+    """Send a message with a descriptor to a socket: the path of one, or our descriptor of a connected one, which is
+    closed.  Raise OSError."""
+    import socket
+
+    with socket.socket(fileno=target) if isinstance(target, int) else socket.socket(socket.AF_UNIX) as connection:
+        if isinstance(target, str):
+            connection.connect(target)
+        socket.send_fds(connection, [message], [fd])
 
 
 # ==== monitor ============================================================================================
@@ -7380,40 +7310,19 @@ ENDS = {
 }
 
 
-def open_first_console(domain: Domain) -> int:
-    """A descriptor of the pty that xenconsoled has made for the VM's first console, or -1."""
-    path = domain.xenstore.read(f"{domain.path}/console/tty")
-    if not path.startswith("/dev/pts/"):
-        return -1
-    try:
-        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return -1
-
-
-class BootConsole:
+class BootConsole(FirstConsole):
     """The VM's first console where init has it: the last words of kernel and init, for the log."""
 
     def __init__(self, fd: int) -> None:
-        self.fd, self.text = fd, b""
+        super().__init__(fd)
+        self.ended, self.text = fd < 0, b""
 
     def read(self) -> None:
-        if self.fd < 0:
-            return  # reported, and closed, since poll(2) has named it
-        try:
-            data = os.read(self.fd, 4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""  # xenconsoled has gone
-        if not data:
-            os.close(self.fd)
-            self.fd = -1
-        self.text = (self.text + data)[-CONSOLE_TAIL:]
+        self.text = (self.text + self.take())[-CONSOLE_TAIL:]
 
     def report(self, log: Log, message: str) -> None:
         """A warning, with these words."""
-        while self.fd >= 0 and select.select([self.fd], [], [], 0)[0]:
+        while not self.ended and select.select([self.fd], [], [], 0)[0]:
             self.read()
         log.warn(message)
         words = printable(self.text.decode("utf-8", "replace"))
@@ -7431,7 +7340,7 @@ class Commit:
     def __init__(self) -> None:
         self.fd, self.writer = os.pipe()
         self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-        self.waits, self.is_given = True, False
+        self.given: bool | None = None  # not known yet
 
     def tell_pid(self, pid: int) -> None:
         """create's part."""
@@ -7450,71 +7359,16 @@ class Commit:
     def take(self) -> bool:
         """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
         Return whether all was done.  Raise Error."""
-        if self.waits:
-            self.waits, self.is_given = False, bool(os.read(self.fd, 1))
+        if self.given is None:
+            self.given = bool(os.read(self.fd, 1))
             self.return_home()
-        return self.is_given
+        return self.given
 
     def return_home(self) -> None:
         """Raise Error."""
-        try:
+        with Attempt("return to dom0's mount namespace"):
             system_call("setns", self.home, CLONE_NEWNS)
             os.chdir("/")
-        except OSError as error:
-            raise Error(f"cannot return to dom0's mount namespace: {error.strerror}") from None
-
-
-class ContainerEnding(Ending):
-    """How a container ends, and why."""
-
-    def __init__(self, container: Container, domain: Domain, own_init: bool, log: Log) -> None:
-        super().__init__(domain, 0, log)
-        self.container = container
-        self.own_init = own_init
-        self.console = BootConsole(-1)
-
-    def explain(self, message: str, reason: str = "") -> None:
-        """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
-        self.console.report(self.log, message)
-        self.leave("error", reason or message)
-
-    def leave(self, name: str, text: str) -> None:
-        """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first
-        "error", for which it will never be."""
-        path = self.container.path(name)
-        if not any(map(os.path.exists, map(self.container.path, ("ready", "error")))):
-            self.log.attempt(f"write {path}", write_file, path, text)
-
-    def take_exit_status(self) -> bool:
-        if not super().take_exit_status():
-            return False
-        error, oom = printable(self.told("error")), self.domain.told("oom")
-        if error:
-            self.explain(f"the VM's init: {error}", error)
-        if oom:
-            self.console.report(self.log, f"the VM has run out of memory: {printable(oom)}")
-            show_oom(self.container.state.cgroups, self.log)
-        return True
-
-    def check_domain(self) -> None:
-        """Look whether it was ours, when some domain has ended."""
-        if not self.is_open() or seen_alive(self.domain.domid):
-            return
-        try:
-            end = self.domain.end()
-        except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
-            self.log.warn(str(error))
-            return
-        if end:
-            self.take_exit_status()  # which the guest may have told just before
-        if not end or not self.is_open():
-            return
-        if self.own_init and end == "-":
-            self.end(0)
-        else:
-            status, reason = ENDS.get(end, ENDS["c"])
-            self.explain(f"{reason}; exit status {status}", reason)
-            self.end(status)
 
 
 class Execs:
@@ -7524,10 +7378,6 @@ class Execs:
     def __init__(self, container: Container, domain: Domain, log: Log) -> None:
         self.container, self.domain, self.log = container, domain, log
         self.carriers: dict[int, int] = {}  # number of the process, by a pidfd of its carrier
-
-    def handlers(self) -> dict[int, Callable[[], None]]:
-        """What is called when a descriptor is readable."""
-        return dict.fromkeys(self.carriers, self.look)
 
     def take(self, number: int, pid: int) -> None:
         """A process of dom0's carries process `number` from now on."""
@@ -7558,83 +7408,123 @@ class Execs:
 class Monitor(Loop):
     """Serves one domain until it has ended, and all output of the container's process is delivered."""
 
-    ending: ContainerEnding
-
     def __init__(self, plan: Plan, holder: Holder, server: FileServer, commit: Commit, domain: Domain) -> None:
-        config, log = plan.config, plan.log.about(plan.container.id)
-        self.container, self.holder, self.server, self.commit = plan.container, holder, server, commit
+        config = plan.config
         self.own_init = config.machine.own_init
+        self.container, self.holder, self.server, self.commit = plan.container, holder, server, commit
         terminal = bool(config.process and config.process.terminal)
-        ending = ContainerEnding(plan.container, domain, self.own_init, log)
-        super().__init__(ending, 0 if self.own_init else 2, terminal)
+        super().__init__(domain, 0, 0 if self.own_init else 2, terminal, plan.log.about(plan.container.id))
         self.share = ShareDevice(domain, config.machine.share_device(), server)
         self.devices += [self.share] if server.pid else []
-        self.execs = Execs(plan.container, domain, log)
+        if self.own_init:
+            self.request = self.power_off
+        self.boot_console = BootConsole(-1)
+        self.execs = Execs(plan.container, domain, self.log)
         self.control = os.open(plan.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
 
     def prepare(self) -> None:
         """Announce consoles and files, and watch what the guest says: it runs already."""
         self.domain.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
         self.watch()
-        self.first_console = open_first_console(self.domain)
-        if self.first_console < 0 and self.own_init:
-            raise Error("cannot reach the VM's console: is xenconsoled running?")
+        path = self.xenstore.read(f"{self.domain.path}/console/tty")
+        flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
+        try:  # it is a pty of xenconsoled's, or nothing
+            self.first_console = os.open(path if path.startswith("/dev/pts/") else "", flags)
+        except OSError:
+            if self.own_init:
+                raise Error("cannot reach the VM's console: is xenconsoled running?") from None
+            self.first_console = -1
 
     def serve(self) -> int:
         """Return the container's exit status."""
         signals = relay_signals((*RELAYED, SIGWINCH) if self.terminal else RELAYED)
         if not self.own_init:
-            self.ending.console = BootConsole(self.first_console)
+            self.boot_console = BootConsole(self.first_console)
         self.streams = Streams([FirstConsole(self.first_console)] if self.own_init else self.consoles, self.terminal)
         if self.terminal:
             self.resize()
         return self.run(signals)
 
-    def is_over(self) -> bool:
-        return not self.commit.waits and super().is_over()
-
     def handlers(self) -> dict[int, Callable[[], None]]:
-        found = {self.commit.fd: self.handle_commit} if self.commit.waits else {}
-        if self.ending.phase == "done":
-            return found
+        found = {self.commit.fd: self.handle_commit} if self.commit.given is None else {}
         found.update(super().handlers())
         found[self.control] = self.handle_control
         found[self.holder.link.fileno()] = self.handle_holder
         if self.server.pid:
             found[self.server.link.fileno()] = self.handle_server
-        if self.ending.console.fd >= 0:
-            found[self.ending.console.fd] = self.ending.console.read
-        return {**found, **self.execs.handlers()}
+        if not self.boot_console.ended:
+            found[self.boot_console.fd] = self.boot_console.read
+        return {**found, **dict.fromkeys(self.execs.carriers, self.execs.look)}
 
-    def timeout(self) -> float | None:
-        return None if self.ending.phase == "done" else super().timeout()
+    def explain(self, message: str, reason: str = "") -> None:
+        """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
+        self.boot_console.report(self.log, message)
+        self.leave("error", reason or message)
+
+    def leave(self, name: str, text: str) -> None:
+        """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first
+        "error", for which it will never be."""
+        path = self.container.path(name)
+        if not any(map(os.path.exists, map(self.container.path, ("ready", "error")))):
+            self.log.attempt(f"write {path}", write_file, path, text)
 
     # ---- what the guest says
 
     def hear(self, token: str) -> None:
         if token == "release":
-            self.ending.check_domain()
+            self.check_domain()
         else:
             super().hear(token)
 
     def begin(self) -> None:
-        self.ending.leave("ready", "")
+        self.leave("ready", "")
+
+    def take_exit_status(self) -> bool:
+        if not super().take_exit_status():
+            return False
+        error, oom = printable(self.told("error")), self.domain.told("oom")
+        if error:
+            self.explain(f"the VM's init: {error}", error)
+        if oom:
+            self.boot_console.report(self.log, f"the VM has run out of memory: {printable(oom)}")
+            show_oom(self.container.state.cgroups, self.log)
+        return True
+
+    def check_domain(self) -> None:
+        """Look whether it was ours, when some domain has ended."""
+        if not self.is_open() or seen_alive(self.domain.domid):
+            return
+        try:
+            end = self.domain.end()
+        except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
+            self.log.warn(str(error))
+            return
+        if end:
+            self.take_exit_status()  # which the guest may have told just before
+        if not end or not self.is_open():
+            return
+        if self.own_init and end == "-":
+            self.end(0)
+        else:
+            status, reason = ENDS.get(end, ENDS["c"])
+            self.explain(f"{reason}; exit status {status}", reason)
+            self.end(status)
 
     # ---- what the host says
 
     def handle_commit(self) -> None:
         if not self.commit.take():
-            self.ending.end(255, abandon=True)
+            self.end(255, abandon=True)
 
     def handle_server(self) -> None:
         reason = self.server.hear()
         if not reason:
             return self.share.confirm()
         self.server.stop()
-        self.ending.take_exit_status()  # which the guest may have told just before
-        if self.ending.is_open():
-            self.ending.explain(f"its files are not served any more: {printable(reason)}")
-            self.ending.end(255, abandon=True)
+        self.take_exit_status()  # which the guest may have told just before
+        if self.is_open():
+            self.explain(f"its files are not served any more: {printable(reason)}")
+            self.end(255, abandon=True)
 
     def handle_control(self) -> None:
         """Requests of other runX processes: "kill N", "destroy N" (N: a signal), "exec N PID", a line each."""
@@ -7642,22 +7532,22 @@ class Monitor(Loop):
             verb, number, *pid = line.split()
             if verb == "exec":
                 self.execs.take(int(number), int(pid[0]))
-            elif verb == "destroy" or not self.ending.is_open():
-                self.ending.end(128 + int(number), abandon=True)
-            elif not self.ending.deadline:
-                self.ending.deadline = time.monotonic() + KILL_GRACE
+            elif verb == "destroy" or not self.is_open():
+                self.end(128 + int(number), abandon=True)
+            elif not self.deadline:
+                self.deadline = time.monotonic() + KILL_GRACE
                 self.ask(f"kill 0 {number}")
 
     def handle_holder(self) -> None:
         self.handle_signals(signals := self.holder.take_signals())
         if not signals:
-            self.ending.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
+            self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
 
     def send(self, number: int) -> None:
         if self.is_started():
             super().send(number)
         else:
-            self.ending.end(128 + number)
+            self.end(128 + number)
 
     def is_started(self) -> bool:
         """Whether there is a process that takes signals, or will be."""
@@ -7665,10 +7555,9 @@ class Monitor(Loop):
             return self.container.load().state.status == "running" or bool(self.container.unsettled())
         return self.streams.ready or bool(self.domain.told("process/0/start"))
 
-    def request(self, request: str, key: str, data: dict[str, str] | None) -> None:
-        if not self.own_init:
-            super().request(request, key, data)
-        elif request.startswith("kill"):
+    def power_off(self, request: str, *_: object) -> None:
+        """All that a VM can be asked for that boots a system of its own."""
+        if request.startswith("kill"):
             self.domain.shut_down()
 
 
@@ -7695,8 +7584,7 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
     try:
         os.setsid()
         os.chdir("/")
-        socket = plan.console_socket if isinstance(plan.console_socket, int) else None
-        close_other_descriptors({0, 1, 2, report, commit.fd, commit.home, socket, holder.link.fileno()})
+        close_other_descriptors({0, 1, 2, report, commit.fd, commit.home, plan.console_socket, holder.link.fileno()})
         monitor = build(plan, holder, server, report, commit)
         os.write(report, b"+")
         os.close(report)
@@ -7709,7 +7597,7 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
             close_standard(fd)  # who reads the streams sees the end at once
         if monitor:
             if failure:
-                monitor.ending.leave("error", failure)
+                monitor.leave("error", failure)
             committed = commit.take()
         server.stop()
         take_down(container, plan.log)
@@ -7807,12 +7695,7 @@ def destroy(container: Container, log: Log) -> None:
         pids = (state.pid, state.monitor[0])
         log.attempt(f"remove the cgroup of {container.id}", remove_cgroups, state.cgroups, pids)
     container.remove()
-    log.attempt(f"run the poststop hooks of {container.id}", run_poststop, container, log)
-
-
-def run_poststop(container: Container, log: Log) -> None:
-    for error in hook_errors(container, "poststop", "stopped"):
-        log.warn(error)
+    log.attempt(f"run the poststop hooks of {container.id}", run_hooks, container, "poststop", "stopped", (), log)
 
 
 # ==== carrier ============================================================================================
@@ -7822,7 +7705,7 @@ def run_poststop(container: Container, log: Log) -> None:
 EXECS_MAX = 27  # of a container at a time: of the 64 consoles that its kernel has each takes two
 EXEC_TIME_LIMIT = 60.0  # seconds until the VM has executed the program, or told why it cannot
 # all that can be caught, but for those that the C library has for itself, and those of faults, which return to them
-CARRIED = [number for number in range(1, 65) if number not in (4, 7, 8, SIGKILL, 11, 19, 32, 33)]
+CARRIED = set(range(1, 65)) - {4, 7, 8, SIGKILL, 11, 19, 32, 33}
 
 
 class Order(Record):
@@ -7843,9 +7726,8 @@ class Carrier(Loop):
     def __init__(self, order: Order, report: int) -> None:
         """report: a pipe to `exec`, that gets "+" when the program is executed."""
         container, process = order.container, order.process
-        domain = Domain(Xenstore(), container.state.domid, container.state.uuid)
-        ending = Ending(domain, order.number, order.log.about(container.id))
-        super().__init__(ending, 1 if process.terminal else 2, process.terminal)
+        consoles, log = 1 if process.terminal else 2, order.log.about(container.id)
+        super().__init__(container.domain(), order.number, consoles, process.terminal, log)
         self.order, self.report, self.is_greeted = order, report, False
         holder = container.open_pidfd()
         if holder is None:
@@ -7856,9 +7738,7 @@ class Carrier(Loop):
         """Take what the process is to have on dom0, noted before it is there, and have the VM run it.  Raise Error."""
         container, number = self.order.container, self.number
         container.tell_monitor(f"exec {number} {os.getpid()}")
-        fd = os.open(container.path(f"process-{number}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.write(fd, f"{os.getpid()} {process_start_time(os.getpid())}".encode())
-        os.close(fd)
+        write_file(container.path(f"process-{number}"), f"{os.getpid()} {process_start_time(os.getpid())}")
         data = {}
         if self.terminal and self.order.console_socket is not None:
             take_terminal(self.order.console_socket, self.order.process.console_size)
@@ -7873,7 +7753,7 @@ class Carrier(Loop):
         show_arguments(self.order.process.args)  # the VM works meanwhile
         enter_cgroups(container.state.cgroups, self.log)
         if not self.order.is_patient:
-            self.ending.deadline = time.monotonic() + EXEC_TIME_LIMIT
+            self.deadline = time.monotonic() + EXEC_TIME_LIMIT
 
     def introduce(self, transaction: int) -> None:
         """Announce the consoles; and forget what the guest has told late of another process of that number."""
@@ -7897,7 +7777,7 @@ class Carrier(Loop):
         raise Error(f"the container's VM has not executed it within {EXEC_TIME_LIMIT:.0f} s: is it too busy?")
 
     def begin(self) -> None:
-        self.ending.deadline = 0
+        self.deadline = 0
         os.write(self.report, b"+")
         os.close(self.report)
         self.report = -1
@@ -7906,12 +7786,12 @@ class Carrier(Loop):
         if token == "exit":
             super().hear("ready")  # which it has told before
         super().hear(token)
-        if self.report >= 0 and not self.ending.is_open():
-            reason = printable(self.ending.told("error")) or "the VM does not tell why"
+        if self.report >= 0 and not self.is_open():
+            reason = printable(self.told("error")) or "the VM does not tell why"
             raise Error(f"unable to start container process: {reason}")
 
     def lose_container(self) -> None:
-        self.ending.end(128 + SIGKILL, abandon=True)
+        self.end(128 + SIGKILL, abandon=True)
         if self.report >= 0:
             raise NotRunning()
 
@@ -7922,8 +7802,7 @@ def run_carrier(order: Order, report: int) -> NoReturn:
     try:
         os.setsid()
         os.chdir("/")
-        socket = order.console_socket if isinstance(order.console_socket, int) else None
-        close_other_descriptors({0, 1, 2, report, lock, socket})
+        close_other_descriptors({0, 1, 2, report, lock, order.console_socket})
         signals = relay_signals(CARRIED)
         carrier = Carrier(order, report)
         carrier.prepare()
@@ -7993,11 +7872,13 @@ class Invocation(Record):
         return Container(self.root, self.arguments[0])
 
 
-def check_status(command: str, container: Container, status: str) -> None:
-    """Raise Error where the command can do nothing."""
+def check_status(command: str, container: Container, status: str = "") -> str:
+    """Return the container's status, unless we are told.  Raise Error where the command can do nothing."""
+    status = status or container.status()
     sentence = REFUSED[command].get(status)
     if sentence:
         raise Error(sentence.format(id=container.id, status=status))
+    return status
 
 
 def read_object(path: str | int, what: str) -> JsonObject:
@@ -8158,16 +8039,13 @@ def write_pid_file(path: str, pid: int) -> None:
 
 
 def command_start(call: Invocation) -> None:
-    start(call.container(), call.log)
-
-
-def start(container: Container, log: Log) -> None:
     """Have the container's process executed.  Raise Error if it cannot be, with the reason."""
+    container = call.container()
     with container:
         status = container.status()
         try:
             check_status("start", container, status)
-            domain = begin(container, log)
+            domain = begin(container, call.log)
         except Error as error:
             reason = reason_of_end(container) if container.state.status == "created" else ""
             if reason and (status == "stopped" or isinstance(error, NotRunning)):
@@ -8181,7 +8059,7 @@ def start(container: Container, log: Log) -> None:
     except Error:
         with container:
             stop_monitor(container)
-            destroy(container, log)
+            destroy(container, call.log)
         raise
 
 
@@ -8247,7 +8125,7 @@ def command_run(call: Invocation) -> int:
     if attached:
         forward_signals(pid)
     try:
-        start(plan.container, call.log)
+        command_start(call)
     except BaseException:
         if os.path.isfile(path := call.options.get("pid-file", "")):
             os.unlink(path)
@@ -8255,41 +8133,38 @@ def command_run(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    if engine is not None:
-        attach(take_master(engine))
-    status = wait_for_child(pid)
+    status = await_child(pid, engine)
     if "keep" not in call.options:
         delete(call.container(), True, call.log)
     return status
 
 
-def wait_for_child(pid: int) -> int:
-    """Return its exit status as a shell has it."""
+def await_child(pid: int, engine: int | None) -> int:
+    """Return a process's exit status as a shell has it.  engine: the socket by which its terminal comes, if it has
+    one."""
+    if engine is not None:
+        attach(engine)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return status if status >= 0 else 128 - status
 
 
 def console_sockets() -> tuple[int, int]:
-    """Descriptors of two connected sockets: for take_master(), and in place of --console-socket."""
+    """Descriptors of two connected sockets: for attach(), and in place of --console-socket."""
     import socket
 
     ours, theirs = socket.socketpair()
     return ours.detach(), theirs.detach()
 
 
-def take_master(engine: int) -> int:
-    """The terminal that comes by that socket, which is closed."""
-    import socket
-
-    with socket.socket(fileno=engine) as connection:
-        return socket.recv_fds(connection, 4096, 1)[1][0]
-
-
-def attach(master: int) -> None:
-    """Join our standard input and output, a terminal or not, to a container's terminal until that ends."""
+def attach(engine: int) -> None:
+    """Join our standard input and output, a terminal or not, to the terminal that comes by a socket, until it ends."""
     import signal
+    import socket
     import termios
     import tty
+
+    with socket.socket(fileno=engine) as connection:
+        master = socket.recv_fds(connection, 4096, 1)[1][0]
 
     def resize(*_: object) -> None:
         fcntl.ioctl(master, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
@@ -8372,12 +8247,10 @@ def execute(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    if engine is not None:
-        attach(take_master(engine))
-    else:
-        for fd in (0, 1, 2):  # the carrier alone has them now, so that it can end them one by one
+    if engine is None:  # the carrier alone has them now, so that it can end them one by one
+        for fd in (0, 1, 2):
             close_standard(fd)
-    return wait_for_child(pid)
+    return await_child(pid, engine)
 
 
 def make_order(call: Invocation, attached: bool) -> Order:
@@ -8459,8 +8332,6 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
         os.close(writer)
     if attached:
         forward_signals(pid)
-    if isinstance(order.console_socket, int):
-        os.close(order.console_socket)
     report = read_all(reader)
     os.close(reader)
     if report != b"+":
@@ -8471,12 +8342,8 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
 
 def send_pidfd(path: str, pid: int, kind: bytes) -> None:
     """Send a descriptor of the process, as runc does it.  kind: runc's word for its init.  Raise Error."""
-    import socket
-
-    with Attempt(f"send a pidfd to the socket {path}"), socket.socket(socket.AF_UNIX) as engine:
-        engine.connect(path)
-        with Descriptor(os.pidfd_open(pid)) as pidfd:
-            socket.send_fds(engine, [kind], [pidfd])
+    with Attempt(f"send a pidfd to the socket {path}"), Descriptor(os.pidfd_open(pid)) as pidfd:
+        send_descriptor(path, kind, pidfd)
 
 
 # ---- state, kill, delete
@@ -8493,27 +8360,9 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 def command_kill(call: Invocation) -> None:
-    signal = call.options.get("signal") or "".join(call.arguments[1:]) or "TERM"
-    kill(call.container(), parse_signal(signal), "all" in call.options)
-
-
-def parse_signal(text: str) -> int:
-    """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
-    name = text.upper().removeprefix("SIG")
-    if name.isdecimal() and len(name) < 10 and int(name) <= 64:
-        return int(name)
-    if name in SIGNALS:
-        return SIGNALS.index(name) + 1
-    for base, number in (("RTMIN", 34), ("RTMAX", 64)):
-        if name.startswith(base):
-            offset = name[len(base) :] or "+0"
-            if offset[0] in "+-" and offset[1:].isdecimal() and len(offset) < 5 and 34 <= number + int(offset) <= 64:
-                return number + int(offset)
-    raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
-
-
-def kill(container: Container, number: int, to_all: bool = False) -> None:
     """Ask for the signal and return; whether and when the container ends is its monitor's to see."""
+    text = call.options.get("signal") or "".join(call.arguments[1:]) or "TERM"
+    container, number, to_all = call.container(), parse_signal(text), "all" in call.options
     with container:
         status = container.status(ask=number != SIGKILL)  # which must not wait for xl
         if status == "stopped" and to_all:
@@ -8523,6 +8372,20 @@ def kill(container: Container, number: int, to_all: bool = False) -> None:
             send_signal(container, number, to_all)
         except NotRunning:
             pass  # it is ending, and as long as its pid is there it takes signals, as any process does
+
+
+def parse_signal(text: str) -> int:
+    """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
+    name = text.upper().removeprefix("SIG")
+    if name.isdecimal() and len(name) < 10 and int(name) <= 64:
+        return int(name)
+    numbers = {"RTMIN": 34, "RTMAX": 64}
+    numbers.update((each, number) for number, each in enumerate(SIGNALS, 1))
+    for number in range(34, 65):
+        numbers.update({f"RTMIN+{number - 34}": number, f"RTMAX-{64 - number}": number})
+    if name not in numbers:
+        raise Error(f"unknown signal {text!r}: give a number from 0 to 64 or a name such as TERM")
+    return numbers[name]
 
 
 def send_signal(container: Container, number: int, to_all: bool) -> None:
@@ -8582,22 +8445,15 @@ def stop_monitor(container: Container) -> None:
 
 
 def command_pause(call: Invocation) -> None:
-    """The VM gets no processor time until `resume`."""
+    """`pause`: the VM gets no processor time until `resume`."""
     with call.container() as container:
-        check_status("pause", container, container.status())
+        check_status(call.command, container)
+        pauses = call.command == "pause"
         if container.state.may_run():
-            container.switch(container.domain().pause, paused=True)
-        else:  # it has none anyway
-            container.save(paused=True)
-
-
-def command_resume(call: Invocation) -> None:
-    with call.container() as container:
-        check_status("resume", container, container.status())
-        if container.state.may_run():
-            container.switch(container.domain().unpause, paused=False)
-        else:
-            container.save(paused=False)
+            domain = container.domain()
+            container.switch(domain.pause if pauses else domain.unpause, paused=pauses)
+        else:  # it gets none anyway
+            container.save(paused=pauses)
 
 
 def output_format(call: Invocation) -> str:
@@ -8614,9 +8470,8 @@ def command_ps(call: Invocation) -> None:
     import subprocess
 
     container, form = call.container().load(), output_format(call)
-    status, pid = container.status(), container.state.pid
-    check_status("ps", container, status)
-    shown = [pid] if status != "stopped" else []
+    stopped = check_status("ps", container) == "stopped"
+    shown = [] if stopped else [container.state.pid]
     shown += [carrier for carrier, start in carriers_of(container).values() if process_start_time(carrier) == start]
     if form == "json":
         print_json(shown or None, None)
@@ -8634,19 +8489,19 @@ def command_events(call: Invocation) -> None:
     """As `runc events`: one line of JSON every --interval, and "oom" when that happens; once with --stats."""
     interval = parse_duration(call.options.get("interval", "5s"))
     container = call.container().load()
-    check_status("events", container, container.status())
+    check_status("events", container)
     pidfd = container.open_pidfd()
     if pidfd is None:
         raise Error(GONE.format(id=container.id))
+    domain = container.domain()
     if "stats" in call.options:
-        print_stats(container)
+        print_stats(container, domain)
         return
-    domain, told, deadline = container.domain(), False, time.monotonic()
-    xenstore = domain.xenstore
+    xenstore, told, deadline = domain.xenstore, False, time.monotonic()
     xenstore.watch((f"{domain.path}/data/oom", "oom"))
     while True:
         if time.monotonic() >= deadline:
-            print_stats(container)
+            print_stats(container, domain)
             deadline += interval
         wait = 0 if xenstore.events else max(0, deadline - time.monotonic())
         ready = select.select([xenstore.fd, pidfd], [], [], wait)[0]
@@ -8671,12 +8526,9 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def print_stats(container: Container) -> None:
+def print_stats(container: Container, domain: Domain) -> None:
     """What Xen has counted, in runc's shape (types/events.go): nanoseconds and bytes.  Nothing if it is gone."""
-    try:
-        listing = container.domain().listing()
-    except NotRunning:
-        return
+    listing = domain.listing()
     if listing is None:
         return
     memory = {"limit": container.state.maxmem << 20, "usage": listing.memory << 20, "failcnt": 0}
@@ -8685,37 +8537,32 @@ def print_stats(container: Container) -> None:
     data = {
         "cpu": cpu,
         "memory": {"usage": memory, "swap": none, "kernel": none, "kernelTCP": none},
-        "pids": {},
-        "blkio": {},
-        "hugetlb": {},
-        "intel_rdt": {},
+        **dict.fromkeys(("pids", "blkio", "hugetlb", "intel_rdt"), {}),
     }
     print_json({"type": "stats", "id": container.id, "data": data}, None)
 
 
 # ---- update
 
-# the option for each field of linux.resources, runc's names
+# the field of linux.resources for each option, runc's names
 UPDATE_OPTIONS = {
-    "memory": ("memory", "limit"), "memory-reservation": ("memory", "reservation"), "memory-swap": ("memory", "swap"),
-    "kernel-memory": ("memory", "kernel"), "kernel-memory-tcp": ("memory", "kernelTCP"),
-    "cpu-quota": ("cpu", "quota"), "cpu-period": ("cpu", "period"), "cpu-share": ("cpu", "shares"),
-    "cpu-burst": ("cpu", "burst"), "cpu-idle": ("cpu", "idle"), "cpu-rt-period": ("cpu", "realtimePeriod"),
-    "cpu-rt-runtime": ("cpu", "realtimeRuntime"), "cpuset-cpus": ("cpu", "cpus"), "cpuset-mems": ("cpu", "mems"),
-    "blkio-weight": ("blockIO", "weight"), "pids-limit": ("pids", "limit"),
-    "l3-cache-schema": ("intelRdt", "l3CacheSchema"), "mem-bw-schema": ("intelRdt", "memBwSchema"),
+    "memory": "memory.limit", "memory-reservation": "memory.reservation", "memory-swap": "memory.swap",
+    "kernel-memory": "memory.kernel", "kernel-memory-tcp": "memory.kernelTCP", "cpu-quota": "cpu.quota",
+    "cpu-period": "cpu.period", "cpu-share": "cpu.shares", "cpu-burst": "cpu.burst", "cpu-idle": "cpu.idle",
+    "cpu-rt-period": "cpu.realtimePeriod", "cpu-rt-runtime": "cpu.realtimeRuntime", "cpuset-cpus": "cpu.cpus",
+    "cpuset-mems": "cpu.mems", "blkio-weight": "blockIO.weight", "pids-limit": "pids.limit",
+    "l3-cache-schema": "intelRdt.l3CacheSchema", "mem-bw-schema": "intelRdt.memBwSchema",
 }  # fmt: skip
 TEXTS = ("cpuset-cpus", "cpuset-mems", "l3-cache-schema", "mem-bw-schema")  # all others are numbers
-UPDATABLE = {("memory", "limit"), ("cpu", "quota"), ("cpu", "period"), ("cpu", "shares"), ("cpu", "cpus")}
-# A VM has no swap, so any limit of it is kept; a reservation is a wish.
-IMMATERIAL = {("memory", "swap"), ("memory", "reservation")}
+# what is not refused.  A VM has no swap, so any limit of it is kept; a reservation is a wish.
+UPDATABLE = "memory.limit memory.swap memory.reservation cpu.quota cpu.period cpu.shares cpu.cpus".split()
 
 
 def command_update(call: Invocation) -> None:
     """Change what Xen can change in a VM that runs; refuse all if anything else is to be different."""
     container, changes = call.container(), read_update(call.options)
     with container:
-        check_status("update", container, container.status())
+        check_status("update", container)
         update(container, changes)
 
 
@@ -8724,8 +8571,9 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
     source, changes = options.get("resources"), {}
     if source:
         changes = read_object(0 if source == "-" else source, "the resources")
-    for name, (section, key) in UPDATE_OPTIONS.items():
+    for name, field in UPDATE_OPTIONS.items():
         if options.get(name):
+            section, _, key = field.partition(".")
             values = Section(changes, "resources").section(section).values
             changes[section] = {**values, key: parse_quantity(name, options[name])}
     return changes
@@ -8738,7 +8586,7 @@ def parse_quantity(name: str, text: str) -> int | str:
         return text
     digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
     if "memory" in name and digits and digits[-1] in "kmg":
-        digits, scale = digits[:-1], 1 << {"k": 10, "m": 20, "g": 30}[digits[-1]]
+        digits, scale = digits[:-1], 1024 ** (1 + "kmg".index(digits[-1]))
     try:
         return int(digits) * scale
     except ValueError:
@@ -8783,10 +8631,11 @@ def merge_resources(container: Container, changes: JsonObject) -> JsonObject:
                 refused.append(section)
             continue
         for key, value in values.items():
-            if (section, key) in UPDATABLE | IMMATERIAL and value:
+            field = f"{section}.{key}"
+            if field in UPDATABLE and value:
                 new.setdefault(section, {})[key] = value
             elif value and value != (old or {}).get(key):
-                refused.append(f"{section}.{key}")
+                refused.append(field)
     if refused:
         raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
     return new
@@ -8831,7 +8680,11 @@ def command_list(call: Invocation) -> None:
     elif output_format(call) == "json":
         print_json(states or None)  # null for none, as runc's
     else:
-        print_table(states)
+        heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
+        rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            print("   ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def owner_of(path: str) -> str:
@@ -8842,14 +8695,6 @@ def owner_of(path: str) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"#{uid}"
-
-
-def print_table(states: list[JsonObject]) -> None:
-    heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
-    rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    for row in rows:
-        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 OWN_NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "uts")  # those that a VM has instead of dom0's
@@ -8871,9 +8716,7 @@ def command_features(call: Invocation) -> None:
         "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
         "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
         "seccomp": seccomp,
-        "apparmor": off,
-        "selinux": off,
-        "intelRdt": off,
+        **dict.fromkeys(("apparmor", "selinux", "intelRdt"), off),
         "mountExtensions": {"idmap": off},
     }
     print_json({
@@ -8910,13 +8753,10 @@ def command_spec(call: Invocation) -> None:
     if "rootless" in call.options:
         raise Error("cannot write a rootless config.json: root of dom0 makes VMs, so call spec without --rootless")
     path = os.path.join(call.options.get("bundle", "."), "config.json")
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            print(json_text(example_config(), 4), file=file)
-    except FileExistsError:
-        raise Error("File config.json exists. Remove it first") from None
-    except OSError as error:
-        raise Error(f"cannot write {printable(path)}: {error.strerror}") from None
+    if os.path.lexists(path):
+        raise Error("File config.json exists. Remove it first")
+    with Attempt(f"write {printable(path)}"), open(path, "x", encoding="utf-8") as file:
+        print(json_text(example_config(), 4), file=file)
 
 
 def example_config() -> JsonObject:
@@ -8980,7 +8820,7 @@ COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str]
     "kill": (command_kill, {"all"}, {"signal"}, 2),
     "delete": (command_delete, {"force"}, set(), 1),
     "pause": (command_pause, set(), set(), 1),
-    "resume": (command_resume, set(), set(), 1),
+    "resume": (command_pause, set(), set(), 1),
     "exec": (command_exec, EXEC_FLAGS, EXEC_VALUES, sys.maxsize),
     "ps": (command_ps, set(), {"format"}, 1000),
     "events": (command_events, {"stats"}, {"interval"}, 1),

@@ -563,7 +563,7 @@ def test_an_engines_interface_is_the_same_in_the_guest(namespaces, tmp_path):
     found = {each.name: each for each in runx.namespace_interfaces("/proc/self/ns/net", runx.Log(str(log)))}
     assert set(found) == {"eth3", "peer3", "addressed"} and not log.exists()
     interface = found["eth3"]
-    assert (interface.mac.hex(), interface.mtu, interface.device) == ("020000007703", 1400, "eth3")
+    assert (interface.mac, interface.mtu, interface.device) == ("020000007703", 1400, "eth3")
     assert (interface.namespace, interface.bridge, interface.dhcp, interface.rate) == ("/proc/self/ns/net", "", 0, "")
     assert interface.ipv6 == {"disable_ipv6": "0", "accept_ra": "0"}
     pair("vif7.0", "02:00:00:00:77:03", namespaces)
@@ -1104,7 +1104,7 @@ def test_why_a_vif_cannot_be_joined(monkeypatch, number, words):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(runx, "join_namespace", fail)
-    interface = runx.Interface("", b"", 0)
+    interface = runx.Interface("", "", 0)
     interface.device = "eth0"
     with pytest.raises(runx.Error, match=f"cannot connect the VM to {words}"):
         runx.join(interface, None)
@@ -1112,7 +1112,7 @@ def test_why_a_vif_cannot_be_joined(monkeypatch, number, words):
 
 def test_a_link_that_has_gone_meanwhile_is_an_error(namespaces, engine):
     ip(f"link add vif7.0 type veth peer name guest0 netns {namespaces}")
-    interface = runx.Interface("", b"", 1500)
+    interface = runx.Interface("", "", 1500)
     interface.namespace, interface.device = engine[1], "gone"
     with pytest.raises(runx.Error, match="cannot connect the VM to gone: it is gone"):
         runx.join(interface, runx.Rtnetlink().find_link("vif7.0"))
