@@ -86,17 +86,15 @@ class Log:
     what a user must learn; `debug` adds what a developer wants.
     """
 
-    def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False) -> None:
+    def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False, subject: str = "") -> None:
         self.path = path and os.path.abspath(path)  # the monitor leaves this folder
         self.as_json = as_json
         self.wants_debug = debug
-        self.subject = ""
+        self.subject = subject
 
     def about(self, container_id: str) -> Log:
         """The same log, for messages that name the container first."""
-        log = Log.__new__(Log)
-        log.__dict__.update(self.__dict__, subject=f"container {container_id}: ")
-        return log
+        return Log(self.path, self.as_json, self.wants_debug, f"container {container_id}: ")
 
     def write(self, level: str, message: str) -> None:
         now, message = timestamp(), self.subject + message
@@ -228,19 +226,18 @@ C_LIBRARY: dict[str, Any] = {}  # what c_library() has made
 
 def c_library() -> dict[str, Any]:
     """How to call the C library: {"long": a type, "find": function by name, "errno": function}."""
+    if C_LIBRARY:
+        return C_LIBRARY
     try:
         import _ctypes  # ctypes adds to it what takes seven times as long to import
 
         core: Any = _ctypes
 
-        class Int(core._SimpleCData):  # type: ignore[misc]
-            _type_ = "i"
-
         class Long(core._SimpleCData):  # type: ignore[misc]
             _type_ = "l"
 
         class Function(core.CFuncPtr):  # type: ignore[misc]
-            _flags_, _restype_ = core.FUNCFLAG_CDECL | core.FUNCFLAG_USE_ERRNO, Int
+            _flags_ = core.FUNCFLAG_CDECL | core.FUNCFLAG_USE_ERRNO  # what comes back is an int, if nothing is said
 
         handle = core.dlopen(None, 0)
 
@@ -249,32 +246,29 @@ def c_library() -> dict[str, Any]:
             return function(core.dlsym(handle, name))
 
         find("getpid")
-        return {"long": Long, "find": find, "errno": core.get_errno}
+        C_LIBRARY.update(long=Long, find=find, errno=core.get_errno)
     except Exception:
         import ctypes
 
         library = ctypes.CDLL(None, use_errno=True)
-        return {"long": ctypes.c_long, "find": library.__getitem__, "errno": ctypes.get_errno}
+        C_LIBRARY.update(long=ctypes.c_long, find=library.__getitem__, errno=ctypes.get_errno)
+    return C_LIBRARY
 
 
 def c_memory(size: int) -> Any:
     """Return memory of so many bytes that a system_call() may fill: an array of long."""
-    if not C_LIBRARY:
-        C_LIBRARY.update(c_library())
-    long = C_LIBRARY["long"]
-    return (long * (size // struct.calcsize("l")))()
+    return (c_library()["long"] * (size // struct.calcsize("l")))()
 
 
 def system_call(name: str, *args: Any) -> int:
     """Call a function of the C library that takes numbers, as long, strings and memory.  Return its int.  Raise
     OSError, or what ctypes does where there is no such function."""
-    if not C_LIBRARY:
-        C_LIBRARY.update(c_library())
-    long = C_LIBRARY["long"]
+    library = c_library()
+    long = library["long"]
     values = [long(arg) if isinstance(arg, int) else os.fsencode(arg) if isinstance(arg, str) else arg for arg in args]
-    result: int = C_LIBRARY["find"](name)(*values)
+    result: int = library["find"](name)(*values)
     if result < 0:
-        number = C_LIBRARY["errno"]()
+        number = library["errno"]()
         raise OSError(number, os.strerror(number))
     return result
 
@@ -282,7 +276,7 @@ def system_call(name: str, *args: Any) -> int:
 def has_function(name: str) -> bool:
     """Return whether the C library has a function."""
     try:
-        C_LIBRARY["find"](name)
+        c_library()["find"](name)
         return True
     except (OSError, AttributeError):  # of _ctypes, of ctypes
         return False
@@ -319,8 +313,6 @@ def parse_json(text: str) -> Any:
         value, end = _json.make_scanner(scanner)(text, start)
         if not text[end:].strip(" \t\n\r"):
             return value
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     except Exception:
         pass  # it is not JSON, or this Python's scanner is not like those that we know
     import json
@@ -428,12 +420,6 @@ def boot_id() -> str:
     return read_file("/proc/sys/kernel/random/boot_id")
 
 
-def default_signals() -> None:
-    """Python ignores SIGPIPE, and so would a program that it executes."""
-    signal = import_core("signal")
-    signal.signal(SIGPIPE, signal.SIG_DFL)
-
-
 def take_ordinary_score() -> None:
     """Let the kernel end us and what we start like anything else when memory is short: engines have themselves spared,
     and what unpacks an image or serves a guest must not be."""
@@ -443,6 +429,35 @@ def take_ordinary_score() -> None:
             write_file(path, 0)
     except OSError:
         pass  # where there is no /proc
+
+
+def fork_program(
+    path: str, argv: list[str], env: dict[str, str], streams: Sequence[int], prepare: Callable[[], None]
+) -> int:
+    """Start a program, with these standard streams; prepare() is called in its process before.  Return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for target, source in enumerate(streams):
+                os.dup2(source, target)
+            prepare()
+            signal = import_core("signal")
+            signal.signal(SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would the program
+            os.execve(path, argv, env)
+        except BaseException as error:  # nothing may return into the caller's side
+            os.write(2, f"cannot execute {path}: {error}".encode())
+        os._exit(127)
+    return pid
+
+
+def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
+    """Wait for a child, and kill it after a timeout, in seconds.  Return whether it has ended by itself, and its exit
+    status, below 0 for a signal."""
+    with Descriptor(os.pidfd_open(pid)) as pidfd:
+        ended = bool(select.select([pidfd], [], [], timeout)[0])
+    if not ended:
+        kill(pid, SIGKILL)
+    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def run_program(
@@ -456,22 +471,15 @@ def run_program(
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
     os.write(files[0], stdin)
     os.lseek(files[0], 0, os.SEEK_SET)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setsid()  # a group of its own, to be killed with its children
-            for target, source in enumerate(files):
-                os.dup2(source, target)
-            for namespace in [os.open(name, os.O_RDONLY) for name in namespaces]:
-                system_call("setns", namespace, 0)
-            if folder and os.path.isdir(folder):
-                os.chdir(folder)
-            default_signals()
-            os.execve(path, argv, env)
-        except BaseException as error:  # nothing may return into the caller's side
-            os.write(2, f"cannot execute {path}: {error}".encode())
-        os._exit(127)
-    ended, status = reap(pid, timeout, os.killpg)
+
+    def prepare() -> None:
+        os.setsid()  # a group of its own, to be killed with its children
+        for namespace in [os.open(name, os.O_RDONLY) for name in namespaces]:
+            system_call("setns", namespace, 0)
+        if folder and os.path.isdir(folder):
+            os.chdir(folder)
+
+    ended, status = reap(fork_program(path, argv, env, files, prepare), timeout, os.killpg)
     stdout, stderr = (os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:])
     for fd in files:
         os.close(fd)
@@ -479,24 +487,13 @@ def run_program(
     return (reason if ended else f"ran past its time of {timeout} s"), stdout, stderr
 
 
-def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
-    """Wait for a child, and kill it after a timeout, in seconds.  Return whether it has ended by itself, and its exit
-    status, below 0 for a signal."""
-    with Descriptor(os.pidfd_open(pid)) as pidfd:
-        ended = bool(select.select([pidfd], [], [], timeout)[0])
-    if not ended:
-        kill(pid, SIGKILL)
-    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def process_start_time(pid: int) -> int | None:
     """Clock ticks since boot at which process pid was started, None if it has ended: proc(5) /proc/pid/stat."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in b"ZX" else int(fields[19])
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def end_process(pid: int, start_time: int, timeout: float) -> None:
@@ -512,19 +509,15 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
 
 
 def close_other_descriptors(keep: set[int | None]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                pass  # the one that listdir had open
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd not in keep:
+            os.closerange(fd, fd + 1)  # the one that listdir had open is no error
 
 
 def close_standard(fd: int) -> None:
     """Close one of 0, 1, 2, so that the other end sees it, and keep the number taken."""
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, fd)
-    os.close(null)
+    with Descriptor(os.open("/dev/null", os.O_RDWR)) as null:
+        os.dup2(null, fd)
 
 
 def read_all(fd: int) -> bytes:
@@ -728,45 +721,27 @@ def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
     that is killed.
     """
     take_ordinary_score()
-    argv = ["xl", *map(str, args)]
-    null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
-    actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
-    environment = {**os.environ, "PATH": PATH}
-    try:
+    parent, path, argv, env = os.getpid(), find_xl(), ["xl", *map(str, args)], {**os.environ, "PATH": PATH}
+
+    def tie() -> None:
+        import resource
+
+        system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
+        if os.getppid() != parent:
+            os._exit(127)  # it has died before
+        resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+        resource.setrlimit(resource.RLIMIT_STACK, (XL_STACK, XL_STACK))
+
+    with Descriptor(os.open("/dev/null", os.O_RDWR)) as null, Descriptor(os.memfd_create("xl")) as output:
+        streams = (null, output, output)
         if data_limit:
-            pid = spawn_tied(find_xl(), argv, environment, actions, data_limit)
-        else:
-            # Python ignores SIGPIPE; xl and what it starts must not inherit that
-            pid = os.posix_spawn(find_xl(), argv, environment, file_actions=actions, setsigdef=[SIGPIPE])
+            pid = fork_program(path, argv, env, streams, tie)
+        else:  # without a fork(2), which takes several times as long
+            actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(streams)]
+            pid = os.posix_spawn(path, argv, env, file_actions=actions, setsigdef=[SIGPIPE])
         ended, status = reap(pid, XL_TIME_LIMIT, os.kill)
         text = os.pread(output, 1 << 16, 0).decode("utf-8", "replace")
-        return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
-    finally:
-        os.close(null)
-        os.close(output)
-
-
-def spawn_tied(
-    path: str, argv: list[str], environment: dict[str, str], actions: list[tuple[int, int, int]], data_limit: int
-) -> int:
-    """posix_spawn(3) of a process that gets SIGKILL when we die."""
-    import resource
-
-    parent, pid = os.getpid(), os.fork()
-    if pid:
-        return pid
-    try:
-        system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
-        if os.getppid() == parent:
-            for _, source, target in actions:
-                os.dup2(source, target)
-            resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
-            resource.setrlimit(resource.RLIMIT_STACK, (XL_STACK, XL_STACK))
-            default_signals()
-            os.execve(path, argv, environment)
-    except BaseException:
-        pass  # nothing may return into the caller's side
-    os._exit(127)
+    return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
 
 
 def find_xl() -> str:
@@ -850,36 +825,26 @@ class Listing(Record):
     """A domain in `xl list` (xl.1)."""
 
     memory: int  # MiB
-    state: str  # such as "r-----"; the 4th is s once it is shut down, the 5th why, the 6th d while it is destroyed
+    state: str  # such as "r-----"; the 3rd is p if it is paused, the 4th s once it is shut down, the 5th why, the 6th d
+    # while it is destroyed
     time: float  # seconds of processor time, in tenths
 
     def end(self) -> str:
         """How the domain ended: a letter, or "" while it lives."""
         return "gone" if self.state[5] == "d" else self.state[4] if self.state[3] == "s" else ""
 
-    def is_paused(self) -> bool:
-        return self.state[2] == "p"
 
-
-def parse_listing(line: str) -> tuple[int, Listing]:
-    """The domid and Listing of a line of `xl list`.  Raise ValueError if it is none."""
-    domid, memory, _, state, seconds = line.rsplit(None, 5)[-5:]
-    if len(state) < 6:
-        raise ValueError(line)
-    return int(domid), Listing(memory=int(memory), state=state, time=float(seconds))
-
-
-def list_living() -> list[int]:
-    """The domids of all domains that have not ended; without those whose lines cannot be understood."""
-    living = []
-    for line in xl("list")[1].splitlines():
+def parse_listings(output: str) -> dict[int, Listing]:
+    """What `xl list` says, by domid, without the lines that cannot be understood: the heading, or a message."""
+    found = {}
+    for line in output.splitlines():
         try:
-            domid, listing = parse_listing(line)
+            domid, memory, _, state, seconds = line.rsplit(None, 5)[-5:]
+            if len(state) >= 6:
+                found[int(domid)] = Listing(memory=int(memory), state=state, time=float(seconds))
         except ValueError:
-            continue  # the heading, or a message
-        if not listing.end():
-            living.append(domid)
-    return living
+            continue
+    return found
 
 
 class Domain:
@@ -907,10 +872,10 @@ class Domain:
             if "does not exist" in output:
                 return None
             raise Error(f"xl list failed: {xl_errors(output)}")
-        try:
-            return parse_listing(output.splitlines()[-1])[1]
-        except (ValueError, IndexError):
-            raise Error(f"cannot understand xl list: {output}") from None
+        listing = parse_listings(output).get(self.domid)
+        if not listing:
+            raise Error(f"cannot understand xl list: {output}")
+        return listing
 
     def end(self) -> str:
         """How it ended: a letter of its Listing, "gone", or "" while it lives."""
@@ -978,8 +943,7 @@ class Domain:
         def write(transaction: int) -> None:
             if more:
                 more(transaction)
-            for name, value in (data or {}).items():
-                xenstore.write(f"{self.path}/data/{name}", value, transaction)
+            xenstore.write_all([(f"{self.path}/data/{name}", text) for name, text in (data or {}).items()], transaction)
             # one reply must hold all their names, or the guest cannot list them any more (XENSTORE_PAYLOAD_MAX)
             if len(xenstore.list(queue, transaction)) >= MOST_REQUESTS:
                 raise Error("the container's VM does not take its signals: kill it with SIGKILL")
@@ -1059,7 +1023,9 @@ def last_look(fd: int, earliest: float) -> list[int]:
 
 
 def look(fd: int) -> list[int]:
-    began, living = time.monotonic(), list_living()
+    """Return the domids of all domains that have not ended, and write them into the file."""
+    began, listings = time.monotonic(), parse_listings(xl("list")[1])
+    living = [domid for domid, listing in listings.items() if not listing.end()]
     try:
         os.ftruncate(fd, 0)
         os.pwrite(fd, " ".join(map(str, [began, *living])).encode(), 0)
@@ -1077,10 +1043,7 @@ def remove_logs(name: str) -> None:
 
 def new_uuid() -> str:
     """A random uuid (RFC 4122, version 4) as text."""
-    number = bytearray(os.urandom(16))
-    number[6], number[8] = number[6] & 0x0F | 0x40, number[8] & 0x3F | 0x80
-    digits = number.hex()
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return read_file("/proc/sys/kernel/random/uuid")
 
 
 # ==== devices ============================================================================================
@@ -1249,7 +1212,8 @@ class Console(Device):
     def __init__(self, domain: Domain, number: int, channels: EventChannels) -> None:
         super().__init__(domain, "console", number)
         self.channels, self.barrier = channels, Barrier()
-        self.page: memoryview | None = None
+        self.page = memoryview(b"")
+        self.indexes = memoryview(struct.pack("=4I", 0, CONSOLE_IN, 0, 0)).cast("I")  # nothing waits, nothing has room
         self.is_confirmed = False
 
     def introduce(self, transaction: int) -> None:
@@ -1259,7 +1223,7 @@ class Console(Device):
     def follow(self) -> None:
         """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
         state = self.xenstore.read(f"{self.frontend}/state")
-        if state == XENBUS_INITIALISED and self.page is None:
+        if state == XENBUS_INITIALISED and not self.page:
             self.connect()
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
             self.is_confirmed = True
@@ -1267,7 +1231,7 @@ class Console(Device):
 
     def confirm(self) -> None:
         """Tell the guest, once, that it is connected: what it has written before that is taken first."""
-        if self.page is not None and not self.is_confirmed:
+        if self.page and not self.is_confirmed:
             self.is_confirmed = True
             self.answer(XENBUS_CONNECTED)
 
@@ -1297,8 +1261,6 @@ class Console(Device):
 
     def take(self) -> bytes:
         """What the guest has written, at most one ring full; b"" if nothing."""
-        if self.page is None:
-            return b""
         _, _, cons, prod = self.indexes
         count = (prod - cons) & 0xFFFFFFFF
         if count == 0:
@@ -1315,15 +1277,13 @@ class Console(Device):
 
     def room(self) -> int:
         """How many bytes the guest's side can take now."""
-        if self.page is None:
-            return 0
         cons, prod = self.indexes[0], self.indexes[1]
         return max(0, CONSOLE_IN - ((prod - cons) & 0xFFFFFFFF))
 
     def put(self, data: bytes) -> int:
         """Write what fits.  Return how many bytes that were."""
         data = data[: self.room()]
-        if data and self.page is not None:
+        if data:
             self.barrier()  # the guest has read all that is overwritten
             prod = self.indexes[1]
             start = prod % CONSOLE_IN
@@ -1430,19 +1390,15 @@ class State(Record):
         return self.status == "running" or not self.starts_paused
 
 
-class NewerState(Error):
-    """A newer runX has made the container."""
-
-
 def parse_state(text: str) -> State:
-    """The State in state.json.  Raise NewerState, and ValueError where runX cannot have written it."""
+    """The State in state.json.  Raise Error where a newer runX has written it, and ValueError where none can have."""
     found = parse_json(text)
     if not isinstance(found, dict) or not all(key in found for key in ESSENTIAL):
         raise ValueError("something is missing")
     version = found.get("version", 0)
     if version not in range(STATE_VERSION + 1):
         if isinstance(version, int) and version > 0:
-            raise NewerState(f"its state has version {version}, and this runX knows {STATE_VERSION}: use the newer one")
+            raise Error(f"its state has version {version}, and this runX knows {STATE_VERSION}: use the newer one")
         raise ValueError("version")
     if version == 0:
         fill_up(found)
@@ -1523,14 +1479,12 @@ class Container:
             if names - {"state.json.new"} and "xl.cfg" not in names:
                 raise NoContainer(self.id) from None  # the folder is not ours: nobody may remove it by our hand
             self.state = State(**told_to_xl(self.path("xl.cfg")))  # between its first two steps, or killed there
-        except (NewerState, OSError, ValueError, TypeError) as error:
-            if self.forgiving:
-                self.state = State(**told_to_xl(self.path("xl.cfg")), devices=STANDARD_DEVICES)
-            elif isinstance(error, NewerState):
-                raise Error(f"cannot read {path}: {error}") from None
-            else:
+        except (Error, OSError, ValueError, TypeError) as error:
+            if not self.forgiving:
                 remedy = f"remove the container by `runX delete --force {self.id}`"
-                raise Error(f"cannot read {path}, runX has not written it so: {remedy}") from None
+                reason = f": {error}" if isinstance(error, Error) else f", runX has not written it so: {remedy}"
+                raise Error(f"cannot read {path}{reason}") from None
+            self.state = State(**told_to_xl(self.path("xl.cfg")), devices=STANDARD_DEVICES)
         return self
 
     def save(self, **changes: Any) -> None:
@@ -1565,8 +1519,7 @@ class Container:
             remove_empty(os.path.join(mounts, name))
         for name in ("share/mounts", "share/rootfs", "share"):
             remove_empty(self.path(name))
-        names = sorted(os.listdir(self.folder), key="state.json".__eq__)  # that one last: it says what is to be done
-        for name in names:
+        for name in sorted(os.listdir(self.folder), key="state.json".__eq__):  # the last says what is to be done
             if not os.path.isdir(self.path(name)):
                 os.unlink(self.path(name))
         remove_empty(self.folder)
@@ -1649,7 +1602,7 @@ class Container:
                 started = bool(domain.told("process/0/start"))
         except NotRunning:
             return  # its monitor is about to end
-        paused = bool(listing and listing.is_paused())
+        paused = bool(listing and listing.state[2] == "p")
         if started or state.starts_paused and listing and not paused:
             state.status = "running"
         if listing and state.may_run():
@@ -1667,11 +1620,10 @@ class Container:
     def tell_monitor(self, request: str) -> None:
         """request: "kill N" or "destroy N", see Monitor.  Raise NotRunning."""
         try:
-            fd = Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK))
+            with Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK)) as fd:
+                os.write(fd, request.encode() + b"\n")
         except OSError:  # no such file, or nobody reads it
             raise NotRunning() from None
-        with fd:
-            os.write(fd, request.encode() + b"\n")
 
     def open_pidfd(self) -> int | None:
         """A descriptor that is readable once the container has ended; None if it has."""
@@ -1925,20 +1877,13 @@ def parse_names(spec: Section, namespaces: Namespaces) -> tuple[str, str]:
     return names
 
 
-def is_image(path: str) -> bool:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
 def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
     """Return the path of a folder, or of an image: a file or block device."""
     root = spec.section("root").text("path", "" if machine.image else REQUIRED)
     path = os.path.join(bundle, machine.image or root)
     if machine.image or not os.path.isdir(path):
-        if machine.own_init or not is_image(path):
+        mode = os.stat(path).st_mode if os.path.exists(path) else 0
+        if machine.own_init or not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
         if machine.rootfs not in ("block", "auto"):
             raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")
@@ -2155,34 +2100,23 @@ def check_references(path: str, kind: str) -> None:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 512))
         tail = file.read(512)
-    reference: str | None = ""
-    if kind == "qcow2":
-        reference = qcow2_reference(head)
-    elif kind == "vhd":
-        reference = vhd_reference(head, tail)
+    reference = reference_in(kind, head, tail)
     if reference is None:
         raise Error(f"the image {path} is not in the format {kind}")
     if reference:
         raise Error(f"cannot give the image {path} to a VM, for it has {reference}: make it one that stands alone")
 
 
-def qcow2_reference(head: bytes) -> str | None:
-    """Return what an image names, None if it is none: docs/interop/qcow2.rst of QEMU's sources."""
-    if len(head) < 80 or not head.startswith(b"QFI\xfb"):
-        return None
-    version, backing = struct.unpack_from(">IQ", head, 4)
-    if backing:
-        return "a backing file"
-    features = struct.unpack_from(">Q", head, 72)[0] if version > 2 else 0
-    return "a data file outside" if features & 4 else ""
-
-
-def vhd_reference(head: bytes, tail: bytes) -> str | None:
-    """Return the same by its footer with the type of the disk, of which a copy may come first."""
+def reference_in(kind: str, head: bytes, tail: bytes) -> str | None:
+    """Return what an image names, by its first and last 512 bytes; None if it is not of that kind."""
+    if kind == "qcow2" and len(head) >= 80 and head.startswith(b"QFI\xfb"):  # docs/interop/qcow2.rst of QEMU's sources
+        version, backing, features = struct.unpack_from(">IQ56xQ", head, 4)
+        return "a backing file" if backing else "a data file outside" if version > 2 and features & 4 else ""
+    # the footer has the type of the disk, and a copy of it may come first
     types = {part[60:64] for part in (head, tail) if part.startswith(b"conectix")}
-    if not types:
-        return None
-    return "a parent" if types - {b"\0\0\0\2", b"\0\0\0\3"} else ""  # fixed, dynamic; 4 has a parent
+    if kind == "vhd" and types:
+        return "a parent" if types - {b"\0\0\0\2", b"\0\0\0\3"} else ""  # fixed, dynamic; 4 has a parent
+    return "" if kind == "raw" else None
 
 
 def check_line(line: str) -> str:
@@ -2448,8 +2382,9 @@ def parse_capabilities(spec: Section) -> dict[str, int]:
     asked, unknown = dict.fromkeys(CAPABILITY_SETS, 0), []
     for name in CAPABILITY_SETS:
         for capability in spec.texts(name):
-            if capability.removeprefix("CAP_") in CAPABILITIES:
-                asked[name] |= 1 << CAPABILITIES.index(capability.removeprefix("CAP_"))
+            known = capability.removeprefix("CAP_")
+            if known in CAPABILITIES:
+                asked[name] |= 1 << CAPABILITIES.index(known)
             elif capability not in unknown:
                 unknown.append(capability)
     if unknown:
@@ -2461,14 +2396,12 @@ def parse_capabilities(spec: Section) -> dict[str, int]:
     left_out = []
     for name, bits in sets.items():
         beyond = asked[name] & ~bits
-        if beyond:
-            names = [f"CAP_{each}" for number, each in enumerate(CAPABILITIES) if beyond >> number & 1]
+        names = [f"CAP_{each}" for number, each in enumerate(CAPABILITIES) if beyond >> number & 1]
+        if names:
             left_out.append(" ".join([name, *names]))
     if left_out:
-        spec.warnings.append(
-            "capabilities that no process can have without others are left out of process.capabilities: "
-            + ", ".join(left_out)
-        )
+        what = "capabilities that no process can have without others are left out of process.capabilities"
+        spec.warnings.append(f"{what}: {', '.join(left_out)}")
     return sets
 
 
@@ -2534,9 +2467,7 @@ def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
     major = spec.unsigned("major", 32, default)
     minor = spec.unsigned("minor", 32, default)
     mode = DEVICE_TYPES[kind] | spec.number("fileMode", 0o666) & 0o7777
-    uid = spec.unsigned("uid", 32)
-    gid = spec.unsigned("gid", 32)
-    return path, mode, major, minor, uid, gid
+    return path, mode, major, minor, spec.unsigned("uid", 32), spec.unsigned("gid", 32)
 
 
 # ---- mounts
@@ -2549,7 +2480,8 @@ MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 MS_RELATIME, MS_I_VERSION, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 23, 1 << 24, 1 << 25
 RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 
-# flag, the option that sets it and the one that clears it
+# flag, the option that sets it and the one that clears it; with an r before as well: what is mounted below a bind mount
+# is part of it in the VM
 MOUNT_ATTRIBUTES = (
     (MS_RDONLY, "ro", "rw"),
     (MS_NOSUID, "nosuid", "suid"),
@@ -2561,36 +2493,27 @@ MOUNT_ATTRIBUTES = (
     (MS_STRICTATIME, "strictatime", "nostrictatime"),
     (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
 )
-# option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options".  What is mounted below a bind
-# mount is part of it in the VM, so there these are the same with an r before and without
+MOUNT_FLAGS = (
+    *((flag, prefix + name, prefix + cleared) for flag, name, cleared in MOUNT_ATTRIBUTES for prefix in ("", "r")),
+    (MS_SYNCHRONOUS, "sync", "async"),
+    (MS_LAZYTIME, "lazytime", "nolazytime"),
+    (MS_I_VERSION, "iversion", "noiversion"),
+    (MS_MANDLOCK, "mand", "nomand"),
+    (MS_SILENT, "silent", "loud"),
+)
+# option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
 MOUNT_OPTIONS = {
-    "defaults": (0, 0),
+    **{name: (flag, 0) for flag, name, _ in MOUNT_FLAGS},
+    **{name: (0, flag) for flag, _, name in MOUNT_FLAGS},
     "bind": (MS_BIND, 0),
     "rbind": (MS_BIND | MS_REC, 0),
-    "sync": (MS_SYNCHRONOUS, 0),
-    "async": (0, MS_SYNCHRONOUS),
     "dirsync": (MS_DIRSYNC, 0),
-    "lazytime": (MS_LAZYTIME, 0),
-    "nolazytime": (0, MS_LAZYTIME),
-    "iversion": (MS_I_VERSION, 0),
-    "noiversion": (0, MS_I_VERSION),
-    "mand": (MS_MANDLOCK, 0),
-    "nomand": (0, MS_MANDLOCK),
-    "silent": (MS_SILENT, 0),
-    "loud": (0, MS_SILENT),
-    **{prefix + name: (flag, 0) for flag, name, _ in MOUNT_ATTRIBUTES for prefix in ("", "r")},
-    **{prefix + name: (0, flag) for flag, _, name in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),
-    **dict.fromkeys(("acl", "noacl"), (0, 0)),  # nothing to the file systems that a container gets
+    **dict.fromkeys(("defaults", "acl", "noacl"), (0, 0)),  # nothing to the file systems that a container gets
 }
-PROPAGATIONS = {
-    "": 0,
-    "private": MS_PRIVATE,
-    "slave": MS_SLAVE,
-    "shared": MS_SHARED,
-    "unbindable": MS_UNBINDABLE,
-}
-PROPAGATIONS.update({f"r{name}": flag | MS_REC for name, flag in PROPAGATIONS.items() if name})
+PROPAGATIONS = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
+PROPAGATIONS.update({f"r{name}": flag | MS_REC for name, flag in PROPAGATIONS.items()})
+PROPAGATIONS[""] = 0
 # what the guest's kernel makes by itself; any other type is for dom0's kernel to mount
 GUEST_FILESYSTEMS = "proc sysfs tmpfs ramfs devpts mqueue cgroup cgroup2 securityfs hugetlbfs binfmt_misc".split()
 
@@ -2617,10 +2540,11 @@ class Mount:
         if self.flags & MS_BIND:
             if not os.path.exists(self.source):
                 raise Error(f"{where}: the source does not exist")
-            self.kept = flags_of(self.source)
+            status = os.statvfs(self.source)
+            self.kept = status.f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)  # <sys/statvfs.h> has the same
             if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
                 # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
-                data = ["mode=1777", f"size={size_of(self.source) >> 10}k"]
+                data = ["mode=1777", f"size={status.f_blocks * status.f_frsize >> 10}k"]
                 self.type = "tmpfs"
                 self.source = "shm"
                 self.flags = self.flags & ~(MS_BIND | MS_REC)
@@ -2659,17 +2583,6 @@ class Mount:
 def is_empty_memory(path: str) -> bool:
     """Return whether an engine has mounted a tmpfs there for one container."""
     return os.path.ismount(path) and os.major(os.stat(path).st_dev) == 0 and not os.listdir(path)
-
-
-def flags_of(path: str) -> int:
-    """Return what the mount at path forbids, which <sys/statvfs.h> has the numbers of mount(2) for."""
-    return os.statvfs(path).f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
-
-
-def size_of(path: str) -> int:
-    """Return the bytes of the file system at path."""
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize
 
 
 # ==== seccomp ============================================================================================
@@ -2856,10 +2769,10 @@ def statement(code: int, operand: int) -> Instruction:
 # data/ in xenstore, as docs/design.md lists them.
 
 if TYPE_CHECKING:
-    Words = list[Union[str, int]]
+    Words = Iterator[tuple[Union[str, int], ...]]  # each time a keyword and its operands
 
-# the default devices of runtime-spec config-linux.md: path, major, minor
-DEVICES = "null 1 3, zero 1 5, full 1 7, random 1 8, urandom 1 9, tty 5 0"
+# the default devices of runtime-spec config-linux.md: name, major, minor
+DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
 DEVICE_LINKS = (
     ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
     ("/proc/self/fd/2", "stderr"), ("pts/ptmx", "ptmx"), ("/proc/kcore", "core"),
@@ -2870,145 +2783,141 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
     """Return /container/config, for initrd/container.c: NUL-terminated keywords and operands, executed in order.
     sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.  capabilities:
     of files, by path below the share."""
-    words: Words = [CLONE_NEWPID if config.linux.pid_namespace else 0]
-    for path, value in capabilities.items():
-        words += ["file_capability", path, len(value), *value]
-    cgroup = config.linux.cgroup
-    if cgroup or any(entry.type in ("cgroup", "cgroup2") for entry in config.mounts):
-        words += ["cgroup", len(cgroup)]
-        for item in cgroup.items():
-            words += item
-    words += guest_files(config, iter(sources))
-    words += guest_seals(config)
-    words += ["hostname", config.hostname or os.uname().nodename]  # a new UTS namespace begins with the host's too
-    if config.domainname:
-        words += ["domainname", config.domainname]
-    if config.process:
-        words += guest_process(config.linux, config.process)
-        words += guest_program(config.process, parse_hooks(config.hooks, "startContainer"), state)
-    return encode_words(words)
+    process = config.process
+    parts = [guest_base(config, capabilities), guest_files(config, iter(sources)), guest_seals(config)]
+    if process:
+        hooks = parse_hooks(config.hooks, "startContainer")
+        parts += [guest_process(config.linux, process), guest_program(process, hooks, state)]
+    return encode_words(*parts)
 
 
 def exec_config(linux: Linux, process: Process) -> bytes:
     """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there."""
-    words: Words = [0, *(["terminal"] if process.terminal else []), "cwd", process.cwd]
-    content = encode_words(words + guest_process(linux, process) + guest_program(process, [], ""))
+    flags = (0,)
+    content = encode_words([flags], guest_place(process), guest_process(linux, process), guest_program(process, [], ""))
     return struct.pack("<I", len(content)) + content
 
 
-def encode_words(words: Words) -> bytes:
+def encode_words(*parts: Iterable[tuple[str | int, ...]]) -> bytes:
+    words = [word for part in parts for operation in part for word in operation]
     return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
 
 
+def guest_base(config: Config, capabilities: dict[str, bytes]) -> Words:
+    """Yield what comes before all mounts."""
+    yield (CLONE_NEWPID if config.linux.pid_namespace else 0,)
+    for path, value in capabilities.items():
+        yield "file_capability", path, len(value), *value
+    cgroup = config.linux.cgroup
+    if cgroup or any(entry.type in ("cgroup", "cgroup2") for entry in config.mounts):
+        yield "cgroup", len(cgroup), *(word for item in cgroup.items() for word in item)
+
+
 def guest_files(config: Config, sources: Iterator[str]) -> Words:
-    """Return what makes the mounts, and what is in them."""
-    words: Words = []
+    """Yield what makes the mounts, and what is in them."""
     over_dev = [entry for entry in config.mounts if os.path.normpath(entry.destination) == "/dev"]
     if not over_dev:
-        words += guest_devices(config.linux)
+        yield from guest_devices(config.linux)
     for entry in config.mounts:
-        words += guest_mount(entry, sources)
+        yield from guest_mount(entry, sources)
         if entry in over_dev and not entry.on_host():
-            words += guest_devices(config.linux)
+            yield from guest_devices(config.linux)
     if not any(entry.flags & MS_BIND for entry in over_dev):  # else what is there is dom0's
         for path, *numbers in config.linux.devices:
-            words += ["node", path, *numbers] if path != "/dev/ptmx" else []  # it is a link, to the container's own
+            if path != "/dev/ptmx":  # it is a link, to the container's own
+                yield "node", path, *numbers
         for content, name in DEVICE_LINKS:
-            words += ["link", content, f"/dev/{name}"]
-    if config.process and config.process.terminal:
-        words += ["terminal"]
+            yield "link", content, f"/dev/{name}"
     if config.process:
-        words += ["cwd", config.process.cwd]
+        yield from guest_place(config.process)
     if config.netconf and not any(entry.destination.rstrip("/") == "/etc/resolv.conf" for entry in config.mounts):
-        words += ["resolv_conf"]
-    return words
+        yield ("resolv_conf",)
 
 
 def guest_devices(linux: Linux) -> Words:
-    """Return what makes the default devices, without those for which config.json has its own."""
-    words: Words = []
-    for name, major, minor in map(str.split, DEVICES.split(",")):
+    """Yield what makes the default devices, without those for which config.json has its own."""
+    for name, major, minor in DEVICES:
         if all(path != f"/dev/{name}" for path, *_ in linux.devices):
-            words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
-    return words
+            yield "node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0
 
 
 def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
     target = entry.destination
     flags = entry.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
-    words: Words = []
     if entry.on_host():
         source = next(sources)
-        words += ["mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""]
+        yield "mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""
         flags = flags or entry.kept
         if flags:  # a bind mount takes its options only from a second call
-            words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
+            yield "mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""
     else:
         kind = "cgroup2" if entry.type == "cgroup" else entry.type
         if entry.is_sealed_late():
             flags &= ~MS_RDONLY
-        words += ["copy_up" if entry.copy_up else "mount", entry.source or kind, target, kind, flags, entry.data]
+        yield "copy_up" if entry.copy_up else "mount", entry.source or kind, target, kind, flags, entry.data
     if entry.propagation:
-        words += ["propagation", target, entry.propagation]
-    return words
+        yield "propagation", target, entry.propagation
 
 
 def guest_seals(config: Config) -> Words:
-    """Return what may be done once all is made that was to be made in the mounts."""
+    """Yield what may be done once all is made that was to be made in the mounts."""
     linux = config.linux
-    words: Words = []
     for entry in filter(Mount.is_sealed_late, config.mounts):
         flags = MS_REMOUNT | MS_BIND | entry.flags & ~(MS_REC | RECURSIVE_RO)
-        words += ["mount", "", entry.destination, "", flags, ""]
+        yield "mount", "", entry.destination, "", flags, ""
     for name, value in linux.sysctl.items():
-        words += ["sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value]
+        yield "sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value
     for path in linux.readonly_paths:
-        words += ["readonly", path]
+        yield "readonly", path
     for path in linux.masked_paths:
-        words += ["mask", path]
+        yield "mask", path
     if linux.propagation:
-        words += ["propagation", "/", linux.propagation]
+        yield "propagation", "/", linux.propagation
     if config.readonly:
-        words += ["mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""]
-    return words
+        yield "mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""
+    yield "hostname", config.hostname or os.uname().nodename  # a new UTS namespace begins with the host's too
+    if config.domainname:
+        yield "domainname", config.domainname
+
+
+def guest_place(process: Process) -> Words:
+    if process.terminal:
+        yield ("terminal",)
+    yield "cwd", process.cwd
 
 
 def guest_process(linux: Linux, process: Process) -> Words:
-    """Return what a process of the container gets, up to its user."""
-    words: Words = []
+    """Yield what a process of the container gets, up to its user."""
     for limit in process.rlimits:
-        words += ["rlimit", *limit]
-    words += ["oom", process.oom_score_adj]
+        yield "rlimit", *limit
+    yield "oom", process.oom_score_adj
     if process.io_priority is not None:
-        words += ["ioprio", process.io_priority]
+        yield "ioprio", process.io_priority
     if process.scheduler:
-        words += ["scheduler", *process.scheduler]
+        yield "scheduler", *process.scheduler
     if linux.personality is not None:
-        words += ["personality", linux.personality]
-    words += ["capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)]
+        yield "personality", linux.personality
+    yield "capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)
     if process.no_new_privileges:
-        words += ["no_new_privileges"]
+        yield ("no_new_privileges",)
     seccomp = linux.seccomp and compile_seccomp(linux.seccomp, os.uname().machine)
     if seccomp:
         flags, program = seccomp
-        words += ["seccomp", flags, len(program)]
-        for instruction in program:
-            words += instruction
-    words += ["user", process.uid, process.gid, process.umask]
-    return words
+        yield "seccomp", flags, len(program), *(word for instruction in program for word in instruction)
+    yield "user", process.uid, process.gid, process.umask
 
 
 def guest_program(process: Process, hooks: list[Hook], state: str) -> Words:
-    words: Words = ["state", state] if hooks else []
+    if hooks:
+        yield "state", state
     for hook in hooks:
-        words += ["hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env]
+        yield "hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env
     for group in process.groups:
-        words += ["group", group]
+        yield "group", group
     for arg in process.args:
-        words += ["arg", arg]
+        yield "arg", arg
     for variable in process.env:
-        words += ["env", variable]
-    return words
+        yield "env", variable
 
 
 # ==== rootfs =============================================================================================
