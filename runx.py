@@ -530,9 +530,12 @@ def read_all(fd: int) -> bytes:
 # ==== xenstore ===========================================================================================
 # A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
 
-XS_DIRECTORY, XS_READ, XS_WATCH, XS_UNWATCH = 1, 2, 4, 5
-XS_TRANSACTION_START, XS_TRANSACTION_END = 6, 7
-XS_WRITE, XS_RM, XS_SET_PERMS, XS_WATCH_EVENT, XS_ERROR, XS_GET_FEATURE = 11, 13, 14, 15, 16, 23
+# types of requests, by what an error calls them
+XS_REQUESTS = {
+    "list": 1, "read": 2, "watch": 4, "unwatch": 5, "start a transaction": 6, "end a transaction": 7,
+    "drop a transaction": 7, "write": 11, "remove": 13, "set the permissions of": 14, "ask for": 23,
+}  # fmt: skip
+XS_WATCH_EVENT, XS_ERROR = 15, 16
 XS_WATCHDEPTH = 4  # XENSTORE_SERVER_FEATURE_WATCHDEPTH, from Xen 4.22 on
 XS_HEADER, XS_HEADER_SIZE = "<IIII", 16  # type, req_id, tx_id, length of the payload
 XENSTORED_SOCKET = "/run/xenstored/socket"
@@ -555,6 +558,7 @@ class Xenstore:
         socket = import_core("socket")
         self.received = b""  # no more than a part of a message, between our methods
         self.events: list[bytes] = []
+        self.number = 0  # of the transaction that all requests belong to; 0: none
         try:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(XENSTORED_SOCKET)
@@ -565,22 +569,23 @@ class Xenstore:
             except OSError as error:
                 raise Error(f"cannot connect to xenstored ({error.strerror}): is this a Xen dom0?") from None
 
-    def request(self, kind: int, operation: str, path: str, payload: bytes, transaction: int = 0) -> bytes:
-        return self.exchange([(kind, operation, path, payload)], transaction)[0]
+    def request(self, operation: str, path: str, payload: bytes) -> bytes:
+        return self.exchange([(operation, path, payload)])[0]
 
-    def exchange(self, requests: list[tuple[int, str, str, bytes]], transaction: int = 0) -> list[bytes]:
-        """Send requests (type, operation, path, payload) one behind the other, and then take their replies, which are
+    def exchange(self, requests: list[tuple[str, str, bytes]]) -> list[bytes]:
+        """Send requests (operation, path, payload) one behind the other, and then take their replies, which are
         returned: a round trip for all.  Raise the first XenstoreError among them."""
         if len(requests) > 1 and not self.takes_many:
             # by the device each waits: its driver may send the one before late, from where this one would lie then
-            return [self.exchange([each], transaction)[0] for each in requests]
-        messages = [struct.pack(XS_HEADER, kind, 0, transaction, len(body)) + body for kind, _, _, body in requests]
-        message = b"".join(messages)
+            return [self.request(*each) for each in requests]
+        message = b""
+        for operation, _, body in requests:
+            message += struct.pack(XS_HEADER, XS_REQUESTS[operation], 0, self.number, len(body)) + body
         with Attempt("write to xenstored"):
             while message:
                 message = message[os.write(self.fd, message) :]
         replies, failure = [], None
-        for _, operation, path, _ in requests:
+        for operation, path, _ in requests:
             kind, body = self.receive()
             while kind == XS_WATCH_EVENT:
                 self.events.append(body)
@@ -620,56 +625,55 @@ class Xenstore:
         while message := self.take_received():
             self.events.append(message[1])
 
-    def ask(self, kind: int, operation: str, path: str, transaction: int) -> bytes | None:
+    def ask(self, operation: str, path: str) -> bytes | None:
         """Return what is said of a node, None where there is none."""
         try:
-            return self.request(kind, operation, path, path.encode() + b"\0", transaction)
+            return self.request(operation, path, path.encode() + b"\0")
         except XenstoreError as error:
             if error.code != "ENOENT":
                 raise
             return None
 
-    def read(self, path: str, default: str = "", transaction: int = 0) -> str:
+    def read(self, path: str, default: str = "") -> str:
         """The value as text (never trusted, so undecodable bytes are replaced); default where there is no node."""
-        body = self.ask(XS_READ, "read", path, transaction)
+        body = self.ask("read", path)
         return default if body is None else body.decode("utf-8", "replace")
 
     def read_numbers(self, *paths: str) -> list[int]:
         """Return what is in these nodes, in one round trip.  Raise Error, also where one is missing, and ValueError."""
-        return [int(body) for body in self.exchange([(XS_READ, "read", each, each.encode() + b"\0") for each in paths])]
+        return [int(body) for body in self.exchange([("read", path, path.encode() + b"\0") for path in paths])]
 
-    def write(self, path: str, value: str, transaction: int = 0) -> None:
-        self.write_all([(path, value)], transaction)
+    def write(self, path: str, value: str) -> None:
+        self.write_all([(path, value)])
 
-    def write_all(self, steps: Iterable[tuple[str, str | tuple[str, ...]]], transaction: int = 0) -> None:
+    def write_all(self, steps: Iterable[tuple[str, str | tuple[str, ...]]]) -> None:
         """Each step is (path, value), which makes a node with its parent's permissions, or (path, permissions) of a
         node, such as ("n0", "r5"): xenstore.txt "Permissions"."""
         requests = []
         for path, value in steps:
             if isinstance(value, str):
-                requests.append((XS_WRITE, "write", path, path.encode() + b"\0" + value.encode()))
+                requests.append(("write", path, f"{path}\0{value}".encode()))
             else:
-                listed = "".join(entry + "\0" for entry in (path, *value))
-                requests.append((XS_SET_PERMS, "set the permissions of", path, listed.encode()))
-        self.exchange(requests, transaction)
+                requests.append(("set the permissions of", path, "\0".join((path, *value, "")).encode()))
+        self.exchange(requests)
 
-    def remove(self, path: str, transaction: int = 0) -> None:
+    def remove(self, path: str) -> None:
         """Remove path and all below it; no error where there is none."""
-        self.ask(XS_RM, "remove", path, transaction)
+        self.ask("remove", path)
 
     def watch(self, *watches: tuple[str, str]) -> None:
         """watches: (path, token)."""
-        self.exchange([(XS_WATCH, "watch", path, f"{path}\0{token}\0".encode()) for path, token in watches])
+        self.exchange([("watch", path, f"{path}\0{token}\0".encode()) for path, token in watches])
 
     def watch_one_end(self, domid: int) -> None:
         """Have the watch of "@releaseDomain" fire for the end of this domain only, where xenstored can tell."""
         try:
-            features = int(self.request(XS_GET_FEATURE, "ask for", "features", b"").rstrip(b"\0"))
+            features = int(self.request("ask for", "features", b"").rstrip(b"\0"))
         except XenstoreError:
             features = 0  # it does not know the question
         if features & XS_WATCHDEPTH:
             self.watch((f"@releaseDomain/{domid}", "release"))
-            self.request(XS_UNWATCH, "unwatch", "@releaseDomain", b"@releaseDomain\0release\0")
+            self.request("unwatch", "@releaseDomain", b"@releaseDomain\0release\0")
 
     def take_events(self) -> list[str]:
         """The tokens of the watches that have fired, each once; block if there is none yet."""
@@ -679,25 +683,27 @@ class Xenstore:
         events, self.events = self.events, []
         return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
 
-    def transaction(self, work: Callable[[int], Any]) -> None:
-        """Run work(transaction id), again if somebody else's change came between."""
+    def transaction(self, work: Callable[[], object]) -> None:
+        """Have what work() asks for in a transaction, again if somebody else's change came between."""
         for attempt in range(1, TRANSACTION_ATTEMPTS + 1):
-            number = int(self.request(XS_TRANSACTION_START, "start a transaction", "", b"\0").rstrip(b"\0"))
+            self.number = int(self.request("start a transaction", "", b"\0").rstrip(b"\0"))
             try:
-                work(number)
-            except BaseException:
-                self.request(XS_TRANSACTION_END, "drop a transaction", "", b"F\0", number)
-                raise
-            try:
-                self.request(XS_TRANSACTION_END, "end a transaction", "", b"T\0", number)
+                try:
+                    work()
+                except BaseException:
+                    self.request("drop a transaction", "", b"F\0")
+                    raise
+                self.request("end a transaction", "", b"T\0")
                 return
             except XenstoreError as error:
                 if error.code != "EAGAIN" or attempt == TRANSACTION_ATTEMPTS:
                     raise
+            finally:
+                self.number = 0
 
-    def list(self, path: str, transaction: int = 0) -> list[str]:
+    def list(self, path: str) -> list[str]:
         """Names of the nodes below path, [] where there is none."""
-        body = self.ask(XS_DIRECTORY, "list", path, transaction) or b""
+        body = self.ask("list", path) or b""
         return [name.decode("ascii", "replace") for name in body.split(b"\0") if name]
 
 
@@ -856,9 +862,9 @@ class Domain:
         self.uuid = uuid
         self.path = f"/local/domain/{domid}"
 
-    def check(self, transaction: int = 0) -> None:
+    def check(self) -> None:
         """Raise NotRunning unless it is there: a write below one that is gone would make its folder anew, for ever."""
-        if self.xenstore.read(f"{self.path}/vm", transaction=transaction) != f"/vm/{self.uuid}":
+        if self.xenstore.read(f"{self.path}/vm") != f"/vm/{self.uuid}":
             raise NotRunning()
 
     def told(self, node: str) -> str:
@@ -894,19 +900,19 @@ class Domain:
     def unpause(self) -> None:
         change_domain("unpause", self.domid)
 
-    def transaction(self, work: Callable[[int], Any]) -> None:
+    def transaction(self, work: Callable[[], object]) -> None:
         """Xenstore.transaction() with the domain still there at its end.  Raise NotRunning."""
 
-        def checked(transaction: int) -> None:
-            self.check(transaction)
-            work(transaction)
+        def checked() -> None:
+            self.check()
+            work()
 
         self.xenstore.transaction(checked)
 
     def write(self, nodes: dict[str, str]) -> None:
         """Write nodes of its own, all or none.  Raise NotRunning."""
         steps = [(f"{self.path}/{node}", value) for node, value in nodes.items()]
-        self.transaction(lambda transaction: self.xenstore.write_all(steps, transaction))
+        self.transaction(lambda: self.xenstore.write_all(steps))
 
     def set_memory(self, mebibytes: int) -> None:
         """Have its kernel take or give back memory, in MiB.  On Arm xl's way fails, as Xen populates nothing on demand
@@ -926,30 +932,29 @@ class Domain:
         self.write({**told, "data/process/0/start": " ".join(words) or "-"})
 
     def request(
-        self, request: str, key: str = "", data: dict[str, str] | None = None,
-        more: Callable[[int], object] | None = None,
-    ) -> None:  # fmt: skip
+        self, request: str, key: str = "", data: dict[str, str] | None = None, more: Callable[[], object] | None = None
+    ) -> None:
         """Queue what the guest's init is asked for, and ring if the process that it is about is there: who comes up
         looks at the queue by itself, and a kernel that still boots takes the bell for the VM's end.
 
         request: "kill N SIGNAL", "killall 0 SIGNAL", "look N", "run N" or "cpus", of process N: 0 is the container's.
         key: of two requests with one key the guest gets the last.  data: nodes to be written with it, below data/.
-        more: what else belongs to the transaction, called with its id.
+        more: what else belongs to the transaction.
         """
         xenstore, queue = self.xenstore, f"{self.path}/data/request"
         verb, _, operand = request.partition(" ")
         number = operand.split()[0] if verb in ("kill", "look") else "0"
 
-        def write(transaction: int) -> None:
+        def write() -> None:
             if more:
-                more(transaction)
-            xenstore.write_all([(f"{self.path}/data/{name}", text) for name, text in (data or {}).items()], transaction)
+                more()
+            xenstore.write_all([(f"{self.path}/data/{name}", text) for name, text in (data or {}).items()])
             # one reply must hold all their names, or the guest cannot list them any more (XENSTORE_PAYLOAD_MAX)
-            if len(xenstore.list(queue, transaction)) >= MOST_REQUESTS:
+            if len(xenstore.list(queue)) >= MOST_REQUESTS:
                 raise Error("the container's VM does not take its signals: kill it with SIGKILL")
-            xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request, transaction)
-            if xenstore.read(f"{self.path}/data/process/{number}/ready", transaction=transaction):
-                xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
+            xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request)
+            if xenstore.read(f"{self.path}/data/process/{number}/ready"):
+                xenstore.write(f"{self.path}/control/shutdown", "poweroff")
 
         self.transaction(write)
 
@@ -1068,12 +1073,10 @@ class Device:
         self.backend = f"{self.backends}/{domain.domid}/{number}"
         self.listed = f"/libxl/{domain.domid}/device/{kind}/{number}"
 
-    def announce(
-        self, backend: dict[str, str], frontend: dict[str, str], transaction: int, listed: bool = True
-    ) -> None:
+    def announce(self, backend: dict[str, str], frontend: dict[str, str], listed: bool = True) -> None:
         """Write both ends into xenstore, with these keys for each.  listed: xl knows it too.
 
-        In one transaction: the guest must see them whole, with their permissions, or not at all.
+        Call it in a transaction: the guest must see them whole, with their permissions, or not at all.
         """
         domid, state = self.domain.domid, XENBUS_INITIALISING
         ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
@@ -1087,7 +1090,7 @@ class Device:
         steps += [(f"{self.frontend}/state", theirs), (self.frontend, theirs)]
         if listed:
             steps += [(f"{self.listed}/{key}", value) for key, value in {**back, "backend": self.backend}.items()]
-        self.xenstore.write_all(steps, transaction)
+        self.xenstore.write_all(steps)
 
     def unlist(self) -> None:
         """xl knows it no more.  For each device that it knows, `xl destroy` may wait seconds."""
@@ -1098,11 +1101,11 @@ class Device:
         self.unlist()
         self.xenstore.remove(f"/local/domain/0/error/backend/{self.kind}/{self.domain.domid}")
 
-        def remove(transaction: int) -> None:
-            self.xenstore.remove(self.backend, transaction)
+        def remove() -> None:
+            self.xenstore.remove(self.backend)
             for folder in (f"{self.backends}/{self.domain.domid}", self.backends):
-                if not self.xenstore.list(folder, transaction):
-                    self.xenstore.remove(folder, transaction)
+                if not self.xenstore.list(folder):
+                    self.xenstore.remove(folder)
 
         self.xenstore.transaction(remove)
 
@@ -1216,9 +1219,9 @@ class Console(Device):
         self.indexes = memoryview(struct.pack("=4I", 0, CONSOLE_IN, 0, 0)).cast("I")  # nothing waits, nothing has room
         self.is_confirmed = False
 
-    def introduce(self, transaction: int) -> None:
+    def introduce(self) -> None:
         # a type of our own, so that xenconsoled does not take it
-        self.announce({}, {"type": "runx", "limit": "0"}, transaction, listed=False)
+        self.announce({}, {"type": "runx", "limit": "0"}, listed=False)
 
     def follow(self) -> None:
         """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
@@ -1238,9 +1241,9 @@ class Console(Device):
     def answer(self, state: str) -> None:
         """Change the backend's state, unless somebody has withdrawn it: that would make its folder anew."""
 
-        def write(transaction: int) -> None:
-            if self.xenstore.read(f"{self.backend}/state", transaction=transaction):
-                self.xenstore.write(f"{self.backend}/state", state, transaction)
+        def write() -> None:
+            if self.xenstore.read(f"{self.backend}/state"):
+                self.xenstore.write(f"{self.backend}/state", state)
 
         self.xenstore.transaction(write)
 
@@ -2480,31 +2483,28 @@ MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 MS_RELATIME, MS_I_VERSION, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 23, 1 << 24, 1 << 25
 RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 
-# flag, the option that sets it and the one that clears it; with an r before as well: what is mounted below a bind mount
-# is part of it in the VM
-MOUNT_ATTRIBUTES = (
-    (MS_RDONLY, "ro", "rw"),
-    (MS_NOSUID, "nosuid", "suid"),
-    (MS_NODEV, "nodev", "dev"),
-    (MS_NOEXEC, "noexec", "exec"),
-    (MS_NOATIME, "noatime", "atime"),
-    (MS_NODIRATIME, "nodiratime", "diratime"),
-    (MS_RELATIME, "relatime", "norelatime"),
-    (MS_STRICTATIME, "strictatime", "nostrictatime"),
-    (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
-)
-MOUNT_FLAGS = (
-    *((flag, prefix + name, prefix + cleared) for flag, name, cleared in MOUNT_ATTRIBUTES for prefix in ("", "r")),
-    (MS_SYNCHRONOUS, "sync", "async"),
-    (MS_LAZYTIME, "lazytime", "nolazytime"),
-    (MS_I_VERSION, "iversion", "noiversion"),
-    (MS_MANDLOCK, "mand", "nomand"),
-    (MS_SILENT, "silent", "loud"),
-)
+# flag: an option that sets it and one that clears it, and those with an r, which are the same here: what is mounted
+# below a bind mount is part of it in the VM
+MOUNT_FLAGS = {
+    MS_RDONLY: "ro rw rro rrw",
+    MS_NOSUID: "nosuid suid rnosuid rsuid",
+    MS_NODEV: "nodev dev rnodev rdev",
+    MS_NOEXEC: "noexec exec rnoexec rexec",
+    MS_NOATIME: "noatime atime rnoatime ratime",
+    MS_NODIRATIME: "nodiratime diratime rnodiratime rdiratime",
+    MS_RELATIME: "relatime norelatime rrelatime rnorelatime",
+    MS_STRICTATIME: "strictatime nostrictatime rstrictatime rnostrictatime",
+    MS_NOSYMFOLLOW: "nosymfollow symfollow rnosymfollow rsymfollow",
+    MS_SYNCHRONOUS: "sync async",
+    MS_LAZYTIME: "lazytime nolazytime",
+    MS_I_VERSION: "iversion noiversion",
+    MS_MANDLOCK: "mand nomand",
+    MS_SILENT: "silent loud",
+}
 # option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
 MOUNT_OPTIONS = {
-    **{name: (flag, 0) for flag, name, _ in MOUNT_FLAGS},
-    **{name: (0, flag) for flag, _, name in MOUNT_FLAGS},
+    **{name: (flag, 0) for flag, names in MOUNT_FLAGS.items() for name in names.split()[::2]},
+    **{name: (0, flag) for flag, names in MOUNT_FLAGS.items() for name in names.split()[1::2]},
     "bind": (MS_BIND, 0),
     "rbind": (MS_BIND | MS_REC, 0),
     "dirsync": (MS_DIRSYNC, 0),
@@ -2772,7 +2772,7 @@ if TYPE_CHECKING:
     Words = Iterator[tuple[Union[str, int], ...]]  # each time a keyword and its operands
 
 # the default devices of runtime-spec config-linux.md: name, major, minor
-DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
+DEVICES = "null 1 3, zero 1 5, full 1 7, random 1 8, urandom 1 9, tty 5 0"
 DEVICE_LINKS = (
     ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
     ("/proc/self/fd/2", "stderr"), ("pts/ptmx", "ptmx"), ("/proc/kcore", "core"),
@@ -2836,7 +2836,7 @@ def guest_files(config: Config, sources: Iterator[str]) -> Words:
 
 def guest_devices(linux: Linux) -> Words:
     """Yield what makes the default devices, without those for which config.json has its own."""
-    for name, major, minor in DEVICES:
+    for name, major, minor in map(str.split, DEVICES.split(",")):
         if all(path != f"/dev/{name}" for path, *_ in linux.devices):
             yield "node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0
 
@@ -3542,14 +3542,14 @@ def announce_disk(vbd: Device, disk: Disk, device: int) -> None:
     frontend = {"virtual-device": str(DISK), "device-type": "disk"}
     xenstore = vbd.xenstore
 
-    def write(transaction: int) -> None:
-        for other in xenstore.list(vbd.backends, transaction):
-            for number in xenstore.list(f"{vbd.backends}/{other}", transaction):
+    def write() -> None:
+        for other in xenstore.list(vbd.backends):
+            for number in xenstore.list(f"{vbd.backends}/{other}"):
                 node = f"{vbd.backends}/{other}/{number}"
-                same = xenstore.read(f"{node}/physical-device", "", transaction) == numbers
-                if same and "w" in mode + xenstore.read(f"{node}/mode", "", transaction):
+                same = xenstore.read(f"{node}/physical-device") == numbers
+                if same and "w" in mode + xenstore.read(f"{node}/mode"):
                     raise Error(f"cannot give {disk.path} to the VM: domain {other} has it, and one could write")
-        vbd.announce(backend, frontend, transaction)
+        vbd.announce(backend, frontend)
 
     vbd.domain.transaction(write)
     await_blkback(vbd, disk)
@@ -4995,9 +4995,9 @@ class ShareDevice(Device):
         super().__init__(domain, kind, 0)
         self.server, self.is_connected = server, False
 
-    def introduce(self, transaction: int) -> None:
+    def introduce(self) -> None:
         limits = {"versions": "1", "max-rings": str(RINGS_MAX[self.kind]), "max-ring-page-order": str(RING_ORDER_MAX)}
-        self.announce({**limits, "state": XENBUS_INITWAIT}, {"tag": "share"}, transaction, listed=False)
+        self.announce({**limits, "state": XENBUS_INITWAIT}, {"tag": "share"}, listed=False)
 
     def follow(self) -> None:
         """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
@@ -6275,7 +6275,7 @@ def announce_vif(vif: Device, interface: Interface) -> Link:
         backend["bridge"] = interface.bridge
     if interface.rate:
         backend["rate"] = interface.rate
-    vif.domain.transaction(lambda transaction: vif.announce(backend, common, transaction))
+    vif.domain.transaction(lambda: vif.announce(backend, common))
     link = events.await_link(name, VIF_TIME_LIMIT)
     if not link:
         raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
@@ -7467,7 +7467,7 @@ class Monitor(Loop):
 
     def prepare(self) -> None:
         """Announce consoles and files, and watch what the guest says: it runs already."""
-        self.domain.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
+        self.domain.transaction(lambda: [device.introduce() for device in self.devices])
         self.watch()
         self.first_console = open_first_console(self.domain)
         if self.first_console < 0 and self.own_init:
@@ -7763,12 +7763,12 @@ class Carrier(Loop):
         if not self.order.is_patient:
             self.ending.deadline = time.monotonic() + EXEC_TIME_LIMIT
 
-    def introduce(self, transaction: int) -> None:
+    def introduce(self) -> None:
         """Announce the consoles; and forget what the guest has told late of another process of that number."""
-        self.xenstore.remove(f"{self.domain.path}/data/process/{self.number}", transaction)
+        self.xenstore.remove(f"{self.domain.path}/data/process/{self.number}")
         self.xenstore.events.clear()  # of watches that have just been made
         for console in self.consoles:
-            console.introduce(transaction)
+            console.introduce()
 
     def handlers(self) -> dict[int, Callable[[], None]]:
         return {**super().handlers(), self.holder: self.lose_container}

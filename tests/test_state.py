@@ -51,21 +51,21 @@ class Xenstore:
     def take_events(self):
         pass
 
-    def read(self, path, default="", transaction=0):
+    def read(self, path, default=""):
         return self.nodes.get(path, default)
 
-    def list(self, path, transaction=0):
+    def list(self, path):
         return sorted({node[len(path) + 1 :].split("/")[0] for node in self.nodes if node.startswith(f"{path}/")})
 
-    def write(self, path, value, transaction=0):
+    def write(self, path, value):
         self.nodes[path] = value
 
-    def remove(self, path, transaction=0):
+    def remove(self, path):
         for node in [node for node in self.nodes if node == path or node.startswith(f"{path}/")]:
             del self.nodes[node]
 
     def transaction(self, work):
-        work(0)
+        work()
 
 
 class Dom0:
