@@ -136,16 +136,15 @@ class Undo:
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.steps: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
+        self.steps: list[Callable[[], object]] = []
 
     def add(self, what: str, work: Callable[..., Any], *args: Any) -> None:
         """what: the words behind "cannot" if that fails, which is a warning."""
-        self.steps.append((what, work, args))
+        self.steps.append(lambda: self.log.attempt(what, work, *args))
 
     def run(self) -> None:
         while self.steps:
-            what, work, args = self.steps.pop()
-            self.log.attempt(what, work, *args)
+            self.steps.pop()()
 
     def keep(self) -> None:
         """Whatever happens, nothing is given back that has been acquired until now."""
@@ -162,9 +161,9 @@ class Undo:
 class Attempt:
     """`with Attempt("read x"):` an OSError in the block becomes the Error "cannot read x: " with its reason."""
 
-    def __init__(self, what: str, *kinds: type[Exception]) -> None:
-        """kinds: of exceptions besides OSError."""
-        self.what = what
+    def __init__(self, what: str, *kinds: type[Exception], remedy: str = "") -> None:
+        """kinds: of exceptions besides OSError.  remedy: what stands behind the reason."""
+        self.what, self.remedy = what, remedy
         self.kinds: tuple[type[Exception], ...] = (OSError, *kinds)
 
     def __enter__(self) -> Attempt:
@@ -172,7 +171,8 @@ class Attempt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, self.kinds):
-            raise Error(f"cannot {self.what}: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise Error(f"cannot {self.what}: {reason}{self.remedy}") from None
 
 
 class Descriptor(int):
@@ -242,8 +242,7 @@ def c_library() -> dict[str, Any]:
         handle = core.dlopen(None, 0)
 
         def find(name: str) -> Any:
-            function: Any = Function
-            return function(core.dlsym(handle, name))
+            return Function(core.dlsym(handle, name))
 
         find("getpid")
         C_LIBRARY.update(long=Long, find=find, errno=core.get_errno)
@@ -530,6 +529,9 @@ def read_all(fd: int) -> bytes:
 # ==== xenstore ===========================================================================================
 # A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
 
+if TYPE_CHECKING:
+    Step = tuple[str, Union[str, tuple[str, ...]]]  # see Xenstore.write_all()
+
 # types of requests, by what an error calls them
 XS_REQUESTS = {
     "list": 1, "read": 2, "watch": 4, "unwatch": 5, "start a transaction": 6, "end a transaction": 7,
@@ -646,7 +648,7 @@ class Xenstore:
     def write(self, path: str, value: str) -> None:
         self.write_all([(path, value)])
 
-    def write_all(self, steps: Iterable[tuple[str, str | tuple[str, ...]]]) -> None:
+    def write_all(self, steps: Iterable[Step]) -> None:
         """Each step is (path, value), which makes a node with its parent's permissions, or (path, permissions) of a
         node, such as ("n0", "r5"): xenstore.txt "Permissions"."""
         requests = []
@@ -715,6 +717,7 @@ XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself has less
 # bytes of memory that xl has to unpack a kernel, and the QEMU that it starts for an image in qcow2 or vhd for all that
 # a guest asks it for.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
 XL_DATA, XL_STACK = 384 << 20, 1 << 20
+XL_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"})  # in strings: libxlu_cfg_l.l
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MOST_REQUESTS = 150
 LOG_FOLDER = "/var/log/xen"
@@ -727,7 +730,8 @@ def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
     that is killed.
     """
     take_ordinary_score()
-    parent, path, argv, env = os.getpid(), find_xl(), ["xl", *map(str, args)], {**os.environ, "PATH": PATH}
+    parent, path = os.getpid(), find_xl()
+    argv, env = ["xl", *map(str, args)], {**os.environ, "PATH": PATH}
 
     def tie() -> None:
         import resource
@@ -773,12 +777,10 @@ def xl_errors(output: str) -> str:
 
 
 def quote(text: str) -> str:
-    """A string of xl.cfg: libxlu_cfg_l.l knows these escapes and no numeric ones."""
+    """A string of xl.cfg."""
     if "\0" in text:
         raise Error("a string for xl must not hold a NUL")
-    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
-        text = text.replace(character, escape)
-    return f'"{text}"'
+    return f'"{text.translate(XL_ESCAPES)}"'
 
 
 def xl_config(settings: dict[str, str | int | list[str]]) -> str:
@@ -837,7 +839,9 @@ class Listing(Record):
 
     def end(self) -> str:
         """How the domain ended: a letter, or "" while it lives."""
-        return "gone" if self.state[5] == "d" else self.state[4] if self.state[3] == "s" else ""
+        if self.state[5] == "d":
+            return "gone"
+        return self.state[4] if self.state[3] == "s" else ""
 
 
 def parse_listings(output: str) -> dict[int, Listing]:
@@ -942,8 +946,8 @@ class Domain:
         more: what else belongs to the transaction.
         """
         xenstore, queue = self.xenstore, f"{self.path}/data/request"
-        verb, _, operand = request.partition(" ")
-        number = operand.split()[0] if verb in ("kill", "look") else "0"
+        verb, *operands = request.split()
+        number = operands[0] if verb in ("kill", "look") else "0"
 
         def write() -> None:
             if more:
@@ -1082,7 +1086,7 @@ class Device:
         ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
         back = {"frontend": self.frontend, "frontend-id": str(domid), "online": "1", "state": state, **backend}
         front = {"backend": self.backend, "backend-id": "0", **frontend, "state": state}
-        steps: list[tuple[str, str | tuple[str, ...]]] = [(self.backend, ""), (self.backend, ours)]
+        steps: list[Step] = [(self.backend, ""), (self.backend, ours)]
         steps += [(f"{self.backend}/{key}", value) for key, value in back.items()]
         # what the guest is told is not the guest's to change, though it adds more there
         steps += [(self.frontend, ""), (self.frontend, ours)]
@@ -1137,11 +1141,8 @@ class EventChannels:
     """Readable when one of the bound channels has fired."""
 
     def __init__(self) -> None:
-        try:
+        with Attempt(f"open {EVENT_CHANNELS}", remedy="; is dom0's module xen-evtchn loaded?"):
             self.fd = os.open(EVENT_CHANNELS, os.O_RDWR | os.O_NONBLOCK)
-        except OSError as error:
-            reason = f"{error.strerror}; is dom0's module xen-evtchn loaded?"
-            raise Error(f"cannot open {EVENT_CHANNELS}: {reason}") from None
 
     def bind(self, domid: int, port: int) -> int:
         """Return our number for the guest's channel port.  Raise OSError."""
@@ -1271,8 +1272,8 @@ class Console(Device):
         if count > CONSOLE_OUT:  # only a guest that means no good writes such an index
             raise Error(f"console {self.number} of domain {self.domain.domid}: the ring's indexes are impossible")
         self.barrier()  # the index is read before what it counts
-        start, ring = cons % CONSOLE_OUT, self.page[CONSOLE_IN : CONSOLE_IN + CONSOLE_OUT]
-        data = bytes(ring[start : start + count]) + bytes(ring[: max(0, start + count - CONSOLE_OUT)])
+        start, ring = cons % CONSOLE_OUT, bytes(self.page[CONSOLE_IN : CONSOLE_IN + CONSOLE_OUT])
+        data = (ring + ring)[start : start + count]
         self.barrier()  # all is read before the guest may write there again
         self.indexes[2] = prod
         self.channels.notify(self.port)
@@ -1280,7 +1281,7 @@ class Console(Device):
 
     def room(self) -> int:
         """How many bytes the guest's side can take now."""
-        cons, prod = self.indexes[0], self.indexes[1]
+        cons, prod, *_ = self.indexes
         return max(0, CONSOLE_IN - ((prod - cons) & 0xFFFFFFFF))
 
     def put(self, data: bytes) -> int:
@@ -1406,8 +1407,9 @@ def parse_state(text: str) -> State:
     if version == 0:
         fill_up(found)
     state = State(**{key: value for key, value in found.items() if key in State.__annotations__})
+    optional = {"namespace": str, "disk": dict}
     for key, value in state.__dict__.items():
-        kinds = {"namespace": (str, type(None)), "disk": (dict, type(None))}.get(key, (type(getattr(State, key)),))
+        kinds = (optional[key], type(None)) if key in optional else (type(getattr(State, key)),)
         if type(value) not in kinds:
             raise ValueError(key)
     numbers = [*state.monitor, *(number for _, number in state.devices)]
@@ -1559,12 +1561,13 @@ class Container:
 
     def status(self, ask: bool = True) -> str:
         """creating, created, running or stopped (runtime.md "State"), and runc's paused.  ask: Xen, if that must be."""
-        is_held = process_start_time(self.state.pid) == self.state.pid_start_time and self.is_of_this_boot()
-        if self.state.pid and not is_held:
+        state = self.state
+        is_held = process_start_time(state.pid) == state.pid_start_time and self.is_of_this_boot()
+        if state.pid and not is_held:
             return "stopped"
-        if ask and self.state.domid and self.unsettled():
+        if ask and state.domid and self.unsettled():
             self.settle()
-        return "paused" if self.state.paused else self.state.status
+        return "paused" if state.paused else state.status
 
     def is_of_this_boot(self) -> bool:
         return self.state.boot in ("", boot_id())
@@ -2275,10 +2278,8 @@ def find_networks(
     if path and os.path.samefile(path, "/proc/self/ns/net"):
         path = None
     if path is None and namespaces and not netconf:
-        raise Error(
-            "config.json: linux.namespaces asks for the host's own network, which a VM cannot have: give it a network "
-            "namespace of its own, or a network by NETCONF"
-        )
+        remedy = "give it a network namespace of its own, or a network by NETCONF"
+        raise Error(f"config.json: linux.namespaces asks for the host's own network, which a VM cannot have: {remedy}")
     return netconf, path
 
 
@@ -2306,8 +2307,8 @@ def parse_rate(text: str) -> str:
     if not match:
         raise Error(f"the rate {printable(text)} must be such as 10Mb/s (bits) or 1MB/s@20ms (bytes)")
     number, scale, unit, interval, prefix = match.groups()
-    rate = int(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[scale] // (8 if unit == "b" else 1)
-    microseconds = int(interval) * {"": 10**6, "m": 1000, "u": 1}[prefix] if interval else 50000
+    rate = int(number) * 1000 ** " KMG".index(scale or " ") // (8 if unit == "b" else 1)
+    microseconds = int(interval) * 1000 ** "um ".index(prefix or " ") if interval else 50000
     size = rate * microseconds // 10**6
     if not 0 < size < 1 << 32 or microseconds >= 1 << 32:
         raise Error(f"the rate {printable(text)} is out of range")
@@ -2769,7 +2770,7 @@ def statement(code: int, operand: int) -> Instruction:
 # data/ in xenstore, as docs/design.md lists them.
 
 if TYPE_CHECKING:
-    Words = Iterator[tuple[Union[str, int], ...]]  # each time a keyword and its operands
+    Words = Iterable[tuple[Union[str, int], ...]]  # each time a keyword and its operands
 
 # the default devices of runtime-spec config-linux.md: name, major, minor
 DEVICES = "null 1 3, zero 1 5, full 1 7, random 1 8, urandom 1 9, tty 5 0"
@@ -2793,12 +2794,12 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
 
 def exec_config(linux: Linux, process: Process) -> bytes:
     """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there."""
-    flags = (0,)
-    content = encode_words([flags], guest_place(process), guest_process(linux, process), guest_program(process, [], ""))
+    parts = guest_place(process), guest_process(linux, process), guest_program(process, [], "")
+    content = encode_words([(0,)], *parts)
     return struct.pack("<I", len(content)) + content
 
 
-def encode_words(*parts: Iterable[tuple[str | int, ...]]) -> bytes:
+def encode_words(*parts: Words) -> bytes:
     words = [word for part in parts for operation in part for word in operation]
     return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
 
