@@ -545,6 +545,16 @@ def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
     assert (data, stack) == ([(384 << 20) + (1 << 20)] * 2, [1 << 20] * 2)
 
 
+def test_a_monitor_that_ends_while_it_is_told_something_is_not_running(tmp_path, monkeypatch):
+    container = runx.Container(str(tmp_path), "c")
+    container.reserve()
+    os.mkfifo(container.path("control"))
+    reader, write = os.open(container.path("control"), os.O_RDONLY | os.O_NONBLOCK), os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: os.close(reader) or write(fd, data))
+    with pytest.raises(runx.NotRunning):
+        container.tell_monitor("kill 15")
+
+
 def test_a_pid_that_is_a_threads_by_now_is_nobodys():
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         thread = pool.submit(threading.get_native_id).result()
