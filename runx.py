@@ -686,7 +686,7 @@ class Xenstore:
         return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
 
     def transaction(self, work: Callable[[], object]) -> None:
-        """Have what work() asks for in a transaction, again if somebody else's change came between."""
+        """Run work(), whose requests are one transaction, again if somebody else's change came between."""
         for attempt in range(1, TRANSACTION_ATTEMPTS + 1):
             self.number = int(self.request("start a transaction", "", b"\0").rstrip(b"\0"))
             try:
@@ -717,7 +717,7 @@ XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself has less
 # bytes of memory that xl has to unpack a kernel, and the QEMU that it starts for an image in qcow2 or vhd for all that
 # a guest asks it for.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
 XL_DATA, XL_STACK = 384 << 20, 1 << 20
-XL_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"})  # in strings: libxlu_cfg_l.l
+XL_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"})
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MOST_REQUESTS = 150
 LOG_FOLDER = "/var/log/xen"
@@ -777,7 +777,7 @@ def xl_errors(output: str) -> str:
 
 
 def quote(text: str) -> str:
-    """A string of xl.cfg."""
+    """A string of xl.cfg: libxlu_cfg_l.l knows these escapes and no numeric ones."""
     if "\0" in text:
         raise Error("a string for xl must not hold a NUL")
     return f'"{text.translate(XL_ESCAPES)}"'
@@ -833,8 +833,7 @@ class Listing(Record):
     """A domain in `xl list` (xl.1)."""
 
     memory: int  # MiB
-    state: str  # such as "r-----"; the 3rd is p if it is paused, the 4th s once it is shut down, the 5th why, the 6th d
-    # while it is destroyed
+    state: str  # such as "r-----": the 3rd p if paused, the 4th s once shut down, the 5th why, the 6th d if dying
     time: float  # seconds of processor time, in tenths
 
     def end(self) -> str:
