@@ -87,17 +87,15 @@ class Log:
     what a user must learn; `debug` adds what a developer wants.
     """
 
-    def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False) -> None:
+    def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False, subject: str = "") -> None:
         self.path = path and os.path.abspath(path)  # the monitor leaves this folder
         self.as_json = as_json
         self.wants_debug = debug
-        self.subject = ""
+        self.subject = subject
 
     def about(self, container_id: str) -> Log:
         """The same log, for messages that name the container first."""
-        log = Log.__new__(Log)
-        log.__dict__.update(self.__dict__, subject=f"container {container_id}: ")
-        return log
+        return Log(self.path, self.as_json, self.wants_debug, f"container {container_id}: ")
 
     def write(self, level: str, message: str) -> None:
         now, message = timestamp(), self.subject + message
@@ -139,16 +137,15 @@ class Undo:
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.steps: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
+        self.steps: list[Callable[[], object]] = []
 
     def add(self, what: str, work: Callable[..., Any], *args: Any) -> None:
         """what: the words behind "cannot" if that fails, which is a warning."""
-        self.steps.append((what, work, args))
+        self.steps.append(lambda: self.log.attempt(what, work, *args))
 
     def run(self) -> None:
         while self.steps:
-            what, work, args = self.steps.pop()
-            self.log.attempt(what, work, *args)
+            self.steps.pop()()
 
     def keep(self) -> None:
         """Whatever happens, nothing is given back that has been acquired until now."""
@@ -165,9 +162,9 @@ class Undo:
 class Attempt:
     """`with Attempt("read x"):` an OSError in the block becomes the Error "cannot read x: " with its reason."""
 
-    def __init__(self, what: str, *kinds: type[Exception]) -> None:
-        """kinds: of exceptions besides OSError."""
-        self.what = what
+    def __init__(self, what: str, *kinds: type[Exception], remedy: str = "") -> None:
+        """kinds: of exceptions besides OSError.  remedy: what stands behind the reason."""
+        self.what, self.remedy = what, remedy
         self.kinds: tuple[type[Exception], ...] = (OSError, *kinds)
 
     def __enter__(self) -> Attempt:
@@ -175,7 +172,8 @@ class Attempt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, self.kinds):
-            raise Error(f"cannot {self.what}: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise Error(f"cannot {self.what}: {reason}{self.remedy}") from None
 
 
 class Descriptor(int):
@@ -229,53 +227,48 @@ C_LIBRARY: dict[str, Any] = {}  # what c_library() has made
 
 def c_library() -> dict[str, Any]:
     """How to call the C library: {"long": a type, "find": function by name, "errno": function}."""
+    if C_LIBRARY:
+        return C_LIBRARY
     try:
         import _ctypes  # ctypes adds to it what takes seven times as long to import
 
         core: Any = _ctypes
 
-        class Int(core._SimpleCData):  # type: ignore[misc]
-            _type_ = "i"
-
         class Long(core._SimpleCData):  # type: ignore[misc]
             _type_ = "l"
 
         class Function(core.CFuncPtr):  # type: ignore[misc]
-            _flags_, _restype_ = core.FUNCFLAG_CDECL | core.FUNCFLAG_USE_ERRNO, Int
+            _flags_ = core.FUNCFLAG_CDECL | core.FUNCFLAG_USE_ERRNO  # what comes back is an int, if nothing is said
 
         handle = core.dlopen(None, 0)
 
         def find(name: str) -> Any:
-            function: Any = Function
-            return function(core.dlsym(handle, name))
+            return Function(core.dlsym(handle, name))
 
         find("getpid")
-        return {"long": Long, "find": find, "errno": core.get_errno}
+        C_LIBRARY.update(long=Long, find=find, errno=core.get_errno)
     except Exception:
         import ctypes
 
         library = ctypes.CDLL(None, use_errno=True)
-        return {"long": ctypes.c_long, "find": library.__getitem__, "errno": ctypes.get_errno}
+        C_LIBRARY.update(long=ctypes.c_long, find=library.__getitem__, errno=ctypes.get_errno)
+    return C_LIBRARY
 
 
 def c_memory(size: int) -> Any:
     """Return memory of so many bytes that a system_call() may fill: an array of long."""
-    if not C_LIBRARY:
-        C_LIBRARY.update(c_library())
-    long = C_LIBRARY["long"]
-    return (long * (size // struct.calcsize("l")))()
+    return (c_library()["long"] * (size // struct.calcsize("l")))()
 
 
 def system_call(name: str, *args: Any) -> int:
     """Call a function of the C library that takes numbers, as long, strings and memory.  Return its int.  Raise
     OSError, or what ctypes does where there is no such function."""
-    if not C_LIBRARY:
-        C_LIBRARY.update(c_library())
-    long = C_LIBRARY["long"]
+    library = c_library()
+    long = library["long"]
     values = [long(arg) if isinstance(arg, int) else os.fsencode(arg) if isinstance(arg, str) else arg for arg in args]
-    result: int = C_LIBRARY["find"](name)(*values)
+    result: int = library["find"](name)(*values)
     if result < 0:
-        number = C_LIBRARY["errno"]()
+        number = library["errno"]()
         raise OSError(number, os.strerror(number))
     return result
 
@@ -283,7 +276,7 @@ def system_call(name: str, *args: Any) -> int:
 def has_function(name: str) -> bool:
     """Return whether the C library has a function."""
     try:
-        C_LIBRARY["find"](name)
+        c_library()["find"](name)
         return True
     except (OSError, AttributeError):  # of _ctypes, of ctypes
         return False
@@ -320,8 +313,6 @@ def parse_json(text: str) -> Any:
         value, end = _json.make_scanner(scanner)(text, start)
         if not text[end:].strip(" \t\n\r"):
             return value
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     except Exception:
         pass  # it is not JSON, or this Python's scanner is not like those that we know
     import json
@@ -429,12 +420,6 @@ def boot_id() -> str:
     return read_file("/proc/sys/kernel/random/boot_id")
 
 
-def default_signals() -> None:
-    """Python ignores SIGPIPE, and so would a program that it executes."""
-    signal = import_core("signal")
-    signal.signal(SIGPIPE, signal.SIG_DFL)
-
-
 def take_ordinary_score() -> None:
     """Let the kernel end us and what we start like anything else when memory is short: engines have themselves spared,
     and what unpacks an image or serves a guest must not be."""
@@ -444,6 +429,35 @@ def take_ordinary_score() -> None:
             write_file(path, 0)
     except OSError:
         pass  # where there is no /proc
+
+
+def fork_program(
+    path: str, argv: list[str], env: dict[str, str], streams: Sequence[int], prepare: Callable[[], None]
+) -> int:
+    """Start a program, with these standard streams; prepare() is called in its process before.  Return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for target, source in enumerate(streams):
+                os.dup2(source, target)
+            prepare()
+            signal = import_core("signal")
+            signal.signal(SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would the program
+            os.execve(path, argv, env)
+        except BaseException as error:  # nothing may return into the caller's side
+            os.write(2, f"cannot execute {path}: {error}".encode())
+        os._exit(127)
+    return pid
+
+
+def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
+    """Wait for a child, and kill it after a timeout, in seconds.  Return whether it has ended by itself, and its exit
+    status, below 0 for a signal."""
+    with Descriptor(os.pidfd_open(pid)) as pidfd:
+        ended = bool(select.select([pidfd], [], [], timeout)[0])
+    if not ended:
+        kill(pid, SIGKILL)
+    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def run_program(
@@ -457,22 +471,15 @@ def run_program(
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
     os.write(files[0], stdin)
     os.lseek(files[0], 0, os.SEEK_SET)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setsid()  # a group of its own, to be killed with its children
-            for target, source in enumerate(files):
-                os.dup2(source, target)
-            for namespace in [os.open(name, os.O_RDONLY) for name in namespaces]:
-                system_call("setns", namespace, 0)
-            if folder and os.path.isdir(folder):
-                os.chdir(folder)
-            default_signals()
-            os.execve(path, argv, env)
-        except BaseException as error:  # nothing may return into the caller's side
-            os.write(2, f"cannot execute {path}: {error}".encode())
-        os._exit(127)
-    ended, status = reap(pid, timeout, os.killpg)
+
+    def prepare() -> None:
+        os.setsid()  # a group of its own, to be killed with its children
+        for namespace in [os.open(name, os.O_RDONLY) for name in namespaces]:
+            system_call("setns", namespace, 0)
+        if folder and os.path.isdir(folder):
+            os.chdir(folder)
+
+    ended, status = reap(fork_program(path, argv, env, files, prepare), timeout, os.killpg)
     stdout, stderr = (os.pread(fd, OUTPUT_MAX, 0) for fd in files[1:])
     for fd in files:
         os.close(fd)
@@ -480,24 +487,13 @@ def run_program(
     return (reason if ended else f"ran past its time of {timeout} s"), stdout, stderr
 
 
-def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
-    """Wait for a child, and kill it after a timeout, in seconds.  Return whether it has ended by itself, and its exit
-    status, below 0 for a signal."""
-    with Descriptor(os.pidfd_open(pid)) as pidfd:
-        ended = bool(select.select([pidfd], [], [], timeout)[0])
-    if not ended:
-        kill(pid, SIGKILL)
-    return ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def process_start_time(pid: int) -> int | None:
     """Clock ticks since boot at which process pid was started, None if it has ended: proc(5) /proc/pid/stat."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in b"ZX" else int(fields[19])
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def end_process(pid: int, start_time: int, timeout: float) -> None:
@@ -512,6 +508,7 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
             select.select([pidfd], [], [], timeout)
 
 
+<<<<<<< HEAD
 def close_other_descriptors(keep: Collection[object]) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
@@ -519,13 +516,18 @@ def close_other_descriptors(keep: Collection[object]) -> None:
                 os.close(int(name))
             except OSError:
                 pass  # the one that listdir had open
+=======
+def close_other_descriptors(keep: set[int | None]) -> None:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd not in keep:
+            os.closerange(fd, fd + 1)  # the one that listdir had open is no error
+>>>>>>> short1
 
 
 def close_standard(fd: int) -> None:
     """Close one of 0, 1, 2, so that the other end sees it, and keep the number taken."""
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, fd)
-    os.close(null)
+    with Descriptor(os.open("/dev/null", os.O_RDWR)) as null:
+        os.dup2(null, fd)
 
 
 def read_all(fd: int) -> bytes:
@@ -538,9 +540,15 @@ def read_all(fd: int) -> bytes:
 # ==== xenstore ===========================================================================================
 # A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
 
-XS_DIRECTORY, XS_READ, XS_WATCH, XS_UNWATCH = 1, 2, 4, 5
-XS_TRANSACTION_START, XS_TRANSACTION_END = 6, 7
-XS_WRITE, XS_RM, XS_SET_PERMS, XS_WATCH_EVENT, XS_ERROR, XS_GET_FEATURE = 11, 13, 14, 15, 16, 23
+if TYPE_CHECKING:
+    Step = tuple[str, Union[str, tuple[str, ...]]]  # see Xenstore.write_all()
+
+# types of requests, by what an error calls them
+XS_REQUESTS = {
+    "list": 1, "read": 2, "watch": 4, "unwatch": 5, "start a transaction": 6, "end a transaction": 7,
+    "drop a transaction": 7, "write": 11, "remove": 13, "set the permissions of": 14, "ask for": 23,
+}  # fmt: skip
+XS_WATCH_EVENT, XS_ERROR = 15, 16
 XS_WATCHDEPTH = 4  # XENSTORE_SERVER_FEATURE_WATCHDEPTH, from Xen 4.22 on
 XS_HEADER, XS_HEADER_SIZE = "<IIII", 16  # type, req_id, tx_id, length of the payload
 XENSTORED_SOCKET = "/run/xenstored/socket"
@@ -563,6 +571,7 @@ class Xenstore:
         socket = import_core("socket")
         self.received = b""  # no more than a part of a message, between our methods
         self.events: list[bytes] = []
+        self.number = 0  # of the transaction that all requests belong to; 0: none
         try:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(XENSTORED_SOCKET)
@@ -573,22 +582,23 @@ class Xenstore:
             except OSError as error:
                 raise Error(f"cannot connect to xenstored ({error.strerror}): is this a Xen dom0?") from None
 
-    def request(self, kind: int, operation: str, path: str, payload: bytes, transaction: int = 0) -> bytes:
-        return self.exchange([(kind, operation, path, payload)], transaction)[0]
+    def request(self, operation: str, path: str, payload: bytes) -> bytes:
+        return self.exchange([(operation, path, payload)])[0]
 
-    def exchange(self, requests: list[tuple[int, str, str, bytes]], transaction: int = 0) -> list[bytes]:
-        """Send requests (type, operation, path, payload) one behind the other, and then take their replies, which are
+    def exchange(self, requests: list[tuple[str, str, bytes]]) -> list[bytes]:
+        """Send requests (operation, path, payload) one behind the other, and then take their replies, which are
         returned: a round trip for all.  Raise the first XenstoreError among them."""
         if len(requests) > 1 and not self.takes_many:
             # by the device each waits: its driver may send the one before late, from where this one would lie then
-            return [self.exchange([each], transaction)[0] for each in requests]
-        messages = [struct.pack(XS_HEADER, kind, 0, transaction, len(body)) + body for kind, _, _, body in requests]
-        message = b"".join(messages)
+            return [self.request(*each) for each in requests]
+        message = b""
+        for operation, _, body in requests:
+            message += struct.pack(XS_HEADER, XS_REQUESTS[operation], 0, self.number, len(body)) + body
         with Attempt("write to xenstored"):
             while message:
                 message = message[os.write(self.fd, message) :]
         replies, failure = [], None
-        for _, operation, path, _ in requests:
+        for operation, path, _ in requests:
             kind, body = self.receive()
             while kind == XS_WATCH_EVENT:
                 self.events.append(body)
@@ -628,56 +638,55 @@ class Xenstore:
         while message := self.take_received():
             self.events.append(message[1])
 
-    def ask(self, kind: int, operation: str, path: str, transaction: int) -> bytes | None:
+    def ask(self, operation: str, path: str) -> bytes | None:
         """Return what is said of a node, None where there is none."""
         try:
-            return self.request(kind, operation, path, path.encode() + b"\0", transaction)
+            return self.request(operation, path, path.encode() + b"\0")
         except XenstoreError as error:
             if error.code != "ENOENT":
                 raise
             return None
 
-    def read(self, path: str, default: str = "", transaction: int = 0) -> str:
+    def read(self, path: str, default: str = "") -> str:
         """The value as text (never trusted, so undecodable bytes are replaced); default where there is no node."""
-        body = self.ask(XS_READ, "read", path, transaction)
+        body = self.ask("read", path)
         return default if body is None else body.decode("utf-8", "replace")
 
     def read_numbers(self, *paths: str) -> list[int]:
         """Return what is in these nodes, in one round trip.  Raise Error, also where one is missing, and ValueError."""
-        return [int(body) for body in self.exchange([(XS_READ, "read", each, each.encode() + b"\0") for each in paths])]
+        return [int(body) for body in self.exchange([("read", path, path.encode() + b"\0") for path in paths])]
 
-    def write(self, path: str, value: str, transaction: int = 0) -> None:
-        self.write_all([(path, value)], transaction)
+    def write(self, path: str, value: str) -> None:
+        self.write_all([(path, value)])
 
-    def write_all(self, steps: Iterable[tuple[str, str | tuple[str, ...]]], transaction: int = 0) -> None:
+    def write_all(self, steps: Iterable[Step]) -> None:
         """Each step is (path, value), which makes a node with its parent's permissions, or (path, permissions) of a
         node, such as ("n0", "r5"): xenstore.txt "Permissions"."""
         requests = []
         for path, value in steps:
             if isinstance(value, str):
-                requests.append((XS_WRITE, "write", path, path.encode() + b"\0" + value.encode()))
+                requests.append(("write", path, f"{path}\0{value}".encode()))
             else:
-                listed = "".join(entry + "\0" for entry in (path, *value))
-                requests.append((XS_SET_PERMS, "set the permissions of", path, listed.encode()))
-        self.exchange(requests, transaction)
+                requests.append(("set the permissions of", path, "\0".join((path, *value, "")).encode()))
+        self.exchange(requests)
 
-    def remove(self, path: str, transaction: int = 0) -> None:
+    def remove(self, path: str) -> None:
         """Remove path and all below it; no error where there is none."""
-        self.ask(XS_RM, "remove", path, transaction)
+        self.ask("remove", path)
 
     def watch(self, *watches: tuple[str, str]) -> None:
         """watches: (path, token)."""
-        self.exchange([(XS_WATCH, "watch", path, f"{path}\0{token}\0".encode()) for path, token in watches])
+        self.exchange([("watch", path, f"{path}\0{token}\0".encode()) for path, token in watches])
 
     def watch_one_end(self, domid: int) -> None:
         """Have the watch of "@releaseDomain" fire for the end of this domain only, where xenstored can tell."""
         try:
-            features = int(self.request(XS_GET_FEATURE, "ask for", "features", b"").rstrip(b"\0"))
+            features = int(self.request("ask for", "features", b"").rstrip(b"\0"))
         except XenstoreError:
             features = 0  # it does not know the question
         if features & XS_WATCHDEPTH:
             self.watch((f"@releaseDomain/{domid}", "release"))
-            self.request(XS_UNWATCH, "unwatch", "@releaseDomain", b"@releaseDomain\0release\0")
+            self.request("unwatch", "@releaseDomain", b"@releaseDomain\0release\0")
 
     def take_events(self) -> list[str]:
         """The tokens of the watches that have fired, each once; block if there is none yet."""
@@ -687,25 +696,27 @@ class Xenstore:
         events, self.events = self.events, []
         return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
 
-    def transaction(self, work: Callable[[int], Any]) -> None:
-        """Run work(transaction id), again if somebody else's change came between."""
+    def transaction(self, work: Callable[[], object]) -> None:
+        """Run work(), whose requests are one transaction, again if somebody else's change came between."""
         for attempt in range(1, TRANSACTION_ATTEMPTS + 1):
-            number = int(self.request(XS_TRANSACTION_START, "start a transaction", "", b"\0").rstrip(b"\0"))
+            self.number = int(self.request("start a transaction", "", b"\0").rstrip(b"\0"))
             try:
-                work(number)
-            except BaseException:
-                self.request(XS_TRANSACTION_END, "drop a transaction", "", b"F\0", number)
-                raise
-            try:
-                self.request(XS_TRANSACTION_END, "end a transaction", "", b"T\0", number)
+                try:
+                    work()
+                except BaseException:
+                    self.request("drop a transaction", "", b"F\0")
+                    raise
+                self.request("end a transaction", "", b"T\0")
                 return
             except XenstoreError as error:
                 if error.code != "EAGAIN" or attempt == TRANSACTION_ATTEMPTS:
                     raise
+            finally:
+                self.number = 0
 
-    def list(self, path: str, transaction: int = 0) -> list[str]:
+    def list(self, path: str) -> list[str]:
         """Names of the nodes below path, [] where there is none."""
-        body = self.ask(XS_DIRECTORY, "list", path, transaction) or b""
+        body = self.ask("list", path) or b""
         return [name.decode("ascii", "replace") for name in body.split(b"\0") if name]
 
 
@@ -717,6 +728,7 @@ XL_TIME_LIMIT = 300  # seconds that xl has; what it waits for itself has less
 # bytes of memory that xl has to unpack a kernel, and the QEMU that it starts for an image in qcow2 or vhd for all that
 # a guest asks it for.  RLIMIT_DATA counts what is written only here, not the VM's memory that xl maps.
 XL_DATA, XL_STACK = 384 << 20, 1 << 20
+XL_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"})
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MOST_REQUESTS = 150
 LOG_FOLDER = "/var/log/xen"
@@ -729,45 +741,28 @@ def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
     that is killed.
     """
     take_ordinary_score()
-    argv = ["xl", *map(str, args)]
-    null, output = os.open("/dev/null", os.O_RDWR), os.memfd_create("xl")
-    actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in ((null, 0), (output, 1), (output, 2))]
-    environment = {**os.environ, "PATH": PATH}
-    try:
+    parent, path = os.getpid(), find_xl()
+    argv, env = ["xl", *map(str, args)], {**os.environ, "PATH": PATH}
+
+    def tie() -> None:
+        import resource
+
+        system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
+        if os.getppid() != parent:
+            os._exit(127)  # it has died before
+        resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+        resource.setrlimit(resource.RLIMIT_STACK, (XL_STACK, XL_STACK))
+
+    with Descriptor(os.open("/dev/null", os.O_RDWR)) as null, Descriptor(os.memfd_create("xl")) as output:
+        streams = (null, output, output)
         if data_limit:
-            pid = spawn_tied(find_xl(), argv, environment, actions, data_limit)
-        else:
-            # Python ignores SIGPIPE; xl and what it starts must not inherit that
-            pid = os.posix_spawn(find_xl(), argv, environment, file_actions=actions, setsigdef=[SIGPIPE])
+            pid = fork_program(path, argv, env, streams, tie)
+        else:  # without a fork(2), which takes several times as long
+            actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(streams)]
+            pid = os.posix_spawn(path, argv, env, file_actions=actions, setsigdef=[SIGPIPE])
         ended, status = reap(pid, XL_TIME_LIMIT, os.kill)
         text = os.pread(output, 1 << 16, 0).decode("utf-8", "replace")
-        return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
-    finally:
-        os.close(null)
-        os.close(output)
-
-
-def spawn_tied(
-    path: str, argv: list[str], environment: dict[str, str], actions: list[tuple[int, int, int]], data_limit: int
-) -> int:
-    """posix_spawn(3) of a process that gets SIGKILL when we die."""
-    import resource
-
-    parent, pid = os.getpid(), os.fork()
-    if pid:
-        return pid
-    try:
-        system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
-        if os.getppid() == parent:
-            for _, source, target in actions:
-                os.dup2(source, target)
-            resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
-            resource.setrlimit(resource.RLIMIT_STACK, (XL_STACK, XL_STACK))
-            default_signals()
-            os.execve(path, argv, environment)
-    except BaseException:
-        pass  # nothing may return into the caller's side
-    os._exit(127)
+    return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
 
 
 def find_xl() -> str:
@@ -796,9 +791,7 @@ def quote(text: str) -> str:
     """A string of xl.cfg: libxlu_cfg_l.l knows these escapes and no numeric ones."""
     if "\0" in text:
         raise Error("a string for xl must not hold a NUL")
-    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
-        text = text.replace(character, escape)
-    return f'"{text}"'
+    return f'"{text.translate(XL_ESCAPES)}"'
 
 
 def xl_config(settings: dict[str, str | int | list[str]]) -> str:
@@ -851,36 +844,27 @@ class Listing(Record):
     """A domain in `xl list` (xl.1)."""
 
     memory: int  # MiB
-    state: str  # such as "r-----"; the 4th is s once it is shut down, the 5th why, the 6th d while it is destroyed
+    state: str  # such as "r-----": the 3rd p if paused, the 4th s once shut down, the 5th why, the 6th d if dying
     time: float  # seconds of processor time, in tenths
 
     def end(self) -> str:
         """How the domain ended: a letter, or "" while it lives."""
-        return "gone" if self.state[5] == "d" else self.state[4] if self.state[3] == "s" else ""
-
-    def is_paused(self) -> bool:
-        return self.state[2] == "p"
-
-
-def parse_listing(line: str) -> tuple[int, Listing]:
-    """The domid and Listing of a line of `xl list`.  Raise ValueError if it is none."""
-    domid, memory, _, state, seconds = line.rsplit(None, 5)[-5:]
-    if len(state) < 6:
-        raise ValueError(line)
-    return int(domid), Listing(memory=int(memory), state=state, time=float(seconds))
+        if self.state[5] == "d":
+            return "gone"
+        return self.state[4] if self.state[3] == "s" else ""
 
 
-def list_living() -> list[int]:
-    """The domids of all domains that have not ended; without those whose lines cannot be understood."""
-    living = []
-    for line in xl("list")[1].splitlines():
+def parse_listings(output: str) -> dict[int, Listing]:
+    """What `xl list` says, by domid, without the lines that cannot be understood: the heading, or a message."""
+    found = {}
+    for line in output.splitlines():
         try:
-            domid, listing = parse_listing(line)
+            domid, memory, _, state, seconds = line.rsplit(None, 5)[-5:]
+            if len(state) >= 6:
+                found[int(domid)] = Listing(memory=int(memory), state=state, time=float(seconds))
         except ValueError:
-            continue  # the heading, or a message
-        if not listing.end():
-            living.append(domid)
-    return living
+            continue
+    return found
 
 
 class Domain:
@@ -892,9 +876,9 @@ class Domain:
         self.uuid = uuid
         self.path = f"/local/domain/{domid}"
 
-    def check(self, transaction: int = 0) -> None:
+    def check(self) -> None:
         """Raise NotRunning unless it is there: a write below one that is gone would make its folder anew, for ever."""
-        if self.xenstore.read(f"{self.path}/vm", transaction=transaction) != f"/vm/{self.uuid}":
+        if self.xenstore.read(f"{self.path}/vm") != f"/vm/{self.uuid}":
             raise NotRunning()
 
     def told(self, node: str) -> str:
@@ -908,10 +892,10 @@ class Domain:
             if "does not exist" in output:
                 return None
             raise Error(f"xl list failed: {xl_errors(output)}")
-        try:
-            return parse_listing(output.splitlines()[-1])[1]
-        except (ValueError, IndexError):
-            raise Error(f"cannot understand xl list: {output}") from None
+        listing = parse_listings(output).get(self.domid)
+        if not listing:
+            raise Error(f"cannot understand xl list: {output}")
+        return listing
 
     def end(self) -> str:
         """How it ended: a letter of its Listing, "gone", or "" while it lives."""
@@ -930,19 +914,19 @@ class Domain:
     def unpause(self) -> None:
         change_domain("unpause", self.domid)
 
-    def transaction(self, work: Callable[[int], Any]) -> None:
+    def transaction(self, work: Callable[[], object]) -> None:
         """Xenstore.transaction() with the domain still there at its end.  Raise NotRunning."""
 
-        def checked(transaction: int) -> None:
-            self.check(transaction)
-            work(transaction)
+        def checked() -> None:
+            self.check()
+            work()
 
         self.xenstore.transaction(checked)
 
     def write(self, nodes: dict[str, str]) -> None:
         """Write nodes of its own, all or none.  Raise NotRunning."""
         steps = [(f"{self.path}/{node}", value) for node, value in nodes.items()]
-        self.transaction(lambda transaction: self.xenstore.write_all(steps, transaction))
+        self.transaction(lambda: self.xenstore.write_all(steps))
 
     def set_memory(self, mebibytes: int) -> None:
         """Have its kernel take or give back memory, in MiB.  On Arm xl's way fails, as Xen populates nothing on demand
@@ -962,31 +946,29 @@ class Domain:
         self.write({**told, "data/process/0/start": " ".join(words) or "-"})
 
     def request(
-        self, request: str, key: str = "", data: dict[str, str] | None = None,
-        more: Callable[[int], object] | None = None,
-    ) -> None:  # fmt: skip
+        self, request: str, key: str = "", data: dict[str, str] | None = None, more: Callable[[], object] | None = None
+    ) -> None:
         """Queue what the guest's init is asked for, and ring if the process that it is about is there: who comes up
         looks at the queue by itself, and a kernel that still boots takes the bell for the VM's end.
 
         request: "kill N SIGNAL", "killall 0 SIGNAL", "look N", "run N" or "cpus", of process N: 0 is the container's.
         key: of two requests with one key the guest gets the last.  data: nodes to be written with it, below data/.
-        more: what else belongs to the transaction, called with its id.
+        more: what else belongs to the transaction.
         """
         xenstore, queue = self.xenstore, f"{self.path}/data/request"
-        verb, _, operand = request.partition(" ")
-        number = operand.split()[0] if verb in ("kill", "look") else "0"
+        verb, *operands = request.split()
+        number = operands[0] if verb in ("kill", "look") else "0"
 
-        def write(transaction: int) -> None:
+        def write() -> None:
             if more:
-                more(transaction)
-            for name, value in (data or {}).items():
-                xenstore.write(f"{self.path}/data/{name}", value, transaction)
+                more()
+            xenstore.write_all([(f"{self.path}/data/{name}", text) for name, text in (data or {}).items()])
             # one reply must hold all their names, or the guest cannot list them any more (XENSTORE_PAYLOAD_MAX)
-            if len(xenstore.list(queue, transaction)) >= MOST_REQUESTS:
+            if len(xenstore.list(queue)) >= MOST_REQUESTS:
                 raise Error("the container's VM does not take its signals: kill it with SIGKILL")
-            xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request, transaction)
-            if xenstore.read(f"{self.path}/data/process/{number}/ready", transaction=transaction):
-                xenstore.write(f"{self.path}/control/shutdown", "poweroff", transaction)
+            xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request)
+            if xenstore.read(f"{self.path}/data/process/{number}/ready"):
+                xenstore.write(f"{self.path}/control/shutdown", "poweroff")
 
         self.transaction(write)
 
@@ -1060,7 +1042,9 @@ def last_look(fd: int, earliest: float) -> list[int]:
 
 
 def look(fd: int) -> list[int]:
-    began, living = time.monotonic(), list_living()
+    """Return the domids of all domains that have not ended, and write them into the file."""
+    began, listings = time.monotonic(), parse_listings(xl("list")[1])
+    living = [domid for domid, listing in listings.items() if not listing.end()]
     try:
         os.ftruncate(fd, 0)
         os.pwrite(fd, " ".join(map(str, [began, *living])).encode(), 0)
@@ -1078,10 +1062,7 @@ def remove_logs(name: str) -> None:
 
 def new_uuid() -> str:
     """A random uuid (RFC 4122, version 4) as text."""
-    number = bytearray(os.urandom(16))
-    number[6], number[8] = number[6] & 0x0F | 0x40, number[8] & 0x3F | 0x80
-    digits = number.hex()
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return read_file("/proc/sys/kernel/random/uuid")
 
 
 # ==== devices ============================================================================================
@@ -1106,18 +1087,16 @@ class Device:
         self.backend = f"{self.backends}/{domain.domid}/{number}"
         self.listed = f"/libxl/{domain.domid}/device/{kind}/{number}"
 
-    def announce(
-        self, backend: dict[str, str], frontend: dict[str, str], transaction: int, listed: bool = True
-    ) -> None:
+    def announce(self, backend: dict[str, str], frontend: dict[str, str], listed: bool = True) -> None:
         """Write both ends into xenstore, with these keys for each.  listed: xl knows it too.
 
-        In one transaction: the guest must see them whole, with their permissions, or not at all.
+        Call it in a transaction: the guest must see them whole, with their permissions, or not at all.
         """
         domid, state = self.domain.domid, XENBUS_INITIALISING
         ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
         back = {"frontend": self.frontend, "frontend-id": str(domid), "online": "1", "state": state, **backend}
         front = {"backend": self.backend, "backend-id": "0", **frontend, "state": state}
-        steps: list[tuple[str, str | tuple[str, ...]]] = [(self.backend, ""), (self.backend, ours)]
+        steps: list[Step] = [(self.backend, ""), (self.backend, ours)]
         steps += [(f"{self.backend}/{key}", value) for key, value in back.items()]
         # what the guest is told is not the guest's to change, though it adds more there
         steps += [(self.frontend, ""), (self.frontend, ours)]
@@ -1125,7 +1104,7 @@ class Device:
         steps += [(f"{self.frontend}/state", theirs), (self.frontend, theirs)]
         if listed:
             steps += [(f"{self.listed}/{key}", value) for key, value in {**back, "backend": self.backend}.items()]
-        self.xenstore.write_all(steps, transaction)
+        self.xenstore.write_all(steps)
 
     def unlist(self) -> None:
         """xl knows it no more.  For each device that it knows, `xl destroy` may wait seconds."""
@@ -1136,11 +1115,11 @@ class Device:
         self.unlist()
         self.xenstore.remove(f"/local/domain/0/error/backend/{self.kind}/{self.domain.domid}")
 
-        def remove(transaction: int) -> None:
-            self.xenstore.remove(self.backend, transaction)
+        def remove() -> None:
+            self.xenstore.remove(self.backend)
             for folder in (f"{self.backends}/{self.domain.domid}", self.backends):
-                if not self.xenstore.list(folder, transaction):
-                    self.xenstore.remove(folder, transaction)
+                if not self.xenstore.list(folder):
+                    self.xenstore.remove(folder)
 
         self.xenstore.transaction(remove)
 
@@ -1172,11 +1151,8 @@ class EventChannels:
     """Readable when one of the bound channels has fired."""
 
     def __init__(self) -> None:
-        try:
+        with Attempt(f"open {EVENT_CHANNELS}", remedy="; is dom0's module xen-evtchn loaded?"):
             self.fd = os.open(EVENT_CHANNELS, os.O_RDWR | os.O_NONBLOCK)
-        except OSError as error:
-            reason = f"{error.strerror}; is dom0's module xen-evtchn loaded?"
-            raise Error(f"cannot open {EVENT_CHANNELS}: {reason}") from None
 
     def bind(self, domid: int, port: int) -> int:
         """Return our number for the guest's channel port.  Raise OSError."""
@@ -1250,17 +1226,18 @@ class Console(Device):
     def __init__(self, domain: Domain, number: int, channels: EventChannels) -> None:
         super().__init__(domain, "console", number)
         self.channels, self.barrier = channels, Barrier()
-        self.page: memoryview | None = None
+        self.page = memoryview(b"")
+        self.indexes = memoryview(struct.pack("=4I", 0, CONSOLE_IN, 0, 0)).cast("I")  # nothing waits, nothing has room
         self.is_confirmed = False
 
-    def introduce(self, transaction: int) -> None:
+    def introduce(self) -> None:
         # a type of our own, so that xenconsoled does not take it
-        self.announce({}, {"type": "runx", "limit": "0"}, transaction, listed=False)
+        self.announce({}, {"type": "runx", "limit": "0"}, listed=False)
 
     def follow(self) -> None:
         """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
         state = self.xenstore.read(f"{self.frontend}/state")
-        if state == XENBUS_INITIALISED and self.page is None:
+        if state == XENBUS_INITIALISED and not self.page:
             self.connect()
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
             self.is_confirmed = True
@@ -1268,16 +1245,16 @@ class Console(Device):
 
     def confirm(self) -> None:
         """Tell the guest, once, that it is connected: what it has written before that is taken first."""
-        if self.page is not None and not self.is_confirmed:
+        if self.page and not self.is_confirmed:
             self.is_confirmed = True
             self.answer(XENBUS_CONNECTED)
 
     def answer(self, state: str) -> None:
         """Change the backend's state, unless somebody has withdrawn it: that would make its folder anew."""
 
-        def write(transaction: int) -> None:
-            if self.xenstore.read(f"{self.backend}/state", transaction=transaction):
-                self.xenstore.write(f"{self.backend}/state", state, transaction)
+        def write() -> None:
+            if self.xenstore.read(f"{self.backend}/state"):
+                self.xenstore.write(f"{self.backend}/state", state)
 
         self.xenstore.transaction(write)
 
@@ -1298,8 +1275,6 @@ class Console(Device):
 
     def take(self) -> bytes:
         """What the guest has written, at most one ring full; b"" if nothing."""
-        if self.page is None:
-            return b""
         _, _, cons, prod = self.indexes
         count = (prod - cons) & 0xFFFFFFFF
         if count == 0:
@@ -1307,8 +1282,8 @@ class Console(Device):
         if count > CONSOLE_OUT:  # only a guest that means no good writes such an index
             raise Error(f"console {self.number} of domain {self.domain.domid}: the ring's indexes are impossible")
         self.barrier()  # the index is read before what it counts
-        start, ring = cons % CONSOLE_OUT, self.page[CONSOLE_IN : CONSOLE_IN + CONSOLE_OUT]
-        data = bytes(ring[start : start + count]) + bytes(ring[: max(0, start + count - CONSOLE_OUT)])
+        start, ring = cons % CONSOLE_OUT, bytes(self.page[CONSOLE_IN : CONSOLE_IN + CONSOLE_OUT])
+        data = (ring + ring)[start : start + count]
         self.barrier()  # all is read before the guest may write there again
         self.indexes[2] = prod
         self.channels.notify(self.port)
@@ -1316,15 +1291,13 @@ class Console(Device):
 
     def room(self) -> int:
         """How many bytes the guest's side can take now."""
-        if self.page is None:
-            return 0
-        cons, prod = self.indexes[0], self.indexes[1]
+        cons, prod, *_ = self.indexes
         return max(0, CONSOLE_IN - ((prod - cons) & 0xFFFFFFFF))
 
     def put(self, data: bytes) -> int:
         """Write what fits.  Return how many bytes that were."""
         data = data[: self.room()]
-        if data and self.page is not None:
+        if data:
             self.barrier()  # the guest has read all that is overwritten
             prod = self.indexes[1]
             start = prod % CONSOLE_IN
@@ -1431,25 +1404,22 @@ class State(Record):
         return self.status == "running" or not self.starts_paused
 
 
-class NewerState(Error):
-    """A newer runX has made the container."""
-
-
 def parse_state(text: str) -> State:
-    """The State in state.json.  Raise NewerState, and ValueError where runX cannot have written it."""
+    """The State in state.json.  Raise Error where a newer runX has written it, and ValueError where none can have."""
     found = parse_json(text)
     if not isinstance(found, dict) or not all(key in found for key in ESSENTIAL):
         raise ValueError("something is missing")
     version = found.get("version", 0)
     if version not in range(STATE_VERSION + 1):
         if isinstance(version, int) and version > 0:
-            raise NewerState(f"its state has version {version}, and this runX knows {STATE_VERSION}: use the newer one")
+            raise Error(f"its state has version {version}, and this runX knows {STATE_VERSION}: use the newer one")
         raise ValueError("version")
     if version == 0:
         fill_up(found)
     state = State(**{key: value for key, value in found.items() if key in State.__annotations__})
+    optional = {"namespace": str, "disk": dict}
     for key, value in state.__dict__.items():
-        kinds = {"namespace": (str, type(None)), "disk": (dict, type(None))}.get(key, (type(getattr(State, key)),))
+        kinds = (optional[key], type(None)) if key in optional else (type(getattr(State, key)),)
         if type(value) not in kinds:
             raise ValueError(key)
     numbers = [*state.monitor, *(number for _, number in state.devices)]
@@ -1524,14 +1494,12 @@ class Container:
             if names - {"state.json.new"} and "xl.cfg" not in names:
                 raise NoContainer(self.id) from None  # the folder is not ours: nobody may remove it by our hand
             self.state = State(**told_to_xl(self.path("xl.cfg")))  # between its first two steps, or killed there
-        except (NewerState, OSError, ValueError, TypeError) as error:
-            if self.forgiving:
-                self.state = State(**told_to_xl(self.path("xl.cfg")), devices=STANDARD_DEVICES)
-            elif isinstance(error, NewerState):
-                raise Error(f"cannot read {path}: {error}") from None
-            else:
+        except (Error, OSError, ValueError, TypeError) as error:
+            if not self.forgiving:
                 remedy = f"remove the container by `runX delete --force {self.id}`"
-                raise Error(f"cannot read {path}, runX has not written it so: {remedy}") from None
+                reason = f": {error}" if isinstance(error, Error) else f", runX has not written it so: {remedy}"
+                raise Error(f"cannot read {path}{reason}") from None
+            self.state = State(**told_to_xl(self.path("xl.cfg")), devices=STANDARD_DEVICES)
         return self
 
     def save(self, **changes: Any) -> None:
@@ -1566,8 +1534,7 @@ class Container:
             remove_empty(os.path.join(mounts, name))
         for name in ("share/mounts", "share/rootfs", "share"):
             remove_empty(self.path(name))
-        names = sorted(os.listdir(self.folder), key="state.json".__eq__)  # that one last: it says what is to be done
-        for name in names:
+        for name in sorted(os.listdir(self.folder), key="state.json".__eq__):  # the last says what is to be done
             if not os.path.isdir(self.path(name)):
                 os.unlink(self.path(name))
         remove_empty(self.folder)
@@ -1604,12 +1571,13 @@ class Container:
 
     def status(self, ask: bool = True) -> str:
         """creating, created, running or stopped (runtime.md "State"), and runc's paused.  ask: Xen, if that must be."""
-        is_held = process_start_time(self.state.pid) == self.state.pid_start_time and self.is_of_this_boot()
-        if self.state.pid and not is_held:
+        state = self.state
+        is_held = process_start_time(state.pid) == state.pid_start_time and self.is_of_this_boot()
+        if state.pid and not is_held:
             return "stopped"
-        if ask and self.state.domid and self.unsettled():
+        if ask and state.domid and self.unsettled():
             self.settle()
-        return "paused" if self.state.paused else self.state.status
+        return "paused" if state.paused else state.status
 
     def is_of_this_boot(self) -> bool:
         return self.state.boot in ("", boot_id())
@@ -1650,7 +1618,7 @@ class Container:
                 started = bool(domain.told("process/0/start"))
         except NotRunning:
             return  # its monitor is about to end
-        paused = bool(listing and listing.is_paused())
+        paused = bool(listing and listing.state[2] == "p")
         if started or state.starts_paused and listing and not paused:
             state.status = "running"
         if listing and state.may_run():
@@ -1668,11 +1636,10 @@ class Container:
     def tell_monitor(self, request: str) -> None:
         """request: "kill N" or "destroy N", see Monitor.  Raise NotRunning."""
         try:
-            fd = Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK))
+            with Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK)) as fd:
+                os.write(fd, request.encode() + b"\n")
         except OSError:  # no such file, or nobody reads it
             raise NotRunning() from None
-        with fd:
-            os.write(fd, request.encode() + b"\n")
 
     def open_pidfd(self) -> int | None:
         """A descriptor that is readable once the container has ended; None if it has."""
@@ -1926,20 +1893,13 @@ def parse_names(spec: Section, namespaces: Namespaces) -> tuple[str, str]:
     return names
 
 
-def is_image(path: str) -> bool:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
 def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
     """Return the path of a folder, or of an image: a file or block device."""
     root = spec.section("root").text("path", "" if machine.image else REQUIRED)
     path = os.path.join(bundle, machine.image or root)
     if machine.image or not os.path.isdir(path):
-        if machine.own_init or not is_image(path):
+        mode = os.stat(path).st_mode if os.path.exists(path) else 0
+        if machine.own_init or not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
         if machine.rootfs not in ("block", "auto"):
             raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")
@@ -2156,34 +2116,23 @@ def check_references(path: str, kind: str) -> None:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 512))
         tail = file.read(512)
-    reference: str | None = ""
-    if kind == "qcow2":
-        reference = qcow2_reference(head)
-    elif kind == "vhd":
-        reference = vhd_reference(head, tail)
+    reference = reference_in(kind, head, tail)
     if reference is None:
         raise Error(f"the image {path} is not in the format {kind}")
     if reference:
         raise Error(f"cannot give the image {path} to a VM, for it has {reference}: make it one that stands alone")
 
 
-def qcow2_reference(head: bytes) -> str | None:
-    """Return what an image names, None if it is none: docs/interop/qcow2.rst of QEMU's sources."""
-    if len(head) < 80 or not head.startswith(b"QFI\xfb"):
-        return None
-    version, backing = struct.unpack_from(">IQ", head, 4)
-    if backing:
-        return "a backing file"
-    features = struct.unpack_from(">Q", head, 72)[0] if version > 2 else 0
-    return "a data file outside" if features & 4 else ""
-
-
-def vhd_reference(head: bytes, tail: bytes) -> str | None:
-    """Return the same by its footer with the type of the disk, of which a copy may come first."""
+def reference_in(kind: str, head: bytes, tail: bytes) -> str | None:
+    """Return what an image names, by its first and last 512 bytes; None if it is not of that kind."""
+    if kind == "qcow2" and len(head) >= 80 and head.startswith(b"QFI\xfb"):  # docs/interop/qcow2.rst of QEMU's sources
+        version, backing, features = struct.unpack_from(">IQ56xQ", head, 4)
+        return "a backing file" if backing else "a data file outside" if version > 2 and features & 4 else ""
+    # the footer has the type of the disk, and a copy of it may come first
     types = {part[60:64] for part in (head, tail) if part.startswith(b"conectix")}
-    if not types:
-        return None
-    return "a parent" if types - {b"\0\0\0\2", b"\0\0\0\3"} else ""  # fixed, dynamic; 4 has a parent
+    if kind == "vhd" and types:
+        return "a parent" if types - {b"\0\0\0\2", b"\0\0\0\3"} else ""  # fixed, dynamic; 4 has a parent
+    return "" if kind == "raw" else None
 
 
 def check_line(line: str) -> str:
@@ -2339,10 +2288,8 @@ def find_networks(
     if path and os.path.samefile(path, "/proc/self/ns/net"):
         path = None
     if path is None and namespaces and not netconf:
-        raise Error(
-            "config.json: linux.namespaces asks for the host's own network, which a VM cannot have: give it a network "
-            "namespace of its own, or a network by NETCONF"
-        )
+        remedy = "give it a network namespace of its own, or a network by NETCONF"
+        raise Error(f"config.json: linux.namespaces asks for the host's own network, which a VM cannot have: {remedy}")
     return netconf, path
 
 
@@ -2370,8 +2317,8 @@ def parse_rate(text: str) -> str:
     if not match:
         raise Error(f"the rate {printable(text)} must be such as 10Mb/s (bits) or 1MB/s@20ms (bytes)")
     number, scale, unit, interval, prefix = match.groups()
-    rate = int(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[scale] // (8 if unit == "b" else 1)
-    microseconds = int(interval) * {"": 10**6, "m": 1000, "u": 1}[prefix] if interval else 50000
+    rate = int(number) * 1000 ** " KMG".index(scale or " ") // (8 if unit == "b" else 1)
+    microseconds = int(interval) * 1000 ** "um ".index(prefix or " ") if interval else 50000
     size = rate * microseconds // 10**6
     if not 0 < size < 1 << 32 or microseconds >= 1 << 32:
         raise Error(f"the rate {printable(text)} is out of range")
@@ -2449,8 +2396,9 @@ def parse_capabilities(spec: Section) -> dict[str, int]:
     asked, unknown = dict.fromkeys(CAPABILITY_SETS, 0), []
     for name in CAPABILITY_SETS:
         for capability in spec.texts(name):
-            if capability.removeprefix("CAP_") in CAPABILITIES:
-                asked[name] |= 1 << CAPABILITIES.index(capability.removeprefix("CAP_"))
+            known = capability.removeprefix("CAP_")
+            if known in CAPABILITIES:
+                asked[name] |= 1 << CAPABILITIES.index(known)
             elif capability not in unknown:
                 unknown.append(capability)
     if unknown:
@@ -2462,14 +2410,12 @@ def parse_capabilities(spec: Section) -> dict[str, int]:
     left_out = []
     for name, bits in sets.items():
         beyond = asked[name] & ~bits
-        if beyond:
-            names = [f"CAP_{each}" for number, each in enumerate(CAPABILITIES) if beyond >> number & 1]
+        names = [f"CAP_{each}" for number, each in enumerate(CAPABILITIES) if beyond >> number & 1]
+        if names:
             left_out.append(" ".join([name, *names]))
     if left_out:
-        spec.warnings.append(
-            "capabilities that no process can have without others are left out of process.capabilities: "
-            + ", ".join(left_out)
-        )
+        what = "capabilities that no process can have without others are left out of process.capabilities"
+        spec.warnings.append(f"{what}: {', '.join(left_out)}")
     return sets
 
 
@@ -2535,9 +2481,7 @@ def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
     major = spec.unsigned("major", 32, default)
     minor = spec.unsigned("minor", 32, default)
     mode = DEVICE_TYPES[kind] | spec.number("fileMode", 0o666) & 0o7777
-    uid = spec.unsigned("uid", 32)
-    gid = spec.unsigned("gid", 32)
-    return path, mode, major, minor, uid, gid
+    return path, mode, major, minor, spec.unsigned("uid", 32), spec.unsigned("gid", 32)
 
 
 # ---- mounts
@@ -2550,48 +2494,37 @@ MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 MS_RELATIME, MS_I_VERSION, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 23, 1 << 24, 1 << 25
 RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 
-# flag, the option that sets it and the one that clears it
-MOUNT_ATTRIBUTES = (
-    (MS_RDONLY, "ro", "rw"),
-    (MS_NOSUID, "nosuid", "suid"),
-    (MS_NODEV, "nodev", "dev"),
-    (MS_NOEXEC, "noexec", "exec"),
-    (MS_NOATIME, "noatime", "atime"),
-    (MS_NODIRATIME, "nodiratime", "diratime"),
-    (MS_RELATIME, "relatime", "norelatime"),
-    (MS_STRICTATIME, "strictatime", "nostrictatime"),
-    (MS_NOSYMFOLLOW, "nosymfollow", "symfollow"),
-)
-# option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options".  What is mounted below a bind
-# mount is part of it in the VM, so there these are the same with an r before and without
+# flag: an option that sets it and one that clears it, and those with an r, which are the same here: what is mounted
+# below a bind mount is part of it in the VM
+MOUNT_FLAGS = {
+    MS_RDONLY: "ro rw rro rrw",
+    MS_NOSUID: "nosuid suid rnosuid rsuid",
+    MS_NODEV: "nodev dev rnodev rdev",
+    MS_NOEXEC: "noexec exec rnoexec rexec",
+    MS_NOATIME: "noatime atime rnoatime ratime",
+    MS_NODIRATIME: "nodiratime diratime rnodiratime rdiratime",
+    MS_RELATIME: "relatime norelatime rrelatime rnorelatime",
+    MS_STRICTATIME: "strictatime nostrictatime rstrictatime rnostrictatime",
+    MS_NOSYMFOLLOW: "nosymfollow symfollow rnosymfollow rsymfollow",
+    MS_SYNCHRONOUS: "sync async",
+    MS_LAZYTIME: "lazytime nolazytime",
+    MS_I_VERSION: "iversion noiversion",
+    MS_MANDLOCK: "mand nomand",
+    MS_SILENT: "silent loud",
+}
+# option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
 MOUNT_OPTIONS = {
-    "defaults": (0, 0),
+    **{name: (flag, 0) for flag, names in MOUNT_FLAGS.items() for name in names.split()[::2]},
+    **{name: (0, flag) for flag, names in MOUNT_FLAGS.items() for name in names.split()[1::2]},
     "bind": (MS_BIND, 0),
     "rbind": (MS_BIND | MS_REC, 0),
-    "sync": (MS_SYNCHRONOUS, 0),
-    "async": (0, MS_SYNCHRONOUS),
     "dirsync": (MS_DIRSYNC, 0),
-    "lazytime": (MS_LAZYTIME, 0),
-    "nolazytime": (0, MS_LAZYTIME),
-    "iversion": (MS_I_VERSION, 0),
-    "noiversion": (0, MS_I_VERSION),
-    "mand": (MS_MANDLOCK, 0),
-    "nomand": (0, MS_MANDLOCK),
-    "silent": (MS_SILENT, 0),
-    "loud": (0, MS_SILENT),
-    **{prefix + name: (flag, 0) for flag, name, _ in MOUNT_ATTRIBUTES for prefix in ("", "r")},
-    **{prefix + name: (0, flag) for flag, _, name in MOUNT_ATTRIBUTES for prefix in ("", "r")},
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),
-    **dict.fromkeys(("acl", "noacl"), (0, 0)),  # nothing to the file systems that a container gets
+    **dict.fromkeys(("defaults", "acl", "noacl"), (0, 0)),  # nothing to the file systems that a container gets
 }
-PROPAGATIONS = {
-    "": 0,
-    "private": MS_PRIVATE,
-    "slave": MS_SLAVE,
-    "shared": MS_SHARED,
-    "unbindable": MS_UNBINDABLE,
-}
-PROPAGATIONS.update({f"r{name}": flag | MS_REC for name, flag in PROPAGATIONS.items() if name})
+PROPAGATIONS = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
+PROPAGATIONS.update({f"r{name}": flag | MS_REC for name, flag in PROPAGATIONS.items()})
+PROPAGATIONS[""] = 0
 # what the guest's kernel makes by itself; any other type is for dom0's kernel to mount
 GUEST_FILESYSTEMS = "proc sysfs tmpfs ramfs devpts mqueue cgroup cgroup2 securityfs hugetlbfs binfmt_misc".split()
 
@@ -2618,10 +2551,11 @@ class Mount:
         if self.flags & MS_BIND:
             if not os.path.exists(self.source):
                 raise Error(f"{where}: the source does not exist")
-            self.kept = flags_of(self.source)
+            status = os.statvfs(self.source)
+            self.kept = status.f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)  # <sys/statvfs.h> has the same
             if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
                 # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
-                data = ["mode=1777", f"size={size_of(self.source) >> 10}k"]
+                data = ["mode=1777", f"size={status.f_blocks * status.f_frsize >> 10}k"]
                 self.type = "tmpfs"
                 self.source = "shm"
                 self.flags = self.flags & ~(MS_BIND | MS_REC)
@@ -2660,17 +2594,6 @@ class Mount:
 def is_empty_memory(path: str) -> bool:
     """Return whether an engine has mounted a tmpfs there for one container."""
     return os.path.ismount(path) and os.major(os.stat(path).st_dev) == 0 and not os.listdir(path)
-
-
-def flags_of(path: str) -> int:
-    """Return what the mount at path forbids, which <sys/statvfs.h> has the numbers of mount(2) for."""
-    return os.statvfs(path).f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
-
-
-def size_of(path: str) -> int:
-    """Return the bytes of the file system at path."""
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize
 
 
 # ==== seccomp ============================================================================================
@@ -2857,9 +2780,9 @@ def statement(code: int, operand: int) -> Instruction:
 # data/ in xenstore, as docs/design.md lists them.
 
 if TYPE_CHECKING:
-    Words = list[Union[str, int]]
+    Words = Iterable[tuple[Union[str, int], ...]]  # each time a keyword and its operands
 
-# the default devices of runtime-spec config-linux.md: path, major, minor
+# the default devices of runtime-spec config-linux.md: name, major, minor
 DEVICES = "null 1 3, zero 1 5, full 1 7, random 1 8, urandom 1 9, tty 5 0"
 DEVICE_LINKS = (
     ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
@@ -2871,145 +2794,141 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
     """Return /container/config, for initrd/container.c: NUL-terminated keywords and operands, executed in order.
     sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.  capabilities:
     of files, by path below the share."""
-    words: Words = [CLONE_NEWPID if config.linux.pid_namespace else 0]
-    for path, value in capabilities.items():
-        words += ["file_capability", path, len(value), *value]
-    cgroup = config.linux.cgroup
-    if cgroup or any(entry.type in ("cgroup", "cgroup2") for entry in config.mounts):
-        words += ["cgroup", len(cgroup)]
-        for item in cgroup.items():
-            words += item
-    words += guest_files(config, iter(sources))
-    words += guest_seals(config)
-    words += ["hostname", config.hostname or os.uname().nodename]  # a new UTS namespace begins with the host's too
-    if config.domainname:
-        words += ["domainname", config.domainname]
-    if config.process:
-        words += guest_process(config.linux, config.process)
-        words += guest_program(config.process, parse_hooks(config.hooks, "startContainer"), state)
-    return encode_words(words)
+    process = config.process
+    parts = [guest_base(config, capabilities), guest_files(config, iter(sources)), guest_seals(config)]
+    if process:
+        hooks = parse_hooks(config.hooks, "startContainer")
+        parts += [guest_process(config.linux, process), guest_program(process, hooks, state)]
+    return encode_words(*parts)
 
 
 def exec_config(linux: Linux, process: Process) -> bytes:
     """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there."""
-    words: Words = [0, *(["terminal"] if process.terminal else []), "cwd", process.cwd]
-    content = encode_words(words + guest_process(linux, process) + guest_program(process, [], ""))
+    parts = guest_place(process), guest_process(linux, process), guest_program(process, [], "")
+    content = encode_words([(0,)], *parts)
     return struct.pack("<I", len(content)) + content
 
 
-def encode_words(words: Words) -> bytes:
+def encode_words(*parts: Words) -> bytes:
+    words = [word for part in parts for operation in part for word in operation]
     return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
 
 
+def guest_base(config: Config, capabilities: dict[str, bytes]) -> Words:
+    """Yield what comes before all mounts."""
+    yield (CLONE_NEWPID if config.linux.pid_namespace else 0,)
+    for path, value in capabilities.items():
+        yield "file_capability", path, len(value), *value
+    cgroup = config.linux.cgroup
+    if cgroup or any(entry.type in ("cgroup", "cgroup2") for entry in config.mounts):
+        yield "cgroup", len(cgroup), *(word for item in cgroup.items() for word in item)
+
+
 def guest_files(config: Config, sources: Iterator[str]) -> Words:
-    """Return what makes the mounts, and what is in them."""
-    words: Words = []
+    """Yield what makes the mounts, and what is in them."""
     over_dev = [entry for entry in config.mounts if os.path.normpath(entry.destination) == "/dev"]
     if not over_dev:
-        words += guest_devices(config.linux)
+        yield from guest_devices(config.linux)
     for entry in config.mounts:
-        words += guest_mount(entry, sources)
+        yield from guest_mount(entry, sources)
         if entry in over_dev and not entry.on_host():
-            words += guest_devices(config.linux)
+            yield from guest_devices(config.linux)
     if not any(entry.flags & MS_BIND for entry in over_dev):  # else what is there is dom0's
         for path, *numbers in config.linux.devices:
-            words += ["node", path, *numbers] if path != "/dev/ptmx" else []  # it is a link, to the container's own
+            if path != "/dev/ptmx":  # it is a link, to the container's own
+                yield "node", path, *numbers
         for content, name in DEVICE_LINKS:
-            words += ["link", content, f"/dev/{name}"]
-    if config.process and config.process.terminal:
-        words += ["terminal"]
+            yield "link", content, f"/dev/{name}"
     if config.process:
-        words += ["cwd", config.process.cwd]
+        yield from guest_place(config.process)
     if config.netconf and not any(entry.destination.rstrip("/") == "/etc/resolv.conf" for entry in config.mounts):
-        words += ["resolv_conf"]
-    return words
+        yield ("resolv_conf",)
 
 
 def guest_devices(linux: Linux) -> Words:
-    """Return what makes the default devices, without those for which config.json has its own."""
-    words: Words = []
+    """Yield what makes the default devices, without those for which config.json has its own."""
     for name, major, minor in map(str.split, DEVICES.split(",")):
         if all(path != f"/dev/{name}" for path, *_ in linux.devices):
-            words += ["node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0]
-    return words
+            yield "node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0
 
 
 def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
     target = entry.destination
     flags = entry.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
-    words: Words = []
     if entry.on_host():
         source = next(sources)
-        words += ["mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""]
+        yield "mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""
         flags = flags or entry.kept
         if flags:  # a bind mount takes its options only from a second call
-            words += ["mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""]
+            yield "mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""
     else:
         kind = "cgroup2" if entry.type == "cgroup" else entry.type
         if entry.is_sealed_late():
             flags &= ~MS_RDONLY
-        words += ["copy_up" if entry.copy_up else "mount", entry.source or kind, target, kind, flags, entry.data]
+        yield "copy_up" if entry.copy_up else "mount", entry.source or kind, target, kind, flags, entry.data
     if entry.propagation:
-        words += ["propagation", target, entry.propagation]
-    return words
+        yield "propagation", target, entry.propagation
 
 
 def guest_seals(config: Config) -> Words:
-    """Return what may be done once all is made that was to be made in the mounts."""
+    """Yield what may be done once all is made that was to be made in the mounts."""
     linux = config.linux
-    words: Words = []
     for entry in filter(Mount.is_sealed_late, config.mounts):
         flags = MS_REMOUNT | MS_BIND | entry.flags & ~(MS_REC | RECURSIVE_RO)
-        words += ["mount", "", entry.destination, "", flags, ""]
+        yield "mount", "", entry.destination, "", flags, ""
     for name, value in linux.sysctl.items():
-        words += ["sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value]
+        yield "sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value
     for path in linux.readonly_paths:
-        words += ["readonly", path]
+        yield "readonly", path
     for path in linux.masked_paths:
-        words += ["mask", path]
+        yield "mask", path
     if linux.propagation:
-        words += ["propagation", "/", linux.propagation]
+        yield "propagation", "/", linux.propagation
     if config.readonly:
-        words += ["mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""]
-    return words
+        yield "mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""
+    yield "hostname", config.hostname or os.uname().nodename  # a new UTS namespace begins with the host's too
+    if config.domainname:
+        yield "domainname", config.domainname
+
+
+def guest_place(process: Process) -> Words:
+    if process.terminal:
+        yield ("terminal",)
+    yield "cwd", process.cwd
 
 
 def guest_process(linux: Linux, process: Process) -> Words:
-    """Return what a process of the container gets, up to its user."""
-    words: Words = []
+    """Yield what a process of the container gets, up to its user."""
     for limit in process.rlimits:
-        words += ["rlimit", *limit]
-    words += ["oom", process.oom_score_adj]
+        yield "rlimit", *limit
+    yield "oom", process.oom_score_adj
     if process.io_priority is not None:
-        words += ["ioprio", process.io_priority]
+        yield "ioprio", process.io_priority
     if process.scheduler:
-        words += ["scheduler", *process.scheduler]
+        yield "scheduler", *process.scheduler
     if linux.personality is not None:
-        words += ["personality", linux.personality]
-    words += ["capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)]
+        yield "personality", linux.personality
+    yield "capabilities", *(process.capabilities[name] for name in CAPABILITY_SETS)
     if process.no_new_privileges:
-        words += ["no_new_privileges"]
+        yield ("no_new_privileges",)
     seccomp = linux.seccomp and compile_seccomp(linux.seccomp, os.uname().machine)
     if seccomp:
         flags, program = seccomp
-        words += ["seccomp", flags, len(program)]
-        for instruction in program:
-            words += instruction
-    words += ["user", process.uid, process.gid, process.umask]
-    return words
+        yield "seccomp", flags, len(program), *(word for instruction in program for word in instruction)
+    yield "user", process.uid, process.gid, process.umask
 
 
 def guest_program(process: Process, hooks: list[Hook], state: str) -> Words:
-    words: Words = ["state", state] if hooks else []
+    if hooks:
+        yield "state", state
     for hook in hooks:
-        words += ["hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env]
+        yield "hook", hook.path, hook.timeout, len(hook.args), *hook.args, len(hook.env), *hook.env
     for group in process.groups:
-        words += ["group", group]
+        yield "group", group
     for arg in process.args:
-        words += ["arg", arg]
+        yield "arg", arg
     for variable in process.env:
-        words += ["env", variable]
-    return words
+        yield "env", variable
 
 
 # ==== rootfs =============================================================================================
@@ -3634,14 +3553,14 @@ def announce_disk(vbd: Device, disk: Disk, device: int) -> None:
     frontend = {"virtual-device": str(DISK), "device-type": "disk"}
     xenstore = vbd.xenstore
 
-    def write(transaction: int) -> None:
-        for other in xenstore.list(vbd.backends, transaction):
-            for number in xenstore.list(f"{vbd.backends}/{other}", transaction):
+    def write() -> None:
+        for other in xenstore.list(vbd.backends):
+            for number in xenstore.list(f"{vbd.backends}/{other}"):
                 node = f"{vbd.backends}/{other}/{number}"
-                same = xenstore.read(f"{node}/physical-device", "", transaction) == numbers
-                if same and "w" in mode + xenstore.read(f"{node}/mode", "", transaction):
+                same = xenstore.read(f"{node}/physical-device") == numbers
+                if same and "w" in mode + xenstore.read(f"{node}/mode"):
                     raise Error(f"cannot give {disk.path} to the VM: domain {other} has it, and one could write")
-        vbd.announce(backend, frontend, transaction)
+        vbd.announce(backend, frontend)
 
     vbd.domain.transaction(write)
     await_blkback(vbd, disk)
@@ -5087,9 +5006,9 @@ class ShareDevice(Device):
         super().__init__(domain, kind, 0)
         self.server, self.is_connected = server, False
 
-    def introduce(self, transaction: int) -> None:
+    def introduce(self) -> None:
         limits = {"versions": "1", "max-rings": str(RINGS_MAX[self.kind]), "max-ring-page-order": str(RING_ORDER_MAX)}
-        self.announce({**limits, "state": XENBUS_INITWAIT}, {"tag": "share"}, transaction, listed=False)
+        self.announce({**limits, "state": XENBUS_INITWAIT}, {"tag": "share"}, listed=False)
 
     def follow(self) -> None:
         """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
@@ -6347,7 +6266,7 @@ def announce_vif(vif: Device, interface: Interface) -> Link:
         backend["bridge"] = interface.bridge
     if interface.rate:
         backend["rate"] = interface.rate
-    vif.domain.transaction(lambda transaction: vif.announce(backend, common, transaction))
+    vif.domain.transaction(lambda: vif.announce(backend, common))
     link = events.await_link(name, VIF_TIME_LIMIT)
     if not link:
         raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
@@ -7424,7 +7343,7 @@ class Monitor(Loop):
 
     def prepare(self) -> None:
         """Announce consoles and files, and watch what the guest says: it runs already."""
-        self.domain.transaction(lambda transaction: [device.introduce(transaction) for device in self.devices])
+        self.domain.transaction(lambda: [device.introduce() for device in self.devices])
         self.watch()
         path = self.xenstore.read(f"{self.domain.path}/console/tty")
         flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
@@ -7755,12 +7674,12 @@ class Carrier(Loop):
         if not self.order.is_patient:
             self.deadline = time.monotonic() + EXEC_TIME_LIMIT
 
-    def introduce(self, transaction: int) -> None:
+    def introduce(self) -> None:
         """Announce the consoles; and forget what the guest has told late of another process of that number."""
-        self.xenstore.remove(f"{self.domain.path}/data/process/{self.number}", transaction)
+        self.xenstore.remove(f"{self.domain.path}/data/process/{self.number}")
         self.xenstore.events.clear()  # of watches that have just been made
         for console in self.consoles:
-            console.introduce(transaction)
+            console.introduce()
 
     def handlers(self) -> dict[int, Callable[[], None]]:
         return {**super().handlers(), self.holder: self.lose_container}

@@ -126,7 +126,8 @@ def test_a_bind_mount_has_no_other_options(bundle, tmp_path):
     mount = runx.load_config(bundle(spec)).mounts[0]
     flags = runx.MS_BIND | runx.MS_REC | runx.MS_RDONLY | runx.RECURSIVE_RO | runx.MS_NODEV
     assert mount.flags == flags
-    assert runx.guest_mount(mount, iter(["mounts/0"]))[10] == (runx.MS_BIND | 32 | runx.MS_RDONLY | runx.MS_NODEV)
+    _, options = runx.guest_mount(mount, iter(["mounts/0"]))
+    assert options[4] == runx.MS_BIND | 32 | runx.MS_RDONLY | runx.MS_NODEV
     spec["mounts"][0]["options"].append("idmap")
     with pytest.raises(runx.Error, match="a bind mount has no option idmap here"):
         runx.load_config(bundle(spec))
@@ -720,9 +721,9 @@ def mount_of(bundle, **mount):
 def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
     overlay = mount_of(bundle, type="overlay", source="overlay", options=["lowerdir=/a", "upperdir=/b", "nosuid"])
     assert overlay.on_host() and (overlay.data, overlay.flags) == ("lowerdir=/a,upperdir=/b", runx.MS_NOSUID)
-    words = runx.guest_mount(overlay, iter(["mounts/0"]))
-    assert words[:6] == ["mount", "mounts/0", "/t", "", runx.MS_BIND, ""]
-    assert words[10] == runx.MS_BIND | runx.MS_REMOUNT | runx.MS_NOSUID
+    mount, options = runx.guest_mount(overlay, iter(["mounts/0"]))
+    assert mount == ("mount", "mounts/0", "/t", "", runx.MS_BIND, "")
+    assert options[4] == runx.MS_BIND | runx.MS_REMOUNT | runx.MS_NOSUID
     assert not mount_of(bundle, type="cgroup", source="cgroup", options=["ro", "name=systemd"]).data
 
 
@@ -733,13 +734,14 @@ def test_a_bind_mount_without_flags_has_those_of_its_source(bundle, tmp_path, mo
     """As bind mounts on one kernel do, where nosuid and noexec are the mount's."""
     statvfs = os.statvfs(tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs[:8], 2 | 8 | 1024, *statvfs[9:]]))
-    words = runx.guest_mount(mount_of(bundle, source=str(tmp_path), options=options), iter(["mounts/0"]))
-    assert words[6:11] == ["mount", "mounts/0", "/t", "", runx.MS_BIND | runx.MS_REMOUNT | flags]
+    mount = mount_of(bundle, source=str(tmp_path), options=options)
+    last = [*runx.guest_mount(mount, iter(["mounts/0"]))][1]
+    assert last[:5] == ("mount", "mounts/0", "/t", "", runx.MS_BIND | runx.MS_REMOUNT | flags)
 
 
 def test_a_tmpfs_that_begins_with_what_is_below(bundle):
     mount = mount_of(bundle, type="tmpfs", source="tmpfs", options=["tmpcopyup", "ro", "size=1m"])
-    assert runx.guest_mount(mount, iter(())) == ["copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m"]
+    assert [*runx.guest_mount(mount, iter(()))] == [("copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m")]
 
 
 def test_memory_that_is_read_only_is_so_when_all_is_made_in_it(bundle):
@@ -790,7 +792,8 @@ def test_the_last_of_two_variables_of_one_name_counts(bundle):
 @pytest.mark.parametrize("option, flags", [("rshared", 1 << 20 | 16384), ("slave", 1 << 19), ("rprivate", None)])
 def test_propagation_of_a_mount(bundle, tmp_path, option, flags):
     mount = mount_of(bundle, source=str(tmp_path), options=["bind", option])
-    assert runx.guest_mount(mount, iter(["mounts/0"]))[6:] == (["propagation", "/t", flags] if flags else [])
+    words = [*runx.guest_mount(mount, iter(["mounts/0"]))]
+    assert words[1:] == ([("propagation", "/t", flags)] if flags else [])
 
 
 def test_a_group_that_is_there_twice_counts_once(bundle):
@@ -1215,7 +1218,7 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     spec = json.loads((DATA / f"{name}.json").read_text())
     spec["root"]["path"] = "rootfs"
     monkeypatch.setattr(runx.os.path, "exists", lambda path: True)  # sources of bind mounts
-    monkeypatch.setattr(runx, "flags_of", lambda path: 0)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 16384, 0, 0, 0, 0, 0, 0, 255]))
     # the network namespaces are of another time
     monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)

@@ -3,6 +3,7 @@
 
 import json
 import lzma
+import os
 import pathlib
 
 import pytest
@@ -37,7 +38,7 @@ def answer(spec, folder):
 def test_what_runx_answers_to_an_engine(tmp_path, monkeypatch, name):
     # the host's files and namespaces are those of another time
     monkeypatch.setattr(runx.os.path, "exists", lambda path: True)
-    monkeypatch.setattr(runx, "flags_of", lambda path: 0)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 16384, 0, 0, 0, 0, 0, 0, 255]))
     monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
     assert answer(CONFIGS[name], tmp_path) == expectations()[name]

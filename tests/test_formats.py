@@ -237,16 +237,16 @@ class Channels:
 class Frontend(dict):
     """What a guest has written to xenstore."""
 
-    def read(self, path, transaction=0):
+    def read(self, path):
         return self.get(path.rpartition("/")[2])
 
     def read_numbers(self, *paths):
         return [int(self.read(path)) for path in paths]
 
     def transaction(self, work):
-        work(1)
+        work()
 
-    def write(self, path, value, transaction=0):
+    def write(self, path, value):
         self[path.rpartition("/")[2]] = value
 
 

@@ -251,10 +251,10 @@ def test_xl_does_not_know_of_our_consoles():
     written = []
 
     class Xenstore:
-        def write_all(self, steps, transaction):
+        def write_all(self, steps):
             written.extend(path for path, _ in steps)
 
-    runx.Console(runx.Domain(Xenstore(), 7, "uuid"), 1, None).introduce(0)
+    runx.Console(runx.Domain(Xenstore(), 7, "uuid"), 1, None).introduce()
     assert written and not [path for path in written if path.startswith("/libxl/")]
-    runx.Device(runx.Domain(Xenstore(), 7, "uuid"), "vif", 0).announce({}, {}, 0)
+    runx.Device(runx.Domain(Xenstore(), 7, "uuid"), "vif", 0).announce({}, {})
     assert "/libxl/7/device/vif/0/frontend" in written

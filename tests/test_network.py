@@ -682,26 +682,26 @@ class FakeXenstore:
     def __init__(self, announced):
         self.nodes, self.announced = {"/local/domain/7/vm": "/vm/u"}, announced
 
-    def read(self, path, default="", transaction=0):
+    def read(self, path, default=""):
         return self.nodes.get(path, default)
 
-    def list(self, path, transaction=0):
+    def list(self, path):
         return list(
             dict.fromkeys(node[len(path) + 1 :].split("/")[0] for node in self.nodes if node.startswith(path + "/"))
         )
 
-    def write(self, path, value, transaction=0):
+    def write(self, path, value):
         self.nodes[path] = value
 
-    def write_all(self, steps, transaction=0):
+    def write_all(self, steps):
         self.nodes.update((path, value) for path, value in steps if isinstance(value, str))
 
-    def remove(self, path, transaction=0):
+    def remove(self, path):
         self.nodes = {node: value for node, value in self.nodes.items() if not f"{node}/".startswith(f"{path}/")}
 
     def transaction(self, work):
         before = set(self.nodes)
-        work(1)
+        work()
         for path in sorted(set(self.nodes) - before):
             if re.fullmatch("/local/domain/0/backend/vif/7/[0-9]+/handle", path):
                 self.announced(self.nodes[path], self.nodes[path.replace("handle", "mac")])

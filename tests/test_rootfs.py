@@ -812,18 +812,18 @@ class Store:
     def __init__(self, **nodes):
         self.nodes = {name.replace("__", "/"): value for name, value in nodes.items()}
 
-    def read(self, path, default="", transaction=0):
+    def read(self, path, default=""):
         return self.nodes.get(path, default)
 
-    def list(self, path, transaction=0):
+    def list(self, path):
         below = [name[len(path) + 1 :].split("/")[0] for name in self.nodes if name.startswith(path + "/")]
         return list(dict.fromkeys(below))
 
-    def write_all(self, steps, transaction=0):
+    def write_all(self, steps):
         self.nodes.update((path, value) for path, value in steps if isinstance(value, str))
 
     def transaction(self, work):
-        work(1)
+        work()
 
 
 @pytest.fixture

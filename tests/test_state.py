@@ -51,21 +51,21 @@ class Xenstore:
     def take_events(self):
         pass
 
-    def read(self, path, default="", transaction=0):
+    def read(self, path, default=""):
         return self.nodes.get(path, default)
 
-    def list(self, path, transaction=0):
+    def list(self, path):
         return sorted({node[len(path) + 1 :].split("/")[0] for node in self.nodes if node.startswith(f"{path}/")})
 
-    def write(self, path, value, transaction=0):
+    def write(self, path, value):
         self.nodes[path] = value
 
-    def remove(self, path, transaction=0):
+    def remove(self, path):
         for node in [node for node in self.nodes if node == path or node.startswith(f"{path}/")]:
             del self.nodes[node]
 
     def transaction(self, work):
-        work(0)
+        work()
 
 
 class Dom0:
@@ -543,6 +543,16 @@ def test_xl_and_what_it_starts_have_a_limit_of_memory(dom0):
     lines = (dom0.folder / "limits").read_text().splitlines()
     data, stack = ([int(word) for word in line.split()[3:5]] for line in lines)
     assert (data, stack) == ([(384 << 20) + (1 << 20)] * 2, [1 << 20] * 2)
+
+
+def test_a_monitor_that_ends_while_it_is_told_something_is_not_running(tmp_path, monkeypatch):
+    container = runx.Container(str(tmp_path), "c")
+    container.reserve()
+    os.mkfifo(container.path("control"))
+    reader, write = os.open(container.path("control"), os.O_RDONLY | os.O_NONBLOCK), os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: os.close(reader) or write(fd, data))
+    with pytest.raises(runx.NotRunning):
+        container.tell_monitor("kill 15")
 
 
 def test_a_pid_that_is_a_threads_by_now_is_nobodys():

@@ -42,7 +42,7 @@ class Guest:
         consoles = [runx.Console(self.domain, number, channels) for number in numbers]
         for console in consoles:
             self.xenstore.transaction(console.introduce)
-        while unconnected := [console for console in consoles if console.page is None]:
+        while unconnected := [console for console in consoles if not console.page]:
             self.xenstore.take_events()
             for console in unconnected:
                 console.follow()
