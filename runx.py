@@ -3190,16 +3190,16 @@ def build_share(folder: str, config: Config) -> list[str]:
         own_mounts()
     os.mkdir(folder)
     mount(folder, folder, MS_BIND)
-    rootfs = os.path.join(folder, "rootfs")
+    rootfs = f"{folder}/rootfs"
     os.mkdir(rootfs)
-    os.mkdir(os.path.join(folder, "mounts"))
+    os.mkdir(f"{folder}/mounts")
     if os.path.isdir(config.rootfs):
         mount(config.rootfs, rootfs, MS_BIND | MS_REC)
         restrict(rootfs)
     paths = []
     for number, entry in enumerate(filter(Mount.on_host, config.mounts)):
         paths.append(f"mounts/{number}")
-        target = os.path.join(folder, paths[-1])
+        target = f"{folder}/{paths[-1]}"
         make_empty(target, entry.is_folder())
         if entry.flags & MS_BIND:
             mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
@@ -3506,7 +3506,7 @@ def file_system(path: str) -> str:
     with Attempt(f"read the image {path}"), open(path, "rb") as file:
         head = file.read(2048)
     for kind, offset, magic in FILE_SYSTEMS:
-        if head[offset : offset + len(magic)] == magic:
+        if head.startswith(magic, offset):
             return kind
     known = ", ".join(kind for kind, _, _ in FILE_SYSTEMS)
     raise Error(f"{path} holds no file system that a VM can have as its rootfs: make it one of {known}")
@@ -4234,6 +4234,7 @@ class Protocol:
 # ---- FUSE, <linux/fuse.h>: a request is struct fuse_in_header, a structure of its kind, and strings
 
 FUSE_VERSION, FUSE_MINOR, FUSE_MINOR_LEAST, FUSE_ROOT_ID = 7, 40, 36, 1
+FUSE_VALID = 1  # seconds for which the guest does not ask for a name or for attributes again
 FUSE_BACKGROUND = 16  # requests at once that nobody in the guest waits for
 # opcode; the structure, or what counts of it, H: the number of a Handle; then n: a name in a folder, s: another string,
 # b: the rest; -: nothing
@@ -4266,16 +4267,13 @@ INIT_OUT, STATFS_OUT = struct.Struct("<IIIIHHIIHHII24s"), struct.Struct("<QQQQQI
 OPEN_OUT, U32_PAIR = struct.Struct("<QIi"), struct.Struct("<II")
 
 
-def split_strings(data: bytes, kinds: str) -> Iterator[bytes]:
-    """Yield the strings of a request, kinds as in FUSE_REQUESTS.  Raise OSError."""
-    for kind in kinds:
-        string, end, left = data.partition(b"\0")
-        if kind == "b":
-            string, end = data, b"\0"
-        if not end:
-            refuse(errno.EINVAL)
-        yield check_name(string) if kind == "n" else string
-        data = left
+def split_strings(data: bytes, kinds: str) -> list[bytes]:
+    """Return the strings of a request, kinds as in FUSE_REQUESTS.  Raise OSError."""
+    ends = len(kinds.rstrip("b"))
+    strings = data.split(b"\0", ends)
+    if len(strings) <= ends:
+        refuse(errno.EINVAL)
+    return [check_name(string) if kind == "n" else string for kind, string in zip(kinds, strings)]
 
 
 def fuse_attr(node: Node, status: os.stat_result) -> tuple[int, ...]:
@@ -4398,7 +4396,6 @@ class FuseNames(Protocol):
 
     shortest, longest = IN_HEADER.size, WRITE_DATA + CONTENT_MAX
     code, sized, reply_head = U32, FUSE_SIZED, OUT_HEADER.size
-    names_valid = attributes_valid = 1  # seconds for which the guest does not ask again
 
     def __init__(self, root: int, capabilities: int, writeback: bool = False) -> None:
         """writeback: whether the guest may keep for a while what is written."""
@@ -4435,7 +4432,7 @@ class FuseNames(Protocol):
         if is_open:
             fields = (self.known.handle(fields[0], node), *fields[1:])
         if kinds:
-            fields += tuple(split_strings(request.bytes(end, request.length), kinds))
+            fields = (*fields, *split_strings(request.bytes(end, request.length), kinds))
         if node.sizeless:  # dom0's kernel looks at who asks
             return self.files.as_asker(self.asker, handler, node, *fields)
         return handler(node, *fields)
@@ -4476,7 +4473,7 @@ class FuseNames(Protocol):
 
     def entry_out(self, node: Node, status: os.stat_result) -> bytes:
         fields = fuse_attr(node, status)
-        return ENTRY_OUT.pack(node.number, 0, self.names_valid, self.attributes_valid, 0, 0, *fields)
+        return ENTRY_OUT.pack(node.number, 0, FUSE_VALID, FUSE_VALID, 0, 0, *fields)
 
     def find(self, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what has a name in a folder.  Raise OSError."""
@@ -4491,7 +4488,7 @@ class FuseNames(Protocol):
         try:
             return self.find(folder, name)
         except FileNotFoundError:
-            return ENTRY_OUT.pack(0, 0, self.names_valid, *bytes(19))
+            return ENTRY_OUT.pack(0, 0, FUSE_VALID, *bytes(19))
 
     def create(self, folder: Node, flags: int, mode: int, umask: int, name: bytes) -> bytes:
         self.known.check_room()
@@ -4542,7 +4539,7 @@ class FuseNames(Protocol):
 
     def getattr(self, node: Node) -> bytes:
         fields = fuse_attr(node, os.fstat(node.fd))
-        return ATTR_OUT.pack(self.attributes_valid, 0, 0, *fields)
+        return ATTR_OUT.pack(FUSE_VALID, 0, 0, *fields)
 
     def setattr(self, node: Node, valid: int, size: int, *fields: int) -> bytes:
         atime, mtime, atime_ns, mtime_ns, mode, uid, gid = fields
@@ -4766,10 +4763,7 @@ class Fid:
     __slots__ = ("node", "uid", "open", "xattr", "value", "size", "flags")
 
     def __init__(self, node: Node, uid: int, xattr: bytes = b"", value: bytes = b"") -> None:
-        self.node = node
-        self.uid = uid
-        self.xattr = xattr
-        self.value = value
+        self.node, self.uid, self.xattr, self.value = node, uid, xattr, value
         self.open: Handle | None = None
         self.size, self.flags = -1, 0  # size: bytes of a value that is written, to be set when the Fid goes
 
@@ -4791,7 +4785,6 @@ class NinePFids(Protocol):
 
     def __init__(self, root: int, capabilities: int) -> None:
         super().__init__(root, capabilities)
-        os.umask(0)  # the guest has applied its own
         self.fids: dict[int, Fid] = {}
         self.handlers: dict[int, tuple[Callable[..., Any], str]] = {
             kind: (getattr(self, name), form) for name, (kind, form) in NINEP_REQUESTS.items()
@@ -4970,10 +4963,7 @@ class NineP(NinePFids):
         fid.check_unused()
         if not name or size > XATTR_MAX:
             refuse(errno.E2BIG if name else errno.EINVAL)
-        fid.xattr = name
-        fid.value = b""
-        fid.size = size
-        fid.flags = flags
+        fid.xattr, fid.value, fid.size, fid.flags = name, b"", size, flags
 
     def readdir(self, fid: Fid, offset: int, size: int) -> bytes:
         room, least, parts = min(size, self.most), QID.size + NINEP_DIRENT.size, []
@@ -5150,10 +5140,10 @@ def hide_ourselves(share: str) -> None:
     """Cover our own folder in each /proc of dom0's below the share: a process can always write its own memory."""
     if read_file("/proc/self/mountinfo").count(" - proc ") == 1:
         return  # dom0's own; to look closer would take memory
-    places = [entry.target for entry in host_mounts() if entry.kind == "proc" and entry.root == "/"]
-    for place in places:
-        if place.startswith(share + "/"):
-            mount("tmpfs", f"{place}/{os.readlink(f'{place}/self')}", MS_RDONLY, "tmpfs", "size=4k")
+    for entry in list(host_mounts()):
+        if entry.kind == "proc" and entry.root == "/" and entry.target.startswith(f"{share}/"):
+            itself = f"{entry.target}/" + os.readlink(f"{entry.target}/self")
+            mount("tmpfs", itself, MS_RDONLY, "tmpfs", "size=4k")
 
 
 def give_up_rights(capabilities: int) -> None:
@@ -5165,7 +5155,7 @@ def give_up_rights(capabilities: int) -> None:
         most = resource.getrlimit(limit)[1]
         most = wanted if most == resource.RLIM_INFINITY else min(most, wanted)
         resource.setrlimit(limit, (most, most))
-    os.umask(0)
+    os.umask(0)  # 9P's guest has applied its own, and FUSE's tells it
     if os.getgroups():
         os.setgroups([])
     system_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -5182,8 +5172,7 @@ def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, 
         poll.register(fd, select.POLLIN)
     while True:
         if not any([ring.serve(protocol) for ring in rings]):
-            ready = poll.poll()
-            if (channels.fd, select.POLLIN) not in ready or len(ready) > 1:
+            if poll.poll() != [(channels.fd, select.POLLIN)]:
                 return
             channels.acknowledge()  # before the rings are looked at, so no event is lost
 
