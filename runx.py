@@ -3713,9 +3713,8 @@ def choose_rootfs(config: Config, share: str) -> Rootfs:
         # volumes are served; the files that engines mount, such as /etc/hosts, are not worth a server
         has_volumes = any(each.on_host() and each.is_folder() for each in config.mounts)
         return (Share if has_volumes else InMemory)(share, find_disk(config))
-    if wanted in ("none", "ramdisk"):
-        return (Rootfs if wanted == "none" else InMemory)(share)
-    return Share(share)
+    ways = {"none": Rootfs, "ramdisk": InMemory}
+    return ways.get(wanted, Share)(share)
 
 
 # ==== file server ========================================================================================
@@ -4202,6 +4201,7 @@ class Protocol:
         self.files = Files(root, capabilities)
         self.most = CONTENT_MAX  # bytes of content in a reply
         self.request: Request  # that is being answered
+        self.handlers: dict[int, tuple[Any, ...]] = {}  # by kind, with what they take
 
     def is_ordered(self, request: Request) -> bool:
         return self.code.unpack_from(request.head, 4)[0] in self.ordered
@@ -4403,7 +4403,6 @@ class FuseNames(Protocol):
         self.known = Known(self.files)
         self.writeback = writeback
         self.asker: Ids = NO_USER, NO_USER  # whose request is being answered
-        self.handlers: dict[int, tuple[Callable[..., Any], struct.Struct, str, bool]] = {}
         for name, (opcode, form) in FUSE_REQUESTS.items():
             numbers = form.rstrip("nsb")
             structure = struct.Struct("<" + numbers.replace("H", "Q"))
@@ -4786,9 +4785,8 @@ class NinePFids(Protocol):
     def __init__(self, root: int, capabilities: int) -> None:
         super().__init__(root, capabilities)
         self.fids: dict[int, Fid] = {}
-        self.handlers: dict[int, tuple[Callable[..., Any], str]] = {
-            kind: (getattr(self, name), form) for name, (kind, form) in NINEP_REQUESTS.items()
-        }
+        for name, (kind, form) in NINEP_REQUESTS.items():
+            self.handlers[kind] = getattr(self, name), form
 
     def answer(self, request: Request) -> tuple[bytes, int]:
         _, kind, tag = NINEP_HEADER.unpack_from(request.head)
@@ -5294,10 +5292,9 @@ def scope_command(path: str, resources: Resources) -> tuple[str, list[str]]:
     command = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={unit}.scope"]
     command += [f"--slice={parent or 'system.slice'}", "--property=Delegate=yes"]
     limits = cgroup_limits(resources)  # without them, systemd would put its own there again
-    if "memory.max" in limits:
-        command.append(f"--property=MemoryMax={limits['memory.max'].replace('max', 'infinity')}")
-    if "cpu.weight" in limits:
-        command.append(f"--property=CPUWeight={limits['cpu.weight']}")
+    for limit, name in (("memory.max", "MemoryMax"), ("cpu.weight", "CPUWeight")):
+        if limit in limits:
+            command.append(f"--property={name}={limits[limit].replace('max', 'infinity')}")
     return unit, command
 
 
