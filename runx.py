@@ -3110,16 +3110,16 @@ def build_share(folder: str, config: Config) -> list[str]:
         own_mounts()
     os.mkdir(folder)
     mount(folder, folder, MS_BIND)
-    rootfs = os.path.join(folder, "rootfs")
+    rootfs = f"{folder}/rootfs"
     os.mkdir(rootfs)
-    os.mkdir(os.path.join(folder, "mounts"))
+    os.mkdir(f"{folder}/mounts")
     if os.path.isdir(config.rootfs):
         mount(config.rootfs, rootfs, MS_BIND | MS_REC)
         restrict(rootfs)
     paths = []
     for number, entry in enumerate(filter(Mount.on_host, config.mounts)):
         paths.append(f"mounts/{number}")
-        target = os.path.join(folder, paths[-1])
+        target = f"{folder}/{paths[-1]}"
         make_empty(target, entry.is_folder())
         if entry.flags & MS_BIND:
             mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
@@ -3138,14 +3138,11 @@ def change_root(share: str, config: Config, exported: bool) -> None:
     dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
     so takes the place of what is in the VM only; if nothing is exported, that is all.
     """
-    root = os.path.join(share, "rootfs")
-    empty = os.path.join(share, "mounts")
-    paths = []
-    if exported:
-        paths = [os.path.join(empty, str(number)) for number, _ in enumerate(filter(Mount.on_host, config.mounts))]
+    root, empty = f"{share}/rootfs", f"{share}/mounts"
+    count = sum(map(Mount.on_host, config.mounts)) if exported else 0
     with Attempt("make the container's files the root of its mount namespace"):
         own_mounts()
-        sources = [os.open(path, os.O_PATH) for path in paths]
+        sources = [os.open(f"{empty}/{number}", os.O_PATH) for number in range(count)]
         mount("tmpfs", empty, MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=4k")
         sources.append(os.open(empty, os.O_PATH))
         if exported:
@@ -3345,7 +3342,13 @@ def pack_member(output: BinaryIO, member: Member, capabilities: dict[str, bytes]
         if stat.S_ISREG(member.status.st_mode):
             with member.open() as file:
                 output.write(member.header(member.size))
-                copy_content(file, output, member.size)
+                left = member.size
+                while left:  # exactly so much, zeros for what the file has lost meanwhile; more would stay in our heap
+                    count = min(left, 1 << 16)
+                    data = os.read(file, count) or bytes(count)
+                    output.write(data)
+                    left -= len(data)
+                output.write(padding(member.size))
                 if member.status.st_mode & 0o111 and (capability := capability_of(file)):
                     capabilities[member.path] = capability
         else:
@@ -3355,16 +3358,6 @@ def pack_member(output: BinaryIO, member: Member, capabilities: dict[str, bytes]
         pass  # somebody has removed it meanwhile; nor is it there under runc any more
     except OSError as error:
         raise Error(f"cannot pack {member.path}: {error.strerror}") from None
-
-
-def copy_content(file: int, output: BinaryIO, size: int) -> None:
-    """Copy exactly size bytes, zeros for what the file has lost meanwhile, and add the padding."""
-    left = size
-    while left:
-        data = os.read(file, min(left, 1 << 16)) or bytes(min(left, 1 << 16))  # larger ones would stay in our heap
-        output.write(data)
-        left -= len(data)
-    output.write(padding(size))
 
 
 def capability_of(file: int) -> bytes:
@@ -3433,7 +3426,7 @@ def file_system(path: str) -> str:
     with Attempt(f"read the image {path}"), open(path, "rb") as file:
         head = file.read(2048)
     for kind, offset, magic in FILE_SYSTEMS:
-        if head[offset : offset + len(magic)] == magic:
+        if head.startswith(magic, offset):
             return kind
     known = ", ".join(kind for kind, _, _ in FILE_SYSTEMS)
     raise Error(f"{path} holds no file system that a VM can have as its rootfs: make it one of {known}")
@@ -3640,9 +3633,8 @@ def choose_rootfs(config: Config, share: str) -> Rootfs:
         # volumes are served; the files that engines mount, such as /etc/hosts, are not worth a server
         has_volumes = any(each.on_host() and each.is_folder() for each in config.mounts)
         return (Share if has_volumes else InMemory)(share, find_disk(config))
-    if wanted in ("none", "ramdisk"):
-        return (Rootfs if wanted == "none" else InMemory)(share)
-    return Share(share)
+    ways = {"none": Rootfs, "ramdisk": InMemory}
+    return ways.get(wanted, Share)(share)
 
 
 # ==== file server ========================================================================================
@@ -3650,7 +3642,7 @@ def choose_rootfs(config: Config, share: str) -> Rootfs:
 # descriptor, and only single names below one are looked up, never through a link: nothing outside the share is reached.
 
 if TYPE_CHECKING:
-    Protocol = Union["Fuse", "NineP"]
+    Ids = tuple[int, int]  # a user and a group
 
 PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW
 NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
@@ -3671,7 +3663,6 @@ SIZELESS = """
 SYS_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276}  # <asm/unistd.h>: not every C library has it
 CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 NO_USER = 0xFFFFFFFF
-DT_DIR, DT_LNK = 4, 10  # <dirent.h>
 DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64, getdents64(2); the name follows
 NOWHERE = (0, b"")  # the place of what is no folder
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32  # FATTR_* of <linux/fuse.h>, and 9P's
@@ -3801,7 +3792,7 @@ class Files:
 
     # ---- making
 
-    def create(self, folder: Node, name: bytes, flags: int, mode: int, uid: int, gid: int) -> Handle:
+    def create(self, folder: Node, name: bytes, flags: int, mode: int, owner: Ids) -> Handle:
         """Return a new regular file, open.  name: b"" for none.  Raise FileExistsError, whatever flags say."""
         flags, mode = self.open_flags(flags) & ~os.O_TRUNC, mode & 0o7777
         if name:
@@ -3810,7 +3801,7 @@ class Files:
             fd = os.open(b".", flags | os.O_TMPFILE, mode, dir_fd=folder.fd)
         try:
             node = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
-            self.give(node, folder, uid, gid)
+            self.give(node, folder, owner)
             return Handle(fd, node)
         except OSError:
             os.close(fd)
@@ -3818,16 +3809,16 @@ class Files:
                 os.unlink(name, dir_fd=folder.fd)
             raise
 
-    def make(self, folder: Node, name: bytes, uid: int, gid: int, work: Callable[..., None], *args: Any) -> Node:
+    def make(self, folder: Node, name: bytes, owner: Ids, work: Callable[..., None], *args: Any) -> Node:
         """Return the new folder, link or special file that work(name, *args, dir_fd) makes."""
         work(name, *args, dir_fd=folder.fd)
         node = self.find(folder, name)
-        self.give(node, folder, uid, gid)
+        self.give(node, folder, owner)
         return node
 
-    def give(self, node: Node, folder: Node, uid: int, gid: int) -> None:
+    def give(self, node: Node, folder: Node, owner: Ids) -> None:
         """Make a new file its maker's.  Its group is the folder's where that has set-group-ID."""
-        status = os.fstat(node.fd)
+        status, (uid, gid) = os.fstat(node.fd), owner
         if status.st_gid != gid and os.fstat(folder.fd).st_mode & stat.S_ISGID:
             gid = status.st_gid
         if (status.st_uid, status.st_gid) != (uid, gid):
@@ -3866,21 +3857,22 @@ class Files:
         return Handle(os.open(node.path, self.open_flags(flags) | never_waits), node)
 
     def entries(
-        self, handle: Handle, offset: int, room: int, cost: Callable[[bytes], int]
+        self, handle: Handle, offset: int, room: int, least: int, unit: int = 1
     ) -> Iterator[tuple[int, int, int, bytes]]:
-        """Yield inode, offset behind it, type (DT_*) and name of a folder's next entries.  cost: of room, by name."""
+        """Yield inode, offset behind it, type (DT_*) and name of a folder's next entries.  Each takes of the room what
+        is least and its name, in whole units."""
         if offset != handle.position:
             os.lseek(handle.fd, offset, os.SEEK_SET)
         handle.position = offset
         # about as many as there is room for: of one with a short name the kernel makes 24 bytes
-        size = max(min(room * 24 // cost(b"length 8"), ENTRIES_MAX), DIRENT.size + 261)
+        size = max(min(room * 24 // (least + 8), ENTRIES_MAX), DIRENT.size + 261)
         end = system_call(self.getdents, handle.fd, self.memory, size)
         data = bytes(memoryview(self.memory).cast("B")[:end])
         device, at = os.fstat(handle.fd).st_dev, 0
         while at < end:
             number, after, length, kind = DIRENT.unpack_from(data, at)
             name = data[at + DIRENT.size : data.index(0, at + DIRENT.size)]
-            room -= cost(name)
+            room -= least + len(name) + -len(name) % unit
             if room < 0:
                 os.lseek(handle.fd, handle.position, os.SEEK_SET)
                 if not at:
@@ -3926,9 +3918,10 @@ class Files:
     def list_xattrs(node: Node) -> bytes:
         return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(node.path))
 
-    def as_asker(self, uid: int, gid: int, work: Callable[..., T], *args: Any) -> T:
+    def as_asker(self, ids: Ids, work: Callable[..., T], *args: Any) -> T:
         """Return work(*args), done with the rights that the process in the guest would have on dom0."""
-        if NO_USER in (uid, gid):
+        uid, gid = ids
+        if NO_USER in ids:
             refuse(errno.EPERM)
         header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
         system_call("capget", header, self.memory)
@@ -4023,10 +4016,10 @@ class Ring:
             self.in_cons = self.indexes[IN_CONS]
             self.barrier()  # an index is read before what it counts, and before what it frees is overwritten
         while self.out_cons != end:
-            message = self.first(protocol, end)
-            if message is None or in_order and not self.is_next(protocol, message):
+            request = self.first(protocol, end)
+            if request is None or in_order and not self.is_next(protocol, request):
                 break
-            is_told = self.finish(message.length, *protocol.answer(message))
+            is_told = self.finish(request.length, *protocol.answer(request))
         self.is_stuck = self.out_cons != end
         if not is_told:
             self.channels.notify(self.port)  # it may wait for room for a request
@@ -4045,8 +4038,8 @@ class Ring:
             raise Broken(f"a request of it is {length} bytes long")
         if length > waiting:
             return None
-        message = Request(self, head[:length], length)
-        return message if self.has_room(protocol.reply_room(message)) else None
+        request = Request(self, head[:length], length)
+        return request if self.has_room(protocol.reply_room(request)) else None
 
     def has_room(self, count: int) -> bool:
         """Return whether a reply of so many bytes has room; if not, the guest sees that, and tells of more."""
@@ -4064,10 +4057,10 @@ class Ring:
                 return True
         return False
 
-    def is_next(self, protocol: Protocol, message: Request) -> bool:
+    def is_next(self, protocol: Protocol, request: Request) -> bool:
         """Return whether it may be answered now.  What must come behind all that the guest has asked before, such as a
         change of size behind writes, waits until the other ring is empty."""
-        if not self.other or not protocol.is_ordered(message):
+        if not self.other or not protocol.is_ordered(request):
             return True
         self.other.serve(protocol, in_order=False)
         return not self.other.is_stuck
@@ -4110,9 +4103,58 @@ def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventCh
     return rings
 
 
+U16, U32, U64 = (struct.Struct(form) for form in ("<H", "<I", "<Q"))
+
+
+class Protocol:
+    """What a guest says by its rings: FUSE or 9P.  A request has a handler, the method of its name in a table.  That
+    returns a reply's body, None for an empty one, or the body and how many bytes of content have been put behind it."""
+
+    shortest, longest = 0, 0  # bytes of a request
+    code: struct.Struct  # the number of its kind, from its byte 4 on
+    ordered: Collection[int] = ()  # kinds that must come behind what the guest has asked before by another ring
+    sized: dict[int, int] = {}  # where a request says how long its reply may be
+    reply_head = 0  # bytes of a reply before that
+
+    def __init__(self, root: int, capabilities: int) -> None:
+        """root, capabilities: as for Files."""
+        self.files = Files(root, capabilities)
+        self.most = CONTENT_MAX  # bytes of content in a reply
+        self.request: Request  # that is being answered
+        self.handlers: dict[int, tuple[Any, ...]] = {}  # by kind, with what they take
+
+    def is_ordered(self, request: Request) -> bool:
+        return self.code.unpack_from(request.head, 4)[0] in self.ordered
+
+    def reply_room(self, request: Request) -> int:
+        """Return the most bytes that its reply can have."""
+        (kind,) = self.code.unpack_from(request.head, 4)
+        at, most = self.sized.get(kind), 4096
+        if at and request.length >= at + U32.size:
+            (size,) = U32.unpack_from(request.head, at)
+            most = max(most, min(size, self.most))
+        return self.reply_head + most
+
+    def answer(self, request: Request) -> tuple[bytes, int]:
+        """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def attempt(work: Callable[..., Any], *args: Any) -> tuple[int, bytes, int]:
+        """Return the errno of a failure, or 0, and what the handler returns that work(*args) calls."""
+        try:
+            result = work(*args)
+        except OSError as failure:
+            return failure.errno or errno.EIO, b"", 0
+        except (struct.error, ValueError, OverflowError):  # what the guest says makes no sense
+            return errno.EINVAL, b"", 0
+        return (0, *result) if isinstance(result, tuple) else (0, result or b"", 0)
+
+
 # ---- FUSE, <linux/fuse.h>: a request is struct fuse_in_header, a structure of its kind, and strings
 
 FUSE_VERSION, FUSE_MINOR, FUSE_MINOR_LEAST, FUSE_ROOT_ID = 7, 40, 36, 1
+FUSE_VALID = 1  # seconds for which the guest does not ask for a name or for attributes again
 FUSE_BACKGROUND = 16  # requests at once that nobody in the guest waits for
 # opcode; the structure, or what counts of it, H: the number of a Handle; then n: a name in a folder, s: another string,
 # b: the rest; -: nothing
@@ -4136,25 +4178,22 @@ FATTR_KILL_SUIDGID = 1 << 11
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
 OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 4, 1, 1
-IN_HEADER, OUT_HEADER = struct.Struct("<IIQQIIIHH"), struct.Struct("<IiQ")  # 40 and 16 bytes
+IN_HEADER, OUT_HEADER = struct.Struct("<IIQQII8x"), struct.Struct("<IiQ")  # 40 and 16 bytes
 RWF_APPEND = 16  # <linux/fs.h>; Python has it from 3.10 on
 WRITE_DATA = 80  # where a write has what is written
 ATTR = "QQQqqqIIIIIIIIII"
 ENTRY_OUT, ATTR_OUT, FUSE_DIRENT = (struct.Struct(form) for form in ("<QQQQII" + ATTR, "<QII" + ATTR, "<QQII"))
 INIT_OUT, STATFS_OUT = struct.Struct("<IIIIHHIIHHII24s"), struct.Struct("<QQQQQIIII24s")
-OPEN_OUT, U32_PAIR, U64 = struct.Struct("<QIi"), struct.Struct("<II"), struct.Struct("<Q")
+OPEN_OUT, U32_PAIR = struct.Struct("<QIi"), struct.Struct("<II")
 
 
-def split_strings(data: bytes, kinds: str) -> Iterator[bytes]:
-    """Yield the strings of a request, kinds as in FUSE_REQUESTS.  Raise OSError."""
-    for kind in kinds:
-        string, end, left = data.partition(b"\0")
-        if kind == "b":
-            string, end = data, b"\0"
-        if not end:
-            refuse(errno.EINVAL)
-        yield check_name(string) if kind == "n" else string
-        data = left
+def split_strings(data: bytes, kinds: str) -> list[bytes]:
+    """Return the strings of a request, kinds as in FUSE_REQUESTS.  Raise OSError."""
+    ends = len(kinds.rstrip("b"))
+    strings = data.split(b"\0", ends)
+    if len(strings) <= ends:
+        refuse(errno.EINVAL)
+    return [check_name(string) if kind == "n" else string for kind, string in zip(kinds, strings)]
 
 
 def fuse_attr(node: Node, status: os.stat_result) -> tuple[int, ...]:
@@ -4170,48 +4209,29 @@ def fuse_attr(node: Node, status: os.stat_result) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-class Call:
-    """A request of FUSE's: the message, the file that it is about, and whose it is."""
-
-    __slots__ = ("message", "node", "uid", "gid")
-
-    def __init__(self, message: Request, node: Node, uid: int, gid: int) -> None:
-        self.message = message
-        self.node = node
-        self.uid = uid
-        self.gid = gid
-
-
 class Known:
     """What the guest knows: files by numbers that are never given twice, and what it has open."""
 
     def __init__(self, files: Files) -> None:
         self.files, self.last = files, FUSE_ROOT_ID
-        self.nodes: dict[int, Node] = {}
-        self.by_key: dict[int | tuple[int, int], Node] = {}
-        self.handles: dict[int, Handle] = {}
-        self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
-        self.fixed: tuple[int, int] | None = None  # file and read-only mount of what is being looked up again
         self.forget_all()
 
     def forget_all(self) -> None:
         root = self.files.root
         root.number = FUSE_ROOT_ID
-        self.handles.clear()
-        self.readers.clear()
-        self.nodes = {root.number: root}
-        self.by_key = {root.key: root}
+        self.nodes: dict[int, Node] = {root.number: root}
+        self.by_key: dict[int | tuple[int, int], Node] = {root.key: root}
+        self.handles: dict[int, Handle] = {}
+        self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
+        self.fixed: tuple[int, int] | None = None  # file and read-only mount of what is being looked up again
 
     def node(self, number: int) -> Node:
         """Raise OSError."""
-        node = self.nodes.get(number)
-        if node is None:
-            refuse(errno.ESTALE)
-        return node
+        return self.nodes.get(number) or refuse(errno.ESTALE)
 
-    def enter(self, node: Node, place: tuple[int, bytes]) -> Node:
-        """Return the Node by which the guest knows a file.  place: its folder and name.  Raise OSError."""
-        known = self.by_key.get(node.key)
+    def enter(self, node: Node, folder: Node, name: bytes) -> Node:
+        """Return the Node by which the guest knows a file that has a name in a folder.  Raise OSError."""
+        known, place = self.by_key.get(node.key), (folder.number, name)
         if known and known.kind == stat.S_IFDIR and known.place != place:
             # it was moved, or is there by another mount: for Linux a folder is at one place
             mount = self.files.mount(node)
@@ -4224,8 +4244,7 @@ class Known:
             if len(self.nodes) >= NODES_MAX:
                 refuse(errno.ENFILE)
             self.last += 1
-            folder = self.nodes.get(place[0])
-            node.own = bool(folder and folder.own) or place == (FUSE_ROOT_ID, b"rootfs")
+            node.own = folder.own or place == (FUSE_ROOT_ID, b"rootfs")
             node.number, node.place = self.last, place if node.kind == stat.S_IFDIR else NOWHERE
             self.nodes[node.number] = known = node
             if not node.sizeless or node.kind != stat.S_IFLNK:  # the guest reads a link once, and these lead elsewhere
@@ -4241,17 +4260,21 @@ class Known:
         if node.lookups <= 0:
             self.readers.pop(number, None)
             del self.nodes[number]
-            if self.by_key.get(node.key) is node:
-                del self.by_key[node.key]
+            self.lose(node)
 
     def looks_again(self, node: Node) -> bool:
         """Return whether the guest is to look a file up that it cannot change: what it was found by is read-only, and
         the name that is used now may be in a mount that is not.  True only once in succession."""
-        found = node.inode, self.files.mount(node)
-        self.fixed = None if self.fixed == found or node.kind == stat.S_IFDIR else found
-        if self.by_key.get(node.key) is node and node.kind != stat.S_IFDIR:
-            del self.by_key[node.key]
+        found = None if node.kind == stat.S_IFDIR else (node.inode, self.files.mount(node))
+        self.fixed = None if self.fixed == found else found
+        if found:
+            self.lose(node)
         return self.fixed is not None
+
+    def lose(self, node: Node) -> None:
+        """Not find it any more by what it is."""
+        if self.by_key.get(node.key) is node:
+            del self.by_key[node.key]
 
     def check_room(self) -> None:
         """Raise OSError if there may be no room for one more file."""
@@ -4288,78 +4311,54 @@ class Known:
         return handle
 
 
-class FuseNames:
+class FuseNames(Protocol):
     """FUSE's server, as far as it is about names and attributes.  The guest's kernel checks permissions."""
 
     shortest, longest = IN_HEADER.size, WRITE_DATA + CONTENT_MAX
-    names_valid = attributes_valid = 1  # seconds for which the guest does not ask again
+    code, sized, reply_head = U32, FUSE_SIZED, OUT_HEADER.size
 
     def __init__(self, root: int, capabilities: int, writeback: bool = False) -> None:
-        """root, capabilities: as for Files.  writeback: whether the guest may keep for a while what is written."""
-        self.files = Files(root, capabilities)
+        """writeback: whether the guest may keep for a while what is written."""
+        super().__init__(root, capabilities)
         self.known = Known(self.files)
         self.writeback = writeback
-        self.handlers: dict[int, tuple[Callable[..., bytes | int | None], struct.Struct, str, bool]] = {}
+        self.asker: Ids = NO_USER, NO_USER  # whose request is being answered
         for name, (opcode, form) in FUSE_REQUESTS.items():
             numbers = form.rstrip("nsb")
             structure = struct.Struct("<" + numbers.replace("H", "Q"))
-            strings = form[len(numbers) :]
-            self.handlers[opcode] = getattr(self, name), structure, strings, "H" in form
+            self.handlers[opcode] = getattr(self, name), structure, form[len(numbers) :], "H" in form
 
-    def is_ordered(self, message: Request) -> bool:
-        """Return whether it must come behind what the guest has asked before by another ring."""
-        return False
-
-    def reply_room(self, message: Request) -> int:
-        """Return the most bytes that its reply can have."""
-        _, opcode = U32_PAIR.unpack_from(message.head)
-        at, size = FUSE_SIZED.get(opcode, 0), 0
-        if at and message.length >= at + U32_PAIR.size:
-            size, _ = U32_PAIR.unpack_from(message.head, at)
-        return OUT_HEADER.size + max(4096, min(size, CONTENT_MAX))
-
-    def answer(self, message: Request) -> tuple[bytes, int]:
-        """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
-        _, opcode, unique, number, uid, gid, _, _, _ = IN_HEADER.unpack_from(message.head)
-        error, body, content = 0, b"", 0
-        try:
-            if opcode not in self.handlers:
-                refuse(errno.ENOSYS)
-            call = Call(message, self.known.node(number or FUSE_ROOT_ID), uid, gid)  # some are about no file
-            if call.node.sizeless:
-                result = self.files.as_asker(uid, gid, self.handle, call, opcode)
-            else:
-                result = self.handle(call, opcode)
-            if isinstance(result, int):
-                content = result
-            else:
-                body = result or b""
-        except OSError as failure:
-            # at this one the guest's kernel forgets files, and asks again
-            error = errno.ENFILE if failure.errno == errno.EMFILE else failure.errno or errno.EIO
-            if error == errno.EROFS and self.known.looks_again(call.node):
-                error = errno.ESTALE
-        except (struct.error, ValueError, OverflowError):  # what it says makes no sense
-            error = errno.EINVAL
+    def answer(self, request: Request) -> tuple[bytes, int]:
+        _, opcode, unique, number, uid, gid = IN_HEADER.unpack_from(request.head)
+        self.request, self.asker = request, (uid, gid)
+        number = number or FUSE_ROOT_ID  # some are about no file
+        error, body, content = self.attempt(self.handle, opcode, number)
+        if error == errno.EMFILE:
+            error = errno.ENFILE  # at which the guest's kernel forgets files, and asks again
+        if error == errno.EROFS and self.known.looks_again(self.known.node(number)):
+            error = errno.ESTALE
         if opcode in FUSE_SILENT:
             return b"", 0
         return OUT_HEADER.pack(OUT_HEADER.size + len(body) + content, -error, unique) + body, content
 
-    def handle(self, call: Call, opcode: int) -> bytes | int | None:
-        """Return a reply's body, or how many bytes of content it has."""
-        handler, structure, kinds, is_open = self.handlers[opcode]
-        message, end = call.message, IN_HEADER.size + structure.size
-        data = message.head if end <= HEAD_MAX else message.bytes(0, end)
+    def handle(self, opcode: int, number: int) -> Any:
+        """Return what the handler does.  Raise OSError and struct.error."""
+        handler, structure, kinds, is_open = self.handlers.get(opcode) or refuse(errno.ENOSYS)
+        node = self.known.node(number)
+        request, end = self.request, IN_HEADER.size + structure.size
+        data = request.head if end <= HEAD_MAX else request.bytes(0, end)
         fields = structure.unpack_from(data, IN_HEADER.size)
         if is_open:
-            fields = (self.known.handle(fields[0], call.node), *fields[1:])
+            fields = (self.known.handle(fields[0], node), *fields[1:])
         if kinds:
-            return handler(call, *fields, *split_strings(message.bytes(end, message.length), kinds))
-        return handler(call, *fields)
+            fields = (*fields, *split_strings(request.bytes(end, request.length), kinds))
+        if node.sizeless:  # dom0's kernel looks at who asks
+            return self.files.as_asker(self.asker, handler, node, *fields)
+        return handler(node, *fields)
 
     # ---- the connection
 
-    def init(self, call: Call, major: int, minor: int, readahead: int, flags: int) -> bytes:
+    def init(self, node: Node, major: int, minor: int, readahead: int, flags: int) -> bytes:
         if (major, minor) < (FUSE_VERSION, FUSE_MINOR_LEAST):
             refuse(errno.EPROTO)
         self.known.forget_all()
@@ -4369,21 +4368,18 @@ class FuseNames:
             1, CONTENT_MAX // 4096, 0, DIRECT_IO_ALLOW_MMAP >> 32, 0, b"",
         )  # fmt: skip
 
-    def destroy(self, call: Call) -> None:
+    def destroy(self, node: Node) -> None:
         self.known.forget_all()
 
     def warm_up(self) -> None:
         """Do once, before there is a guest, what it asks first: in a process that was forked each page of memory is
         copied when it is used."""
-        message: Any = None  # none of these two looks at it
-        call = Call(message, self.files.root, 0, 0)
-        self.getattr(call)
-        self.lookup(call, b"rootfs")  # which init() forgets
+        self.find(self.files.root, b"rootfs")  # which init() forgets
 
-    def forget(self, call: Call, count: int) -> None:
-        self.known.forget(call.node.number, count)
+    def forget(self, node: Node, count: int) -> None:
+        self.known.forget(node.number, count)
 
-    def batch_forget(self, call: Call, count: int, pairs: bytes) -> None:
+    def batch_forget(self, node: Node, count: int, pairs: bytes) -> None:
         for number, times in struct.iter_unpack("<QQ", pairs[: 16 * count]):
             self.known.forget(number, times)
 
@@ -4391,12 +4387,12 @@ class FuseNames:
 
     def entry(self, node: Node, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what was found by a name in a folder, or made there.  Raise OSError."""
-        node = self.known.enter(node, (folder.number, name))
+        node = self.known.enter(node, folder, name)
         return self.entry_out(node, os.fstat(node.fd))
 
     def entry_out(self, node: Node, status: os.stat_result) -> bytes:
         fields = fuse_attr(node, status)
-        return ENTRY_OUT.pack(node.number, 0, self.names_valid, self.attributes_valid, 0, 0, *fields)
+        return ENTRY_OUT.pack(node.number, 0, FUSE_VALID, FUSE_VALID, 0, 0, *fields)
 
     def find(self, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what has a name in a folder.  Raise OSError."""
@@ -4407,70 +4403,70 @@ class FuseNames:
         known.lookups += 1
         return self.entry_out(known, status)
 
-    def lookup(self, call: Call, name: bytes) -> bytes:
+    def lookup(self, folder: Node, name: bytes) -> bytes:
         try:
-            return self.find(call.node, name)
+            return self.find(folder, name)
         except FileNotFoundError:
-            return ENTRY_OUT.pack(0, 0, self.names_valid, *bytes(19))
+            return ENTRY_OUT.pack(0, 0, FUSE_VALID, *bytes(19))
 
-    def create(self, call: Call, flags: int, mode: int, umask: int, name: bytes) -> bytes:
+    def create(self, folder: Node, flags: int, mode: int, umask: int, name: bytes) -> bytes:
         self.known.check_room()
         os.umask(umask & 0o777)  # counts where no default access list does
         try:
-            handle = self.files.create(call.node, name, self.access(flags), mode, call.uid, call.gid)
+            handle = self.files.create(folder, name, self.access(flags), mode, self.asker)
         except FileExistsError:
             # the guest does not know of it and has checked no permission: it looks the name up and tries again
             refuse(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
         handle.node.told = handle.node.seen = content_state(os.fstat(handle.fd))
-        return self.entry(handle.node, call.node, name) + self.known.open(handle, self.appends(flags))
+        return self.entry(handle.node, folder, name) + self.known.open(handle, self.appends(flags))
 
-    def make(self, call: Call, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
+    def make(self, folder: Node, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
         self.known.check_room()
         os.umask(umask & 0o777)
-        node = self.files.make(call.node, name, call.uid, call.gid, work, *args)
-        return self.entry(node, call.node, name)
+        node = self.files.make(folder, name, self.asker, work, *args)
+        return self.entry(node, folder, name)
 
-    def mknod(self, call: Call, mode: int, device: int, umask: int, name: bytes) -> bytes:
-        return self.make(call, name, umask, os.mknod, mode, device)
+    def mknod(self, folder: Node, mode: int, device: int, umask: int, name: bytes) -> bytes:
+        return self.make(folder, name, umask, os.mknod, mode, device)
 
-    def mkdir(self, call: Call, mode: int, umask: int, name: bytes) -> bytes:
-        return self.make(call, name, umask, os.mkdir, mode)
+    def mkdir(self, folder: Node, mode: int, umask: int, name: bytes) -> bytes:
+        return self.make(folder, name, umask, os.mkdir, mode)
 
-    def symlink(self, call: Call, name: bytes, target: bytes) -> bytes:
-        return self.make(call, name, 0, lambda new, dir_fd: os.symlink(target, new, dir_fd=dir_fd))
+    def symlink(self, folder: Node, name: bytes, target: bytes) -> bytes:
+        return self.make(folder, name, 0, lambda new, dir_fd: os.symlink(target, new, dir_fd=dir_fd))
 
-    def link(self, call: Call, number: int, name: bytes) -> bytes:
+    def link(self, folder: Node, number: int, name: bytes) -> bytes:
         node = self.known.node(number)
-        self.change(node, self.files.link, node, call.node, name)
-        return self.find(call.node, name)
+        self.change(node, self.files.link, node, folder, name)
+        return self.find(folder, name)
 
-    def unlink(self, call: Call, name: bytes) -> None:
-        os.unlink(name, dir_fd=call.node.fd)
+    def unlink(self, folder: Node, name: bytes) -> None:
+        os.unlink(name, dir_fd=folder.fd)
 
-    def rmdir(self, call: Call, name: bytes) -> None:
-        os.rmdir(name, dir_fd=call.node.fd)
+    def rmdir(self, folder: Node, name: bytes) -> None:
+        os.rmdir(name, dir_fd=folder.fd)
 
-    def rename(self, call: Call, folder: int, old: bytes, new: bytes) -> None:
-        self.rename2(call, folder, 0, old, new)
+    def rename(self, folder: Node, to: int, old: bytes, new: bytes) -> None:
+        self.rename2(folder, to, 0, old, new)
 
-    def rename2(self, call: Call, folder: int, flags: int, old: bytes, new: bytes) -> None:
-        status = os.stat(old, dir_fd=call.node.fd, follow_symlinks=False)
-        node = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino), call.node)
-        self.change(node, self.files.rename, call.node, old, self.known.node(folder), new, flags)
+    def rename2(self, folder: Node, to: int, flags: int, old: bytes, new: bytes) -> None:
+        status = os.stat(old, dir_fd=folder.fd, follow_symlinks=False)
+        node = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino), folder)
+        self.change(node, self.files.rename, folder, old, self.known.node(to), new, flags)
 
     # ---- attributes
 
-    def getattr(self, call: Call) -> bytes:
-        fields = fuse_attr(call.node, os.fstat(call.node.fd))
-        return ATTR_OUT.pack(self.attributes_valid, 0, 0, *fields)
+    def getattr(self, node: Node) -> bytes:
+        fields = fuse_attr(node, os.fstat(node.fd))
+        return ATTR_OUT.pack(FUSE_VALID, 0, 0, *fields)
 
-    def setattr(self, call: Call, valid: int, size: int, *fields: int) -> bytes:
+    def setattr(self, node: Node, valid: int, size: int, *fields: int) -> bytes:
         atime, mtime, atime_ns, mtime_ns, mode, uid, gid = fields
         if valid & SET_SIZE and valid & FATTR_KILL_SUIDGID:
-            self.files.drop_privileges(call.node)
+            self.files.drop_privileges(node)
         times = atime * 10**9 + atime_ns, mtime * 10**9 + mtime_ns
-        self.change(call.node, self.files.set_attributes, call.node, valid, mode, uid, gid, size, times)
-        return self.getattr(call)
+        self.change(node, self.files.set_attributes, node, valid, mode, uid, gid, size, times)
+        return self.getattr(node)
 
     def change(self, node: Node, work: Callable[..., T], *args: Any) -> T:
         """Return work(*args), by which the guest changes a file: what it knows of the content stays true."""
@@ -4493,8 +4489,7 @@ class FuseNames:
 class Fuse(FuseNames):
     """FUSE's server.  Locks are the guest's kernel's alone."""
 
-    def open(self, call: Call, flags: int, more: int) -> bytes:
-        node = call.node
+    def open(self, node: Node, flags: int, more: int) -> bytes:
         if node.kind != stat.S_IFREG:
             refuse(errno.ENXIO)
         if more & OPEN_KILL_SUIDGID:
@@ -4508,63 +4503,63 @@ class Fuse(FuseNames):
         node.seen = state if keeps or flags & os.O_TRUNC or is_settled(state) else ()
         return self.known.open(handle, self.appends(flags) | (FOPEN_KEEP_CACHE if keeps else 0))
 
-    def readlink(self, call: Call) -> bytes:
-        return os.readlink(b"", dir_fd=call.node.fd)
+    def readlink(self, node: Node) -> bytes:
+        return os.readlink(b"", dir_fd=node.fd)
 
-    def read(self, call: Call, handle: Handle, offset: int, size: int) -> int:
-        return os.preadv(handle.fd, call.message.room(OUT_HEADER.size, min(size, CONTENT_MAX)), offset)
+    def read(self, node: Node, handle: Handle, offset: int, size: int) -> tuple[bytes, int]:
+        return b"", os.preadv(handle.fd, self.request.room(OUT_HEADER.size, min(size, self.most)), offset)
 
-    def write(self, call: Call, handle: Handle, offset: int, size: int, flags: int, opened: int) -> bytes:
-        if size > call.message.length - WRITE_DATA:
+    def write(self, node: Node, handle: Handle, offset: int, size: int, flags: int, opened: int) -> bytes:
+        if size > self.request.length - WRITE_DATA:
             refuse(errno.EINVAL)
         if flags & WRITE_KILL_SUIDGID:
-            self.files.drop_privileges(call.node)
-        how = RWF_APPEND if self.appends(opened) and not call.node.sizeless else 0
-        done = self.change(call.node, os.pwritev, handle.fd, call.message.content(WRITE_DATA, size), offset, how)
+            self.files.drop_privileges(node)
+        how = RWF_APPEND if self.appends(opened) and not node.sizeless else 0
+        done = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
         return U32_PAIR.pack(done, 0)
 
-    def tmpfile(self, call: Call, flags: int, mode: int, umask: int) -> bytes:
-        return self.create(call, flags, mode, umask, b"")
+    def tmpfile(self, node: Node, flags: int, mode: int, umask: int) -> bytes:
+        return self.create(node, flags, mode, umask, b"")
 
-    def release(self, call: Call, number: int) -> None:
-        self.known.handle(number, call.node)
+    def release(self, node: Node, number: int) -> None:
+        self.known.handle(number, node)
         self.known.handles.pop(number, None)
 
-    def fsync(self, call: Call, handle: Handle, flags: int) -> None:
+    def fsync(self, node: Node, handle: Handle, flags: int) -> None:
         (os.fdatasync if flags & FSYNC_FDATASYNC else os.fsync)(handle.fd)
 
     releasedir, fsyncdir = release, fsync
 
-    def syncfs(self, call: Call) -> None:
+    def syncfs(self, node: Node) -> None:
         """All file systems of which the guest knows a file."""
         nodes = [each for each in self.known.nodes.values() if each.kind in (stat.S_IFDIR, stat.S_IFREG)]
-        for node in {each.inode >> 48: each for each in nodes}.values():
-            handle = self.files.open(node, os.O_RDONLY)
+        for one in {each.inode >> 48: each for each in nodes}.values():
+            handle = self.files.open(one, os.O_RDONLY)
             system_call("syncfs", handle.fd)
 
-    def fallocate(self, call: Call, handle: Handle, offset: int, length: int, mode: int) -> None:
+    def fallocate(self, node: Node, handle: Handle, offset: int, length: int, mode: int) -> None:
         if offset + length > LONG_MAX:
             refuse(errno.EFBIG)
-        if call.uid:
-            self.files.drop_privileges(call.node)
-        self.change(call.node, system_call, "fallocate", handle.fd, mode, offset, length)
+        if self.asker[0]:
+            self.files.drop_privileges(node)
+        self.change(node, system_call, "fallocate", handle.fd, mode, offset, length)
 
-    def lseek(self, call: Call, handle: Handle, offset: int, whence: int) -> bytes:
+    def lseek(self, node: Node, handle: Handle, offset: int, whence: int) -> bytes:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             refuse(errno.EINVAL)
         return U64.pack(os.lseek(handle.fd, offset, whence))
 
-    def copy_file_range(self, call: Call, handle: Handle, offset: int, to: int, *fields: int) -> bytes:
+    def copy_file_range(self, node: Node, handle: Handle, offset: int, to: int, *fields: int) -> bytes:
         to_number, to_offset, size, flags = fields
-        node = self.known.node(to)
-        target = self.known.handle(to_number, node)
-        if node.sizeless or call.node.sizeless or flags:
+        changed = self.known.node(to)
+        target = self.known.handle(to_number, changed)
+        if changed.sizeless or node.sizeless or flags:
             refuse(errno.EXDEV)  # the guest copies by reading and writing
         size = min(size, COPY_MAX)
-        return U32_PAIR.pack(self.change(node, os.copy_file_range, handle.fd, target.fd, size, offset, to_offset), 0)
+        return U32_PAIR.pack(self.change(changed, os.copy_file_range, handle.fd, target.fd, size, offset, to_offset), 0)
 
-    def statfs(self, call: Call) -> bytes:
-        found = os.statvfs(call.node.fd)
+    def statfs(self, node: Node) -> bytes:
+        found = os.statvfs(node.fd)
         return STATFS_OUT.pack(
             found.f_blocks, found.f_bfree, found.f_bavail, found.f_files, found.f_ffree, found.f_bsize, found.f_namemax,
             found.f_frsize, 0, b"",
@@ -4572,22 +4567,21 @@ class Fuse(FuseNames):
 
     # ---- folders
 
-    def opendir(self, call: Call) -> bytes:
-        if call.node.kind != stat.S_IFDIR:
+    def opendir(self, node: Node) -> bytes:
+        if node.kind != stat.S_IFDIR:
             refuse(errno.ENOTDIR)
-        return self.known.open(self.files.open(call.node, os.O_RDONLY))
+        return self.known.open(self.files.open(node, os.O_RDONLY))
 
-    def readdir(self, call: Call, handle: Handle, offset: int, size: int, plus: int = 0) -> bytes:
-        room, parts = min(size, CONTENT_MAX), []
-        least = plus + FUSE_DIRENT.size + 7
-        for inode, after, kind, name in self.files.entries(handle, offset, room, lambda name: least + len(name) & ~7):
+    def readdir(self, node: Node, handle: Handle, offset: int, size: int, plus: int = 0) -> bytes:
+        room, least, parts = min(size, self.most), plus + FUSE_DIRENT.size, []
+        for inode, after, kind, name in self.files.entries(handle, offset, room, least, 8):
             if plus:
-                parts.append(self.entry_of(call.node, name))
+                parts.append(self.entry_of(node, name))
             parts.append(FUSE_DIRENT.pack(inode, after, len(name), kind) + name + bytes(-len(name) % 8))
         return b"".join(parts)
 
-    def readdirplus(self, call: Call, handle: Handle, offset: int, size: int) -> bytes:
-        return self.readdir(call, handle, offset, size, ENTRY_OUT.size)
+    def readdirplus(self, node: Node, handle: Handle, offset: int, size: int) -> bytes:
+        return self.readdir(node, handle, offset, size, ENTRY_OUT.size)
 
     def entry_of(self, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what readdirplus finds, zeros where it does not matter or there is none."""
@@ -4600,10 +4594,10 @@ class Fuse(FuseNames):
 
     # ---- extended attributes
 
-    def with_rights(self, call: Call, name: bytes, work: Callable[..., T], *args: Any) -> T:
+    def on_xattr(self, node: Node, name: bytes, work: Callable[..., T], *args: Any) -> T:
         """Return work(*args): for names that need CAP_SYS_ADMIN, which we have not, with the asker's own rights."""
         if name.startswith((b"trusted.", b"security.")) and name != b"security.capability":
-            return self.files.as_asker(call.uid, call.gid, work, *args)
+            return self.files.as_asker(self.asker, work, *args)
         return work(*args)
 
     @staticmethod
@@ -4613,26 +4607,26 @@ class Fuse(FuseNames):
             refuse(errno.ERANGE)
         return value if size else U32_PAIR.pack(len(value), 0)
 
-    def getxattr(self, call: Call, size: int, name: bytes) -> bytes:
+    def getxattr(self, node: Node, size: int, name: bytes) -> bytes:
         try:
-            return self.xattr(size, self.with_rights(call, name, os.getxattr, call.node.path, name))
+            return self.xattr(size, self.on_xattr(node, name, os.getxattr, node.path, name))
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP and name.startswith(b"system.posix_acl_"):
                 refuse(errno.ENODATA)  # to the guest's kernel the other one is a reason to open nothing
             raise
 
-    def listxattr(self, call: Call, size: int) -> bytes:
-        return self.xattr(size, self.files.as_asker(call.uid, call.gid, self.files.list_xattrs, call.node))
+    def listxattr(self, node: Node, size: int) -> bytes:
+        return self.xattr(size, self.files.as_asker(self.asker, self.files.list_xattrs, node))
 
-    def setxattr(self, call: Call, size: int, flags: int, more: int, name: bytes, value: bytes) -> None:
+    def setxattr(self, node: Node, size: int, flags: int, more: int, name: bytes, value: bytes) -> None:
         if len(value) < size:
             refuse(errno.EINVAL)
-        self.with_rights(call, name, os.setxattr, call.node.path, name, value[:size], flags)
+        self.on_xattr(node, name, os.setxattr, node.path, name, value[:size], flags)
         if more & ACL_KILL_SGID:
-            os.chmod(call.node.path, stat.S_IMODE(os.fstat(call.node.fd).st_mode) & ~stat.S_ISGID)
+            os.chmod(node.path, stat.S_IMODE(os.fstat(node.fd).st_mode) & ~stat.S_ISGID)
 
-    def removexattr(self, call: Call, name: bytes) -> None:
-        self.with_rights(call, name, os.removexattr, call.node.path, name)
+    def removexattr(self, node: Node, name: bytes) -> None:
+        self.on_xattr(node, name, os.removexattr, node.path, name)
 
 
 # ---- 9P2000.L, for Linux's 9p (diod's protocol.md, <net/9p/9p.h>): a message is size[4] type[1] tag[2] and its body
@@ -4643,17 +4637,18 @@ NINEP_REQUESTS = request_table(
     statfs 8 F, lopen 12 FI, lcreate 14 FnIII, symlink 16 FnsI, mknod 18 FnIIII, readlink 22 F, getattr 24 F,
     setattr 26 FIIIIQqQqQ, xattrwalk 30 FIs, xattrcreate 32 FsQI, readdir 40 FQI, fsync 50 FI, lock 52 F,
     getlock 54 FBQQIs, link 70 FFn, mkdir 72 FnII, renameat 74 FnFn, unlinkat 76 FnI, version 100 Is,
-    attach 104 IIssI, flush 108 -, walk 110 IIHb, clunk 120 I
+    attach 104 IIssI, flush 108 -, walk 110 IIHb, read 116 FQI, write 118 FQI, clunk 120 I
     """
 )
-RLERROR, TREADDIR, TREAD, TWRITE = 7, 40, 116, 118
+RLERROR, TREAD, TWRITE = 7, 116, 118
+NINEP_SIZED = {40: 19, 116: 19}  # where a request says how long its reply may be: Treaddir, Tread
 # v9fs truncates a file, or opens it to do so, while what it has written before is still on its way in the other ring
 NINEP_ORDERED = {12, 26, 50, 108}  # Tlopen, Tsetattr, Tfsync, Tflush
 NINEP_NUMBERS = {kind: struct.Struct("<" + kind.replace("F", "I")) for kind in "BFHIQq"}
-U16, U32 = NINEP_NUMBERS["H"], NINEP_NUMBERS["I"]
-NINEP_HEADER, QID, NINEP_DIRENT, NINEP_CONTENT = (struct.Struct(form) for form in ("<IBH", "<BIQ", "<QBH", "<IQI"))
+NINEP_HEADER, QID, NINEP_DIRENT = (struct.Struct(form) for form in ("<IBH", "<BIQ", "<QBH"))
 NINEP_ATTR = struct.Struct("<Q13s3I5Q6q4Q")
 READ_DATA, WRITTEN_DATA = 11, 23  # where Rread and Twrite have content
+QID_TYPES = {stat.S_IFDIR >> 12: 0x80, stat.S_IFLNK >> 12: 2}  # by DT_* of <dirent.h>
 IOUNIT = 31 * 4096  # whole pages that fit into a message, beside its head
 V9FS_MAGIC, ATTR_BASIC, LOCK_SUCCESS, LOCK_UNLOCKED = 0x01021997, 0x7FF, 0, 2
 WALK_MAX, XATTR_MAX, NOBODY = 16, 1 << 16, 65534
@@ -4687,18 +4682,13 @@ class Fid:
     __slots__ = ("node", "uid", "open", "xattr", "value", "size", "flags")
 
     def __init__(self, node: Node, uid: int, xattr: bytes = b"", value: bytes = b"") -> None:
-        self.node = node
-        self.uid = uid
-        self.xattr = xattr
-        self.value = value
+        self.node, self.uid, self.xattr, self.value = node, uid, xattr, value
         self.open: Handle | None = None
         self.size, self.flags = -1, 0  # size: bytes of a value that is written, to be set when the Fid goes
 
     def handle(self) -> Handle:
         """Raise OSError."""
-        if self.open is None:
-            refuse(errno.EBADF)
-        return self.open
+        return self.open or refuse(errno.EBADF)
 
     def check_unused(self) -> None:
         """Raise OSError if it is open or an attribute."""
@@ -4706,81 +4696,59 @@ class Fid:
             refuse(errno.EINVAL)
 
 
-class NinePFids:
+class NinePFids(Protocol):
     """9P2000.L's server, as far as it is about messages and what they call by numbers."""
 
     shortest, longest = NINEP_HEADER.size, CONTENT_MAX
+    code, ordered, sized, reply_head = NINEP_NUMBERS["B"], NINEP_ORDERED, NINEP_SIZED, READ_DATA
 
     def __init__(self, root: int, capabilities: int) -> None:
-        """root, capabilities: as for Files."""
-        os.umask(0)  # the guest has applied its own
-        self.files = Files(root, capabilities)
+        super().__init__(root, capabilities)
         self.fids: dict[int, Fid] = {}
-        self.size = CONTENT_MAX  # bytes of a message
-        self.handlers: dict[int, tuple[Callable[..., bytes | None], str]] = {
-            kind: (getattr(self, name), form) for name, (kind, form) in NINEP_REQUESTS.items()
-        }
+        for name, (kind, form) in NINEP_REQUESTS.items():
+            self.handlers[kind] = getattr(self, name), form
 
-    def reply_room(self, message: Request) -> int:
-        size = 0
-        if message.head[4] in (TREAD, TREADDIR) and message.length >= WRITTEN_DATA:
-            (size,) = U32.unpack_from(message.head, WRITTEN_DATA - 4)
-        return READ_DATA + max(4096, min(size, self.size - READ_DATA))
-
-    def is_ordered(self, message: Request) -> bool:
-        return message.head[4] in NINEP_ORDERED
-
-    def answer(self, message: Request) -> tuple[bytes, int]:
-        length, kind, tag = NINEP_HEADER.unpack_from(message.head)
-        content, body = 0, b""
-        try:
-            if kind in (TREAD, TWRITE):
-                number, offset, size = NINEP_CONTENT.unpack_from(message.head, NINEP_HEADER.size)
-                content, body = (self.read if kind == TREAD else self.write)(message, self.fid(number), offset, size)
-            elif kind in self.handlers:
-                handler, form = self.handlers[kind]
-                fields = zip(form, ninep_fields(message.bytes(NINEP_HEADER.size, length), form))
-                body = handler(*(self.fid(each) if of == "F" else each for of, each in fields)) or b""
-            else:
-                refuse(errno.EOPNOTSUPP)
-        except OSError as failure:
-            kind, body = RLERROR - 1, U32.pack(failure.errno or errno.EIO)
-        except (struct.error, ValueError, OverflowError):
-            kind, body = RLERROR - 1, U32.pack(errno.EINVAL)
+    def answer(self, request: Request) -> tuple[bytes, int]:
+        _, kind, tag = NINEP_HEADER.unpack_from(request.head)
+        self.request = request
+        error, body, content = self.attempt(self.handle, kind)
+        if error:
+            kind, body = RLERROR - 1, U32.pack(error)
         return NINEP_HEADER.pack(NINEP_HEADER.size + len(body) + content, kind + 1, tag) + body, content
 
-    def read(self, message: Request, fid: Fid, offset: int, size: int) -> tuple[int, bytes]:
-        size = min(size, self.size - READ_DATA)
+    def handle(self, kind: int) -> Any:
+        """Return what the handler does.  Raise OSError and struct.error."""
+        handler, form = self.handlers.get(kind) or refuse(errno.EOPNOTSUPP)
+        # what is written stays where it lies
+        data = self.request.bytes(NINEP_HEADER.size, WRITTEN_DATA if kind == TWRITE else self.request.length)
+        fields = [self.fid(each) if of == "F" else each for of, each in zip(form, ninep_fields(data, form))]
+        fid = fields[0] if form.startswith("F") else None
+        if fid and fid.node.sizeless:  # dom0's kernel looks at who asks
+            return self.files.as_asker((fid.uid, NOBODY if fid.uid else 0), handler, *fields)
+        return handler(*fields)
+
+    def read(self, fid: Fid, offset: int, size: int) -> tuple[bytes, int]:
+        size = min(size, self.most)
         if fid.xattr:
             part = fid.value[offset : offset + size]
-            return 0, U32.pack(len(part)) + part
-        done = self.with_rights(fid, os.preadv, fid.handle().fd, message.room(READ_DATA, size), offset)
-        return done, U32.pack(done)
+            return U32.pack(len(part)) + part, 0
+        done = os.preadv(fid.handle().fd, self.request.room(READ_DATA, size), offset)
+        return U32.pack(done), done
 
-    def write(self, message: Request, fid: Fid, offset: int, size: int) -> tuple[int, bytes]:
-        if size > message.length - WRITTEN_DATA:
+    def write(self, fid: Fid, offset: int, size: int) -> bytes:
+        if size > self.request.length - WRITTEN_DATA:
             refuse(errno.EINVAL)
         if not fid.xattr:
-            content = message.content(WRITTEN_DATA, size)
-            return 0, U32.pack(self.with_rights(fid, os.pwritev, fid.handle().fd, content, offset))
+            return U32.pack(os.pwritev(fid.handle().fd, self.request.content(WRITTEN_DATA, size), offset))
         if offset != len(fid.value) or offset + size > fid.size:
             refuse(errno.EINVAL)
-        fid.value += message.bytes(WRITTEN_DATA, WRITTEN_DATA + size)
-        return 0, U32.pack(size)
-
-    def with_rights(self, fid: Fid, work: Callable[..., T], *args: Any) -> T:
-        """Return work(*args), done with the rights of who has attached where dom0's kernel asks for some."""
-        if not fid.node.sizeless:
-            return work(*args)
-        return self.files.as_asker(fid.uid, NOBODY if fid.uid else 0, work, *args)
+        fid.value += self.request.bytes(WRITTEN_DATA, WRITTEN_DATA + size)
+        return U32.pack(size)
 
     # ---- fids
 
     def fid(self, number: int) -> Fid:
-        fid = self.fids.get(number)
-        if fid is None:
-            refuse(errno.EBADF)
-        return fid
+        return self.fids.get(number) or refuse(errno.EBADF)
 
     def add(self, number: int, fid: Fid) -> None:
         if number in self.fids:
@@ -4794,14 +4762,15 @@ class NinePFids:
         """Its version is 0 where v9fs is to keep nothing of the content."""
         status = os.fstat(node.fd)
         version = 0 if node.sizeless else (status.st_mtime_ns ^ status.st_size << 8) & 0xFFFFFFFF or 1
-        return QID.pack({stat.S_IFDIR: 0x80, stat.S_IFLNK: 2}.get(node.kind, 0), version, node.inode)
+        return QID.pack(QID_TYPES.get(node.kind >> 12, 0), version, node.inode)
 
     def version(self, size: int, name: bytes) -> bytes:
         self.fids.clear()
         if size < 8192:
             refuse(errno.EMSGSIZE)
-        self.size = min(size, CONTENT_MAX)
-        return U32.pack(self.size) + ninep_string(name if name == b"9P2000.L" else b"unknown")
+        size = min(size, CONTENT_MAX)
+        self.most = size - READ_DATA
+        return U32.pack(size) + ninep_string(name if name == b"9P2000.L" else b"unknown")
 
     def attach(self, number: int, _afid: int, _name: bytes, where: bytes, uid: int) -> bytes:
         if where not in (b"", b"/"):
@@ -4849,23 +4818,23 @@ class NineP(NinePFids):
 
     def lopen(self, fid: Fid, flags: int) -> bytes:
         fid.check_unused()
-        fid.open = self.with_rights(fid, self.files.open, fid.node, flags)
+        fid.open = self.files.open(fid.node, flags)
         return self.qid(fid.node) + U32.pack(IOUNIT)
 
     def lcreate(self, fid: Fid, name: bytes, flags: int, mode: int, gid: int) -> bytes:
         fid.check_unused()
         try:
-            handle = self.files.create(fid.node, name, flags, mode, fid.uid, gid)
+            handle = self.files.create(fid.node, name, flags, mode, (fid.uid, gid))
         except FileExistsError:
             node = self.files.find(fid.node, name)
             if flags & P9_EXCL or node.kind != stat.S_IFREG:
                 raise
-            handle = self.with_rights(fid, self.files.open, node, flags)
+            handle = self.files.open(node, flags)
         fid.node, fid.open = handle.node, handle
         return self.qid(fid.node) + U32.pack(IOUNIT)
 
     def make(self, fid: Fid, name: bytes, gid: int, work: Callable[..., None], *args: Any) -> bytes:
-        return self.qid(self.files.make(fid.node, name, fid.uid, gid, work, *args))
+        return self.qid(self.files.make(fid.node, name, (fid.uid, gid), work, *args))
 
     def mkdir(self, fid: Fid, name: bytes, mode: int, gid: int) -> bytes:
         return self.make(fid, name, gid, os.mkdir, mode)
@@ -4891,16 +4860,17 @@ class NineP(NinePFids):
     def getattr(self, fid: Fid) -> bytes:
         node = fid.node
         status = os.fstat(node.fd)
-        times = (divmod(each, 10**9) for each in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns))
+        stamps = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
+        times = [part for each in stamps for part in divmod(each, 10**9)]
         return NINEP_ATTR.pack(
             ATTR_BASIC, self.qid(node), status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_rdev,
-            status.st_size, status.st_blksize, status.st_blocks, *(part for each in times for part in each), *bytes(4),
+            status.st_size, status.st_blksize, status.st_blocks, *times, *bytes(4),
         )  # fmt: skip
 
     def setattr(self, fid: Fid, valid: int, mode: int, uid: int, gid: int, size: int, *times: int) -> None:
         valid ^= valid << 3 & (SET_ATIME_NOW | SET_MTIME_NOW)  # as they come, these say that a time is not now
         new = [seconds * 10**9 + fraction for seconds, fraction in zip(times[::2], times[1::2])]
-        self.with_rights(fid, self.files.set_attributes, fid.node, valid, mode, uid, gid, size, new)
+        self.files.set_attributes(fid.node, valid, mode, uid, gid, size, new)
 
     def xattrwalk(self, fid: Fid, new: int, name: bytes) -> bytes:
         value = os.getxattr(fid.node.path, name) if name else self.files.list_xattrs(fid.node)
@@ -4911,18 +4881,12 @@ class NineP(NinePFids):
         fid.check_unused()
         if not name or size > XATTR_MAX:
             refuse(errno.E2BIG if name else errno.EINVAL)
-        fid.xattr = name
-        fid.value = b""
-        fid.size = size
-        fid.flags = flags
+        fid.xattr, fid.value, fid.size, fid.flags = name, b"", size, flags
 
     def readdir(self, fid: Fid, offset: int, size: int) -> bytes:
-        handle = fid.handle()
-        room = min(size, self.size - READ_DATA)
-        parts = []
-        least = QID.size + NINEP_DIRENT.size
-        for inode, after, kind, name in self.files.entries(handle, offset, room, lambda name: least + len(name)):
-            qid = QID.pack({DT_DIR: 0x80, DT_LNK: 2}.get(kind, 0), 0, inode)
+        room, least, parts = min(size, self.most), QID.size + NINEP_DIRENT.size, []
+        for inode, after, kind, name in self.files.entries(fid.handle(), offset, room, least):
+            qid = QID.pack(QID_TYPES.get(kind, 0), 0, inode)
             parts.append(qid + NINEP_DIRENT.pack(after, kind, len(name)) + name)
         data = b"".join(parts)
         return U32.pack(len(data)) + data
@@ -5094,32 +5058,28 @@ def hide_ourselves(share: str) -> None:
     """Cover our own folder in each /proc of dom0's below the share: a process can always write its own memory."""
     if read_file("/proc/self/mountinfo").count(" - proc ") == 1:
         return  # dom0's own; to look closer would take memory
-    places = [entry.target for entry in host_mounts() if entry.kind == "proc" and entry.root == "/"]
-    for place in places:
-        if place.startswith(share + "/"):
-            mount("tmpfs", f"{place}/{os.readlink(f'{place}/self')}", MS_RDONLY, "tmpfs", "size=4k")
+    for entry in list(host_mounts()):
+        if entry.kind == "proc" and entry.root == "/" and entry.target.startswith(f"{share}/"):
+            itself = f"{entry.target}/" + os.readlink(f"{entry.target}/self")
+            mount("tmpfs", itself, MS_RDONLY, "tmpfs", "size=4k")
 
 
 def give_up_rights(capabilities: int) -> None:
     """Keep the rights to serve files, and in reach those that the container has.  Raise OSError."""
     import resource
 
-    for limit, wanted in (
-        (resource.RLIMIT_NOFILE, NODES_MAX + HANDLES_MAX + 256),
-        (resource.RLIMIT_DATA, SERVING_DATA),
-    ):
+    limits = {resource.RLIMIT_NOFILE: NODES_MAX + HANDLES_MAX + 256, resource.RLIMIT_DATA: SERVING_DATA}
+    for limit, wanted in limits.items():
         most = resource.getrlimit(limit)[1]
         most = wanted if most == resource.RLIM_INFINITY else min(most, wanted)
         resource.setrlimit(limit, (most, most))
-    os.umask(0)
+    os.umask(0)  # 9P's guest has applied its own, and FUSE's tells it
     if os.getgroups():
         os.setgroups([])
     system_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    words = []
-    for shift in (0, 32):
-        serving, all_of_it = (value >> shift & 0xFFFFFFFF for value in (SERVING_CAPABILITIES, capabilities))
-        words += [serving, serving | all_of_it, 0]
-    system_call("capset", struct.pack("=II", CAPABILITY_VERSION_3, 0), struct.pack("=6I", *words))
+    low, high = SERVING_CAPABILITIES | capabilities & 0xFFFFFFFF, capabilities >> 32
+    rights = struct.pack("=6I", SERVING_CAPABILITIES, low, 0, 0, high, 0)  # as in Files.as_asker()
+    system_call("capset", struct.pack("=II", CAPABILITY_VERSION_3, 0), rights)
     system_call("prctl", PR_SET_DUMPABLE, 0)
 
 
@@ -5130,8 +5090,7 @@ def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, 
         poll.register(fd, select.POLLIN)
     while True:
         if not any([ring.serve(protocol) for ring in rings]):
-            ready = poll.poll()
-            if (channels.fd, select.POLLIN) not in ready or len(ready) > 1:
+            if poll.poll() != [(channels.fd, select.POLLIN)]:
                 return
             channels.acknowledge()  # before the rings are looked at, so no event is lost
 
@@ -5159,14 +5118,9 @@ def find_cgroups(path: str, scope: bool) -> Cgroups:
             continue
         seen.add(entry.device)
         cgroups.append([entry.target, path])
-        if path == "/" or (not scope and any(map(cgroup_processes, cgroup_folders(entry.target + path)))):
+        if path == "/" or (not scope and any(cgroup_processes(each) for each, _, _ in os.walk(entry.target + path))):
             raise Error(f"cannot make the cgroup {path}: others are in it; name another one by linux.cgroupsPath")
     return cgroups
-
-
-def cgroup_folders(folder: str) -> Iterator[str]:
-    """Yield the folder of a cgroup behind all below it, nothing if it is not there."""
-    return (each for each, _, _ in os.walk(folder, topdown=False))
 
 
 def cgroup_processes(folder: str) -> list[str]:
@@ -5263,10 +5217,9 @@ def scope_command(path: str, resources: Resources) -> tuple[str, list[str]]:
     command = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={unit}.scope"]
     command += [f"--slice={parent or 'system.slice'}", "--property=Delegate=yes"]
     limits = cgroup_limits(resources)  # without them, systemd would put its own there again
-    if "memory.max" in limits:
-        command.append(f"--property=MemoryMax={limits['memory.max'].replace('max', 'infinity')}")
-    if "cpu.weight" in limits:
-        command.append(f"--property=CPUWeight={limits['cpu.weight']}")
+    for limit, name in (("memory.max", "MemoryMax"), ("cpu.weight", "CPUWeight")):
+        if limit in limits:
+            command.append(f"--property={name}={limits[limit].replace('max', 'infinity')}")
     return unit, command
 
 
@@ -5283,7 +5236,7 @@ def remove_cgroups(cgroups: Cgroups, pids: Sequence[int]) -> None:
     """Remove what make_cgroups() has made, with cgroups below; pids go to the root.  Raise Error if others stay."""
     left, deadline = [], time.monotonic() + CGROUP_TIME_LIMIT
     for root, path in cgroups:
-        for folder in cgroup_folders(root + path):
+        for folder, _, _ in os.walk(root + path, topdown=False):
             while not remove_cgroup(root, folder, pids):
                 if time.monotonic() > deadline:
                     left.append(folder)

@@ -42,7 +42,7 @@ def ask(protocol, request, reply=None):
 def fuse_request(opcode, node, body=b"", uid=0, gid=0):
     """opcode: a name or a number."""
     number = runx.FUSE_REQUESTS[opcode][0] if isinstance(opcode, str) else opcode
-    return runx.IN_HEADER.pack(40 + len(body), number, UNIQUE, node, uid, gid, 0, 0, 0) + body
+    return runx.IN_HEADER.pack(40 + len(body), number, UNIQUE, node, uid, gid) + body
 
 
 class Guest:

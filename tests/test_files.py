@@ -1010,6 +1010,8 @@ def test_ninep_has_files_without_a_size_read_directly_and_with_the_askers_rights
     assert ninep.read(1)[1].endswith(b"\n")
     ninep.walk(2, b"sys", b"kernel", b"hostname")
     assert ninep.request("lopen", 2, os.O_WRONLY)[0] == errno.EACCES
+    ninep.walk(3, b"%d" % os.getppid(), b"exe")
+    assert ninep.request("readlink", 3)[0] == errno.EACCES
 
 
 def test_ninep_follows_no_name_out_of_the_share(ninep, tmp_path):
