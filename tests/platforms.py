@@ -4,7 +4,8 @@
 
     python3 tests/platforms.py
 
-`lab.py test` keeps in its cache what became of each test, and the versions of what the dom0 has.
+`lab.py test` keeps in its cache what became of each test, and the versions of what the dom0 has.  What it has run
+nothing newer of, the table keeps: so a machine with an empty cache adds what it has seen.
 """
 
 import json
@@ -72,23 +73,47 @@ def cell(outcomes):
     return ", ".join(f"{count} {outcome}" for count, outcome in counts if count) or "–"
 
 
-def table():
-    """In Markdown: a column for each platform that has results."""
-    results = {platform: results_of(platform) for platform in PLATFORMS}
-    shown = [platform for platform in PLATFORMS if results[platform]]
-    rows = [["", *(PLATFORMS[platform] for platform in shown)], ["---"] * (len(shown) + 1)]
-    versions = {platform: versions_of(platform) for platform in shown}
-    for what in dict.fromkeys(what for found in versions.values() for what in found):
-        rows.append([what, *(versions[platform].get(what, "–") for platform in shown)])
+def tests_in(cell):
+    """Of how many tests a cell tells."""
+    return sum(int(word) for word in cell.split() if word.isdigit())
+
+
+def newest(outcomes, before):
+    """The cell of these outcomes, or the one that the document has: that a part of its tests has passed again says
+    nothing of the others."""
+    return cell(outcomes) if "failed" in outcomes or len(outcomes) >= tests_in(before) else before
+
+
+def parts_of(document):
+    """({(what, head): version}, {(feature, head): cell}) of the table in it; Podman, say, has a row in both."""
+    lines = document.partition(BEGIN)[2].partition(END)[0].split("\n")
+    rows = [[word.strip() for word in line[1:-1].split("|")] for line in lines if line]
+    parts, part = ({}, {}), 0
+    for first, *words in rows[2:]:
+        part = 1 if first == next(iter(FEATURES)) else part
+        parts[part].update({(first, head): word for head, word in zip(rows[0][1:], words)})
+    return parts
+
+
+def table(document):
+    """In Markdown: a column for each platform that has results here, or has one in the document."""
+    (old_versions, old_cells), results = parts_of(document), {name: results_of(name) for name in PLATFORMS}
+    shown = [name for name, head in PLATFORMS.items() if results[name] or head in {head for _, head in old_versions}]
+    heads, versions = [PLATFORMS[name] for name in shown], [versions_of(name) for name in shown]
+    rows = [["", *heads], ["---"] * (len(heads) + 1)]
+    for what in dict.fromkeys([what for what, _ in old_versions] + [what for found in versions for what in found]):
+        cells = [found.get(what) or old_versions.get((what, head), "–") for found, head in zip(versions, heads)]
+        rows.append([what, *cells])
     for feature in FEATURES:
-        of_it = [[o for test, o in results[platform].items() if feature_of(test) == feature] for platform in shown]
-        rows.append([feature, *map(cell, of_it)])
+        of_it = [[o for test, o in results[name].items() if feature_of(test) == feature] for name in shown]
+        rows.append([feature, *(newest(o, old_cells.get((feature, head), "–")) for o, head in zip(of_it, heads))])
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
 
 
 def main():
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.partition(END)[2])
+    document = DOCUMENT.read_text()
+    before, _, rest = document.partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + "\n" + table(document) + "\n" + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

@@ -303,17 +303,63 @@ def test_a_test_that_hangs_fails_and_what_the_machine_is_at_is_printed_and_the_n
     }  # fmt: skip
 
 
-def test_the_table_of_platforms_has_the_last_result_of_each_test_that_there_is(tmp_path, monkeypatch):
+TABLE = f"""Before.
+{platforms.BEGIN}
+| | amd64, bookworm | amd64, trixie |
+| --- | --- | --- |
+| Xen | 4.17.4 | 4.20.1 |
+| Podman | 4.3.1 | – |
+| a VM of type PVH | – | 1 passed |
+| Podman | 8 passed | – |
+| exec | 2 passed | 5 passed |
+| errors | 4 passed, 2 skipped | 3 passed |
+
+{platforms.END}Behind.
+"""
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Takes what a machine's cache keeps of one platform: {test: outcome}, and the version of Xen."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "runx").mkdir()
-    suite.versions_file("x86_64").write_text('{"Xen": "4.17.5"}')
-    life, gone = "test_xen_life.py::test_a_short_soak", "test_xen_life.py::test_that_was_removed"
-    suite.results_file("x86_64").write_text(json.dumps({life: ["passed", 1.0], gone: ["failed", 1.0]}))
-    suite.results_file("arm64").write_text(json.dumps({life + "[x]": ["skipped", 1.0], life: ["failed", 1.0]}))
-    rows = dict(line.strip("| \n").split(" | ", 1) for line in platforms.table().splitlines()[1:])
+
+    def keep(platform, outcomes, xen=None):
+        found = {f"test_xen_{test}": [outcome, 1.0] for test, outcome in outcomes.items()}
+        suite.results_file(platform).write_text(json.dumps(found))
+        if xen:
+            suite.versions_file(platform).write_text(json.dumps({"Xen": xen}))
+
+    return keep
+
+
+def test_the_table_of_platforms_has_the_last_result_of_each_test_that_there_is(kept):
+    life, gone = "life.py::test_a_short_soak", "life.py::test_that_was_removed"
+    kept("x86_64", {life: "passed", gone: "failed"}, "4.17.5")
+    kept("arm64", {life + "[x]": "skipped", life: "failed"})
+    rows = dict(line.strip("| ").split(" | ", 1) for line in platforms.table("").splitlines()[1:])
     of_life = next(feature for feature in rows if feature.startswith("life"))
     assert (rows["Xen"], rows[of_life]) == ("4.17.5 | –", "1 passed | 1 failed, 1 skipped")
     assert all(platforms.feature_of(f"{path.name}::test") for path in REPOSITORY.glob("tests/test_xen_*.py"))
+
+
+def test_the_table_of_platforms_keeps_what_nothing_newer_was_run_of(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(platforms, "DOCUMENT", tmp_path / "document")
+    platforms.DOCUMENT.write_text(TABLE)
+    platforms.main()
+    empty = platforms.DOCUMENT.read_text()
+    assert set(TABLE.splitlines()) <= set(empty.splitlines())
+    assert empty.startswith("Before.\n") and empty.endswith("Behind.\n")
+    tests = [f"errors.py::test_{name}" for name in ("no_xl", "no_kernel", "not_enough_memory")]
+    kept("x86_64", {tests[0]: "passed"})
+    kept("trixie-x86_64", {tests[0]: "skipped", tests[1]: "passed", tests[2]: "passed"}, "4.20.5")
+    platforms.main()
+    some = platforms.DOCUMENT.read_text()
+    changed = {"| Xen | 4.17.4 | 4.20.5 |", "| errors | 4 passed, 2 skipped | 2 passed, 1 skipped |"}
+    assert set(some.splitlines()) - set(empty.splitlines()) == changed
+    kept("x86_64", {tests[0]: "failed"})
+    platforms.main()
+    assert "| errors | 1 failed | 2 passed, 1 skipped |" in platforms.DOCUMENT.read_text()
 
 
 def test_jobs_side_by_side_have_their_statuses_and_each_line_comes_at_once(capfdbinary):
