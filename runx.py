@@ -508,20 +508,10 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
             select.select([pidfd], [], [], timeout)
 
 
-<<<<<<< HEAD
 def close_other_descriptors(keep: Collection[object]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                pass  # the one that listdir had open
-=======
-def close_other_descriptors(keep: set[int | None]) -> None:
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd not in keep:
             os.closerange(fd, fd + 1)  # the one that listdir had open is no error
->>>>>>> short1
 
 
 def close_standard(fd: int) -> None:
