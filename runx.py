@@ -7489,7 +7489,7 @@ def build(plan: Plan, holder: Holder, server: FileServer, report: int, commit: C
     if monitor.terminal and plan.config.process and plan.console_socket is not None:
         take_terminal(plan.console_socket, plan.config.process.console_size)
     holder.pid = commit.take_pid()
-    plan.container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid))
+    plan.container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)
     join_cgroups(plan.container.state.cgroups, holder.pid)
     holder.enter(builder.rootfs.is_served and not builder.rootfs.disk)
     if server.pid and (reason := server.hear()):
