@@ -82,8 +82,9 @@ class Guest:
     def __init__(self, bundle, process, server):
         self.bundle, self.process, self.server, self.left = bundle, process, server, b""
 
-    def line(self, start, seconds=120):
-        """Return what stands behind start in the next line that begins so: the kernel may write others."""
+    def line(self, start, seconds=600):
+        """Return what stands behind start in the next line that begins so: the kernel may write others.  seconds: after
+        which it hangs; thousands of requests take minutes on a slow machine."""
         while True:
             while b"\n" not in self.left:
                 assert select.select([self.process.stdout], [], [], seconds)[0], self.left
