@@ -56,6 +56,7 @@ install_boot_file() {
 }
 
 install -d "$sbin" "$lib" "$manual" "$completions"
+rm -rf "$lib/__pycache__" # what was compiled from another source
 install -m 644 "$here/runx.py" "$lib/runx.py"
 install -m 644 "$here/docs/runX.8" "$manual/runX.8"
 install -m 644 "$here/docs/runX.bash-completion" "$completions/runX"
@@ -80,7 +81,7 @@ mv "$sbin/runX.new" "$sbin/runX"
 
 # The compiled module is used only by the same version of Python, so a build host's does no harm. It has the path that the
 # module has on dom0, and no time: the same source and Python make the same file. Python takes it without a look at the
-# source, which would be a tenth of what it takes to load it, and it has no docstrings, which nobody reads there.
+# source, which would be an eighth of what it takes to load it, and it has no docstrings, which nobody reads there.
 if command -v python3 >/dev/null; then
     python3 -IS -c 'import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True, optimize=2,
         cfile=sys.argv[3] + "/__pycache__/runx." + sys.implementation.cache_tag + ".pyc",

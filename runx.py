@@ -1363,7 +1363,7 @@ class State(Record):
     starts_paused: bool = True  # the VM does not run before `start`
     # what is there of it
     boot: str = ""  # of which boot_id() all of it is
-    pid: int = 0  # the container's: the holder's
+    pid: int = 0  # the container's: the holder's, and until there is one the monitor's
     pid_start_time: int = 0
     monitor: list[int] = [0, 0]  # pid, start time
     cgroups: list[list[str]] = []  # [root, path] of each
@@ -1628,6 +1628,8 @@ class Container:
         try:
             with Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK)) as fd:
                 os.write(fd, request.encode() + b"\n")
+        except BlockingIOError:
+            raise Error(f"the monitor of container {self.id} takes no more requests: is xl stuck?") from None
         except OSError:  # no such file, or nobody reads it
             raise NotRunning() from None
 
@@ -4634,6 +4636,7 @@ RLERROR, TREAD, TWRITE = 7, 116, 118
 NINEP_SIZED = {40: 19, 116: 19}  # where a request says how long its reply may be: Treaddir, Tread
 # v9fs truncates a file, or opens it to do so, while what it has written before is still on its way in the other ring
 NINEP_ORDERED = {12, 26, 50, 108}  # Tlopen, Tsetattr, Tfsync, Tflush
+NINEP_MAKING = {14, 16, 18, 72}  # Tlcreate, Tsymlink, Tmknod, Tmkdir: they end with the maker's group
 NINEP_NUMBERS = {kind: struct.Struct("<" + kind.replace("F", "I")) for kind in "BFHIQq"}
 NINEP_HEADER, QID, NINEP_DIRENT = (struct.Struct(form) for form in ("<IBH", "<BIQ", "<QBH"))
 NINEP_ATTR = struct.Struct("<Q13s3I5Q6q4Q")
@@ -4714,7 +4717,8 @@ class NinePFids(Protocol):
         fields = [self.fid(each) if of == "F" else each for of, each in zip(form, ninep_fields(data, form))]
         fid = fields[0] if form.startswith("F") else None
         if fid and fid.node.sizeless:  # dom0's kernel looks at who asks
-            return self.files.as_asker((fid.uid, NOBODY if fid.uid else 0), handler, *fields)
+            gid: Any = fields[-1] if kind in NINEP_MAKING else NOBODY if fid.uid else 0
+            return self.files.as_asker((fid.uid, gid), handler, *fields)
         return handler(*fields)
 
     def read(self, fid: Fid, offset: int, size: int) -> tuple[bytes, int]:
@@ -6392,9 +6396,12 @@ class Holder:
         """Make it, as the first process of a new pid namespace.  Raise Error."""
         with Attempt("make a pid namespace"), Descriptor(os.open("/proc/self/ns/pid", os.O_RDONLY)) as home:
             system_call("unshare", CLONE_NEWPID)
-            self.pid = os.fork()
-            if self.pid:
-                system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
+            self.pid = -1
+            try:
+                self.pid = os.fork()
+            finally:
+                if self.pid:
+                    system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
         if self.pid == 0:
             run_holder(config, share, self.other)
         self.other.close()
@@ -6772,7 +6779,7 @@ class Builder:
             check_executable(config.rootfs, config.process, config.mounts)
         if self.rootfs.disk:
             detach(os.path.join(self.share, "rootfs"))
-        state = json_text({**self.container.public_state("created"), "pid": 1})  # of startContainer hooks, in the VM
+        state = json_text({**self.container.public_state("created"), "pid": 1})  # for startContainer hooks, in the VM
         with Attempt("write the container's ramdisk"):
             self.ramdisk, path = self.rootfs.open_ramdisk(self.container)
             capabilities = self.rootfs.pack(self.ramdisk, self.sizes["memory"])

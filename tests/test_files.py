@@ -1014,6 +1014,17 @@ def test_ninep_has_files_without_a_size_read_directly_and_with_the_askers_rights
     assert ninep.request("readlink", 3)[0] == errno.EACCES
 
 
+def test_ninep_makes_files_without_a_size_as_the_makers(shared):
+    path = make_folder(shared.host / "queues")
+    runx.mount("mqueue", path, 0, "mqueue")
+    ninep = served.NinePGuest(runx.NineP(os.open(path, os.O_PATH), 0), uid=1000)
+    ninep.walk(1)
+    ninep.done("lcreate", 1, b"queue", os.O_RDWR, 0o600, 1001)
+    status = os.stat(f"{path}/queue")
+    runx.detach(path)
+    assert (status.st_uid, status.st_gid) == (1000, 1001)
+
+
 def test_ninep_follows_no_name_out_of_the_share(ninep, tmp_path):
     for name in BAD_NAMES:
         errors = {

@@ -144,3 +144,11 @@ def test_what_is_installed_runs_as_it_was_compiled_without_a_look_at_the_source(
     (tmp_path / "lib/runX/runx.py").write_text("not a module")
     result = call(str(tmp_path / "sbin/runX"), "--version")
     assert (result.returncode, result.stdout.split(b"\n")[0]) == (0, f"runX version {runx.VERSION}".encode())
+
+
+def test_what_was_compiled_from_an_older_module_does_not_stay(tmp_path):
+    (tmp_path / "lib/runX/__pycache__").mkdir(parents=True)
+    older = tmp_path / "lib/runX/__pycache__/runx.cpython-30.pyc"
+    older.write_text("of another Python")
+    install("", prefix=str(tmp_path))
+    assert not older.exists()
