@@ -303,12 +303,6 @@ def test_a_test_that_hangs_fails_and_what_the_machine_is_at_is_printed_and_the_n
     }  # fmt: skip
 
 
-def test_where_no_time_is_left_tests_are_skipped_and_the_reason_is_printed(run_tests):
-    done, results, _ = run_tests("-rs", LAB_DEADLINE="0")
-    assert b"there is no time left for it: CI ends after 90 minutes" in done.stdout
-    assert (done.returncode, {outcome for outcome, _ in results.values()}) == (0, {"skipped"})
-
-
 TABLE = f"""Before.
 {platforms.BEGIN}
 | | amd64, bookworm | amd64, trixie |

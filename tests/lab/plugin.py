@@ -8,7 +8,6 @@ A failure is printed when it happens, not only at the end.  In the environment:
                         PATH.versions those of Xen, Linux and the engines: {what: version}
     LAB_SECONDS=FILE    the same of earlier runs: what took longest then begins now
     LAB_TIME_LIMIT=S    a test that has not ended by then fails, and what the machine is at is printed
-    LAB_DEADLINE=S      no test begins so many seconds after the run has: it is skipped
 
 Tests of one class, and those of one module that share a fixture, stay together and in their order.
 """
@@ -23,14 +22,12 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 LOOKS = ("ps -eo pid,ppid,stat,etimes,wchan:20,args", "xl list", "xenstore-ls -fp /local")  # at a machine that hangs
-BEGAN = time.monotonic()
 TO_CLEAN_UP = 60  # seconds, for what a test does after it has failed
 VERSIONS = {  # what tells them
     "Xen": "xl info", "Linux": "uname -r", "Python": "python3 --version", "containerd": "containerd --version",
@@ -114,12 +111,6 @@ def pytest_runtest_protocol() -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, float(os.environ.get("LAB_TIME_LIMIT", "0")), TO_CLEAN_UP)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    if time.monotonic() - BEGAN > float(os.environ.get("LAB_DEADLINE", "inf")):
-        pytest.skip("there is no time left for it: CI ends after 90 minutes")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
