@@ -6972,7 +6972,8 @@ class Loop:
     and its output is delivered.
 
     number: the process's, of the guest protocol.  phase: "serving"; "draining", when it has ended and the readers of
-    its output have until `deadline`, or for ever; "done".  deadline: when it is to have ended, or 0.
+    its output have until `deadline`, or for ever; "done".  deadline: when it is to have ended, or 0.  look_at: when to
+    look whether the domain has ended, where xl could not tell; else 0.
     """
 
     streams: Streams
@@ -6986,7 +6987,7 @@ class Loop:
         self.terminal = terminal
         self.log = log
         self.phase = "serving"
-        self.deadline = 0.0
+        self.deadline = self.look_at = 0.0
         self.status = 255
         self.channels = EventChannels()
         devices = consoles_of(domain, number)[:consoles]
@@ -7010,7 +7011,8 @@ class Loop:
                 poll.register(fd, select.POLLIN)
             for fd, events in self.streams.interests():
                 poll.register(fd, events)
-            timeout = max(0, (self.deadline - time.monotonic()) * 1000) if self.deadline else None
+            wake_at = min(filter(None, (self.deadline, self.look_at)), default=0)
+            timeout = max(0, (wake_at - time.monotonic()) * 1000) if wake_at else None
             ready = {fd for fd, _ in poll.poll(0 if self.xenstore.events else timeout)}
             if self.xenstore.events:
                 ready.add(self.xenstore.fd)
@@ -7164,6 +7166,7 @@ def send_descriptor(target: str | int, message: bytes, fd: int) -> None:
 # again, whatever the reason for the end.
 
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
+LOOK_AGAIN = 5.0  # seconds until xl is asked again whether the domain lives, when it could not tell
 CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
 
 # how a domain ended that has not told an exit status: exit status, reason.  A pid namespace under runc ends
@@ -7325,6 +7328,11 @@ class Monitor(Loop):
             found[self.boot_console.fd] = self.boot_console.read
         return {**found, **dict.fromkeys(self.execs.carriers, self.execs.look)}
 
+    def advance(self, ready: set[int]) -> None:
+        super().advance(ready)
+        if self.look_at and time.monotonic() >= self.look_at:
+            self.check_domain()
+
     def explain(self, message: str, reason: str = "") -> None:
         """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
         self.boot_console.report(self.log, message)
@@ -7361,12 +7369,14 @@ class Monitor(Loop):
 
     def check_domain(self) -> None:
         """Look whether it was ours, when some domain has ended."""
+        self.look_at = 0.0
         if not self.is_open() or seen_alive(self.domain.domid):
             return
         try:
             end = self.domain.end()
-        except Error as error:  # xl is stuck, or has no memory: the next end of a domain is the next chance
-            self.log.warn(str(error))
+        except Error as error:  # xl is stuck, or has no memory
+            self.log.warn(f"{error}; whether the VM has ended is asked again in {LOOK_AGAIN:.0f} s")
+            self.look_at = time.monotonic() + LOOK_AGAIN
             return
         if end:
             self.take_exit_status()  # which the guest may have told just before
@@ -7397,7 +7407,7 @@ class Monitor(Loop):
 
     def handle_control(self) -> None:
         """Requests of other runX processes: "kill N", "destroy N" (N: a signal), "exec N PID", a line each."""
-        for line in os.read(self.control, 4096).decode("ascii").splitlines():
+        for line in os.read(self.control, 1 << 16).decode("ascii").splitlines():  # all that a pipe holds
             verb, number, *pid = line.split()
             if verb == "exec":
                 self.execs.take(int(number), int(pid[0]))

@@ -2,6 +2,7 @@
 """The life of a container in a dom0 without Xen: what each command does in each state (docs/lifecycle.md)."""
 
 import json
+import os
 
 import pytest
 from conftest import wait_until
@@ -433,6 +434,35 @@ def test_one_that_is_destroyed_by_hand(dom0):
     dom0.ask("destroy", container.domid())
     assert (container.wait(), container.status()) == (137, "stopped")
     assert "the VM was destroyed; exit status 137" in container.log_text()
+    remove(container)
+
+
+def test_an_end_that_xl_cannot_tell_of_is_asked_for_again(dom0):
+    """Once when it looks at all domains, once at the one, and when it asks again."""
+    dom0.constants["LOOK_AGAIN"] = 0.05
+    container = bring(dom0, "running", "wait")
+    for nth in (1, 2, 3, 4):
+        dom0.fail("xl", nth, "no luck", match="list")
+    dom0.ask("end", container.domid(), "c")
+    assert container.wait() == 255
+    dom0.forget()
+    assert "the VM crashed; exit status 255" in container.log_text()
+    assert "xl list failed: no luck; whether the VM has ended is asked again in 0 s" in container.log_text()
+    remove(container)
+
+
+def test_requests_by_the_hundred_are_all_understood(dom0):
+    """As they wait for a monitor that an xl keeps busy: they are more than a page."""
+    container = bring(dom0, "running", "ignore", "wait")
+    monitor = container.stored()["monitor"][0]
+    dom0.signal(monitor, 19)
+    control = os.open(container.root / container.id / "control", os.O_WRONLY | os.O_NONBLOCK)
+    for _ in range(1000):
+        os.write(control, b"kill 9\n")
+    os.close(control)
+    dom0.signal(monitor, 18)
+    assert container.wait() == 137
+    assert container.log_text() == ""
     remove(container)
 
 
