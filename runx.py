@@ -7546,11 +7546,12 @@ def clean_up(container: Container, log: Log) -> bool:
     living = find_domain(xenstore, state.uuid) or find_half_built(xenstore, state.uuid)
     domain = living or Domain(xenstore, state.domid, state.uuid)
     devices = [Device(domain, kind, number) for kind, number in state.devices]
-    devices += [console for number in carriers_of(container) for console in consoles_of(domain, number)]
     if living:
         for device in devices:
             device.unlist()
         living.destroy()
+    # of `exec`, which announces them only as long as there is a domain
+    devices += [console for number in carriers_of(container) for console in consoles_of(domain, number)]
     ours, what = f"/vm/{state.uuid}", f"remove what {state.name} has had in dom0"
     done = [log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)]
     if domain.domid and xenstore.read(f"{domain.path}/vm", ours) == ours:  # else it is another VM's by now

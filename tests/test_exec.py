@@ -461,6 +461,21 @@ def test_what_a_killed_monitor_leaves_delete_withdraws(dom0):
     remove(container)
 
 
+def test_one_that_comes_while_the_vm_is_taken_down_leaves_nothing(dom0):
+    """The monitor does not listen any more, and the domain is still there."""
+    container = running(dom0)
+    domid = container.domid()
+    dom0.fail("xl", 1, "slow", match="destroy")
+    assert dom0.run(*container.words("kill", container.id, "TERM")).returncode == 0
+    dom0.ask("await_calls", "xl", "destroy")
+    process = execute(container)
+    dom0.ask("await_node", f"/local/domain/{domid}/device/console/3/backend")
+    dom0.ask("release")
+    assert container.wait() == 143
+    assert process.wait().stderr == "runX: exec failed: container not running\n"
+    remove(container)
+
+
 @pytest.mark.parametrize("how", ["EIO", "kill"])
 def test_whatever_fails_and_whoever_is_killed_nothing_is_left(dom0, how):
     def life(arm):
