@@ -6274,13 +6274,15 @@ def make_silent(netlink: Rtnetlink, index: int) -> None:
 
 def end_redirects(state: State) -> None:
     """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
+    is_held = process_start_time(state.pid) == state.pid_start_time
     for vif in (Vif(**fields) for fields in state.plugged):
         if state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
-            end_redirection(vif, state.domid, state.namespace)
+            end_redirection(vif, state.domid, state.namespace, is_held)
 
 
-def end_redirection(vif: Vif, domid: int, namespace: str) -> None:
-    """Undo redirect() between a vif and the link that it is joined to, as far as they are still there."""
+def end_redirection(vif: Vif, domid: int, namespace: str, is_held: bool = True) -> None:
+    """Undo redirect() between a vif and the link that it is joined to, as far as they are still there.  is_held: the
+    container has the namespace; else it may be another one's by now, and so may the redirection."""
     ours = f"vif{domid}."
     try:
         netlink = Rtnetlink(namespace)
@@ -6289,7 +6291,7 @@ def end_redirection(vif: Vif, domid: int, namespace: str) -> None:
         ends = [link for link in links if (link.index == vif.index if vif.index else link.name == vif.device)]
         ends += [link for link in links if link.name == f"{ours}{vif.number}"]
         others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
-        for link in ends if not others else ():  # else it is that of another VM which has come after ours
+        for link in ends if is_held or not others else ():
             end_redirect(netlink, link.index)
     except OSError:
         pass  # the engine has taken the interface or the namespace away

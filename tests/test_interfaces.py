@@ -112,6 +112,17 @@ def test_a_namespace_belongs_to_one_vm(dom0, engines):
     assert second.runx("delete").returncode == 0
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_redirection_ends_with_the_vm_but_not_that_of_one_which_came_later(dom0, ip, engines, killed):
+    """Beside the vif of another VM, of before or, where the holder was killed, perhaps of after it."""
+    container = engines("wait").started()
+    ip("-n", "engine", "link", "add", "vif999.0", "type", "veth", "peer", "name", "guest999.0")
+    dom0.signal(container.pid(), 9 if killed else 15)
+    finish(container, -9 if killed else 143)
+    assert links(ip, "engine")["eth0"].get("ifalias") == ("redirected" if killed else None)
+    ip("-n", "engine", "link", "delete", "vif999.0")
+
+
 def test_an_empty_namespace_asks_xenstore_nothing(dom0):
     container = dom0.container("wait", linux={"namespaces": namespaces()}).created()
     dom0.forget()
