@@ -7527,13 +7527,19 @@ def report_failure(report: int, failure: str) -> None:
 
 def take_down(container: Container, log: Log) -> None:
     """Undo what is outside the container's folder, as far as it came."""
-    try:
-        container.load()  # `start` has added to it
-    except Error:
-        pass
     if clean_up(container, log) and os.path.exists(container.path("control")):
         os.unlink(container.path("control"))  # tells delete that nothing is left outside the folder
     log.about(container.id).debug("the domain is gone")
+
+
+def refresh(container: Container) -> State:
+    """Return the container's state with what `create`, `start` and `exec` have added: they note all before they
+    announce it, and announce nothing when the domain is gone."""
+    try:
+        container.load()
+    except Error:
+        pass  # what we know is what there is
+    return container.state
 
 
 def clean_up(container: Container, log: Log) -> bool:
@@ -7541,18 +7547,18 @@ def clean_up(container: Container, log: Log) -> bool:
 
     What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
     """
-    state = container.state
+    state = refresh(container)
     if not state.uuid:
         return True  # it came no further
     xenstore = Xenstore()
     living = find_domain(xenstore, state.uuid) or find_half_built(xenstore, state.uuid)
     domain = living or Domain(xenstore, state.domid, state.uuid)
-    devices = [Device(domain, kind, number) for kind, number in state.devices]
     if living:
-        for device in devices:
-            device.unlist()
+        for kind, number in state.devices:
+            Device(domain, kind, number).unlist()
         living.destroy()
-    # of `exec`, which announces them only as long as there is a domain
+        state = refresh(container)
+    devices = [Device(domain, kind, number) for kind, number in state.devices]
     devices += [console for number in carriers_of(container) for console in consoles_of(domain, number)]
     ours, what = f"/vm/{state.uuid}", f"remove what {state.name} has had in dom0"
     done = [log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)]

@@ -119,8 +119,23 @@ def test_the_redirection_ends_with_the_vm_but_not_that_of_one_which_came_later(d
     ip("-n", "engine", "link", "add", "vif999.0", "type", "veth", "peer", "name", "guest999.0")
     dom0.signal(container.pid(), 9 if killed else 15)
     finish(container, -9 if killed else 143)
-    assert links(ip, "engine")["eth0"].get("ifalias") == ("redirected" if killed else None)
+    assert redirected(ip) == (["eth0"] if killed else [])
     ip("-n", "engine", "link", "delete", "vif999.0")
+
+
+def test_what_is_plugged_while_the_vm_is_taken_down_leaves_nothing(dom0, ip, engines):
+    container = engines("wait").created()
+    dom0.fail("xl", 1, "slow", match="destroy")
+    dom0.ask("end", container.domid(), "c")
+    dom0.ask("await_calls", "xl", "destroy")
+    add(ip, "eth1", "02:00:00:00:00:11")
+    started = container.start_runx("start")
+    dom0.ask("await_node", f"/local/domain/{container.domid()}/data/process/0/start")
+    assert "eth1" in redirected(ip)
+    dom0.ask("release")
+    assert "the VM crashed" in started.wait().stderr
+    finish(container, 255)
+    assert redirected(ip) == []
 
 
 def test_an_empty_namespace_asks_xenstore_nothing(dom0):
