@@ -6186,7 +6186,7 @@ def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interfac
     name = f"vif{domain.domid}.{vif.number}"
     vif.mac = ""
     note_vif(container, vif)
-    end_redirection(vif, domain.domid, interface.namespace)
+    end_redirection(container.state, vif)
     with Attempt(f"connect the VM to {interface.device}"):
         link = Rtnetlink(interface.namespace).find_link(name)
     if not link:
@@ -6199,7 +6199,7 @@ def unplug(container: Container, vif: Device) -> None:
     state = container.state
     for each in (Vif(**fields) for fields in state.plugged):
         if each.number == vif.number and each.device:
-            end_redirection(each, vif.domain.domid, each.namespace)
+            end_redirection(state, each)
     state.plugged = [fields for fields in state.plugged if fields["number"] != vif.number]
     container.release(vif)
 
@@ -6274,16 +6274,19 @@ def make_silent(netlink: Rtnetlink, index: int) -> None:
 
 def end_redirects(state: State) -> None:
     """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
-    is_held = process_start_time(state.pid) == state.pid_start_time
     for vif in (Vif(**fields) for fields in state.plugged):
         if state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
-            end_redirection(vif, state.domid, state.namespace, is_held)
+            end_redirection(state, vif)
 
 
-def end_redirection(vif: Vif, domid: int, namespace: str, is_held: bool = True) -> None:
-    """Undo redirect() between a vif and the link that it is joined to, as far as they are still there.  is_held: the
-    container has the namespace; else it may be another one's by now, and so may the redirection."""
-    ours = f"vif{domid}."
+def end_redirection(state: State, vif: Vif) -> None:
+    """Undo redirect() between a vif and the link that it is joined to, as far as they are still there."""
+    ours, namespace = f"vif{state.domid}.", vif.namespace
+    is_held = process_start_time(state.pid) == state.pid_start_time  # else it may be another container's by now
+    if not is_held and namespace == f"/proc/{state.pid}/ns/net":
+        if not state.namespace:
+            return  # it ended with the holder
+        namespace = state.namespace
     try:
         netlink = Rtnetlink(namespace)
         links = netlink.links()

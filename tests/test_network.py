@@ -1027,6 +1027,10 @@ def test_ends_of_a_redirection(namespaces):
     assert not end()  # vif8 is another VM's
     ip("link set vif8 name other", namespaces)
     assert not end(plugged=[{**vif, "device": ""}])
+    # by a command that finds the holder killed, too; where the namespace was its own, that is gone
+    for namespace, stays in (("", True), (namespaces, False)):
+        runx.end_redirection(runx.State(domid=7, namespace=namespace), runx.Vif(**both[1]))
+        assert (b"ingress" in runx.in_namespace(namespaces, look)) is stays
     assert end() and end()
 
 
