@@ -30,7 +30,7 @@ COMMANDS = (
 SIGNALS = ("KILL", "KILL", "TERM", "USR1", "WINCH", "0")
 ERRORS = ("EIO", "ENOSPC", "close", "kill", "destroy")  # of xenstore: see Dom0.fail()
 # seconds that would make it slow
-CONSTANTS = {"XL_TIME_LIMIT": 5, "KILL_GRACE": 0.3, "EXEC_TIME_LIMIT": 3.0, "LOOK_AGAIN": 0.2}
+CONSTANTS = {"XL_TIME_LIMIT": 5, "KILL_GRACE": 0.3, "EXEC_TIME_LIMIT": 3.0, "LOOK_AGAIN": 0.2, "VIF_TIME_LIMIT": 2}
 NETWORKS = ("one", "two")  # an engine's namespaces, for a container each
 
 
