@@ -7374,13 +7374,14 @@ class Monitor(Loop):
 
     def check_domain(self) -> None:
         """Look whether it was ours, when some domain has ended."""
-        self.look_at = 0.0
+        again, self.look_at = self.look_at, 0.0
         if not self.is_open() or seen_alive(self.domain.domid):
             return
         try:
             end = self.domain.end()
         except Error as error:  # xl is stuck, or has no memory
-            self.log.warn(f"{error}; whether the VM has ended is asked again in {LOOK_AGAIN:.0f} s")
+            if not again:
+                self.log.warn(f"{error}; whether the VM has ended is asked again every {LOOK_AGAIN:.0f} s")
             self.look_at = time.monotonic() + LOOK_AGAIN
             return
         if end:
