@@ -8449,16 +8449,16 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_quantity(name: str, text: str) -> int | str:
-    """An integer, with k, m or g behind a number of bytes, as in 64m, 64MB or 64MiB; what is no number for runc either
-    is text."""
+    """An integer, with k, m, g, t or p behind a number of bytes, as in 64m, 0.5g, 64MB or 64MiB; what is no number for
+    runc either is text."""
     if name in TEXTS:
         return text
     digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
-    if "memory" in name and digits and digits[-1] in "kmg":
-        digits, scale = digits[:-1], 1024 ** (1 + "kmg".index(digits[-1]))
+    if "memory" in name and digits and digits[-1] in "kmgtp":
+        digits, scale = digits[:-1], 1024 ** (1 + "kmgtp".index(digits[-1]))
     try:
-        return int(digits) * scale
-    except ValueError:
+        return int(float(digits) * scale) if "memory" in name else int(digits)
+    except (ValueError, OverflowError):
         raise Error(f"option --{name} of update needs a number, not {text!r}") from None
 
 
@@ -8533,10 +8533,8 @@ def apply_resources(container: Container, new: Resources, old: Resources | None)
 
 def command_list(call: Invocation) -> None:
     """As `runc list`: a table, --format json, or --quiet for ids alone."""
-    states, made = [], os.path.isdir(call.root)
-    if not made and call.root != DEFAULT_ROOT:
-        raise Error(f"there is no root {printable(call.root)}")
-    for name in sorted(os.listdir(call.root)) if made else ():
+    states = []
+    for name in sorted(os.listdir(call.root)) if os.path.exists(call.root) else ():
         try:
             container = Container(call.root, name).load()
             states.append({**container.public_state(), "owner": owner_of(container.folder)})
@@ -8547,13 +8545,13 @@ def command_list(call: Invocation) -> None:
     if "quiet" in call.options:
         print("".join(f"{state['id']}\n" for state in states), end="")
     elif output_format(call) == "json":
-        print_json(states or None)  # null for none, as runc's
+        print_json(states or None, None)  # null for none, as runc's
     else:
         heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
         rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
-        widths = [max(map(len, column)) for column in zip(*rows)]
+        widths = [max(12, 3 + max(map(len, column))) for column in zip(*rows)]
         for row in rows:
-            print("   ".join(map(str.ljust, row, widths)).rstrip())
+            print("".join(map(str.ljust, row, widths)).rstrip())
 
 
 def owner_of(path: str) -> str:
@@ -8750,16 +8748,17 @@ def is_set(name: str, value: str | None) -> bool:
 
 
 def parse_globals(words: list[str], options: dict[str, Any]) -> None:
-    """Take the options before the command off words, into options; one that runX does not know is passed over."""
+    """Take the options before the command off words, into options.  Raise Error."""
     while words and words[0].startswith("-"):
-        name, value = split_option(words.pop(0))
-        if value is None and name in GLOBAL_VALUES and name != "rootless":
+        name, value = split_option(word := words.pop(0))
+        if word == "--":
+            break
+        if name not in GLOBAL_FLAGS | GLOBAL_VALUES:
+            raise Error(f"there is no option {printable(word)} before the command: see runX --help")
+        if value is None and name in GLOBAL_VALUES:
             if not words:
                 raise Error(f"option --{name} needs a value")
             value = words.pop(0)
-        elif value is None and name not in GLOBAL_FLAGS and len(words) > 1 and words[0] not in COMMANDS:
-            if not words[0].startswith("-") and words[0] not in UNSUPPORTED:
-                value = words.pop(0)
         if name not in GLOBAL_FLAGS or is_set(name, value):
             options[name] = True if value is None else value
 
@@ -8802,7 +8801,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
     if "version" in options:
         print(f"runX version {VERSION}\nspec: 1.3.0")
         return None
-    if options.get("log-format", "text") not in ("text", "json"):
+    if options.get("log-format") not in (None, "", "text", "json"):
         raise Error(f"invalid log-format: {options['log-format']}")
     refused_help = words and words[0] in UNSUPPORTED and words[1:] in (["-h"], ["--help"])
     if "help" in options or not words or words[0] in ("help", "h") or refused_help:
@@ -8812,7 +8811,9 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
     if command in UNSUPPORTED:
         raise Error(f"runX does not support {command}")
     if command not in COMMANDS:
-        raise Error(f"unknown command {command!r}: see runX --help")
+        unknown = Error(f"unknown command {command!r}: see runX --help")
+        unknown.exit_status = 3  # runc's
+        raise unknown
     command_options, arguments = parse_options(command, words)
     if "help" in command_options:
         print(usage_of(command))
