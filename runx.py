@@ -8667,7 +8667,7 @@ def command_pack_initrd(call: Invocation) -> None:
 # Hand-made, because argparse costs more than most commands, and because engines write options in Go's
 # manner: --x v, --x=v, -x v.  Every failure ends in main().
 
-CREATE_FLAGS = {"no-pivot", "no-new-keyring", "detach", "no-subreaper", "keep"}
+CREATE_FLAGS = {"no-pivot", "no-new-keyring"}
 CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
 SHORT = {
     "b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet", "r": "resources", "h": "help", "v": "version",
@@ -8682,7 +8682,7 @@ EXEC_VALUES = {"process", "cwd", "user", "apparmor", "process-label", "pid-file"
 COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str], int]] = {
     "create": (command_create, CREATE_FLAGS, CREATE_VALUES, 1),
     "start": (command_start, set(), set(), 1),
-    "run": (command_run, CREATE_FLAGS, CREATE_VALUES, 1),
+    "run": (command_run, CREATE_FLAGS | {"detach", "keep", "no-subreaper"}, CREATE_VALUES, 1),
     "state": (command_state, set(), set(), 1),
     "kill": (command_kill, {"all"}, {"signal"}, 2),
     "delete": (command_delete, {"force"}, set(), 1),

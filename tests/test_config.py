@@ -851,6 +851,8 @@ def test_options_may_follow_the_id():
 def test_unknown_options_are_refused():
     with pytest.raises(runx.Error, match="create has no option --bogus"):
         parse("create", "--bogus", "x")
+    with pytest.raises(runx.Error, match="create has no option --detach"):  # of `run` alone
+        parse("create", "--detach", "x")
     for unknown in (["--new"], ["--new=1"], ["-new", "value"], ["-x"]):
         with pytest.raises(runx.Error, match=f"there is no option {unknown[0]} before the command"):
             parse("--root", "/r", *unknown, "state", "x")
