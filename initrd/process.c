@@ -417,7 +417,10 @@ static void fail_exec(int status, const char *path, const char *reason)
 	die_in_words(status, operation, reason);
 }
 
-/* Not by execvp(3): glibc's has /bin/sh run a file that is no program.  Nothing else before, for the filter holds. */
+/*
+ * Not by execvp(3): glibc's has /bin/sh run a file that is no program, and both go past one that somebody else may
+ * execute, or whose interpreter is missing.  Nothing else before, for the filter holds.
+ */
 void execute(const sigset_t *before)
 {
 	const char *name = settings.args[0], *path = getenv("PATH");
@@ -433,9 +436,12 @@ void execute(const sigset_t *before)
 		fail_exec(status, missing ? name : NULL, strerror(missing ? errno : reason));
 	}
 	while ((folder = strsep(&left, ":"))) {
-		execv(concatenate(*folder ? folder : ".", "/", name), settings.args);
-		if (errno != ENOENT && errno != ENOTDIR && errno != EACCES)
-			fail_exec(CANNOT_EXECUTE, NULL, strerror(errno));
+		size_t len = strlen(folder);
+		const char *file = concatenate(*folder ? folder : ".", len && folder[len - 1] == '/' ? "" : "/", name);
+		execv(file, settings.args);
+		int reason = errno, found = stat(file, &st) == 0 && !S_ISDIR(st.st_mode) && st.st_mode & 0111;
+		if (found || (reason != ENOENT && reason != ENOTDIR && reason != EACCES))
+			fail_exec(reason == ENOENT ? NOT_FOUND : CANNOT_EXECUTE, NULL, strerror(reason));
 	}
 	fail_exec(NOT_FOUND, NULL, "executable file not found in $PATH");
 }
