@@ -8160,7 +8160,7 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
     capabilities = {name: own.section("capabilities").texts(name) for name in CAPABILITY_SETS}
     for name in ("bounding", "effective", "permitted"):
         capabilities[name] += options.get("cap", [])
-    uid, _, gid = options.get("user", "").partition(":")
+    uid, colon, gid = options.get("user", "").partition(":")
     groups = [parse_user_number("gid", text) for text in options.get("additional-gids", [])]
     return {
         **own.values,
@@ -8172,8 +8172,8 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
         "capabilities": capabilities if "cap" in options else own.values.get("capabilities"),
         "user": {
             **user.values,
-            "uid": parse_user_number("uid", uid) if uid else user.unsigned("uid", 32),
-            "gid": parse_user_number("gid", gid) if gid else user.unsigned("gid", 32),
+            "uid": parse_user_number("uid", uid) if uid or colon else user.unsigned("uid", 32),
+            "gid": parse_user_number("gid", gid) if colon else user.unsigned("gid", 32),
             "additionalGids": user.each("additionalGids", Section.unsigned, 32, REQUIRED) + groups,
         },
     }
@@ -8181,7 +8181,7 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
 
 def parse_user_number(what: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) < 1 << 32):
-        raise Error(f"bad {what}: {printable(text)} is no number of a user or group")
+        raise Error(f"bad {what}: {printable(text) or repr(text)} is no number of a user or group")
     return int(text)
 
 
