@@ -6636,12 +6636,12 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
 
 
 def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
-    """Find process.args[0] in root as execvp(3) will in the guest; raise Error in runc's words.  What a mount of the
-    guest's may cover is not judged here; the guest says it on standard error."""
+    """Find process.args[0] in root as the guest will; raise Error in runc's words.  What a mount of the guest's may
+    cover is not judged here; the guest says it on standard error."""
     name = process.args[0]
     by_path, reason = "/" not in name, "executable file not found in $PATH"
-    path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
-    for folder in path.split(":") if by_path else [""]:
+    path = next((value[5:] for value in process.env if value.startswith("PATH=")), "")
+    for folder in (path.split(":") if path else []) if by_path else [""]:
         candidate = os.path.join(process.cwd, folder, name)
         if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
             return
@@ -6654,7 +6654,10 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
             reason = reason if by_path else f"stat {name}: {os.strerror(error.errno).lower()}"
             continue
         if stat.S_ISREG(mode) and mode & 0o111:
-            return
+            if not by_path or folder.startswith("/"):
+                return
+            reason = "cannot run executable found relative to current directory"
+            break
         reason = reason if by_path else "permission denied"
     raise Error(f'unable to start container process: exec: "{name}": {reason}')
 

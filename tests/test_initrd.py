@@ -141,8 +141,8 @@ int main(int argc, char **argv)
 	} else if (!strcmp(argv[1], "execute")) {
 		sigset_t none;
 		sigemptyset(&none);
-		setenv("PATH", "/no/such:/folder/:/file:/etc", 1);
-		settings.args = word;
+		setenv("PATH", word[0], 1);
+		settings.args = word + 1;
 		execute(&none);
 	} else if (!strcmp(argv[1], "show")) {
 		puts(word[0]);
@@ -284,8 +284,24 @@ def test_what_cannot_be_executed_is_told_in_runcs_words(process, root, name, sta
         path.chmod(mode)
     (root / "etc/script").write_text("#!/program show")
     (root / "etc/script").chmod(0o755)
-    result = run_in(root, process, "execute", name)
+    result = run_in(root, process, "execute", "/no/such:/folder/:/file:/etc", name)
     assert (result.returncode, result.stderr) == (status, f'exec: "{name}": {reason}\n')
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("", "executable file not found in $PATH"),
+        ("/folder::/etc", "cannot run executable found relative to current directory"),
+        ("none:.", "cannot run executable found relative to current directory"),
+        ("folder:none", "executable file not found in $PATH"),
+    ],
+)
+def test_no_program_is_looked_for_in_the_working_directory(process, root, path, reason):
+    for file in ("one", "etc/one"):
+        (root / file).write_text("#!/program show")
+        (root / file).chmod(0o755)
+    assert run_in(root, process, "execute", path, "one").stderr == f'exec: "one": {reason}\n'
 
 
 @pytest.mark.parametrize("name, path", [("one", "/folder/one"), ("two", "/etc/two"), ("/etc/two", "/etc/two")])
@@ -293,7 +309,7 @@ def test_a_program_is_told_where_in_path_it_is(process, root, name, path):
     for file, mode in (("folder/one", 0o755), ("folder/two", 0o644), ("etc/one", 0o755), ("etc/two", 0o755)):
         (root / file).write_text("#!/program show")
         (root / file).chmod(mode)
-    assert run_in(root, process, "execute", name).stdout == f"{path}\n"
+    assert run_in(root, process, "execute", "/no/such:/folder/:/etc", name).stdout == f"{path}\n"
 
 
 def test_a_working_directory_that_cannot_be_entered_is_told_in_runcs_words(process, root):
