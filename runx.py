@@ -8457,10 +8457,13 @@ def parse_quantity(name: str, text: str) -> int | str:
     if name in TEXTS:
         return text
     digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
-    if "memory" in name and digits and digits[-1] in "kmgtp":
+    is_size = "memory" in name and text != "-1"
+    if is_size and digits and digits[-1] in "kmgtp":
         digits, scale = digits[:-1], 1024 ** (1 + "kmgtp".index(digits[-1]))
+    if is_size and digits.strip("0123456789. "):
+        digits = "none"  # of a size runc takes no sign and no exponent
     try:
-        return int(float(digits) * scale) if "memory" in name else int(digits)
+        return int(float(digits) * scale) if is_size else int(digits)
     except (ValueError, OverflowError):
         raise Error(f"option --{name} of update needs a number, not {text!r}") from None
 
@@ -8506,7 +8509,7 @@ def merge_resources(container: Container, changes: JsonObject) -> JsonObject:
             field = f"{section}.{key}"
             if field in UPDATABLE and value:
                 new.setdefault(section, {})[key] = value
-            elif value and value != (old or {}).get(key):
+            elif value and value != (old or {}).get(key, -1):  # no limit, as where none is set
                 refused.append(field)
     if refused:
         raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
