@@ -442,7 +442,8 @@ void execute(const sigset_t *before)
 		int found = stat(file, &st) == 0 && !S_ISDIR(st.st_mode) && st.st_mode & 0111;
 		if (found && relative)
 			fail_exec(CANNOT_EXECUTE, NULL, "cannot run executable found relative to current directory");
-		if (found || (reason != ENOENT && reason != ENOTDIR && reason != EACCES))
+		if (found || (reason != ENOENT && reason != ENOTDIR && reason != EACCES && reason != ELOOP &&
+			      reason != ENAMETOOLONG))
 			fail_exec(reason == ENOENT ? NOT_FOUND : CANNOT_EXECUTE, NULL, strerror(reason));
 	}
 	fail_exec(NOT_FOUND, NULL, "executable file not found in $PATH");

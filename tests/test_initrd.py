@@ -267,6 +267,8 @@ def test_a_seccomp_filter_gets_numbers_for_names(process, root):
     [
         ("nowhere", 127, "executable file not found in $PATH"),
         ("plain", 127, "executable file not found in $PATH"),
+        ("loop", 127, "executable file not found in $PATH"),
+        ("x" * 300, 127, "executable file not found in $PATH"),
         ("broken", 126, "exec format error"),
         ("script", 127, "no such file or directory"),  # that is to interpret it, also where there is another one
         ("/no/such", 127, "stat /no/such: no such file or directory"),
@@ -284,6 +286,7 @@ def test_what_cannot_be_executed_is_told_in_runcs_words(process, root, name, sta
         path.chmod(mode)
     (root / "etc/script").write_text("#!/program show")
     (root / "etc/script").chmod(0o755)
+    (root / "folder/loop").symlink_to("loop")
     result = run_in(root, process, "execute", "/no/such:/folder/:/file:/etc", name)
     assert (result.returncode, result.stderr) == (status, f'exec: "{name}": {reason}\n')
 
