@@ -6641,12 +6641,12 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
 
 
 def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
-    """Find process.args[0] in root as execvp(3) will in the guest; raise Error in runc's words.  What a mount of the
-    guest's may cover is not judged here; the guest says it on standard error."""
+    """Find process.args[0] in root as the guest will; raise Error in runc's words.  What a mount of the guest's may
+    cover is not judged here; the guest says it on standard error."""
     name = process.args[0]
     by_path, reason = "/" not in name, "executable file not found in $PATH"
-    path = next((value[5:] for value in process.env if value.startswith("PATH=")), "/bin:/usr/bin")
-    for folder in path.split(":") if by_path else [""]:
+    path = next((value[5:] for value in process.env if value.startswith("PATH=")), "")
+    for folder in (path.split(":") if path else []) if by_path else [""]:
         candidate = os.path.join(process.cwd, folder, name)
         if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
             return
@@ -6659,7 +6659,10 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
             reason = reason if by_path else f"stat {name}: {os.strerror(error.errno).lower()}"
             continue
         if stat.S_ISREG(mode) and mode & 0o111:
-            return
+            if not by_path or folder.startswith("/"):
+                return
+            reason = "cannot run executable found relative to current directory"
+            break
         reason = reason if by_path else "permission denied"
     raise Error(f'unable to start container process: exec: "{name}": {reason}')
 
@@ -8183,7 +8186,7 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
     capabilities = {name: own.section("capabilities").texts(name) for name in CAPABILITY_SETS}
     for name in ("bounding", "effective", "permitted"):
         capabilities[name] += options.get("cap", [])
-    uid, _, gid = options.get("user", "").partition(":")
+    uid, colon, gid = options.get("user", "").partition(":")
     groups = [parse_user_number("gid", text) for text in options.get("additional-gids", [])]
     return {
         **own.values,
@@ -8195,8 +8198,8 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
         "capabilities": capabilities if "cap" in options else own.values.get("capabilities"),
         "user": {
             **user.values,
-            "uid": parse_user_number("uid", uid) if uid else user.unsigned("uid", 32),
-            "gid": parse_user_number("gid", gid) if gid else user.unsigned("gid", 32),
+            "uid": parse_user_number("uid", uid) if uid or colon else user.unsigned("uid", 32),
+            "gid": parse_user_number("gid", gid) if colon else user.unsigned("gid", 32),
             "additionalGids": user.each("additionalGids", Section.unsigned, 32, REQUIRED) + groups,
         },
     }
@@ -8204,7 +8207,7 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
 
 def parse_user_number(what: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) < 1 << 32):
-        raise Error(f"bad {what}: {printable(text)} is no number of a user or group")
+        raise Error(f"bad {what}: {printable(text) or repr(text)} is no number of a user or group")
     return int(text)
 
 
@@ -8472,16 +8475,19 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_quantity(name: str, text: str) -> int | str:
-    """An integer, with k, m or g behind a number of bytes, as in 64m, 64MB or 64MiB; what is no number for runc either
-    is text."""
+    """An integer, with k, m, g, t or p behind a number of bytes, as in 64m, 0.5g, 64MB or 64MiB; what is no number for
+    runc either is text."""
     if name in TEXTS:
         return text
     digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
-    if "memory" in name and digits and digits[-1] in "kmg":
-        digits, scale = digits[:-1], 1024 ** (1 + "kmg".index(digits[-1]))
+    is_size = "memory" in name and text != "-1"
+    if is_size and digits and digits[-1] in "kmgtp":
+        digits, scale = digits[:-1], 1024 ** (1 + "kmgtp".index(digits[-1]))
+    if is_size and digits.strip("0123456789. "):
+        digits = "none"  # of a size runc takes no sign and no exponent
     try:
-        return int(digits) * scale
-    except ValueError:
+        return int(float(digits) * scale) if is_size else int(digits)
+    except (ValueError, OverflowError):
         raise Error(f"option --{name} of update needs a number, not {text!r}") from None
 
 
@@ -8526,7 +8532,7 @@ def merge_resources(container: Container, changes: JsonObject) -> JsonObject:
             field = f"{section}.{key}"
             if field in UPDATABLE and value:
                 new.setdefault(section, {})[key] = value
-            elif value and value != (old or {}).get(key):
+            elif value and value != (old or {}).get(key, -1):  # no limit, as where none is set
                 refused.append(field)
     if refused:
         raise Error(f"cannot update container {container.id}: {', '.join(refused)} cannot change while its VM exists")
@@ -8556,10 +8562,8 @@ def apply_resources(container: Container, new: Resources, old: Resources | None)
 
 def command_list(call: Invocation) -> None:
     """As `runc list`: a table, --format json, or --quiet for ids alone."""
-    states, made = [], os.path.isdir(call.root)
-    if not made and call.root != DEFAULT_ROOT:
-        raise Error(f"there is no root {printable(call.root)}")
-    for name in sorted(os.listdir(call.root)) if made else ():
+    states = []
+    for name in sorted(os.listdir(call.root)) if os.path.exists(call.root) else ():
         try:
             container = Container(call.root, name).load()
             states.append({**container.public_state(), "owner": owner_of(container.folder)})
@@ -8570,13 +8574,13 @@ def command_list(call: Invocation) -> None:
     if "quiet" in call.options:
         print("".join(f"{state['id']}\n" for state in states), end="")
     elif output_format(call) == "json":
-        print_json(states or None)  # null for none, as runc's
+        print_json(states or None, None)  # null for none, as runc's
     else:
         heads = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
         rows = [list(heads), *([str(state[head.lower()]) for head in heads] for state in states)]
-        widths = [max(map(len, column)) for column in zip(*rows)]
+        widths = [max(12, 3 + max(map(len, column))) for column in zip(*rows)]
         for row in rows:
-            print("   ".join(map(str.ljust, row, widths)).rstrip())
+            print("".join(map(str.ljust, row, widths)).rstrip())
 
 
 def owner_of(path: str) -> str:
@@ -8692,7 +8696,7 @@ def command_pack_initrd(call: Invocation) -> None:
 # Hand-made, because argparse costs more than most commands, and because engines write options in Go's
 # manner: --x v, --x=v, -x v.  Every failure ends in main().
 
-CREATE_FLAGS = {"no-pivot", "no-new-keyring", "detach", "no-subreaper", "keep"}
+CREATE_FLAGS = {"no-pivot", "no-new-keyring"}
 CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
 SHORT = {
     "b": "bundle", "d": "detach", "f": "force", "a": "all", "q": "quiet", "r": "resources", "h": "help", "v": "version",
@@ -8707,7 +8711,7 @@ EXEC_VALUES = {"process", "cwd", "user", "apparmor", "process-label", "pid-file"
 COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str], int]] = {
     "create": (command_create, CREATE_FLAGS, CREATE_VALUES, 1),
     "start": (command_start, set(), set(), 1),
-    "run": (command_run, CREATE_FLAGS, CREATE_VALUES, 1),
+    "run": (command_run, CREATE_FLAGS | {"detach", "keep", "no-subreaper"}, CREATE_VALUES, 1),
     "state": (command_state, set(), set(), 1),
     "kill": (command_kill, {"all"}, {"signal"}, 2),
     "delete": (command_delete, {"force"}, set(), 1),
@@ -8773,16 +8777,17 @@ def is_set(name: str, value: str | None) -> bool:
 
 
 def parse_globals(words: list[str], options: dict[str, Any]) -> None:
-    """Take the options before the command off words, into options; one that runX does not know is passed over."""
+    """Take the options before the command off words, into options.  Raise Error."""
     while words and words[0].startswith("-"):
-        name, value = split_option(words.pop(0))
-        if value is None and name in GLOBAL_VALUES and name != "rootless":
+        name, value = split_option(word := words.pop(0))
+        if word == "--":
+            break
+        if name not in GLOBAL_FLAGS | GLOBAL_VALUES:
+            raise Error(f"there is no option {printable(word)} before the command: see runX --help")
+        if value is None and name in GLOBAL_VALUES:
             if not words:
                 raise Error(f"option --{name} needs a value")
             value = words.pop(0)
-        elif value is None and name not in GLOBAL_FLAGS and len(words) > 1 and words[0] not in COMMANDS:
-            if not words[0].startswith("-") and words[0] not in UNSUPPORTED:
-                value = words.pop(0)
         if name not in GLOBAL_FLAGS or is_set(name, value):
             options[name] = True if value is None else value
 
@@ -8825,7 +8830,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
     if "version" in options:
         print(f"runX version {VERSION}\nspec: 1.3.0")
         return None
-    if options.get("log-format", "text") not in ("text", "json"):
+    if options.get("log-format") not in (None, "", "text", "json"):
         raise Error(f"invalid log-format: {options['log-format']}")
     refused_help = words and words[0] in UNSUPPORTED and words[1:] in (["-h"], ["--help"])
     if "help" in options or not words or words[0] in ("help", "h") or refused_help:
@@ -8835,7 +8840,9 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
     if command in UNSUPPORTED:
         raise Error(f"runX does not support {command}")
     if command not in COMMANDS:
-        raise Error(f"unknown command {command!r}: see runX --help")
+        unknown = Error(f"unknown command {command!r}: see runX --help")
+        unknown.exit_status = 3  # runc's
+        raise unknown
     command_options, arguments = parse_options(command, words)
     if "help" in command_options:
         print(usage_of(command))

@@ -361,7 +361,7 @@ static int read_file_ahead(const char *path)
 /* The program, so that it need not ask the host for one piece after the other.  Whether it is there is not judged. */
 void read_ahead(void)
 {
-	const char *name = settings.args[0], *path = "/bin:/usr/bin";
+	const char *name = settings.args[0], *path = "";
 	char *left, *folder;
 
 	if (!name || strchr(name, '/')) {
@@ -417,11 +417,14 @@ static void fail_exec(int status, const char *path, const char *reason)
 	die_in_words(status, operation, reason);
 }
 
-/* Not by execvp(3): glibc's has /bin/sh run a file that is no program.  Nothing else before, for the filter holds. */
+/*
+ * As runc and not by execvp(3), which goes past a file that somebody else may execute, or whose interpreter is missing,
+ * looks in the working directory, and knows a PATH where there is none.  Nothing else before, for the filter holds.
+ */
 void execute(const sigset_t *before)
 {
 	const char *name = settings.args[0], *path = getenv("PATH");
-	char *left = concatenate(path ? path : "/bin:/usr/bin", "", ""), *folder;
+	char *left = path && *path ? concatenate(path, "", "") : NULL, *folder;
 	struct stat st;
 
 	if (!name)
@@ -433,9 +436,15 @@ void execute(const sigset_t *before)
 		fail_exec(status, missing ? name : NULL, strerror(missing ? errno : reason));
 	}
 	while ((folder = strsep(&left, ":"))) {
-		execv(concatenate(*folder ? folder : ".", "/", name), settings.args);
-		if (errno != ENOENT && errno != ENOTDIR && errno != EACCES)
-			fail_exec(CANNOT_EXECUTE, NULL, strerror(errno));
+		size_t len = strlen(folder);
+		const char *file = concatenate(*folder ? folder : ".", len && folder[len - 1] == '/' ? "" : "/", name);
+		int relative = *file != '/', reason = relative || execv(file, settings.args) == 0 ? ENOENT : errno;
+		int found = stat(file, &st) == 0 && !S_ISDIR(st.st_mode) && st.st_mode & 0111;
+		if (found && relative)
+			fail_exec(CANNOT_EXECUTE, NULL, "cannot run executable found relative to current directory");
+		if (found || (reason != ENOENT && reason != ENOTDIR && reason != EACCES && reason != ELOOP &&
+			      reason != ENAMETOOLONG))
+			fail_exec(reason == ENOENT ? NOT_FOUND : CANNOT_EXECUTE, NULL, strerror(reason));
 	}
 	fail_exec(NOT_FOUND, NULL, "executable file not found in $PATH");
 }

@@ -458,11 +458,14 @@ def test_no_more_modules_than_a_kernel_can_need(tmp_path):
 @pytest.mark.parametrize(
     "name, env, cwd, reason",
     [
-        ("sh", ["PATH=/bin"], "/", ""), ("sh", ["PATH=/none:/bin"], "/", ""), ("tool", [], "/", ""),
-        ("/bin/sh", [], "/", ""), ("./sh", [], "/bin", ""), ("sh", ["PATH="], "/bin", ""),
-        ("link", ["PATH=/bin"], "/", ""),
+        ("sh", ["PATH=/bin"], "/", ""), ("sh", ["PATH=/none:/bin"], "/", ""), ("./sh", [], "/bin", ""),
+        ("/bin/sh", [], "/", ""), ("link", ["PATH=/bin"], "/", ""), ("sh", ["PATH=.:/bin"], "/", ""),
         ("/proc/self/exe", [], "/", ""), ("sh", ["PATH=/proc/x:/none"], "/", ""),
         ("none", ["PATH=/bin"], "/", "executable file not found in $PATH"),
+        ("tool", [], "/", "executable file not found in $PATH"),
+        ("sh", ["PATH="], "/bin", "executable file not found in $PATH"),
+        ("sh", ["PATH=.:/bin"], "/bin", "cannot run executable found relative to current directory"),
+        ("sh", ["PATH=bin"], "/", "cannot run executable found relative to current directory"),
         ("bin/none", [], "/", "stat bin/none: no such file or directory"),
         ("data", ["PATH=/bin:/none"], "/", "executable file not found in $PATH"),
         ("/bin", [], "/", "permission denied"), ("/bin/data", [], "/", "permission denied"),
@@ -496,7 +499,7 @@ def test_a_command_is_left_to_the_guest_where_dom0_cannot_look(dom0, monkeypatch
         raise OSError(38, "no openat2")
 
     monkeypatch.setattr(runx, "system_call", refuse)
-    runx.check_executable(str(dom0.rootfs), SimpleNamespace(args=["none"], env=[], cwd="/"), [])
+    runx.check_executable(str(dom0.rootfs), SimpleNamespace(args=["/none"], env=[], cwd="/"), [])
 
 
 def test_a_command_that_is_not_there_makes_no_vm(dom0):

@@ -321,9 +321,18 @@ def test_an_update_by_a_document(dom0, option):
     finish(container, 137)
 
 
-@pytest.mark.parametrize("memory", ["96m", "96MB", "96MiB", "98304KiB", "98304 kb", "100663296", "100663296B"])
+@pytest.mark.parametrize(
+    "memory", ["96m", "96MB", "96MiB", "98304KiB", "98304 kb", "100663296", "100663296B", "0.09375g", "100663296.5"]
+)
 def test_a_number_of_bytes_is_written_as_for_runc(memory):
     assert runx.read_update({"memory": memory, "cpu-quota": ""}) == {"memory": {"limit": 96 << 20}}
+
+
+def test_no_limit_is_no_change_where_there_is_none(dom0):
+    container = limited(dom0)
+    assert container.runx("update", "--pids-limit", "-1", "--memory-swap", "-1").stderr == ""
+    kill(container)
+    finish(container, 137)
 
 
 def test_an_update_is_all_or_nothing(dom0):
@@ -334,6 +343,10 @@ def test_an_update_is_all_or_nothing(dom0):
         (["--memory", "512m"], "to 512 MiB of memory: its VM was made for 128 at most"),
         (["--cpu-quota", "400000"], "vcpus: its VM was made for 1 at most"),
         (["--memory", "x"], "option --memory of update needs a number, not 'x'"),
+        (["--memory", "1e3"], "option --memory of update needs a number, not '1e3'"),
+        (["--memory", "-5"], "option --memory of update needs a number, not '-5'"),
+        (["--memory", "9" * 400], "option --memory of update needs a number, not '999"),
+        (["--cpu-quota", "0.5"], "option --cpu-quota of update needs a number, not '0.5'"),
     ):
         assert words in container.runx("update", *options).stderr
         assert dom0.domains() == before

@@ -135,6 +135,8 @@ def test_it_ends_with_the_container(dom0):
         ("running", ["--tty"], "the process: terminal needs a mount of the type devpts at /dev/pts"),
         ("running", ["--cgroup", "sub"], "cannot run it in the cgroup sub: runX has only the container's own"),
         ("running", ["--user", "root"], "bad uid: root is no number of a user or group"),
+        ("running", ["--user", ":5"], "bad uid: '' is no number of a user or group"),
+        ("running", ["--user", "5:"], "bad gid: '' is no number of a user or group"),
         ("running", ["--cwd", "here"], "the process: cwd must be an absolute path"),
         ("running", ["--process", "/"], "cannot read the process from /: Is a directory"),
     ],

@@ -141,9 +141,11 @@ int main(int argc, char **argv)
 	} else if (!strcmp(argv[1], "execute")) {
 		sigset_t none;
 		sigemptyset(&none);
-		setenv("PATH", "/no/such:/folder:/file", 1);
-		settings.args = word;
+		setenv("PATH", word[0], 1);
+		settings.args = word + 1;
 		execute(&none);
+	} else if (!strcmp(argv[1], "show")) {
+		puts(word[0]);
 	} else {
 		init_root = open("/", O_PATH);
 		next_word = word[2];
@@ -265,7 +267,10 @@ def test_a_seccomp_filter_gets_numbers_for_names(process, root):
     [
         ("nowhere", 127, "executable file not found in $PATH"),
         ("plain", 127, "executable file not found in $PATH"),
+        ("loop", 127, "executable file not found in $PATH"),
+        ("x" * 300, 127, "executable file not found in $PATH"),
         ("broken", 126, "exec format error"),
+        ("script", 127, "no such file or directory"),  # that is to interpret it, also where there is another one
         ("/no/such", 127, "stat /no/such: no such file or directory"),
         ("/file/below", 126, "stat /file/below: not a directory"),
         ("/folder", 126, "permission denied"),
@@ -279,8 +284,35 @@ def test_what_cannot_be_executed_is_told_in_runcs_words(process, root, name, sta
         path = root / "folder" / file
         path.write_text(content)
         path.chmod(mode)
-    result = run_in(root, process, "execute", name)
+    (root / "etc/script").write_text("#!/program show")
+    (root / "etc/script").chmod(0o755)
+    (root / "folder/loop").symlink_to("loop")
+    result = run_in(root, process, "execute", "/no/such:/folder/:/file:/etc", name)
     assert (result.returncode, result.stderr) == (status, f'exec: "{name}": {reason}\n')
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("", "executable file not found in $PATH"),
+        ("/folder::/etc", "cannot run executable found relative to current directory"),
+        ("none:.", "cannot run executable found relative to current directory"),
+        ("folder:none", "executable file not found in $PATH"),
+    ],
+)
+def test_no_program_is_looked_for_in_the_working_directory(process, root, path, reason):
+    for file in ("one", "etc/one"):
+        (root / file).write_text("#!/program show")
+        (root / file).chmod(0o755)
+    assert run_in(root, process, "execute", path, "one").stderr == f'exec: "one": {reason}\n'
+
+
+@pytest.mark.parametrize("name, path", [("one", "/folder/one"), ("two", "/etc/two"), ("/etc/two", "/etc/two")])
+def test_a_program_is_told_where_in_path_it_is(process, root, name, path):
+    for file, mode in (("folder/one", 0o755), ("folder/two", 0o644), ("etc/one", 0o755), ("etc/two", 0o755)):
+        (root / file).write_text("#!/program show")
+        (root / file).chmod(mode)
+    assert run_in(root, process, "execute", "/no/such:/folder/:/etc", name).stdout == f"{path}\n"
 
 
 def test_a_working_directory_that_cannot_be_entered_is_told_in_runcs_words(process, root):

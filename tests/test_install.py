@@ -36,6 +36,7 @@ def manual_options():
         for command in heading.split(", "):
             assert command not in found
             found[command] = sections[heading]
+    found["run"] += found["create"]  # as it says
     found[""] = sections["OPTIONS"]
     return {command: set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text)) for command, text in found.items()}
 
