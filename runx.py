@@ -3804,8 +3804,12 @@ class Files:
     def make(self, folder: Node, name: bytes, owner: Ids, work: Callable[..., None], *args: Any) -> Node:
         """Return the new folder, link or special file that work(name, *args, dir_fd) makes."""
         work(name, *args, dir_fd=folder.fd)
-        node = self.find(folder, name)
-        self.give(node, folder, owner)
+        try:
+            node = self.find(folder, name)
+            self.give(node, folder, owner)
+        except OSError:
+            (os.rmdir if work is os.mkdir else os.unlink)(name, dir_fd=folder.fd)
+            raise
         return node
 
     def give(self, node: Node, folder: Node, owner: Ids) -> None:
@@ -3814,7 +3818,10 @@ class Files:
         if status.st_gid != gid and os.fstat(folder.fd).st_mode & stat.S_ISGID:
             gid = status.st_gid
         if (status.st_uid, status.st_gid) != (uid, gid):
-            os.chown(node.path, uid, gid)
+            try:
+                os.chown(node.path, uid, gid)
+            except PermissionError:  # a file system without owners, such as vfat, says itself whose it is
+                return
             if status.st_mode & 0o6000 and node.kind == stat.S_IFREG:  # which chown(2) takes
                 os.chmod(node.path, stat.S_IMODE(status.st_mode))
 
@@ -4171,7 +4178,7 @@ FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
 OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 4, 1, 1
 IN_HEADER, OUT_HEADER = struct.Struct("<IIQQII8x"), struct.Struct("<IiQ")  # 40 and 16 bytes
-RWF_APPEND = 16  # <linux/fs.h>; Python has it from 3.10 on
+RWF_SYNC, RWF_APPEND = 4, 16  # <linux/fs.h>; Python has the latter from 3.10 on
 WRITE_DATA = 80  # where a write has what is written
 ATTR = "QQQqqqIIIIIIIIII"
 ENTRY_OUT, ATTR_OUT, FUSE_DIRENT = (struct.Struct(form) for form in ("<QQQQII" + ATTR, "<QII" + ATTR, "<QQII"))
@@ -4506,7 +4513,9 @@ class Fuse(FuseNames):
             refuse(errno.EINVAL)
         if flags & WRITE_KILL_SUIDGID:
             self.files.drop_privileges(node)
-        how = RWF_APPEND if self.appends(opened) and not node.sizeless else 0
+        how = RWF_APPEND if self.appends(opened) else 0
+        how |= RWF_SYNC if opened & os.O_DSYNC else 0  # what the guest keeps no page of, it does not sync either
+        how = 0 if node.sizeless else how
         done = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
         return U32_PAIR.pack(done, 0)
 

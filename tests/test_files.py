@@ -741,6 +741,48 @@ def guest(exported, tmp_path):
     guest.fuse = None
 
 
+@pytest.fixture
+def made(guest):
+    """Makes one of each kind as a user; returns the errno of each."""
+    names = {"mkdir": b"d\0", "symlink": b"l\0target\0", "mknod": b"n\0", "create": b"f\0", "tmpfile": b""}
+    heads = {
+        "mkdir": struct.pack("<II", 0o777, 0), "symlink": b"", "mknod": struct.pack("<IIII", 0o10666, 0, 0, 0),
+        "create": struct.pack("<IIII", os.O_WRONLY, 0o100666, 0, 0),
+        "tmpfile": struct.pack("<IIII", os.O_WRONLY, 0o100666, 0, 0),
+    }  # fmt: skip
+    folder = guest.look_up(b"folder")
+    return lambda: {opcode: guest.request(opcode, folder, heads[opcode] + names[opcode], uid=1000)[0] for opcode in names}
+
+
+@needs_root
+def test_what_cannot_become_its_makers_is_not_left(made, tmp_path, monkeypatch):
+    """Such as where that user's quota is used up."""
+    before = os.listdir(tmp_path / "share/folder")
+    monkeypatch.setattr(os, "chown", lambda *args: runx.refuse(errno.EDQUOT))
+    assert set(made().values()) == {errno.EDQUOT}
+    assert os.listdir(tmp_path / "share/folder") == before
+
+
+@needs_root
+def test_a_file_system_without_owners_says_whose_a_new_file_is(made, tmp_path, monkeypatch):
+    """vfat: chown(2) to another than the one of all is EPERM."""
+    monkeypatch.setattr(os, "chown", lambda *args: runx.refuse(errno.EPERM))
+    assert set(made().values()) == {0}
+    assert {os.lstat(tmp_path / "share/folder" / name).st_uid for name in "dlnf"} == {0}
+
+
+def test_what_is_appended_to_a_file_that_is_open_to_synchronize_is_on_disk(guest, monkeypatch):
+    """The guest's kernel keeps no page of it, so it leaves that to the server."""
+    seen = []
+    monkeypatch.setattr(os, "pwritev", lambda fd, data, offset, flags: seen.append(flags) or 1)
+    node = guest.look_up(b"file")
+    for flags in (0, os.O_SYNC, os.O_DSYNC):
+        _, handle, _ = guest.open(node, os.O_WRONLY | os.O_APPEND | flags)
+        head = struct.pack("<QQIIQII", handle, 0, 1, 0, 0, os.O_WRONLY | os.O_APPEND | flags, 0)
+        guest.done("write", node, head + b"x")
+    assert seen == [runx.RWF_APPEND, runx.RWF_APPEND | runx.RWF_SYNC, runx.RWF_APPEND | runx.RWF_SYNC]
+
+
 BAD_NAMES = (b"", b".", b"..", b"a/b", b"/", b"../secret", b"x" * 300)
 
 
