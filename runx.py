@@ -3822,7 +3822,7 @@ class Files:
                 os.chown(node.path, uid, gid)
             except PermissionError:  # a file system without owners, such as vfat, says itself whose it is
                 return
-            if status.st_mode & 0o6000 and node.kind == stat.S_IFREG:  # which chown(2) takes
+            if status.st_mode & 0o6000:  # which chown(2) takes
                 os.chmod(node.path, stat.S_IMODE(status.st_mode))
 
     @staticmethod
@@ -4556,6 +4556,8 @@ class Fuse(FuseNames):
         target = self.known.handle(to_number, changed)
         if changed.sizeless or node.sizeless or flags:
             refuse(errno.EXDEV)  # the guest copies by reading and writing
+        if self.asker[0]:
+            self.files.drop_privileges(changed)
         size = min(size, COPY_MAX)
         return U32_PAIR.pack(self.change(changed, os.copy_file_range, handle.fd, target.fd, size, offset, to_offset), 0)
 
