@@ -4,6 +4,7 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import pathlib
@@ -457,6 +458,50 @@ def test_files_of_several_file_systems_have_numbers_of_their_own(shared):
         runx.detach(str(shared.host / "other"))
 
 
+@pytest.fixture
+def overlay(shared):
+    """One of dom0's in the share, whose lower layer has a file of three names."""
+    for name in ("lower", "upper", "work", "merged"):
+        (shared.host / name).mkdir()
+    (shared.host / "lower/a").write_text("content")
+    for name in ("b", "c"):
+        os.link(shared.host / "lower/a", shared.host / "lower" / name)
+    options = ",".join(f"{name}dir={shared.host}/{name}" for name in ("lower", "upper", "work"))
+    try:
+        runx.mount("overlay", str(shared.host / "merged"), 0, "overlay", options)
+    except OSError as error:
+        pytest.skip(f"needs an overlay: {error.strerror}")
+    yield served.Mounted(shared.host / "merged", shared.guest / "merged", shared.counts)
+    runx.detach(str(shared.host / "merged"))
+
+
+def test_names_of_one_file_below_an_overlay_are_files_of_their_own(overlay):
+    """As on dom0, where the one that is changed is copied and the others stay, without the overlay's index."""
+    sorted(os.stat(overlay.guest / name).st_ino for name in "abc")
+    os.chmod(overlay.guest / "b", 0o600)
+    (overlay.guest / "c").write_text("changed")
+    paths = {name: overlay.host / name for name in "abc"}
+    found = {name: (stat.S_IMODE(path.stat().st_mode), path.read_text()) for name, path in paths.items()}
+    assert found == {"a": (0o644, "content"), "b": (0o600, "content"), "c": (0o644, "changed")}
+    for name in "abc":
+        refresh(overlay.guest / name)
+        path = overlay.guest / name
+        assert (stat.S_IMODE(os.stat(path).st_mode), path.read_text()) == found[name], name
+
+
+def test_a_file_that_an_overlay_has_copied_stays_the_same_file(overlay):
+    with opened(overlay.guest / "a", os.O_RDONLY) as before, opened(overlay.guest / "a", os.O_RDWR) as fd:
+        os.write(fd, b"CON")
+        os.link(overlay.guest / "a", overlay.guest / "d")
+        with opened(overlay.guest / "a", os.O_RDWR) as again, opened(overlay.guest / "d", os.O_RDWR) as linked:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            for other in (before, again, linked):
+                assert os.path.sameopenfile(fd, other)
+                with refused(errno.EAGAIN):
+                    fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert (overlay.host / "d").read_text() == "CONtent" and (overlay.host / "b").read_text() == "content"
+
+
 # ---- owners, permissions, attributes
 
 
@@ -751,7 +796,7 @@ def made(guest):
         "tmpfile": struct.pack("<IIII", os.O_WRONLY, 0o100666, 0, 0),
     }  # fmt: skip
     folder = guest.look_up(b"folder")
-    return lambda: {opcode: guest.request(opcode, folder, heads[opcode] + names[opcode], uid=1000)[0] for opcode in names}
+    return lambda: {kind: guest.request(kind, folder, heads[kind] + names[kind], uid=1000)[0] for kind in heads}
 
 
 @needs_root
