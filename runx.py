@@ -4170,7 +4170,7 @@ FUSE_REQUESTS = request_table(
     mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 HQI, write 16 HQII8xI,
     statfs 17 -, release 18 Q, fsync 20 HI, setxattr 21 III4xsb, getxattr 22 I4xs, listxattr 23 I, removexattr 24 s,
     init 26 IIII, opendir 27 -, readdir 28 HQI, releasedir 29 Q, fsyncdir 30 HI, create 35 III4xn, destroy 38 -,
-    batch_forget 42 I4xb, fallocate 43 HQQI, readdirplus 44 HQI, rename2 45 QI4xnn, lseek 46 HQI,
+    batch_forget 42 I4xb, fallocate 43 HQQI, readdirplus 44 HQI, rename2 45 QI4xnn, lseek 46 HqI,
     copy_file_range 47 HQQQQQQ, syncfs 50 -, tmpfile 51 III
     """
 )

@@ -970,6 +970,7 @@ def holes_are_found():
         same(os.lseek(fd, 5, os.SEEK_HOLE), 5)
         refused(errno.ENXIO, os.lseek, fd, (1 << 20) + PAGE, os.SEEK_DATA)
         refused(errno.ENXIO, os.lseek, fd, 2 << 20, os.SEEK_HOLE)
+        refused(errno.ENXIO, os.lseek, fd, -1, os.SEEK_DATA)
         drop_caches()
     put("g", b"x" * 100)
     fd = os.open("g", os.O_RDONLY)
