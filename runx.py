@@ -4286,7 +4286,7 @@ class Known:
     def state(self, node: Node) -> tuple[int, ...]:
         """Return the state of a file's content.  It is found by what it is now: an overlay may have copied it."""
         status = os.fstat(node.fd)
-        inode = self.files.inode(status.st_dev, status.st_ino)
+        inode = node.inode if node.inode == status.st_ino else self.files.inode(status.st_dev, status.st_ino)
         if inode != node.inode and node.kind != stat.S_IFDIR:
             self.lose(node)
             node.inode = node.key = inode
@@ -4528,10 +4528,10 @@ class Fuse(FuseNames):
     def write(self, node: Node, handle: Handle, offset: int, size: int, flags: int, opened: int) -> bytes:
         if size > self.request.length - WRITE_DATA:
             refuse(errno.EINVAL)
-        drop_privileges(node, flags & WRITE_KILL_SUIDGID)
-        # what the guest keeps no page of, it does not synchronize either
-        how = (RWF_APPEND if self.appends(opened) else 0) | (RWF_SYNC if opened & os.O_DSYNC else 0)
-        how = 0 if node.sizeless else how
+        if flags & WRITE_KILL_SUIDGID:
+            drop_privileges(node, True)
+        how = RWF_APPEND if self.appends(opened) and not node.sizeless else 0
+        how |= RWF_SYNC if opened & os.O_DSYNC and not node.sizeless else 0  # what the guest does where it keeps pages
         done = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
         return U32_PAIR.pack(done, 0)
 
