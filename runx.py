@@ -3657,6 +3657,7 @@ CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 NO_USER = 0xFFFFFFFF
 DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64, getdents64(2); the name follows
 NOWHERE = (0, b"")  # the place of what is no folder
+IN_DELETE_SELF = 0x400  # <linux/inotify.h>
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32  # FATTR_* of <linux/fuse.h>, and 9P's
 SET_ATIME_NOW, SET_MTIME_NOW = SET_ATIME << 3, SET_MTIME << 3
 
@@ -3688,6 +3689,12 @@ def is_settled(state: tuple[int, ...]) -> bool:
     return time.time_ns() - state[0] > SETTLED
 
 
+def may_be_two(status: os.stat_result) -> bool:
+    """Whether another file may have this one's number: an overlay's names of one file in a lower layer are files of
+    their own, for the one that is changed is copied."""
+    return status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode) and not os.major(status.st_dev)
+
+
 class Node:
     """A file by an O_PATH descriptor, closed when nobody has the Node any more."""
 
@@ -3701,7 +3708,7 @@ class Node:
         self.path = b"/proc/self/fd/%d" % fd  # leads to the file itself, also where that is a link
         # what Known keeps of it: where it finds it, its number for the guest, how often and, of a folder, where that
         # has looked it up, in which state the guest has been told that it is, and that of the content it may have kept
-        self.key: int | tuple[int, int] = inode
+        self.key: int | tuple[int, Any] = inode
         self.number, self.lookups, self.place = 0, 0, NOWHERE
         self.own = False  # in the rootfs, which dom0 seldom changes, and not in a volume
         self.told: tuple[int, ...] = ()
@@ -3729,6 +3736,14 @@ class Handle:
 
     def __del__(self) -> None:
         os.close(self.fd)
+
+
+def drop_privileges(node: Node, is_due: int) -> None:
+    """Take set-user-ID, and set-group-ID of a program, as writing does without CAP_FSETID, which we have."""
+    mode = stat.S_IMODE(os.fstat(node.fd).st_mode) if is_due else 0
+    taken = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+    if mode & taken:
+        os.chmod(node.path, mode & ~taken)
 
 
 class Files:
@@ -3804,8 +3819,12 @@ class Files:
     def make(self, folder: Node, name: bytes, owner: Ids, work: Callable[..., None], *args: Any) -> Node:
         """Return the new folder, link or special file that work(name, *args, dir_fd) makes."""
         work(name, *args, dir_fd=folder.fd)
-        node = self.find(folder, name)
-        self.give(node, folder, owner)
+        try:
+            node = self.find(folder, name)
+            self.give(node, folder, owner)
+        except OSError:
+            (os.rmdir if work is os.mkdir else os.unlink)(name, dir_fd=folder.fd)
+            raise
         return node
 
     def give(self, node: Node, folder: Node, owner: Ids) -> None:
@@ -3814,8 +3833,11 @@ class Files:
         if status.st_gid != gid and os.fstat(folder.fd).st_mode & stat.S_ISGID:
             gid = status.st_gid
         if (status.st_uid, status.st_gid) != (uid, gid):
-            os.chown(node.path, uid, gid)
-            if status.st_mode & 0o6000 and node.kind == stat.S_IFREG:  # which chown(2) takes
+            try:
+                os.chown(node.path, uid, gid)
+            except PermissionError:  # a file system without owners, such as vfat, says itself whose it is
+                return
+            if status.st_mode & 0o6000:  # which chown(2) takes
                 os.chmod(node.path, stat.S_IMODE(status.st_mode))
 
     @staticmethod
@@ -3897,14 +3919,6 @@ class Files:
             access = access if valid & SET_ATIME else status.st_atime_ns
             change = change if valid & SET_MTIME else status.st_mtime_ns
             os.utime(node.path, ns=(access, change))
-
-    @staticmethod
-    def drop_privileges(node: Node) -> None:
-        """Take set-user-ID, and set-group-ID of a program, as writing does without CAP_FSETID, which we have."""
-        mode = stat.S_IMODE(os.fstat(node.fd).st_mode)
-        taken = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
-        if mode & taken:
-            os.chmod(node.path, mode & ~taken)
 
     @staticmethod
     def list_xattrs(node: Node) -> bytes:
@@ -4156,7 +4170,7 @@ FUSE_REQUESTS = request_table(
     mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 HQI, write 16 HQII8xI,
     statfs 17 -, release 18 Q, fsync 20 HI, setxattr 21 III4xsb, getxattr 22 I4xs, listxattr 23 I, removexattr 24 s,
     init 26 IIII, opendir 27 -, readdir 28 HQI, releasedir 29 Q, fsyncdir 30 HI, create 35 III4xn, destroy 38 -,
-    batch_forget 42 I4xb, fallocate 43 HQQI, readdirplus 44 HQI, rename2 45 QI4xnn, lseek 46 HQI,
+    batch_forget 42 I4xb, fallocate 43 HQQI, readdirplus 44 HQI, rename2 45 QI4xnn, lseek 46 HqI,
     copy_file_range 47 HQQQQQQ, syncfs 50 -, tmpfile 51 III
     """
 )
@@ -4171,7 +4185,7 @@ FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
 OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 4, 1, 1
 IN_HEADER, OUT_HEADER = struct.Struct("<IIQQII8x"), struct.Struct("<IiQ")  # 40 and 16 bytes
-RWF_APPEND = 16  # <linux/fs.h>; Python has it from 3.10 on
+RWF_SYNC, RWF_APPEND = 4, 16  # <linux/fs.h>; Python has the latter from 3.10 on
 WRITE_DATA = 80  # where a write has what is written
 ATTR = "QQQqqqIIIIIIIIII"
 ENTRY_OUT, ATTR_OUT, FUSE_DIRENT = (struct.Struct(form) for form in ("<QQQQII" + ATTR, "<QII" + ATTR, "<QQII"))
@@ -4212,7 +4226,7 @@ class Known:
         root = self.files.root
         root.number = FUSE_ROOT_ID
         self.nodes: dict[int, Node] = {root.number: root}
-        self.by_key: dict[int | tuple[int, int], Node] = {root.key: root}
+        self.by_key: dict[int | tuple[int, Any], Node] = {root.key: root}
         self.handles: dict[int, Handle] = {}
         self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
         self.fixed: tuple[int, int] | None = None  # file and read-only mount of what is being looked up again
@@ -4224,7 +4238,13 @@ class Known:
     def enter(self, node: Node, folder: Node, name: bytes) -> Node:
         """Return the Node by which the guest knows a file that has a name in a folder.  Raise OSError."""
         known, place = self.by_key.get(node.key), (folder.number, name)
-        if known and known.kind == stat.S_IFDIR and known.place != place:
+        if known and known.kind != stat.S_IFDIR:
+            with Descriptor(system_call("inotify_init1", os.O_CLOEXEC)) as fd:  # in it, one file has one number
+                found = {system_call("inotify_add_watch", fd, each.path, IN_DELETE_SELF) for each in (known, node)}
+            if len(found) == 2:
+                node.key = node.inode, place
+                known = self.by_key.get(node.key)
+        elif known and known.place != place:
             # it was moved, or is there by another mount: for Linux a folder is at one place
             mount = self.files.mount(node)
             if mount == self.files.mount(known):
@@ -4262,6 +4282,16 @@ class Known:
         if found:
             self.lose(node)
         return self.fixed is not None
+
+    def state(self, node: Node) -> tuple[int, ...]:
+        """Return the state of a file's content.  It is found by what it is now: an overlay may have copied it."""
+        status = os.fstat(node.fd)
+        inode = node.inode if node.inode == status.st_ino else self.files.inode(status.st_dev, status.st_ino)
+        if inode != node.inode and node.kind != stat.S_IFDIR:
+            self.lose(node)
+            node.inode = node.key = inode
+            self.by_key[inode] = node
+        return content_state(status)
 
     def lose(self, node: Node) -> None:
         """Not find it any more by what it is."""
@@ -4363,11 +4393,6 @@ class FuseNames(Protocol):
     def destroy(self, node: Node) -> None:
         self.known.forget_all()
 
-    def warm_up(self) -> None:
-        """Do once, before there is a guest, what it asks first: in a process that was forked each page of memory is
-        copied when it is used."""
-        self.find(self.files.root, b"rootfs")  # which init() forgets
-
     def forget(self, node: Node, count: int) -> None:
         self.known.forget(node.number, count)
 
@@ -4390,7 +4415,8 @@ class FuseNames(Protocol):
         """Return struct fuse_entry_out of what has a name in a folder.  Raise OSError."""
         status = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
         known = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino))
-        if known is None or (known.kind == stat.S_IFDIR and known.place != (folder.number, name)):
+        is_elsewhere = known and known.kind == stat.S_IFDIR and known.place != (folder.number, name)
+        if known is None or is_elsewhere or may_be_two(status):
             return self.entry(self.files.find(folder, name), folder, name)
         known.lookups += 1
         return self.entry_out(known, status)
@@ -4454,8 +4480,7 @@ class FuseNames(Protocol):
 
     def setattr(self, node: Node, valid: int, size: int, *fields: int) -> bytes:
         atime, mtime, atime_ns, mtime_ns, mode, uid, gid = fields
-        if valid & SET_SIZE and valid & FATTR_KILL_SUIDGID:
-            self.files.drop_privileges(node)
+        drop_privileges(node, valid & SET_SIZE and valid & FATTR_KILL_SUIDGID)
         times = atime * 10**9 + atime_ns, mtime * 10**9 + mtime_ns
         self.change(node, self.files.set_attributes, node, valid, mode, uid, gid, size, times)
         return self.getattr(node)
@@ -4466,7 +4491,7 @@ class FuseNames(Protocol):
         try:
             return work(*args)
         finally:
-            node.told = content_state(os.fstat(node.fd))
+            node.told = self.known.state(node)
             node.seen = node.told if same else ()
 
     def access(self, flags: int) -> int:
@@ -4484,12 +4509,11 @@ class Fuse(FuseNames):
     def open(self, node: Node, flags: int, more: int) -> bytes:
         if node.kind != stat.S_IFREG:
             refuse(errno.ENXIO)
-        if more & OPEN_KILL_SUIDGID:
-            self.files.drop_privileges(node)
+        drop_privileges(node, more & OPEN_KILL_SUIDGID)
         if node.sizeless:
             return self.known.open(self.files.open(node, flags), FOPEN_DIRECT_IO)
         handle = self.files.open(node, self.access(flags))
-        state = content_state(os.fstat(handle.fd))
+        state = self.known.state(node)
         keeps = node.seen == state
         # what was changed just now by others may be changed once more, and look the same
         node.seen = state if keeps or flags & os.O_TRUNC or is_settled(state) else ()
@@ -4505,8 +4529,9 @@ class Fuse(FuseNames):
         if size > self.request.length - WRITE_DATA:
             refuse(errno.EINVAL)
         if flags & WRITE_KILL_SUIDGID:
-            self.files.drop_privileges(node)
+            drop_privileges(node, True)
         how = RWF_APPEND if self.appends(opened) and not node.sizeless else 0
+        how |= RWF_SYNC if opened & os.O_DSYNC and not node.sizeless else 0  # what the guest does where it keeps pages
         done = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
         return U32_PAIR.pack(done, 0)
 
@@ -4532,8 +4557,7 @@ class Fuse(FuseNames):
     def fallocate(self, node: Node, handle: Handle, offset: int, length: int, mode: int) -> None:
         if offset + length > LONG_MAX:
             refuse(errno.EFBIG)
-        if self.asker[0]:
-            self.files.drop_privileges(node)
+        drop_privileges(node, self.asker[0])
         self.change(node, system_call, "fallocate", handle.fd, mode, offset, length)
 
     def lseek(self, node: Node, handle: Handle, offset: int, whence: int) -> bytes:
@@ -4547,6 +4571,7 @@ class Fuse(FuseNames):
         target = self.known.handle(to_number, changed)
         if changed.sizeless or node.sizeless or flags:
             refuse(errno.EXDEV)  # the guest copies by reading and writing
+        drop_privileges(changed, self.asker[0])
         size = min(size, COPY_MAX)
         return U32_PAIR.pack(self.change(changed, os.copy_file_range, handle.fd, target.fd, size, offset, to_offset), 0)
 
@@ -5010,8 +5035,8 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
         protocol: Protocol = NineP(share_fd, capabilities) if kind == "9pfs" else Fuse(share_fd, capabilities, True)
         give_up_rights(capabilities & rights)
         link.send(b"+")
-        if isinstance(protocol, Fuse):
-            protocol.warm_up()
+        if isinstance(protocol, Fuse):  # what the guest asks first, for a forked process copies what memory it uses
+            protocol.find(protocol.files.root, b"rootfs")  # which init() forgets
         where = link.recv(256)
         if where:
             domid, *numbers = struct.unpack(f"={len(where) // 4}I", where)

@@ -564,6 +564,8 @@ SPECIAL = [  # who writes how, the mode before, and after
     ("truncate by another", USER, lambda: os.truncate("f", 1), 0o6777, 0o777),
     ("O_TRUNC by another", USER, lambda: put("f"), 0o6777, 0o777),
     ("fallocate by another", USER, lambda: fallocate_of("f"), 0o6777, 0o777),
+    ("copy_file_range by another", USER, lambda: copy_to("f"), 0o6777, 0o777),
+    ("copy_file_range by root", 0, lambda: copy_to("f"), 0o6777, 0o6777),
     ("chown by root", 0, lambda: os.chown("f", 5, 6), 0o6755, 0o755),
     ("chown by root, without x for the group", 0, lambda: os.chown("f", 5, 6), 0o2745, 0o2745),
 ]
@@ -581,8 +583,14 @@ def fallocate_of(path):
     os.close(fd)
 
 
+def copy_to(path):
+    source, target = os.open("source", os.O_RDONLY), os.open(path, os.O_WRONLY)
+    same(os.copy_file_range(source, target, 5), 5, "copied")
+
+
 @check
 def setuid_goes_with_a_change():
+    put("source", b"content")
     for what, uid, work, before, after in SPECIAL:
         put("f", b"content", before)
         same(mode_of("f"), oct(before), f"before {what}")
@@ -653,6 +661,21 @@ def modes_of_what_is_made():
         for name in "fpnl":
             os.unlink(name)
         os.rmdir("d")
+
+
+@check
+def special_files_are_made_with_every_mode():
+    os.mkdir("d")
+    os.chmod("d", 0o777)
+    os.umask(0)
+
+    def make():
+        for kind in (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFREG):
+            os.mknod("d/n", kind | 0o7751)
+            same(oct(os.stat("d/n").st_mode), oct(kind | 0o7751))
+            os.unlink("d/n")
+
+    user(make)
 
 
 @check
@@ -947,6 +970,7 @@ def holes_are_found():
         same(os.lseek(fd, 5, os.SEEK_HOLE), 5)
         refused(errno.ENXIO, os.lseek, fd, (1 << 20) + PAGE, os.SEEK_DATA)
         refused(errno.ENXIO, os.lseek, fd, 2 << 20, os.SEEK_HOLE)
+        refused(errno.ENXIO, os.lseek, fd, -1, os.SEEK_DATA)
         drop_caches()
     put("g", b"x" * 100)
     fd = os.open("g", os.O_RDONLY)

@@ -4,6 +4,7 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import pathlib
@@ -457,6 +458,50 @@ def test_files_of_several_file_systems_have_numbers_of_their_own(shared):
         runx.detach(str(shared.host / "other"))
 
 
+@pytest.fixture
+def overlay(shared):
+    """One of dom0's in the share, whose lower layer has a file of three names."""
+    for name in ("lower", "upper", "work", "merged"):
+        (shared.host / name).mkdir()
+    (shared.host / "lower/a").write_text("content")
+    for name in ("b", "c"):
+        os.link(shared.host / "lower/a", shared.host / "lower" / name)
+    options = ",".join(f"{name}dir={shared.host}/{name}" for name in ("lower", "upper", "work"))
+    try:
+        runx.mount("overlay", str(shared.host / "merged"), 0, "overlay", options)
+    except OSError as error:
+        pytest.skip(f"needs an overlay: {error.strerror}")
+    yield served.Mounted(shared.host / "merged", shared.guest / "merged", shared.counts)
+    runx.detach(str(shared.host / "merged"))
+
+
+def test_names_of_one_file_below_an_overlay_are_files_of_their_own(overlay):
+    """As on dom0, where the one that is changed is copied and the others stay, without the overlay's index."""
+    sorted(os.stat(overlay.guest / name).st_ino for name in "abc")
+    os.chmod(overlay.guest / "b", 0o600)
+    (overlay.guest / "c").write_text("changed")
+    paths = {name: overlay.host / name for name in "abc"}
+    found = {name: (stat.S_IMODE(path.stat().st_mode), path.read_text()) for name, path in paths.items()}
+    assert found == {"a": (0o644, "content"), "b": (0o600, "content"), "c": (0o644, "changed")}
+    for name in "abc":
+        refresh(overlay.guest / name)
+        path = overlay.guest / name
+        assert (stat.S_IMODE(os.stat(path).st_mode), path.read_text()) == found[name], name
+
+
+def test_a_file_that_an_overlay_has_copied_stays_the_same_file(overlay):
+    with opened(overlay.guest / "a", os.O_RDONLY) as before, opened(overlay.guest / "a", os.O_RDWR) as fd:
+        os.write(fd, b"CON")
+        os.link(overlay.guest / "a", overlay.guest / "d")
+        with opened(overlay.guest / "a", os.O_RDWR) as again, opened(overlay.guest / "d", os.O_RDWR) as linked:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            for other in (before, again, linked):
+                assert os.path.sameopenfile(fd, other)
+                with refused(errno.EAGAIN):
+                    fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert (overlay.host / "d").read_text() == "CONtent" and (overlay.host / "b").read_text() == "content"
+
+
 # ---- owners, permissions, attributes
 
 
@@ -739,6 +784,48 @@ def guest(exported, tmp_path):
     guest = served.Guest(runx.Fuse(exported(), CAPABILITIES))
     yield guest
     guest.fuse = None
+
+
+@pytest.fixture
+def made(guest):
+    """Makes one of each kind as a user; returns the errno of each."""
+    names = {"mkdir": b"d\0", "symlink": b"l\0target\0", "mknod": b"n\0", "create": b"f\0", "tmpfile": b""}
+    heads = {
+        "mkdir": struct.pack("<II", 0o777, 0), "symlink": b"", "mknod": struct.pack("<IIII", 0o10666, 0, 0, 0),
+        "create": struct.pack("<IIII", os.O_WRONLY, 0o100666, 0, 0),
+        "tmpfile": struct.pack("<IIII", os.O_WRONLY, 0o100666, 0, 0),
+    }  # fmt: skip
+    folder = guest.look_up(b"folder")
+    return lambda: {kind: guest.request(kind, folder, heads[kind] + names[kind], uid=1000)[0] for kind in heads}
+
+
+@needs_root
+def test_what_cannot_become_its_makers_is_not_left(made, tmp_path, monkeypatch):
+    """Such as where that user's quota is used up."""
+    before = os.listdir(tmp_path / "share/folder")
+    monkeypatch.setattr(os, "chown", lambda *args: runx.refuse(errno.EDQUOT))
+    assert set(made().values()) == {errno.EDQUOT}
+    assert os.listdir(tmp_path / "share/folder") == before
+
+
+@needs_root
+def test_a_file_system_without_owners_says_whose_a_new_file_is(made, tmp_path, monkeypatch):
+    """vfat: chown(2) to another than the one of all is EPERM."""
+    monkeypatch.setattr(os, "chown", lambda *args: runx.refuse(errno.EPERM))
+    assert set(made().values()) == {0}
+    assert {os.lstat(tmp_path / "share/folder" / name).st_uid for name in "dlnf"} == {0}
+
+
+def test_what_is_appended_to_a_file_that_is_open_to_synchronize_is_on_disk(guest, monkeypatch):
+    """The guest's kernel keeps no page of it, so it leaves that to the server."""
+    seen = []
+    monkeypatch.setattr(os, "pwritev", lambda fd, data, offset, flags: seen.append(flags) or 1)
+    node = guest.look_up(b"file")
+    for flags in (0, os.O_SYNC, os.O_DSYNC):
+        _, handle, _ = guest.open(node, os.O_WRONLY | os.O_APPEND | flags)
+        head = struct.pack("<QQIIQII", handle, 0, 1, 0, 0, os.O_WRONLY | os.O_APPEND | flags, 0)
+        guest.done("write", node, head + b"x")
+    assert seen == [runx.RWF_APPEND, runx.RWF_APPEND | runx.RWF_SYNC, runx.RWF_APPEND | runx.RWF_SYNC]
 
 
 BAD_NAMES = (b"", b".", b"..", b"a/b", b"/", b"../secret", b"x" * 300)

@@ -546,6 +546,33 @@ def test_what_one_side_changes_the_other_one_sees(stored):
     assert wrong == []
 
 
+def test_names_of_one_file_below_an_overlay_are_files_of_their_own(stored):
+    """Of dom0's, as engines make root file systems: the one that is changed is copied, and the others stay."""
+    folders = {name: stored.folder / name for name in ("lower", "upper", "work", "merged")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["lower"] / "a").write_bytes(OLD)
+    for name in "bc":
+        os.link(folders["lower"] / "a", folders["lower"] / name)
+    options = ",".join(f"{name}dir={folders[name]}" for name in ("lower", "upper", "work"))
+    merged = folders["merged"]
+    assert call("mount", "-t", "overlay", "-o", options, "none", str(merged)).returncode == 0
+    try:
+        spec = python_config("-ISc", INTERPRETER)
+        spec["mounts"].append(bind(merged, "/merged"))
+        with guest_of(stored, spec) as guest:
+            both = Both(guest, merged, "/merged")
+            assert [both.get(name) for name in "abc"] == [brief(OLD)] * 3
+            guest("os.chmod('/merged/b', 0o600); put('/merged/c', b'changed')")
+            modes = [oct(os.stat(merged / name).st_mode) for name in "abc"]
+            assert modes == ["0o100644", "0o100600", "0o100644"]
+            assert modes == guest("[oct(os.stat('/merged/' + name).st_mode) for name in 'abc']")
+            assert [both.get(name) for name in "abc"] == [brief(OLD), brief(OLD), b"changed"]
+            assert [brief((merged / name).read_bytes()) for name in "abc"] == [brief(OLD), brief(OLD), b"changed"]
+    finally:
+        assert call("umount", str(merged)).returncode == 0
+
+
 def test_a_guest_that_knows_as_many_files_as_it_may_forgets_some_for_others(stored):
     """With a limit that comes sooner than the server's own."""
     (stored.rootfs / "many").mkdir()
