@@ -2388,8 +2388,8 @@ def parse_capabilities(spec: Section) -> dict[str, int]:
     asked, unknown = dict.fromkeys(CAPABILITY_SETS, 0), []
     for name in CAPABILITY_SETS:
         for capability in spec.texts(name):
-            known = capability.removeprefix("CAP_")
-            if known in CAPABILITIES:
+            known = capability[4:]
+            if capability.startswith("CAP_") and known in CAPABILITIES:
                 asked[name] |= 1 << CAPABILITIES.index(known)
             elif capability not in unknown:
                 unknown.append(capability)

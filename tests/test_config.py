@@ -1097,6 +1097,9 @@ def test_capabilities_are_a_bit_each():
     sets = runx.parse_capabilities(spec)
     assert sets == {"bounding": 1 | 1 << 40, "effective": 0, "inheritable": 0, "permitted": 1 << 5, "ambient": 0}
     assert spec.warnings == ["unknown capabilities are left out: CAP_NEW"]
+    spec = runx.Section({"bounding": ["SYS_ADMIN", "cap_kill", "CAP_"]}, "config.json: process.capabilities")
+    assert runx.parse_capabilities(spec)["bounding"] == 0  # as under runc
+    assert spec.warnings == ["unknown capabilities are left out: SYS_ADMIN, cap_kill, CAP_"]
 
 
 @pytest.mark.parametrize(
