@@ -214,7 +214,8 @@ def test_a_rootfs_that_a_snapshotter_of_block_devices_has_mounted(bundle):
     """As ctr takes one that is ready."""
     shutil.copytree(bundle.rootfs, bundle.folder / "source", symlinks=True)
     image, target = make_image(bundle.folder, bundle.folder / "source"), bundle.folder / "mnt"
-    options = ["--rm", "--runc-binary=/usr/sbin/runX", "--annotation", "org.runx.rootfs=block", "--rootfs"]
+    options = ["--rm", "--runc-binary=/usr/sbin/runX", "--annotation", "org.runx.rootfs=block"]
+    options += ["--env", "PATH=/bin", "--rootfs"]  # without an image there is none
     with mounted(image, target):
         result = ctr("run", *options, str(target), bundle.id, "sh", "-c", SEEN + "echo kept >/written")
         assert (result.stdout, result.returncode) == (b"ext4 rw\n/\n", 0), result
