@@ -199,7 +199,7 @@ def test_a_kernel_that_cannot_be_booted(bundle):
         ("/large", "cannot boot /large of the container: 4096 MiB do not fit into a VM of"),
         ("", "the kernel's command line is 10"),
     ):
-        spec = config("true", env=[f"RUNX_KERNEL={kernel}"])
+        spec = config("/bin/true", env=[f"RUNX_KERNEL={kernel}"])
         spec["vm"] = {"kernel": {"parameters": ["" if kernel else "x" * 1000]}}
         bundle.write_config(spec)
         bundle.check_refused(words)
