@@ -66,6 +66,7 @@ class Life:
         acts = [self.command] * 12 + [self.reap] * 4 + [self.kill] * 2 + [self.fail, self.destroy, self.plug]
         for _ in range(self.random.randrange(4, 16)):
             self.random.choice(acts)()
+            # nothing is waited for: what happens at once is to be something else each time
             time.sleep(self.random.choice((0, 0, self.random.random() / 20)))
         self.dom0.forget()
         self.end()

@@ -316,6 +316,7 @@ def test_the_clock_follows_dom0s(bundle, clock, kind):
         before = int(time.time())
         return before - 1 <= seconds() <= time.time() + 1  # however long the answer takes
 
+    seconds()  # it has booted
     assert follows()
     for step in (3600, -3600, 86400, -86400, 40 * 365 * 86400):
         clock.step(step)
