@@ -2934,6 +2934,7 @@ SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # the same on every architecture
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4  # <linux/mount.h>
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000  # <linux/fcntl.h>
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
+OPEN_ATTEMPTS = 128  # where others rename and mount; a few µs each
 LINKS_MAX = 40  # that a path may lead through, as for the kernel
 MNT_DETACH = 2  # <sys/mount.h>
 
@@ -3025,7 +3026,12 @@ def open_in_root(root: str, path: str, flags: int = os.O_PATH) -> Descriptor:
     """flags: of open(2).  Raise OSError."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT)
     with Descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY)) as root_fd:
-        return Descriptor(system_call("syscall", SYS_OPENAT2, root_fd, path, how, len(how)))
+        for _ in range(OPEN_ATTEMPTS):
+            try:
+                return Descriptor(system_call("syscall", SYS_OPENAT2, root_fd, path, how, len(how)))
+            except BlockingIOError:  # openat2(2): a ".." while anything on the host was renamed or mounted
+                pass
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def open_file_in_root(root: str, path: str, purpose: str) -> Descriptor:

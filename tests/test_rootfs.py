@@ -63,6 +63,28 @@ def test_a_file_is_found_as_in_the_container(root, path):
     assert runx.read_in_root(str(root), path, 3) == b"ins"
 
 
+@pytest.mark.parametrize("busy", [127, 128])
+def test_what_others_rename_meanwhile_is_waited_for_within_bounds(root, monkeypatch, busy):
+    """openat2(2): EAGAIN if anything on the host was renamed or mounted while it was behind a ".."."""
+    calls = []
+
+    def system_call(name, *args):
+        calls.append(name)
+        if len(calls) <= busy:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return real(name, *args)
+
+    real = runx.system_call
+    monkeypatch.setattr(runx, "system_call", system_call)
+    before = open_descriptors()
+    if busy < 128:
+        assert runx.read_in_root(str(root), "../etc/name", 100) == b"inside"
+    else:
+        with pytest.raises(runx.Error, match="cannot read etc/name of the container: Resource temporarily unavailable"):
+            runx.read_in_root(str(root), "etc/name", 100)
+    assert len(calls) == 128 and open_descriptors() == before
+
+
 @pytest.mark.parametrize(
     "path, reason",
     [
