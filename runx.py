@@ -5332,8 +5332,9 @@ RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWNEIGH = 16, 20, 24, 28  # <linux/
 RTM_NEWQDISC, RTM_NEWTFILTER = 36, 44
 RTM_DELETE, RTM_GET = 1, 2  # RTM_DELLINK and RTM_GETLINK, and all others too, are by that much above RTM_NEWLINK
 RTMGRP_LINK = 1
+DUMP_ATTEMPTS = 32  # to be told all at once while it changes
 NLMSG_ERROR, NLMSG_DONE = 2, 3  # <linux/netlink.h>
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 1, 4, 0x10, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER = 1, 3, 4, 10  # <linux/if_link.h>
 IFLA_LINKINFO, IFLA_AF_SPEC, IFLA_NET_NS_FD = 18, 26, 28
@@ -5452,12 +5453,14 @@ class Rtnetlink:
 
         self.socket = in_namespace(namespace, connect) if namespace else connect()
         self.socket.bind((0, groups))
+        self.interrupted = False  # whether what it told of had changed before it was told in whole
 
     def receive(self) -> Iterator[Message]:
         """Yield each message in the next datagram."""
         data = self.socket.recv(1 << 17)
         while len(data) >= 16:
-            length, kind = struct.unpack_from("=IH", data)
+            length, kind, flags = struct.unpack_from("=IHH", data)
+            self.interrupted |= bool(flags & NLM_F_DUMP_INTR)
             yield parse_message(kind, data[16:length])
             data = data[(length + 3) & ~3 :]
 
@@ -5474,9 +5477,14 @@ class Rtnetlink:
                 answers.append(answer)
 
     def dump(self, kind: int) -> list[Message]:
-        """Return all of a kind, RTM_NEW…, that there are."""
+        """Return all of a kind, RTM_NEW…, that there are.  If they change meanwhile, the kernel may leave one out."""
         nothing = struct.unpack(HEADS[kind], bytes(struct.calcsize(HEADS[kind])))
-        return self.request(Message(kind + RTM_GET, nothing, {}), NLM_F_DUMP)
+        for _ in range(DUMP_ATTEMPTS):
+            self.interrupted = False
+            found = self.request(Message(kind + RTM_GET, nothing, {}), NLM_F_DUMP)
+            if not self.interrupted:
+                break
+        return found
 
     def set_link(self, index: int, attributes: Attributes, up: bool = False) -> None:
         self.request(link_message(index, attributes, up))

@@ -1034,6 +1034,32 @@ def test_ends_of_a_redirection(namespaces):
     assert end() and end()
 
 
+@pytest.mark.parametrize("changes", [0, 3, 1000])
+def test_links_that_change_while_they_are_told_are_asked_for_again(changes):
+    """<linux/netlink.h>: NLM_F_DUMP_INTR.  The kernel tells of veth0 only when nothing changes."""
+
+    class Changing:
+        asked = 0
+
+        def send(self, data):
+            self.asked += 1
+
+        def recv(self, size):
+            changed, names = (0x10, ["lo"]) if self.asked <= changes else (0, ["lo", "veth0"])
+            return b"".join(told(16, 2 | changed, name) for name in names) + told(3, 2 | changed, None)
+
+    def told(kind, flags, name):
+        body = bytes(16) + runx.pack_attributes({runx.IFLA_IFNAME: name}) if name else bytes(4)
+        return struct.pack("=IHHII", 16 + len(body), kind, flags, 0, 0) + body
+
+    netlink = runx.Rtnetlink()
+    netlink.socket.close()
+    netlink.socket = Changing()
+    found = [link.name for link in netlink.links()]
+    assert found == (["lo"] if changes == 1000 else ["lo", "veth0"])
+    assert netlink.socket.asked == min(changes + 1, 32)
+
+
 class Recorder:
     """Takes the messages of a Rtnetlink, and fails at one of them."""
 
