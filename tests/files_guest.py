@@ -39,6 +39,7 @@ SEED = int(os.environ.get("SEED") or int.from_bytes(os.urandom(3), "big"))
 
 # <fcntl.h>, <linux/fs.h>, <linux/falloc.h>, <sched.h>, <sys/mount.h>
 AT_FDCWD, AT_SYMLINK_FOLLOW, AT_EMPTY_PATH = -100, 0x400, 0x1000
+AT_STATX_FORCE_SYNC, STATX_SIZE = 0x2000, 0x200
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE = 1, 2, 8, 16, 32
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 0x1000, 0x4000, 1 << 18
@@ -1027,6 +1028,17 @@ def writing_where_no_file_can_be():
             system("syncfs", fd)  # or whoever asks next is told of it
         except OSError:
             pass
+
+
+@check
+def what_cannot_be_written_is_told_at_the_latest_by_close():
+    fd = os.open("f", os.O_RDWR | os.O_CREAT)
+
+    def write_and_close():
+        os.pwrite(fd, b"x", 1 << 62)
+        os.close(fd)
+
+    refused(errno.EFBIG, write_and_close)
 
 
 @check
@@ -2072,6 +2084,37 @@ def appending_behind_what_was_just_written():
     same(get("f"), wanted)
     drop_caches()
     same(get("f"), wanted, "without caches")
+
+
+@check
+def the_size_while_it_is_sent():
+    """The kernel sends what was written, by its own clock, while others look: nobody sees the size of before."""
+    fd, (end, of_others) = os.open("f", os.O_RDWR | os.O_CREAT), os.pipe()
+    clocks = [f"/proc/sys/vm/dirty_{name}_centisecs" for name in ("expire", "writeback")]
+    before = [get(clock) for clock in clocks]
+
+    def look():
+        os.close(of_others)
+        found, last = ctypes.create_string_buffer(256), 0
+        while not select.select([end], [], [], 0)[0]:
+            system("statx", fd, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_SIZE, ctypes.addressof(found))
+            size = int.from_bytes(found[40:48], sys.byteorder)
+            same(size >= last, True, f"{size} bytes after {last}")
+            last = size
+
+    others = [Other(look) for _ in range(2)]
+    try:
+        for clock in clocks:
+            put(clock, b"1")
+        for _ in range(400):
+            os.write(fd, b"x" * 100)
+            time.sleep(0.02)
+    finally:
+        for clock, value in zip(clocks, before):
+            put(clock, value)
+    os.close(of_others)
+    for other in others:
+        other.join()
 
 
 @check
