@@ -8348,6 +8348,8 @@ def command_delete(call: Invocation) -> None:
 
 def delete(container: Container, force: bool, log: Log) -> None:
     container.forgiving = force
+    if force:  # it is done also when who asks for it is killed, which containerd is by itself after five seconds
+        system_call("prctl", PR_SET_PDEATHSIG, 0)
     try:
         with container:
             status = container.status(ask=not force)

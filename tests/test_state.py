@@ -2,6 +2,7 @@
 """A container's state on disk beside what Xen says: which one is believed.  Xen is a script and a dictionary here."""
 
 import concurrent.futures
+import ctypes
 import json
 import os
 import resource
@@ -559,3 +560,15 @@ def test_a_pid_that_is_a_threads_by_now_is_nobodys():
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         thread = pool.submit(threading.get_native_id).result()
         runx.end_process(thread, runx.process_start_time(thread), 60)
+
+
+def test_a_delete_by_force_does_not_end_with_its_parent(tmp_path):
+    """As containerd's shim, which is killed after five seconds, asks the kernel to have it."""
+    prctl, found = ctypes.CDLL(None).prctl, ctypes.c_int()
+    try:
+        assert prctl(runx.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+        assert runx.main(["--root", str(tmp_path), "delete", "--force", "c"]) == 0
+        assert prctl(2, ctypes.byref(found), 0, 0, 0) == 0  # PR_GET_PDEATHSIG
+    finally:
+        prctl(runx.PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    assert found.value == 0
