@@ -7697,7 +7697,10 @@ class Carrier(Loop):
             console.introduce()
 
     def handlers(self) -> dict[int, Callable[[], None]]:
-        return {**super().handlers(), self.holder: self.lose_container}
+        found = {**super().handlers(), self.holder: self.lose_container}
+        if not self.is_greeted:  # the guest keeps what is asked of the process from then on, and drops it before
+            del found[self.signals]
+        return found
 
     def advance(self, ready: set[int]) -> None:
         """What the guest says first is that its side of the console is raw: not one byte of the words is lost then."""

@@ -308,6 +308,25 @@ def test_signals_reach_the_process_alone(dom0, number):
     finish(container)
 
 
+def asked_when_paused(dom0, options, meanwhile):
+    """What the VM was asked for of a process that runs until it gets a signal or its terminal hangs up; meanwhile() has
+    come before the VM has taken the request for it, and ends it."""
+    container = bring(dom0, "paused", "wait", mounts=PTS)
+    process = execute(container, "broken:", options=["--ignore-paused", *options])
+    dom0.ask("await_node", f"/local/domain/{container.domid()}/data/request/run-1")
+    meanwhile(int((container.root / container.id / "process-1").read_text().split()[0]))
+    assert container.runx("resume").returncode == 0
+    process.wait()
+    freed(container)
+    asked = container.guest()["asked"]
+    finish(container)
+    return asked
+
+
+def test_a_signal_that_comes_before_the_vm_has_heard_of_the_process_is_not_lost(dom0):
+    assert asked_when_paused(dom0, [], lambda carrier: dom0.signal(carrier, 15)) == ["run 1", "kill 1 15"]
+
+
 def test_a_carrier_that_is_killed_takes_its_process_along(dom0):
     container = running(dom0)
     process = execute(container, "ignore", "wait", options=["-d", "--pid-file", str(container.bundle / "exec")])
