@@ -7175,13 +7175,11 @@ class Loop:
 
 
 def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
-    """Make a pty, send its master and its name, as runc does, and have its slave for our standard streams and
-    controlling terminal.  console_socket: see send_descriptor().  size: rows, columns.  Raise Error."""
+    """Make a pty, send its master and name as runc does, and have its slave for our standard streams and controlling
+    terminal: a hang-up is SIGHUP.  console_socket: see send_descriptor().  size: rows, columns.  Raise Error."""
     import termios
     import tty
 
-    signal = import_core("signal")
-    signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up now, create's end decides
     with Attempt(f"send a terminal to the console socket {console_socket}"):
         master, slave = os.openpty()
         tty.setraw(slave)  # the terminal in the guest edits, echoes and makes signals
@@ -7552,6 +7550,8 @@ def build(plan: Plan, holder: Holder, server: FileServer, report: int, commit: C
     monitor = Monitor(plan, holder, server, commit, domain)
     monitor.prepare()
     if monitor.terminal and plan.config.process and plan.console_socket is not None:
+        signal = import_core("signal")
+        signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up before we serve it, create's end decides
         take_terminal(plan.console_socket, plan.config.process.console_size)
     holder.pid = commit.take_pid()
     plan.container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)

@@ -327,6 +327,13 @@ def test_a_signal_that_comes_before_the_vm_has_heard_of_the_process_is_not_lost(
     assert asked_when_paused(dom0, [], lambda carrier: dom0.signal(carrier, 15)) == ["run 1", "kill 1 15"]
 
 
+def test_a_terminal_that_hangs_up_before_that_hangs_up_for_the_process(dom0, tmp_path):
+    engine = ConsoleSocket(tmp_path / "socket")
+    options = ["-t", "-d", "--console-socket", engine.path]
+    first, *asked = asked_when_paused(dom0, options, lambda _: hang_up(engine))
+    assert (first, "look 1" in asked) == ("run 1", True)
+
+
 def test_a_carrier_that_is_killed_takes_its_process_along(dom0):
     container = running(dom0)
     process = execute(container, "ignore", "wait", options=["-d", "--pid-file", str(container.bundle / "exec")])
@@ -359,6 +366,25 @@ def test_a_terminal_is_the_engines_with_its_size_at_once_and_after_each_change(d
     assert terminal.rest() == b"\x10hi\n"
     os.close(terminal.fd)
     assert dom0.wait(int((tmp_path / "pid").read_text())) == 6
+    finish(container)
+
+
+def hang_up(engine):
+    """An engine's end of a terminal that comes, when it has come."""
+    with contextlib.closing(engine.socket):
+        os.close(engine.receive().fd)
+
+
+def test_a_terminal_that_the_engine_closes_hangs_up(dom0, tmp_path):
+    """Also where nothing is written, and so nothing fails."""
+    engine = ConsoleSocket(tmp_path / "socket")
+    container = running(dom0, mounts=PTS)
+    options = ["-t", "-d", "--console-socket", engine.path, "--pid-file", str(tmp_path / "pid")]
+    process = execute(container, "until:data/process/1/unread", "exit:9", options=options)
+    dom0.ask("await_node", f"/local/domain/{container.domid()}/data/process/1/ready")
+    hang_up(engine)
+    assert process.wait().returncode == 0
+    assert dom0.wait(int((tmp_path / "pid").read_text())) == 9
     finish(container)
 
 
