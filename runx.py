@@ -6422,6 +6422,8 @@ PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
 TITLE_MAX = 4096  # bytes of the command line that the holder shows
 SHOWN: list[bytes] = []
 RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # <signal.h>: also INT, QUIT, USR1, USR2, TERM
+# signals that end a container which is not started, as they end runc's init, a Go program; others do nothing to it
+ENDING_SIGNALS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 31}
 
 
 class Holder:
@@ -7471,7 +7473,7 @@ class Monitor(Loop):
     def send(self, number: int) -> None:
         if self.is_started():
             super().send(number)
-        else:
+        elif number in ENDING_SIGNALS:
             self.end(128 + number)
 
     def is_started(self) -> bool:
@@ -7758,8 +7760,6 @@ def run_carrier(order: Order, report: int) -> NoReturn:
 # ==== commands ===========================================================================================
 # One function per command, in the order of a container's life.  Each gets the Invocation.
 
-# signals that end a container which is not started, as they end runc's init, a Go program; others do nothing to it
-ENDING_SIGNALS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 31}
 SIGNALS = (
     "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU "
     "URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"

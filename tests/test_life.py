@@ -238,7 +238,8 @@ def test_what_is_sent_to_its_pid_goes_to_the_process(dom0, name, number):
 
 def test_what_is_sent_to_the_pid_of_one_that_is_not_started_ends_it(dom0):
     container = bring(dom0, "created")
-    dom0.signal(container.pid(), 15)
+    for number in (10, 12, 15):
+        dom0.signal(container.pid(), number)
     assert container.wait() == 143
     remove(container)
 
