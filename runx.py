@@ -2652,7 +2652,7 @@ def compile_seccomp(spec: JsonObject, machine: str) -> tuple[int, list[Instructi
     if machine not in SECCOMP_ARCHITECTURES:
         section.refuse(f"cannot be applied on {machine}: leave it out")
     rules = seccomp_rules(section, default)
-    if not rules and default == SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
+    if not any(rules.values()) and default == SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
         return None
     wanted = section.texts("architectures")
     program = [statement(LOAD, ARCHITECTURE_OFFSET)]
@@ -2674,7 +2674,7 @@ def seccomp_action(spec: Section, key: str, errno_key: str) -> int:
 
 
 def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
-    """Return the rules of each system call that is named.  The first without conditions stands alone."""
+    """Return the rules, if any, of each system call that is named.  The first without conditions stands alone."""
     rules: dict[str, list[Rule]] = {}
     for entry in spec.sections("syscalls"):
         action = seccomp_action(entry, "action", "errnoRet")
@@ -2685,11 +2685,11 @@ def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
         for name in entry.texts("names"):
             if not name.isidentifier():
                 entry.refuse(f"must hold names of system calls, not {printable(name)}", "names")
-            if action == default or (name in rules and not rules[name][0][0]):
+            known = rules.setdefault(name, [])
+            if action == default or (known and not known[0][0]):
                 continue
             if args:
-                rules.setdefault(name, [])
-                rules[name] += [(conditions, action) for conditions in alternatives]
+                known += [(conditions, action) for conditions in alternatives]
             else:
                 rules[name] = [([], action)]
     return rules
@@ -2709,12 +2709,12 @@ def seccomp_condition(spec: Section) -> Condition:
 def seccomp_block(rules: dict[str, list[Rule]], default: int, prefix: str) -> list[Instruction]:
     """Return the instructions for the programs of one architecture."""
     block = [statement(LOAD, NUMBER_OFFSET)]
-    if default not in (SECCOMP_ACTIONS["SCMP_ACT_ALLOW"], SECCOMP_ACTIONS["SCMP_ACT_LOG"]):
-        # as runc: what is newer than all that the filter names is not there, and the C library does without
+    if rules and not SECCOMP_ACTIONS["SCMP_ACT_TRACE"] <= default <= SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
+        # as runc: what is newer than all that is named here is not there, and the C library does without
         not_there = SECCOMP_ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS
         block += [(IF_GREATER, 0, 1, prefix + "max"), statement(RETURN, not_there)]
     for name in sorted(rules):
-        code = seccomp_code(rules[name], default)
+        code = seccomp_code(rules[name], default) if rules[name] else []
         if len(code) > BRANCH_MAX:
             block += [(IF_EQUAL, 1, 0, prefix + name), statement(JUMP, len(code))]
         else:

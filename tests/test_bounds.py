@@ -728,9 +728,12 @@ def test_a_jump_passes_over_255_instructions_at_most():
     assert first == (runx.IF_EQUAL, 1, 0) and second == (runx.JUMP, 0, 0, 256)
 
 
-def test_what_is_newer_than_the_filter_is_not_there_unless_all_is_allowed():
-    for action, expected in (("ERRNO", True), ("KILL", True), ("TRACE", True), ("LOG", False), ("ALLOW", False)):
-        spec = {"defaultAction": f"SCMP_ACT_{action}", "syscalls": [{"names": ["x"], "action": "SCMP_ACT_TRAP"}]}
+def test_what_is_newer_than_the_filter_is_not_there_unless_all_is_let_through_or_nothing_is_named():
+    ends = {"ERRNO": True, "KILL": True, "KILL_PROCESS": True, "TRACE": False, "LOG": False, "ALLOW": False}
+    named = [{"names": ["x"], "action": "SCMP_ACT_TRAP"}]
+    cases = [(f"SCMP_ACT_{action}", named, expected) for action, expected in ends.items()]
+    for action, syscalls, expected in [*cases, ("SCMP_ACT_ERRNO", [], False)]:
+        spec = {"defaultAction": action, "defaultErrnoRet": 0xFFFF, "syscalls": syscalls}
         _, program = runx.compile_seccomp(spec, "x86_64")
         assert ((runx.IF_GREATER, 0, 1, "max") in program) is expected
         not_there = (runx.RETURN, 0, 0, LINUX["SECCOMP_RET_ERRNO"] | 38)  # ENOSYS

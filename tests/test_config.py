@@ -653,10 +653,14 @@ def test_a_system_call_may_have_several_actions():
     assert [filtered(program, NAMES, "clone", value) for value in (1, 2, 3)] == [ALLOW, NOT_THERE, PERMISSION]
 
 
-def test_a_rule_that_says_what_holds_anyway_makes_no_instruction():
-    _, program = seccomp({"names": ["read"], "action": "SCMP_ACT_ERRNO"}, rule("write"))
-    assert [instruction[3] for instruction in program if isinstance(instruction[3], str)] == ["max", "write"]
-    assert filtered(program, NAMES, "read") == PERMISSION and filtered(program, NAMES, "write") == ALLOW
+def test_a_rule_that_says_what_holds_anyway_only_tells_what_is_newer():
+    _, program = seccomp({"names": ["read", "clone"], "action": "SCMP_ACT_ERRNO"}, rule("write", "clone"))
+    named = {instruction[3]: instruction for instruction in program if isinstance(instruction[3], str)}
+    assert list(named) == ["max", "clone", "read", "write"] and named["read"] == (runx.IF_EQUAL, 0, 0, "read")
+    results = [filtered(program, NAMES, name) for name in ("read", "write", "clone", "personality", 136)]
+    assert results == [PERMISSION, ALLOW, ALLOW, PERMISSION, NOT_THERE]
+    same = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule("read", "write")]}
+    assert runx.compile_seccomp(same, "x86_64") is None
 
 
 def test_more_rules_than_a_branch_can_pass_over():
