@@ -2366,12 +2366,13 @@ class Process:
 
 def parse_exec(spec: Section, asked: JsonObject, where: str) -> tuple[Process, Linux, list[str]]:
     """Return the Process of `exec`, what Linux has of it, and warnings.  spec: config.json.  asked: an object as its
-    process, from where.  As under runc, what that does not say of capabilities, limits and umask is what the
-    container's process has, and its score for the OOM killer always."""
+    process, from where.  As under runc, what that does not say of capabilities, limits, scheduling and umask is what
+    the container's process has, and its score for the OOM killer always."""
     own = spec.section("process")
     values = {**asked, "oomScoreAdj": own.values.get("oomScoreAdj")}
-    if values.get("capabilities") is None:
-        values["capabilities"] = own.values.get("capabilities")
+    for key in ("capabilities", "scheduler", "ioPriority"):
+        if values.get(key) is None:
+            values[key] = own.values.get(key)
     values["rlimits"] = values.get("rlimits") or own.values.get("rlimits")
     section = Section(values, where, ": ")
     user = section.section("user").values
@@ -8228,6 +8229,7 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
     capabilities = {name: own.section("capabilities").texts(name) for name in CAPABILITY_SETS}
     for name in ("bounding", "effective", "permitted"):
         capabilities[name] += options.get("cap", [])
+    capabilities["ambient"] += [name for name in options.get("cap", []) if name in capabilities["inheritable"]]
     uid, colon, gid = options.get("user", "").partition(":")
     groups = [parse_user_number("gid", text) for text in options.get("additional-gids", [])]
     return {

@@ -224,7 +224,8 @@ def test_the_process_is_the_containers_own_with_what_the_options_change(dom0):
     spec = json.loads((container.bundle / "config.json").read_text())
     spec["process"] |= {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 8, "hard": 9}], "oomScoreAdj": 77}
     spec["process"]["user"] |= {"umask": 0o27, "additionalGids": [5]}
-    spec["process"]["capabilities"] = {"bounding": ["CAP_KILL"], "permitted": ["CAP_KILL"]}
+    known = ["CAP_KILL", "CAP_CHOWN"]
+    spec["process"]["capabilities"] = {"bounding": known, "permitted": known[:1], "inheritable": known}
     spec["linux"] = {"personality": {"domain": "LINUX32"}}
     container.write(spec)
     options = [
@@ -246,7 +247,8 @@ def test_the_process_is_the_containers_own_with_what_the_options_change(dom0):
     kill, chown = 1 << 5, 1
     assert records(container) == [
         ["flags", [0]], ["cwd", ["/tmp"]], ["rlimit", ["7", "8", "9"]], ["oom", ["77"]], ["personality", ["8"]],
-        ["capabilities", [str(kill | chown), str(chown), "0", str(kill | chown), "0"]], ["no_new_privileges", []],
+        ["capabilities", [str(each) for each in (kill | chown, chown, kill | chown, kill | chown, chown)]],
+        ["no_new_privileges", []],
         ["user", ["7", "8", str(0o27)]], ["group", ["5"]], ["group", ["6"]], ["arg", ["guest"]], ["arg", ["wait"]],
         ["env", ["PATH=/x"]], ["env", ["A=1"]],
     ]  # fmt: skip
@@ -259,15 +261,18 @@ def test_an_oci_process_is_taken_as_it_is(dom0, tmp_path):
     container = running(dom0)
     spec = json.loads((container.bundle / "config.json").read_text())
     spec["process"] |= {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 8, "hard": 9}], "oomScoreAdj": 77}
+    spec["process"] |= {"scheduler": {"policy": "SCHED_BATCH"}, "ioPriority": {"class": "IOPRIO_CLASS_IDLE"}}
     spec["process"]["capabilities"] = {"bounding": ["CAP_KILL"]}
     container.write(spec)
     process = {"args": ["guest", "wait"], "cwd": "/", "env": ["B=2"], "capabilities": {}, "oomScoreAdj": 3}
+    process["ioPriority"] = {"class": "IOPRIO_CLASS_BE", "priority": 5}
     (tmp_path / "process").write_text(json.dumps(process))
     started = dom0.start(*container.words("exec", "--process", str(tmp_path / "process"), container.id))
     dom0.ask("await_node", f"/local/domain/{container.domid()}/data/process/1/ready")
     assert records(container) == [
-        ["flags", [0]], ["cwd", ["/"]], ["rlimit", ["7", "8", "9"]], ["oom", ["77"]], ["capabilities", ["0"] * 5],
-        ["user", ["0", "0", "18"]], ["arg", ["guest"]], ["arg", ["wait"]], ["env", ["B=2"]],
+        ["flags", [0]], ["cwd", ["/"]], ["rlimit", ["7", "8", "9"]], ["oom", ["77"]], ["ioprio", [str(2 << 13 | 5)]],
+        ["scheduler", ["3", *["0"] * 6]], ["capabilities", ["0"] * 5], ["user", ["0", "0", "18"]],
+        ["arg", ["guest"]], ["arg", ["wait"]], ["env", ["B=2"]],
     ]  # fmt: skip
     started.signal(1)
     assert started.wait().returncode == 129

@@ -156,7 +156,9 @@ def process_spec():
     """A container such as Docker's: what exec has of it, and not of its own words, is not the default."""
     spec = report_config(
         args=["sh", "-c", PROCESS], env=["PATH=/bin", "OF=the container"], cwd="/tmp",
-        capabilities=dict.fromkeys(KINDS, [*DEFAULT_CAPABILITIES, "CAP_DAC_OVERRIDE"]),
+        capabilities={
+            **dict.fromkeys(KINDS, [*DEFAULT_CAPABILITIES, "CAP_DAC_OVERRIDE"]), "inheritable": ["CAP_DAC_OVERRIDE"],
+        },
         rlimits=[{"type": "RLIMIT_CORE", "soft": 1 << 20, "hard": 1 << 21}],
     )  # fmt: skip
     spec["hostname"] = "box"
@@ -212,7 +214,8 @@ class TestOfARunningContainer:
         options, limits, words = [], ["CORE"], ["report", "/dev/null"]
         if how == "options":
             options = ["--cwd", "/dev/shm", "--env", "OF=exec", "--env", "PATH=/bin:/sbin", "--user", "1000:1000"]
-            options += ["--additional-gids", 5, "--additional-gids", 6, "--cap", "CAP_SYS_TIME", "--no-new-privs"]
+            options += ["--additional-gids", 5, "--additional-gids", 6, "--no-new-privs"]
+            options += ["--cap", "CAP_SYS_TIME", "--cap", "CAP_DAC_OVERRIDE"]  # the latter is ambient, too
         elif how == "file":
             limits, kinds = ["CORE", "STACK", "FSIZE"], [*KINDS, "inheritable", "ambient"]
             process = {
