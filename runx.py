@@ -105,6 +105,7 @@ class Log:
             line = f'time="{now}" level={level} msg={json_string(message)}'
         try:
             if self.path is None:
+                select.select([], [2], [], 1.0)  # see unblock_standard(): it may be full for a moment
                 print(line, file=sys.stderr, flush=True)
                 return
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -518,6 +519,19 @@ def close_standard(fd: int) -> None:
     """Close one of 0, 1, 2, so that the other end sees it, and keep the number taken."""
     with Descriptor(os.open("/dev/null", os.O_RDWR)) as null:
         os.dup2(null, fd)
+
+
+def unblock_standard(fd: int) -> None:
+    """Have one of 0, 1, 2 that is a terminal or a pipe never block us, by an opening of our own: who else has the
+    caller's may want to block.  What cannot be opened again, such as /dev/tty of a session not ours, stays as it is."""
+    path = f"/proc/self/fd/{fd}"
+    try:
+        what, mode = os.readlink(path), fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        if what.startswith("pipe:") or os.isatty(fd) and not what.endswith("ptmx"):  # which makes another pty
+            with Descriptor(os.open(path, mode | os.O_NONBLOCK | os.O_NOCTTY)) as ours:
+                os.dup2(ours, fd)
+    except OSError:
+        pass
 
 
 def read_all(fd: int) -> bytes:
@@ -6888,7 +6902,7 @@ ESCAPE, END = b"\x10", b"\x10\x04"  # in standard input: see initrd/streams.c.  
 
 
 class Output:
-    """From a console to a descriptor of ours, without ever blocking."""
+    """From a console to a descriptor of ours, without blocking."""
 
     def __init__(self, console: Console | FirstConsole, fd: int) -> None:
         self.console = console
@@ -6900,8 +6914,8 @@ class Output:
     def advance(self, writable: bool) -> bool:
         """Write what is pending, and take what is next.  Return whether something was written.
 
-        What poll(2) calls writable takes PIPE_BUF bytes at once, and no console has more.  It is not made non-blocking:
-        what is open for us is open for others, who may want to block.
+        What unblock_standard() cannot open again blocks only if others write there too: what poll(2) calls writable
+        takes PIPE_BUF bytes at once, a socket more, and no console has so many.
         """
         writes = writable and bool(self.pending)
         if writes:
@@ -6934,6 +6948,8 @@ class Input:
         if readable and self.open and not self.pending:
             try:
                 data = os.read(self.fd, PAGE)  # more than a ring, so that the next one is at hand
+            except BlockingIOError:
+                return  # somebody else has taken it, such as the shell at the same terminal
             except OSError:
                 data = b""  # such as the terminal of another session
             self.open = bool(data)
@@ -6952,6 +6968,8 @@ class Streams:
         """consoles: one for input and output, and one for errors, if there is; to a terminal that brings why init
         could not open it."""
         self.terminal, self.first = terminal, consoles[0]
+        for fd in () if terminal else (0, 1, 2):
+            unblock_standard(fd)
         raw = isinstance(self.first, FirstConsole)
         self.outputs = [Output(console, 2 if number and not terminal else 1) for number, console in enumerate(consoles)]
         self.input = Input(self.first, 0, raw)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Standard streams between descriptors and consoles, in a process whose descriptors 0, 1 and 2 are the test's."""
 
+import contextlib
 import json
 import os
 import select
+import socket
 
 import pytest
 
@@ -104,6 +106,60 @@ def test_a_reader_that_stops_is_waited_for_and_nothing_blocks():
         return [before > 0, before == left, delivered, count, os.read(errors, 99).decode()]
 
     assert in_child(work) == [True, True, False, 204800, "still here"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_nothing_blocks_though_others_have_it_too_and_may_want_to(kind):
+    """What poll(2) has said of a stream is over when another one has written or read there."""
+
+    def work(*_):
+        master, terminal = os.openpty()
+        for fd in (0, 1, 2) if kind == "terminal" else ():
+            os.dup2(terminal, fd)
+        others = [os.dup(fd) for fd in (0, 1, 2)]
+        streams = runx.Streams([Console(b"more"), Console()], False)
+        blocking = [os.get_blocking(fd) for fd in (0, 1, 2, *others)]
+        assert blocking == [False] * 3 + [True] * 3, blocking
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(1, bytes(2048))
+        streams.ready = True
+        streams.advance(set())
+        streams.advance({0, 1})
+        return [streams.input.open, streams.newly_unread()]
+
+    assert in_child(work) == [True, ""]
+
+
+def test_a_log_on_standard_error_waits_for_a_reader_that_is_slow(monkeypatch):
+    def work(_, out, errors):
+        runx.unblock_standard(2)
+        monkeypatch.setattr(runx.sys, "stderr", open(2, "w", closefd=False))
+        monkeypatch.setattr(runx.select, "select", lambda *_: os.read(errors, 1 << 20))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(2, bytes(2048))
+        runx.Log().warn("too late")
+        return os.read(errors, 999).decode()
+
+    assert in_child(work).endswith('msg="too late"\n')
+
+
+def test_what_cannot_be_opened_again_stays_what_it_is():
+    """A socket, the other end of a pty, a terminal that has gone: it may only be read or written, as before."""
+
+    def work(*_):
+        (master, terminal), (gone, hung_up), (ours, theirs) = os.openpty(), os.openpty(), socket.socketpair()
+        os.close(gone)
+        for fd, end in enumerate((hung_up, master, theirs.fileno())):
+            os.dup2(end, fd)
+        streams = runx.Streams([Console(b"one\n"), Console(b"two")], False)
+        streams.ready = True
+        streams.advance(set())
+        streams.advance({0, 1, 2})
+        return [os.read(terminal, 9).decode(), ours.recv(9).decode(), streams.input.open]
+
+    assert in_child(work) == ["one\n", "two", False]
 
 
 def test_an_output_that_nobody_reads_is_told_once():

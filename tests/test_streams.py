@@ -6,7 +6,7 @@ import select
 import socket
 
 import pytest
-from conftest import ConsoleSocket
+from conftest import ConsoleSocket, wait_until
 from fake.guest import pattern
 
 IMPOSSIBLE = "the ring's indexes are impossible"
@@ -87,6 +87,19 @@ def test_a_reader_that_goes_ends_the_process(dom0):
     assert os.read(reader, 2) == b"y\n"
     os.close(reader)
     finish(container, 141)
+
+
+def test_one_at_a_terminal_that_nobody_reads_can_be_killed(dom0):
+    """poll(2) calls it writable though a write of what a console has would block."""
+    dom0.constants["KILL_GRACE"] = 0.05
+    master, terminal = os.openpty()
+    container = dom0.container("much:200000").started(stdin=terminal, stdout=terminal, stderr=terminal)
+    wait_until(lambda: not select.select([], [terminal], [], 0)[1], "that it takes no more")
+    assert dom0.run(*container.words("kill", container.id, "KILL")).returncode == 0
+    finish(container, 137)
+    assert os.get_blocking(terminal)
+    os.close(terminal)
+    os.close(master)
 
 
 def test_a_full_disk_ends_the_process(dom0):
