@@ -7503,7 +7503,8 @@ class Monitor(Loop):
 
     def power_off(self, request: str, *_: object) -> None:
         """All that a VM can be asked for that boots a system of its own."""
-        if request.startswith("kill"):
+        verb, *operands = request.split()
+        if verb == "kill" and int(operands[1]) in ENDING_SIGNALS:
             self.domain.shut_down()
 
 

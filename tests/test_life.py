@@ -3,10 +3,13 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
-from conftest import wait_until
+from conftest import record, wait_until
 from fake.dom0 import config
+
+import runx
 
 STATES = ("created", "running", "paused", "stopped")
 
@@ -242,6 +245,15 @@ def test_what_is_sent_to_the_pid_of_one_that_is_not_started_ends_it(dom0):
         dom0.signal(container.pid(), number)
     assert container.wait() == 143
     remove(container)
+
+
+def test_what_is_sent_to_the_pid_of_one_with_a_system_of_its_own_powers_that_off_or_does_nothing():
+    """As `kill` does; KILL destroys it before."""
+    asked, requests = [], ["look 0", *(f"kill 0 {number}" for number in runx.RELAYED)]
+    for request in requests:
+        domain = SimpleNamespace(shut_down=lambda request=request: asked.append(request))
+        record(runx.Monitor, domain=domain).power_off(request)
+    assert asked == [f"kill 0 {number}" for number in (1, 2, 3, 15)]
 
 
 # ---- pause, resume
