@@ -107,7 +107,7 @@ static void run(unsigned long number)
 	supervise_exec();
 }
 
-/* The container is what lives in another mount namespace than init. */
+/* The container is what lives in another mount namespace than init, or has none as its first thread has ended. */
 static void kill_all(int signal)
 {
 	DIR *proc = opendir("/proc");
@@ -119,7 +119,7 @@ static void kill_all(int signal)
 	for (struct dirent *entry; (entry = readdir(proc));) {
 		pid_t pid = strtoul(entry->d_name, NULL, 10);
 		join(path, sizeof path, "/proc/", entry->d_name, "/ns/mnt", NULL);
-		if (pid && stat(path, &other) == 0 && other.st_ino != own.st_ino)
+		if (pid && (stat(path, &other) < 0 || other.st_ino != own.st_ino))
 			kill(pid, signal);
 	}
 	closedir(proc);

@@ -46,15 +46,23 @@ static void join_cgroup(void)
 	check(write_at(root, path + 4, "0"), "enter the container's cgroup", path + 3);
 }
 
-/* The mount namespace is the last: it has another /proc.  A kernel may lack some kinds. */
+/*
+ * The mount namespace is the last: it has another /proc.  A kernel may lack some kinds, and then we have none either.
+ * Once the first thread of the container's process has ended there are none to be entered, as under runc.
+ */
 void join_container(void)
 {
 	static const char *const names[] = { "ns/cgroup", "ns/ipc", "ns/uts", "ns/net", "ns/mnt" };
 	int namespaces[COUNT(names)];
+	char own[64];
 
 	join_cgroup();
-	for (size_t i = 0; i < COUNT(names); i++)
+	for (size_t i = 0; i < COUNT(names); i++) {
 		namespaces[i] = open_of_container(names[i]);
+		join(own, sizeof own, "/proc/self/", names[i], NULL);
+		if (namespaces[i] < 0 && is_there(own))
+			die("enter the container's", names[i]);
+	}
 	for (size_t i = 0; i < COUNT(names); i++)
 		if (namespaces[i] >= 0)
 			check(setns(namespaces[i], 0), "enter the container's", names[i]);

@@ -19,6 +19,7 @@ import uuid
 import pytest
 from conftest import (
     IMAGE,
+    PROGRAM_MOUNTS,
     Bundle,
     ConsoleSocket,
     Terminal,
@@ -414,6 +415,33 @@ def test_one_that_ignores_a_pause_is_executed_when_that_ends(own):
         waiting.wait(1)
     own.succeed("resume")
     assert (waiting.communicate(timeout=60), waiting.returncode) == ((b"begun\n", b""), 4)
+
+
+HEADLESS = """
+import _thread, ctypes, os
+
+def live():
+    while open("/proc/self/stat").read().split()[2] != "Z":
+        pass
+    os.write(1, b"headless\\n")
+    os.read(os.pipe()[0], 1)
+
+_thread.start_new_thread(live, ())
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+@pytest.mark.skipif(RUNTIME != "runX", reason="runc calls such a container stopped")
+def test_a_process_without_its_first_thread_has_no_namespaces_to_enter_and_takes_signals_for_all(own):
+    spec = config("python3", "-IS", "-c", HEADLESS, env=["PATH=/usr/bin"])
+    spec["mounts"] += PROGRAM_MOUNTS
+    pidfd = own.started(spec)
+    own.wait_for_output("headless\n")
+    message = own.refuse("sh", "-c", "cat /container/config", options=["--env", "PATH=/bin"])  # init's root has both
+    reason = "enter the container's ns/cgroup: No such file or directory"
+    assert message == f"exec failed: unable to start container process: {reason}"
+    own.succeed("kill", "--all", "TERM")
+    wait_for(pidfd)
 
 
 REFS = ("ring-ref", "port")  # of a console: its grant and its event channel
