@@ -175,27 +175,43 @@ static void close_unread(void)
 			close_end(&streams[i].from);
 }
 
+/* sent: whether all of it must be in the console's ring, and nothing be left in the kernel. */
+static int has_ended(const struct stream *s, int sent)
+{
+	int left;
+
+	return s->from < 0 && !is_pending(s) && (!sent || ioctl(s->to, TIOCOUTQ, &left) < 0 || !left);
+}
+
+/* The numbers of the streams that have ended while the process lives. */
+static void list_ended(char text[4], int sent)
+{
+	join(text, 4, in->to < 0 && !at_end ? "0" : "", has_ended(out, sent) ? "1" : "",
+	     has_ended(err, sent) ? "2" : "", NULL);
+}
+
 /*
- * Tells the host which streams have ended while the process lives; what was written before is in the rings then.  One
- * that has just ended may be the process's end, of which the host hears anyway.  Returns for how many milliseconds to
- * wait before the next call, or -1.
+ * Tells the host which these are; what was written before is in the rings then, and one that nobody reads holds back no
+ * other.  One that has just ended may be the process's end, of which the host hears anyway.  Returns for how many
+ * milliseconds to wait before the next call, or -1.
  */
 static int tell_ended(void)
 {
 	static char told[4];
 	static int64_t since;	/* when a stream ended of which the host has not been told; 0: none */
-	char text[4];
+	char ended[4], sent[4];
 
-	join(text, sizeof text, in->to < 0 && !at_end ? "0" : "", out->from < 0 && !is_pending(out) ? "1" : "",
-	     err->from < 0 && !is_pending(err) ? "2" : "", NULL);
-	if (terminal || !strcmp(text, told))
+	list_ended(ended, 0);
+	if (terminal || !strcmp(ended, told))
 		return -1;
 	since = since ? since : milliseconds();
 	if (milliseconds() - since < EOF_DELAY)
 		return EOF_DELAY;
-	tcdrain(out->to);
-	tcdrain(err->to);
-	tell("ended", strcpy(told, text));
+	list_ended(sent, 1);
+	if (strcmp(sent, told))
+		tell("ended", strcpy(told, sent));
+	if (strcmp(sent, ended))
+		return EOF_DELAY;
 	since = 0;
 	return -1;
 }

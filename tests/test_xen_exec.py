@@ -336,6 +336,15 @@ class TestOfARunningContainer:
             os.kill(pid, signal.SIGTERM)
             assert reaped(pid) == 9
 
+    def test_a_stream_that_the_process_closes_ends_while_nobody_reads_the_other_one(self, box):
+        process = box.begin("head -c 200000 /dev/zero >&2 & read -r _; exec >&-; wait; exit 3")
+        writer = os.open(f"/proc/self/fd/{process.stderr.fileno()}", os.O_WRONLY)
+        wait_until(lambda: not select.select([], [writer], [], 0)[1], "the pipe of standard error to be full")
+        os.close(writer)
+        process.stdin.write(b"\n")
+        assert select.select([process.stdout], [], [], 60)[0] and process.stdout.read() == b""
+        assert (len(process.stderr.read()), process.wait()) == (200_000, 3)
+
     def test_what_it_leaves_running_lives_on(self, box):
         mine = " >/dev/null 2>&1" if box.runtime == "runc" else ""  # runc waits for the end of the streams
         child = box.sh(f"sleep 4320{mine} & echo $!").strip()
