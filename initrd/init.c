@@ -134,12 +134,12 @@ int64_t in_seconds(int count)
 	return milliseconds() + count * INT64_C(1000);
 }
 
-/* Returns what can be read from when a file is made there. */
-static int watch_folder(const char *path)
+/* Returns what can be read from when one of the events of inotify(7) is there. */
+int watch(const char *path, uint32_t events)
 {
 	int fd = check(inotify_init1(IN_NONBLOCK | IN_CLOEXEC), "open", "inotify");
 
-	check(inotify_add_watch(fd, path, IN_CREATE), "watch", path);
+	check(inotify_add_watch(fd, path, events), "watch", path);
 	return fd;
 }
 
@@ -316,7 +316,7 @@ void await_change(struct awaited *it, int64_t end)
 		return;
 	}
 	it->is_watched = 1;
-	it->files = it->folder ? watch_folder(it->folder) : -1;
+	it->files = it->folder ? watch(it->folder, IN_CREATE) : -1;
 	it->changes = -1;
 	for (int i = 0; i < 2; i++)
 		if (it->nodes[i])

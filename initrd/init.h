@@ -41,6 +41,7 @@ int write_at(int folder, const char *path, const char *value);
 
 int64_t milliseconds(void);
 int64_t in_seconds(int count);
+int watch(const char *path, uint32_t events);
 void await_event(int fd, int other, int64_t end, const char *sentence);
 
 /* What a loop looks for: "while (it is not there) await_change(&awaited, end); end_watch(&awaited);". */

@@ -8,6 +8,7 @@
  */
 #include "init.h"
 #include <poll.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
@@ -28,6 +29,9 @@ static struct stream streams[3], *const in = &streams[0], *const out = &streams[
 static int terminal;		/* in->to and out->from are its master */
 static int at_end;		/* the host has said that no input follows */
 static int hung_up;		/* nobody is at the terminal any more */
+static int running;		/* the process */
+static int opened = -1;		/* can be read when something in the container has opened the terminal */
+static int deserted;		/* nothing there has it open */
 
 /* ---- one stream ---- */
 
@@ -56,7 +60,9 @@ static void fill(struct stream *s)
 
 	s->start = 0;
 	s->end = n > 0 ? n : 0;
-	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+	if (n < 0 && errno == EIO && s == out && terminal && running)
+		deserted = 1;	/* for now */
+	else if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
 		close_end(&s->from);
 }
 
@@ -155,6 +161,12 @@ static void set_window_size(void)
 /* The master of the process's terminal takes the place of two pipes. */
 void set_terminal(int master)
 {
+	int slave = check(ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC), "open", "the terminal");
+	char path[64];
+
+	join(path, sizeof path, "/proc/self/fd/", decimal(slave), NULL);
+	opened = watch(path, IN_OPEN);
+	close(slave);
 	check(dup3(master, in->to, O_CLOEXEC), "carry", "the terminal");
 	check(dup3(master, out->from, O_CLOEXEC), "carry", "the terminal");
 	close(master);
@@ -273,22 +285,49 @@ static void close_empty(void)
 	}
 }
 
+/* A terminal that nothing has open is not waited for, for poll(2) would not wait: that it is opened is. */
+static void set_events(struct pollfd fds[5], int signals)
+{
+	for (int i = 0; i < 3; i++)
+		fds[i] = is_pending(&streams[i]) ? (struct pollfd){ streams[i].to, POLLOUT, 0 } :
+						   (struct pollfd){ streams[i].from, POLLIN, 0 };
+	fds[3] = (struct pollfd){ running ? signals : -1, POLLIN, 0 };
+	fds[4] = (struct pollfd){ deserted ? opened : -1, POLLIN, 0 };
+	if (deserted && is_pending(in))
+		fds[0].fd = -1;
+	if (deserted && !is_pending(out))
+		fds[1].fd = -1;
+}
+
+/* Of events that are the same the kernel keeps one. */
+static void take_opened(void)
+{
+	struct inotify_event event;
+
+	if (read(opened, &event, sizeof event) > 0)
+		deserted = 0;
+}
+
 /* Carries until all processes and the output have ended; returns the exit status of the process. */
 int carry(pid_t pid, int signals)
 {
-	int status = 0, running = 1;
+	int status = 0;
 
+	running = 1;
 	check(fcntl(in->to, F_SETFL, O_NONBLOCK), "set", "the standard input");
 	while (running || out->from >= 0 || err->from >= 0 || is_pending(out) || is_pending(err)) {
-		struct pollfd fds[4] = { [3] = { running ? signals : -1, POLLIN, 0 } };
+		struct pollfd fds[5];
 
-		for (int i = 0; i < 3; i++)
-			fds[i] = is_pending(&streams[i]) ? (struct pollfd){ streams[i].to, POLLOUT, 0 } :
-							   (struct pollfd){ streams[i].from, POLLIN, 0 };
-		if (poll(fds, 4, running ? tell_ended() : -1) <= 0)
+		set_events(fds, signals);
+		if (poll(fds, COUNT(fds), running ? tell_ended() : -1) <= 0)
 			continue;
-		if (fds[3].revents && !(running = handle_signal(signals, pid, &status)) && process_number)
-			find_left();
+		if (fds[4].revents)
+			take_opened();
+		if (fds[3].revents && !(running = handle_signal(signals, pid, &status))) {
+			deserted = 0;	/* or for good */
+			if (process_number)
+				find_left();
+		}
 		for (int i = 0; i < 3; i++) {
 			if (fds[i].revents && is_pending(&streams[i])) {
 				flush(&streams[i]);

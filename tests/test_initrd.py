@@ -367,12 +367,37 @@ def test_what_is_asked_of_a_process_waits_until_it_is_executed(doorbell, root, w
 
 
 STREAMS_MAIN = r"""
+static int carry_at_a_terminal(char **script)
+{
+	int slave, signals, master = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+	sigset_t before;
+	pid_t pid;
+
+	process_number = 1;
+	if (unlockpt(master) < 0 || (slave = open(ptsname(master), O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0)
+		return 2;
+	signals = catch_signals(&before);
+	if ((pid = fork()) == 0) {
+		sigprocmask(SIG_SETMASK, &before, NULL);
+		for (int fd = 0; setsid() && fd <= 2; fd++)
+			dup2(slave, fd);
+		execvp(*script, script);
+		_exit(127);
+	}
+	set_consoles(0, 1, -1);
+	set_pipes(dup(slave), dup(slave), -1);
+	set_terminal(master);
+	close(slave);
+	return carry(pid, signals);
+}
+
 int main(int argc, char **argv)
 {
 	struct stream *s = &streams[0];
 	int ended = 0;
 
-	(void)argc;
+	if (argc > 2)
+		return carry_at_a_terminal(argv + 2);
 	s->from = 0;
 	while (!ended && (s->end = read(0, s->buffer, strtoul(argv[1], NULL, 10)))) {
 		ended = decode(s);
@@ -404,6 +429,23 @@ def streams(compile_part):
 def test_input_arrives_with_every_byte_however_it_is_cut(streams, sent, received, ended, size):
     result = subprocess.run([streams, str(size)], input=sent, capture_output=True)
     assert (result.stdout, result.returncode) == (received, ended)
+
+
+# closes all that it has of its terminal, and once more
+REOPENS = """
+    tty=$(tty); stty -echo; echo begun
+    for n in 1 2; do exec <&- >&- 2>&-; sleep 0.5; exec <$tty >$tty 2>&1; read -r line; echo $n $line; done
+    exec <&- >&- 2>&-; sleep 0.5; exit 5
+"""
+
+
+def test_a_terminal_that_nothing_has_open_for_a_while_is_carried_again(streams):
+    """What is typed meanwhile is for who opens it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([streams, "terminal", "sh", "-c", REOPENS], bufsize=0, **pipes) as process:
+        assert process.stdout.read(7) == b"begun\r\n"
+        process.stdin.write(b"typed\nagain\n")
+        assert (process.stdout.read(), process.wait()) == (b"1 typed\r\n2 again\r\n", 5)
 
 
 F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ since Python 3.10

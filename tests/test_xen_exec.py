@@ -103,6 +103,21 @@ class Box(Bundle):
             assert subprocess.run(command, timeout=120, **streams).returncode == 0
         return int(pid_file.read_text())
 
+    @contextlib.contextmanager
+    def terminal(self, *words):
+        """`exec --detach` at a terminal of 33 rows and 101 columns; yield the pid, which is our child, and it."""
+        env = ["PATH=/bin", "TERM=xterm", "PS1=ready> "]
+        process = {"args": words, "cwd": "/", "env": env, "user": {"uid": 0, "gid": 0}, "terminal": True,
+                   "consoleSize": {"height": 33, "width": 101}}  # fmt: skip
+        (self.folder / "process.json").write_text(json.dumps(process))
+        console = ConsoleSocket(self.folder / f"console-{uuid.uuid4().hex}.sock")
+        pid = self.detach(options=["--process", self.folder / "process.json", "--console-socket", console.path])
+        connection, _ = console.socket.accept()
+        with connection:
+            terminal = Terminal(socket.recv_fds(connection, 4096, 1)[1][0])
+        yield pid, terminal
+        os.close(terminal.fd)
+
     def refuse(self, *words, options=()):
         """Return what `exec` that must fail says in the log; it says the same on standard error, and nothing else."""
         result = self.exec(*words, options=options)
@@ -282,29 +297,37 @@ class TestOfARunningContainer:
         box.refuse("true", options=["--cwd", "relative"])
         assert not list(box.folder.glob("pid-*"))
 
-    def test_a_terminal_has_its_size_at_once_and_after_each_change(self, box, tmp_path):
-        env = ["PATH=/bin", "TERM=xterm", "PS1=ready> "]
-        process = {"args": ["sh", "-i"], "cwd": "/", "env": env, "user": {"uid": 0, "gid": 0}, "terminal": True,
-                   "consoleSize": {"height": 33, "width": 101}}  # fmt: skip
-        (tmp_path / "process.json").write_text(json.dumps(process))
-        console = ConsoleSocket(tmp_path / "console.sock")
-        options = ["--process", tmp_path / "process.json", "--console-socket", console.path]
-        pid = box.detach(options=options)
-        connection, _ = console.socket.accept()
-        with connection:
-            shell, prompt = Terminal(socket.recv_fds(connection, 4096, 1)[1][0]), b"ready> "
-        shell.expect(prompt)
-        shell.type(b"stty size; tty; test -t 2 && echo error too\n")
-        size, tty, error = shell.expect(prompt).split(b"\r\n")[1:4]
-        assert (size, tty[:9], error) == (b"33 101", b"/dev/pts/", b"error too")
-        for rows in (40, 41):
-            shell.resize(rows, 121)
-            wait_until(lambda rows=rows: follows(shell, b"stty size\n", b"%d 121\r\n" % rows), "the new window size")
-        shell.interrupt(prompt)
-        shell.type(b"echo status $?; exit 5\n")
-        shell.expect(b"status 130\r\n")
-        assert shell.rest() == b"" and reaped(pid) == 5
-        os.close(shell.fd)
+    def test_a_terminal_has_its_size_at_once_and_after_each_change(self, box):
+        prompt = b"ready> "
+        with box.terminal("sh", "-i") as (pid, shell):
+            shell.expect(prompt)
+            shell.type(b"stty size; tty; test -t 2 && echo error too\n")
+            size, tty, error = shell.expect(prompt).split(b"\r\n")[1:4]
+            assert (size, tty[:9], error) == (b"33 101", b"/dev/pts/", b"error too")
+            for rows in (40, 41):
+                shell.resize(rows, 121)
+                wait_until(
+                    lambda rows=rows: follows(shell, b"stty size\n", b"%d 121\r\n" % rows), "the new window size"
+                )
+            shell.interrupt(prompt)
+            shell.type(b"echo status $?; exit 5\n")
+            shell.expect(b"status 130\r\n")
+            assert shell.rest() == b"" and reaped(pid) == 5
+
+    def test_a_terminal_that_nothing_has_open_for_a_while_is_served_again(self, box):
+        script = """
+            tty=$(tty)
+            for n in 1 2; do exec <&- >&- 2>&-; sleep 1; exec <$tty >$tty 2>&1; echo again $n; done
+            while read -r line; do stty size; done; exit 5
+        """
+        with box.terminal("sh", "-c", script) as (pid, terminal):
+            terminal.expect(b"again 1\r\n")
+            terminal.expect(b"again 2\r\n")
+            terminal.resize(40, 121)
+            wait_until(lambda: follows(terminal, b"\n", b"40 121\r\n"), "the new window size")
+            terminal.type(b"\x04")
+            terminal.rest()
+            assert reaped(pid) == 5
 
     def test_at_our_own_terminal(self, box):
         command = box.exec_command("sh", "-i", options=["--tty", "--env", OUR_PS1, "--env", "PATH=/bin"])

@@ -209,6 +209,9 @@ def test_a_shell_has_all_that_a_terminal_has(bundle, terminal):
     shell.type(b":wq\n")
     shell.expect(PROMPT)
     assert command(b"cat /tmp/file").startswith(b"written in vi\r\n")
+    # one that has closed all of it for a while
+    shell.type(b"exec sh -c 'exec <&- >&- 2>&-; sleep 1; exec </dev/console >/dev/console 2>&1; exec sh -i'\n")
+    shell.expect(PROMPT)
     shell.type(b"echo last words; exit 5\n")
     shell.expect(b"exit 5\r\n")
     wait_for(pidfd)
