@@ -95,6 +95,7 @@ void set_consoles(int input, int output, int errors);
 void set_pipes(int input, int output, int errors);
 void set_terminal(int master);
 int is_withdrawn(void);
+void await_word(int fd, pid_t pid);
 int carry(pid_t pid, int signals);
 
 /* ---- supervisor.c ---- */

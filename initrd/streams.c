@@ -135,6 +135,15 @@ int is_withdrawn(void)
 	return out->to < 0 || (poll(&console, 1, 0) == 1 && console.revents & (POLLHUP | POLLERR));
 }
 
+/* Waits for what a process tells before its program runs.  That of an exec is killed as in carry(). */
+void await_word(int fd, pid_t pid)
+{
+	struct pollfd fds[] = { { fd, POLLIN, 0 }, { process_number ? out->to : -1, 0, 0 } };
+
+	if (poll(fds, COUNT(fds), -1) > 0 && fds[1].revents)
+		kill(pid, SIGKILL);
+}
+
 /* The other ends of the process's pipes. */
 void set_pipes(int input, int output, int errors)
 {
@@ -308,15 +317,18 @@ static void take_opened(void)
 		deserted = 0;
 }
 
-/* Carries until all processes and the output have ended; returns the exit status of the process. */
+/*
+ * Carries until all processes and the output have ended; returns the exit status of the process.  That of an exec is
+ * killed when the host takes the consoles away: nobody is there for it any more.
+ */
 int carry(pid_t pid, int signals)
 {
-	int status = 0;
+	int status = 0, mortal = process_number != 0;
 
 	running = 1;
 	check(fcntl(in->to, F_SETFL, O_NONBLOCK), "set", "the standard input");
 	while (running || out->from >= 0 || err->from >= 0 || is_pending(out) || is_pending(err)) {
-		struct pollfd fds[5];
+		struct pollfd fds[6] = { [5] = { mortal ? out->to : -1, 0, 0 } };
 
 		set_events(fds, signals);
 		if (poll(fds, COUNT(fds), running ? tell_ended() : -1) <= 0)
@@ -324,6 +336,7 @@ int carry(pid_t pid, int signals)
 		if (fds[4].revents)
 			take_opened();
 		if (fds[3].revents && !(running = handle_signal(signals, pid, &status))) {
+			mortal = 0;
 			deserted = 0;	/* or for good */
 			if (process_number)
 				find_left();
@@ -341,6 +354,10 @@ int carry(pid_t pid, int signals)
 			close_stream(in);
 			if (terminal)	/* its end is a hang-up */
 				close_end(&out->from);
+		}
+		if (mortal && (fds[5].revents || out->to < 0)) {
+			mortal = 0;
+			kill(pid, SIGKILL);
 		}
 		if (!running && process_number)
 			close_empty();

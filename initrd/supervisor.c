@@ -64,7 +64,7 @@ pid_t start_process(unsigned long flags, const sigset_t *before, int *child)
  * Takes what comes from the process until it executes its program: the master of a terminal, which gets an answer, or a
  * sentence on what went wrong.  Returns whether the program runs.
  */
-static int await_process(int child)
+static int await_process(pid_t pid, int child)
 {
 	union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
 	char text[MESSAGE_MAX];
@@ -76,6 +76,7 @@ static int await_process(int child)
 		struct msghdr message = {
 			.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control,
 		};
+		await_word(child, pid);
 		ssize_t n = recvmsg(child, &message, MSG_CMSG_CLOEXEC);
 		if (n <= 0)
 			break;
@@ -94,15 +95,19 @@ static int await_process(int child)
 	return !len;
 }
 
-/* Signals can be sent to the process, and the host may send its input. */
+/* Signals can be sent to the process, and the host may send its input.  What cannot be announced does not run. */
 static void announce(pid_t pid)
 {
 	char reply[XS_REPLY_MAX];
+	int requests = note_process(process_number, pid, getpid());
 
-	check(note_process(process_number, pid, getpid()), "write", PROCESSES);
+	if (requests == 0)
+		requests = tell_and_list("ready", "1", "data/request", reply);
 	/* and what the host asked for before it could ring */
-	if (check(tell_and_list("ready", "1", "data/request", reply), "write", "data/process") > 0)
-		check(start_script("/sbin/poweroff", NULL), "fork", "/sbin/poweroff");
+	if (requests < 0 || (requests > 0 && start_script("/sbin/poweroff", NULL) < 0)) {
+		kill(pid, SIGKILL);
+		die("announce", "the process");
+	}
 }
 
 /* Has it go on.  Returns its exit status once it has ended; if it could not be executed, its error has been told. */
@@ -111,7 +116,7 @@ int follow_process(pid_t pid, int child, int signals)
 	int status, runs;
 
 	put(child, "", 1);
-	runs = await_process(child);
+	runs = await_process(pid, child);
 	if (runs)
 		announce(pid);
 	status = carry(pid, signals);

@@ -28,6 +28,7 @@ from conftest import (
     config,
     difference,
     dom0_state,
+    file_servers,
     in_memory,
     namespaces,
     nodes,
@@ -151,6 +152,17 @@ def subreaper():
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     yield
     ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def stopped_file_server():
+    """Meanwhile the guest gets no answer about its files."""
+    (server,) = file_servers()
+    os.kill(server, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server, signal.SIGCONT)
 
 
 def reaped(pid, seconds=60):
@@ -367,6 +379,29 @@ class TestOfARunningContainer:
         process.stdin.write(b"\n")
         assert select.select([process.stdout], [], [], 60)[0] and process.stdout.read() == b""
         assert (len(process.stderr.read()), process.wait()) == (200_000, 3)
+
+    def test_sigkill_of_the_pid_before_the_program_runs_ends_the_process(self, box):
+        """Nobody answers the kernel that wants to read the program: the process is there, and not told to be."""
+        if box.runtime != "runX":
+            pytest.skip("looks at runX's VM")
+        (box.rootfs / "unread").mkdir()
+        shutil.copy(box.rootfs / "bin/busybox", box.rootfs / "unread/sleep")
+        look = box.begin("cd /proc; while read -r _; do echo [0-9]*; done")
+
+        def pids():
+            look.stdin.write(b"\n")
+            return set(look.stdout.readline().split())
+
+        before, folder = pids(), box.root / box.id
+        others = set(folder.glob("process-*"))
+        with stopped_file_server():
+            box.begun.append(subprocess.Popen(box.exec_command("/unread/sleep", "4322"), stderr=subprocess.DEVNULL))
+            wait_until(lambda: pids() > before, "the process to be there")
+            (process,), (carrier,) = pids() - before, set(folder.glob("process-*")) - others
+            os.kill(int(carrier.read_text().split()[0]), signal.SIGKILL)
+            wait_in(folder, lambda: not carrier.exists(), "the monitor to forget it")
+        wait_until(lambda: process not in pids(), "the process to be killed")
+        look.communicate()
 
     def test_what_it_leaves_running_lives_on(self, box):
         mine = " >/dev/null 2>&1" if box.runtime == "runc" else ""  # runc waits for the end of the streams
