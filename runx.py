@@ -2795,6 +2795,7 @@ DEVICE_LINKS = (
     ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
     ("/proc/self/fd/2", "stderr"), ("pts/ptmx", "ptmx"), ("/proc/kcore", "core"),
 )  # fmt: skip
+EXEC_WORDS_MAX = 8 << 20  # bytes, as in initrd/exec.c: execve(2) takes 6 MiB at most
 
 
 def guest_config(config: Config, sources: Iterable[str], state: str, capabilities: dict[str, bytes]) -> bytes:
@@ -2810,9 +2811,12 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
 
 
 def exec_config(linux: Linux, process: Process) -> bytes:
-    """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there."""
+    """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there.  Raise
+    Error, in runc's words."""
     parts = guest_place(process), guest_process(linux, process), guest_program(process, [], "")
     content = encode_words([(0,)], *parts)
+    if len(content) > EXEC_WORDS_MAX:
+        raise Error(f'unable to start container process: exec: "{process.args[0]}": argument list too long')
     return struct.pack("<I", len(content)) + content
 
 

@@ -9,7 +9,7 @@
 #include <sys/prctl.h>
 
 enum { CONSOLE_WAIT = 30 };	/* seconds, for a console and for each part of the words */
-enum { WORDS_MAX = 1 << 20 };	/* bytes */
+enum { WORDS_MAX = 8 << 20 };	/* bytes; execve(2) takes 6 MiB at most */
 
 static pid_t container;		/* the container's own process, by PID 1's namespace */
 

@@ -296,6 +296,17 @@ def test_a_process_that_is_none_is_refused(dom0, tmp_path, text, reason):
     remove(container)
 
 
+def test_words_that_no_kernel_takes_are_refused_at_once(dom0, tmp_path):
+    container = running(dom0)
+    process = {"args": ["guest"], "cwd": "/", "env": [f"E{number}={'x' * 100_000}" for number in range(84)]}
+    (tmp_path / "process").write_text(json.dumps(process))
+    result = dom0.run(*container.words("exec", "--process", str(tmp_path / "process"), container.id))
+    reason = 'exec failed: unable to start container process: exec: "guest": argument list too long'
+    assert (result.returncode, result.stderr) == (255, f"runX: {reason}\n")
+    freed(container)
+    remove(container)
+
+
 # ---- signals and the terminal
 
 

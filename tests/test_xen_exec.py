@@ -283,6 +283,22 @@ class TestOfARunningContainer:
         assert box.sh(script) == "of exec\n"
         assert (box.rootfs / "tmp/file").read_text() == "for dom0\n"
 
+    def test_arguments_and_environment_are_as_long_as_the_kernel_takes_them(self, box, tmp_path):
+        """A quarter of the stack's limit: 2 MiB."""
+
+        def execute(size):
+            env = ["PATH=/bin", "HOME=/", *(f"E{number}={'x' * 100_000}" for number in range(size // 100_000))]
+            process = {"args": ["sh", "-c", "sha256sum </proc/$$/environ"], "cwd": "/", "env": env,
+                       "user": {"uid": 0, "gid": 0}}  # fmt: skip
+            (tmp_path / "process.json").write_text(json.dumps(process))
+            return box.exec(options=["--process", tmp_path / "process.json"]), "\0".join([*env, ""])
+
+        result, environment = execute(1_500_000)
+        assert (result.returncode, result.stderr) == (0, b""), result
+        assert result.stdout.decode().split()[0] == hashlib.sha256(environment.encode()).hexdigest()
+        result, _ = execute(2_500_000)
+        assert (result.returncode, result.stdout) == (255, b"") and b"argument list too long" in result.stderr, result
+
     def test_what_cannot_be_executed_is_told_with_the_reason(self, box):
         (box.rootfs / "plain").write_text("x")
         failed = "exec failed: unable to start container process: "
