@@ -4208,7 +4208,8 @@ WRITEBACK_CACHE, POSIX_ACL = 1 << 16, 1 << 20
 FATTR_KILL_SUIDGID = 1 << 11
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
-OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 4, 1, 1
+OPEN_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 1, 1
+WRITE_CACHE, WRITE_KILL_SUIDGID = 1, 4
 IN_HEADER, OUT_HEADER = struct.Struct("<IIQQII8x"), struct.Struct("<IiQ")  # 40 and 16 bytes
 RWF_SYNC, RWF_APPEND = 4, 16  # <linux/fs.h>; Python has the latter from 3.10 on
 WRITE_DATA = 80  # where a write has what is written
@@ -4548,7 +4549,12 @@ class Fuse(FuseNames):
         return os.readlink(b"", dir_fd=node.fd)
 
     def read(self, node: Node, handle: Handle, offset: int, size: int) -> tuple[bytes, int]:
-        return b"", os.preadv(handle.fd, self.request.room(OUT_HEADER.size, min(size, self.most)), offset)
+        size = min(size, self.most)
+        done = os.preadv(handle.fd, self.request.room(OUT_HEADER.size, size), offset)
+        if 0 < done < size and done % PAGE == 0:
+            # for the guest's kernel the file ends there, but it may be that what follows cannot be read
+            done += os.preadv(handle.fd, self.request.room(OUT_HEADER.size + done, size - done), offset + done)
+        return b"", done
 
     def write(self, node: Node, handle: Handle, offset: int, size: int, flags: int, opened: int) -> bytes:
         if size > self.request.length - WRITE_DATA:
@@ -4558,6 +4564,9 @@ class Fuse(FuseNames):
         how = RWF_APPEND if self.appends(opened) and not node.sizeless else 0
         how |= RWF_SYNC if opened & os.O_DSYNC and not node.sizeless else 0  # what the guest does where it keeps pages
         done = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
+        while 0 < done < size and flags & WRITE_CACHE:  # pages, which the guest's kernel does not count
+            rest = self.request.content(WRITE_DATA + done, size - done)
+            done += self.change(node, os.pwritev, handle.fd, rest, offset + done, how) or refuse(errno.EIO)
         return U32_PAIR.pack(done, 0)
 
     def tmpfile(self, node: Node, flags: int, mode: int, umask: int) -> bytes:

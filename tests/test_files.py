@@ -330,6 +330,20 @@ def test_a_range_is_copied_by_dom0(share):
     assert (share.guest / "b").read_bytes() == (share.host / "a").read_bytes()
 
 
+def test_pages_for_which_the_disk_has_no_room_to_the_last_one_are_not_written(mounts, request):
+    share = own_folder(mounts[True], request)
+    runx.mount("tmpfs", str(share.host), 0, "tmpfs", "size=1m")
+    try:
+        (share.host / "filled").write_bytes(bytes((1 << 20) - 5 * 4096))
+        with opened(share.guest / "file", os.O_WRONLY | os.O_CREAT) as fd:
+            os.write(fd, bytes(25 * 4096))  # one request
+            with refused(errno.ENOSPC):
+                os.fsync(fd)
+        assert os.stat(share.host / "file").st_size == 5 * 4096
+    finally:
+        runx.detach(str(share.host))
+
+
 # ---- what is kept, and what dom0 changes
 
 
@@ -827,6 +841,44 @@ def test_what_is_appended_to_a_file_that_is_open_to_synchronize_is_on_disk(guest
         head = struct.pack("<QQIIQII", handle, 0, 1, 0, 0, os.O_WRONLY | os.O_APPEND | flags, 0)
         guest.done("write", node, head + b"x")
     assert seen == [runx.RWF_APPEND, runx.RWF_APPEND | runx.RWF_SYNC, runx.RWF_APPEND | runx.RWF_SYNC]
+
+
+def test_a_write_by_a_program_that_has_no_room_to_its_end_is_short(guest, monkeypatch):
+    """The program sees it; of pages that were written before, nobody would."""
+    pwritev = os.pwritev
+
+    def full(fd, buffers, offset, flags):
+        if offset >= 4:
+            runx.refuse(errno.ENOSPC)
+        return pwritev(fd, [b"".join(buffers)[: 4 - offset]], offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", full)
+    node = guest.look_up(b"file")
+    _, handle, _ = guest.open(node, os.O_RDWR)
+    for flags, answer in ((0, (0, struct.pack("<II", 4, 0))), (runx.WRITE_CACHE, (errno.ENOSPC, b""))):
+        head = struct.pack("<QQIIQII", handle, 0, 9, flags, 0, os.O_RDWR, 0)
+        assert guest.request("write", node, head + b"123456789") == answer
+    assert guest.read(node, handle) == (0, b"1234ent")
+
+
+def test_what_cannot_be_read_is_not_taken_for_what_is_behind_the_end(guest, tmp_path, monkeypatch):
+    """A disk's bad block: dom0's kernel answers with what stands before it, and only then with EIO."""
+    preadv, asked = os.preadv, []
+
+    def bad(fd, buffers, offset):
+        asked.append(offset)
+        if offset == 8192:
+            runx.refuse(errno.EIO)
+        return preadv(fd, [buffers[0][: 8192 - offset]] if offset < 8192 else buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", bad)
+    (tmp_path / "share/file").write_bytes(b"x" * 13000)
+    node = guest.look_up(b"file")
+    _, handle, _ = guest.open(node, os.O_RDONLY)
+    assert guest.read(node, handle, 0, 16384) == (errno.EIO, b"")
+    assert guest.read(node, handle, 0, 8192) == (0, b"x" * 8192)
+    assert guest.read(node, handle, 12288, 4096) == (0, b"x" * 712)
+    assert asked == [0, 8192, 0, 12288]  # the end of a file is asked for once
 
 
 BAD_NAMES = (b"", b".", b"..", b"a/b", b"/", b"../secret", b"x" * 300)
