@@ -4199,7 +4199,7 @@ FUSE_REQUESTS = request_table(
     copy_file_range 47 HQQQQQQ, syncfs 50 -, tmpfile 51 III
     """
 )
-FUSE_SILENT = {2, 36, 42}  # have no reply: forget, interrupt, batch_forget
+FUSE_SILENT = {2, 36, 42}  # have no reply, unless they have a number for it: forget, interrupt, batch_forget
 FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says how long its reply may be
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO,
 # PARALLEL_DIROPS, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
@@ -4385,7 +4385,7 @@ class FuseNames(Protocol):
             error = errno.ENFILE  # at which the guest's kernel forgets files, and asks again
         if error == errno.EROFS and self.known.looks_again(self.known.node(number)):
             error = errno.ESTALE
-        if opcode in FUSE_SILENT:
+        if opcode in FUSE_SILENT and not unique:  # by readdirplus's way of forgetting, a process waits
             return b"", 0
         return OUT_HEADER.pack(OUT_HEADER.size + len(body) + content, -error, unique) + body, content
 
