@@ -4324,15 +4324,13 @@ class Known:
         if self.by_key.get(node.key) is node:
             del self.by_key[node.key]
 
-    def check_room(self) -> None:
-        """Raise OSError if there may be no room for one more file."""
-        if len(self.nodes) >= NODES_MAX or len(self.handles) >= HANDLES_MAX:
+    def check_room(self, nodes: int = 1) -> None:
+        """Raise OSError if there may be no room for so many more files, and for one more that is open."""
+        if len(self.nodes) + nodes > NODES_MAX or len(self.handles) >= HANDLES_MAX:
             refuse(errno.ENFILE)
 
     def open(self, handle: Handle, flags: int = 0) -> bytes:
-        """Return struct fuse_open_out.  Raise OSError."""
-        if len(self.handles) >= HANDLES_MAX:
-            refuse(errno.ENFILE)
+        """Return struct fuse_open_out.  Whoever opens a file, checks that there is room before."""
         self.last += 1
         self.handles[self.last] = handle
         return OPEN_OUT.pack(self.last, flags, 0)
@@ -4535,6 +4533,7 @@ class Fuse(FuseNames):
     def open(self, node: Node, flags: int, more: int) -> bytes:
         if node.kind != stat.S_IFREG:
             refuse(errno.ENXIO)
+        self.known.check_room(0)  # before it is truncated
         drop_privileges(node, more & OPEN_KILL_SUIDGID)
         if node.sizeless:
             return self.known.open(self.files.open(node, flags), FOPEN_DIRECT_IO)
@@ -4621,6 +4620,7 @@ class Fuse(FuseNames):
     def opendir(self, node: Node) -> bytes:
         if node.kind != stat.S_IFDIR:
             refuse(errno.ENOTDIR)
+        self.known.check_room(0)
         return self.known.open(self.files.open(node, os.O_RDONLY))
 
     def readdir(self, node: Node, handle: Handle, offset: int, size: int, plus: int = 0) -> bytes:

@@ -1001,6 +1001,22 @@ def test_what_the_guest_knows_and_opens_has_a_bound(guest, tmp_path, monkeypatch
     assert guest.look_up(b"59") and len(guest.fuse.known.nodes) == 2 and not guest.fuse.known.handles
 
 
+def test_what_cannot_be_opened_is_neither_emptied_nor_made(guest, tmp_path, monkeypatch):
+    monkeypatch.setattr(runx, "HANDLES_MAX", 2)
+    os.chmod(tmp_path / "share/file", 0o4755)
+    node, folder = guest.look_up(b"file"), guest.look_up(b"folder")
+    for _ in range(2):
+        assert guest.open(node, os.O_RDONLY)[0] == 0
+    kill = struct.pack("<II", os.O_WRONLY | os.O_TRUNC, runx.OPEN_KILL_SUIDGID)
+    assert guest.request("open", node, kill)[0] == errno.ENFILE
+    assert (tmp_path / "share/file").read_text() == "content"
+    assert stat.S_IMODE(os.stat(tmp_path / "share/file").st_mode) == 0o4755
+    head = struct.pack("<IIII", os.O_WRONLY, 0o644, 0, 0)
+    assert guest.request("create", folder, head + b"new\0")[0] == errno.ENFILE
+    assert os.listdir(tmp_path / "share/folder") == []
+    assert guest.request("opendir", folder, bytes(8))[0] == errno.ENFILE
+
+
 def test_where_dom0_gives_fewer_descriptors_the_guest_is_told_of_the_same_bound(guest, tmp_path):
     for number in range(30):
         (tmp_path / f"share/{number}").touch()
