@@ -4480,7 +4480,11 @@ class FuseNames(Protocol):
     def link(self, folder: Node, number: int, name: bytes) -> bytes:
         node = self.known.node(number)
         self.change(node, self.files.link, node, folder, name)
-        return self.find(folder, name)
+        try:
+            return self.find(folder, name)
+        except OSError:
+            os.unlink(name, dir_fd=folder.fd)
+            raise
 
     def unlink(self, folder: Node, name: bytes) -> None:
         os.unlink(name, dir_fd=folder.fd)

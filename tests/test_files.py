@@ -1030,6 +1030,20 @@ def test_where_dom0_gives_fewer_descriptors_the_guest_is_told_of_the_same_bound(
     assert errors == {0, errno.ENFILE}
 
 
+def test_a_name_that_the_guest_cannot_be_told_of_is_not_left(guest, tmp_path, monkeypatch):
+    """It asks again when it has forgotten others, and must not find what it could not make."""
+    monkeypatch.setattr(runx, "may_be_two", lambda status: True)  # as on an overlay
+    before, node = resource.getrlimit(resource.RLIMIT_NOFILE), guest.look_up(b"file")
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        assert guest.request("link", 1, struct.pack("<Q", node) + b"new\0")[0] == errno.ENFILE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not (tmp_path / "share/new").exists()
+
+
 def test_what_has_not_changed_is_read_without_being_opened(guest, tmp_path, monkeypatch):
     monkeypatch.setattr(runx, "READERS_MAX", 2)
     monkeypatch.setattr(runx, "SETTLED", -(10**12))  # whatever the clock says
