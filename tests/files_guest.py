@@ -132,6 +132,20 @@ def drop_caches():
         file.write("3")
 
 
+@contextlib.contextmanager
+def flusher_at_work():
+    """The kernel sends, or writes to the disk, what is dirty: every 10 ms, and not after some seconds."""
+    clocks = [f"/proc/sys/vm/dirty_{name}_centisecs" for name in ("expire", "writeback")]
+    before = [get(clock) for clock in clocks]
+    try:
+        for clock in clocks:
+            put(clock, b"1")
+        yield
+    finally:
+        for clock, value in zip(clocks, before):
+            put(clock, value)
+
+
 def why(error):
     """An exception in one line, with where it was raised."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
@@ -1049,6 +1063,29 @@ def what_cannot_be_written_is_told_at_the_latest_by_close():
 
 
 @check
+def what_cannot_be_written_is_told_to_who_has_written_it():
+    """Whoever else closes the file before, and does not care."""
+    closings = {
+        "a reader": lambda fd, reader: os.close(reader),
+        "a duplicate": lambda fd, reader: os.close(os.dup(fd)),
+        "another program": lambda fd, reader: subprocess.call(["true"]),
+    }
+
+    def write_and_close(first):
+        fd, reader = os.open("f", os.O_RDWR | os.O_CREAT), os.open("f", os.O_RDONLY)
+        os.pwrite(fd, b"x", 1 << 62)
+        with contextlib.suppress(OSError):
+            first(fd, reader)
+        os.close(fd)
+
+    try:
+        for what, first in closings.items():
+            refused(errno.EFBIG, write_and_close, first, what=what)
+    finally:
+        take_errors()
+
+
+@check
 def sizes_and_blocks():
     put("f", b"x" * 10000)
     os.sync()
@@ -1234,6 +1271,38 @@ def times_of_what_was_written_stay():
         seen[name] = os.stat(name).st_mtime_ns
     drop_caches()
     same({name: os.stat(name).st_mtime_ns for name in seen}, seen)
+
+
+@check
+def times_stay_when_much_is_sent():
+    """More pieces than are on their way at once: the last ones are no later change."""
+    for name in "abc":
+        fd = os.open(name, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(fd, 400 * PAGE)
+        for number in range(0, 400, 2):
+            os.pwrite(fd, b"x" * PAGE, number * PAGE)
+        before = os.fstat(fd).st_mtime_ns
+        with flusher_at_work():
+            while blocks(fd) < 200 * PAGE:
+                time.sleep(0.01)
+        drop_caches()
+        same(os.fstat(fd).st_mtime_ns, before)
+
+
+@check
+def times_that_are_set_while_it_is_sent():
+    """The kernel sends the time of a write by its own clock: never behind one that was set since."""
+    fds = [os.open(name, os.O_RDWR | os.O_CREAT) for name in "abcd"]
+    number = random.Random(SEED)
+    with flusher_at_work():
+        for step in range(1, 151):
+            for fd in fds:
+                os.pwrite(fd, b"x" * PAGE, 0)
+            time.sleep(number.random() * 0.02)
+            for fd in fds:
+                os.utime(fd, ns=(1, step))
+            time.sleep(number.random() * 0.02)
+            same([os.fstat(fd).st_mtime_ns for fd in fds], [step] * 4)
 
 
 @check
@@ -2097,8 +2166,6 @@ def appending_behind_what_was_just_written():
 def the_size_while_it_is_sent():
     """The kernel sends what was written, by its own clock, while others look: nobody sees the size of before."""
     fd, (end, of_others) = os.open("f", os.O_RDWR | os.O_CREAT), os.pipe()
-    clocks = [f"/proc/sys/vm/dirty_{name}_centisecs" for name in ("expire", "writeback")]
-    before = [get(clock) for clock in clocks]
 
     def look():
         os.close(of_others)
@@ -2110,15 +2177,10 @@ def the_size_while_it_is_sent():
             last = size
 
     others = [Other(look) for _ in range(2)]
-    try:
-        for clock in clocks:
-            put(clock, b"1")
+    with flusher_at_work():
         for _ in range(400):
             os.write(fd, b"x" * 100)
             time.sleep(0.02)
-    finally:
-        for clock, value in zip(clocks, before):
-            put(clock, value)
     os.close(of_others)
     for other in others:
         other.join()

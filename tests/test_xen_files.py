@@ -132,7 +132,7 @@ def brief(content):
 INTERPRETER = f"""
 import zlib
 {inspect.getsource(brief)}
-import ast, errno, mmap, os, signal, socket, sys
+import ast, errno, mmap, os, signal, socket, subprocess, sys
 def get(path):
     with open(path, "rb", 0) as file:
         return brief(file.read())
@@ -322,6 +322,29 @@ def changed_in_place(both):
     both.guest("os.close(fd)")
 
 
+def changed_in_place_before_its_mode(both):
+    """The guest changes the mode, and what it knows of the content is no newer by that."""
+    both.put("f", b"old words")
+    both.guest("fd = os.open({path}, os.O_RDONLY)", path=both.at("f"))
+    assert both.guest("read(fd)") == b"old words"
+    with open(both.host / "f", "r+b") as file:
+        file.write(b"new words")
+    both.guest("os.fchmod(fd, 0o600)")
+    both.becomes(b"new words", b"old words", "read(fd)")
+    both.guest("os.close(fd)")
+
+
+def grown_for_lseek(both):
+    """Which alone asks for the size, at the end of the second."""
+    both.put("f", OLD)
+    both.guest("fd = os.open({path}, os.O_RDONLY)", path=both.at("f"))
+    assert both.guest("os.lseek(fd, 0, os.SEEK_END)") == len(OLD)
+    with open(both.host / "f", "ab") as file:
+        file.write(SHORT)
+    both.becomes(len(OLD + SHORT), len(OLD), "os.lseek(fd, 0, os.SEEK_END)")
+    both.guest("os.close(fd)")
+
+
 def appended(both):
     """As `tail -f` waits for it."""
     both.put("f", OLD)
@@ -435,6 +458,20 @@ def folders(both):
     both.guest("os.chdir('/')")
 
 
+def turned_inside_out(both):
+    """A folder is in the one that was in it: the guest, which knows both, cannot have it in its own child."""
+    (both.host / "a/b").mkdir(parents=True)
+    both.guest("fd = os.open({path}, os.O_RDONLY)", path=both.at("a/b"))
+    os.rename(both.host / "a/b", both.host / "b")
+    os.rename(both.host / "a", both.host / "b/a")
+    both.guest("""if True:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(os.listdir(fd) != ["a"])""")
+    wait_until(lambda: both.guest("os.waitpid(pid, os.WNOHANG)") == both.guest("(pid, 0)"), "the listing", 30)
+    both.guest("os.close(fd)")
+
+
 def read_while_it_grows(both):
     """What the guest reads is the beginning of the file, each time."""
     content, states = os.urandom(300_000), {b""}
@@ -486,10 +523,44 @@ def owners(both):
 
 
 CASES = [
-    replaced, removed, made, made_anew, truncated, changed_in_place, appended, appended_by_both, rotated, swapped,
-    attributes, folders, read_while_it_grows, seen_on_dom0, owners,
+    replaced, removed, made, made_anew, truncated, changed_in_place, changed_in_place_before_its_mode, grown_for_lseek,
+    appended, appended_by_both, rotated, swapped, attributes, folders, turned_inside_out, read_while_it_grows,
+    seen_on_dom0, owners,
 ]  # fmt: skip
 ON_THE_ROOTFS = [replaced, made, truncated, appended, appended_by_both, attributes, owners]  # the same server serves it
+
+
+def no_space(both):
+    """The error arrives, with fsync at the latest."""
+    written = both.guest("""if True:
+        fd = os.open({path}, os.O_WRONLY | os.O_CREAT)
+        for _ in range(64): os.write(fd, bytes(65536))""", path=both.at("f"))  # fmt: skip
+    assert "ENOSPC" in (written, both.guest("os.fsync(fd)"))
+    assert both.guest("os.close(fd)") in (None, "ENOSPC")
+    assert (both.host / "f").stat().st_size <= 1 << 20
+
+
+def no_space_at_close(both):
+    """Who has written is told, whoever else has closed the file before."""
+    for first in ("os.close(other)", "os.close(os.dup(fd))", "subprocess.call(['true'])"):
+        both.guest("fd = os.open({path}, os.O_RDWR | os.O_CREAT)", path=both.at("f"))
+        both.guest("other = os.open({path}, os.O_RDONLY)", path=both.at("f"))
+        written = both.guest("for _ in range(64): os.write(fd, bytes(65536))")
+        both.guest(first)
+        assert "ENOSPC" in (written, both.guest("os.close(fd)")), first
+        both.put("f", b"")
+
+
+def no_space_for_the_last_piece(both):
+    """Of what the guest sends at once."""
+    both.put("filled", bytes((1 << 20) - 5 * 4096))
+    both.guest("fd = os.open({path}, os.O_WRONLY | os.O_CREAT); os.write(fd, bytes(25 * 4096))", path=both.at("f"))
+    assert both.guest("os.fsync(fd)") == "ENOSPC"
+    assert (both.host / "f").stat().st_size == 5 * 4096
+    both.guest("os.close(fd)")
+
+
+ON_A_SMALL_DISK = [no_space, no_space_at_close, no_space_for_the_last_piece]  # one after the other
 
 
 def what_is_wrong(case, guest, host, path):
@@ -502,14 +573,12 @@ def what_is_wrong(case, guest, host, path):
     return ""
 
 
-def no_space(guest, small):
-    """A file system of dom0's that is full: the error arrives, with fsync at the latest."""
-    written = guest("""if True:
-        fd = os.open("/small/f", os.O_WRONLY | os.O_CREAT)
-        for _ in range(64): os.write(fd, bytes(65536))""")
-    assert "ENOSPC" in (written, guest("os.fsync(fd)"))
-    assert guest("os.close(fd)") in (None, "ENOSPC")
-    assert (small / "f").stat().st_size <= 1 << 20
+def on_a_small_disk(case, guest, host, path):
+    """As what_is_wrong, and leave room for the next one, also where the guest does not forget a file."""
+    wrong = what_is_wrong(case, guest, host, path)
+    for file in (host / case.__name__).iterdir():
+        file.write_bytes(b"")
+    return wrong
 
 
 @contextlib.contextmanager
@@ -535,15 +604,15 @@ def test_what_one_side_changes_the_other_one_sees(stored):
             with concurrent.futures.ThreadPoolExecutor(5) as pool:
                 jobs = [pool.submit(what_is_wrong, case, guest, volume, "/volume") for case in CASES]
                 jobs += [pool.submit(what_is_wrong, case, guest, work, "/work") for case in ON_THE_ROOTFS]
-                wrong = [job.result() for job in jobs if job.result()]
-            no_space(guest, small)
+                wrong = [job.result() for job in jobs]
+            wrong += [on_a_small_disk(case, guest, small, "/small") for case in ON_A_SMALL_DISK]
             # a single file that is bound: what is written into it, as an engine does to resolv.conf
             one = Both(guest, stored.folder, "")
             for old, new in ((OLD, SHORT), (SHORT, LONG)):
                 assert one.get("one") == brief(old)
                 file.write_bytes(new)
                 wait_until(lambda new=new: one.get("one") == brief(new), "the bound file's content", 3)
-    assert wrong == []
+    assert list(filter(None, wrong)) == []
 
 
 def test_names_of_one_file_below_an_overlay_are_files_of_their_own(stored):
