@@ -4554,7 +4554,7 @@ class Fuse(FuseNames):
     def read(self, node: Node, handle: Handle, offset: int, size: int) -> tuple[bytes, int]:
         size = min(size, self.most)
         done = os.preadv(handle.fd, self.request.room(OUT_HEADER.size, size), offset)
-        if 0 < done < size and done % PAGE == 0:
+        if 0 < done < size and done % PAGE == 0 and not node.sizeless:
             # for the guest's kernel the file ends there, but it may be that what follows cannot be read
             done += os.preadv(handle.fd, self.request.room(OUT_HEADER.size + done, size - done), offset + done)
         return b"", done
