@@ -612,7 +612,7 @@ def test_what_one_side_changes_the_other_one_sees(stored):
                 assert one.get("one") == brief(old)
                 file.write_bytes(new)
                 wait_until(lambda new=new: one.get("one") == brief(new), "the bound file's content", 3)
-    assert list(filter(None, wrong)) == []
+            assert list(filter(None, wrong)) == []
 
 
 def test_names_of_one_file_below_an_overlay_are_files_of_their_own(stored):
