@@ -3095,12 +3095,12 @@ def make_empty(path: str, folder: bool, above: int | None = None) -> None:
         pass
 
 
-def resolve_in_root(root: str, path: str) -> list[str]:
-    """Return the names, none of them a link's, by which path leads below root.  What is missing counts as a folder, as
-    for runc.  Raise OSError if links lead on without end."""
+def resolve_in_root(root: str, path: str, ends: Sequence[list[str]] = ()) -> list[str]:
+    """Return the names, none of them a link's, by which path leads below root, or to the first of ends on that way.
+    What is missing counts as a folder, as for runc.  Raise OSError if links lead on without end."""
     names: list[str] = []
     left, links = path.split("/"), 0
-    while left:
+    while left and names not in ends:
         name = left.pop(0)
         if name == "..":
             names = names[:-1]
@@ -6713,17 +6713,28 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
     return f"{name}.ko", data
 
 
+def mount_points(root: str, mounts: list[Mount]) -> list[list[str]]:
+    """Return the names below root of where the guest will mount, each by what resolve_in_root() can tell."""
+    found: list[list[str]] = []
+    for entry in mounts:
+        try:
+            found.append(resolve_in_root(root, entry.destination, found))
+        except OSError:
+            pass  # links that lead on without end: of the mount, the guest says so
+    return found
+
+
 def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
     """Find process.args[0] in root as the guest will; raise Error in runc's words.  What a mount of the guest's may
     cover is not judged here; the guest says it on standard error."""
-    name = process.args[0]
+    name, covered = process.args[0], mount_points(root, mounts)
     by_path, reason = "/" not in name, "executable file not found in $PATH"
     path = next((value[5:] for value in process.env if value.startswith("PATH=")), "")
     for folder in (path.split(":") if path else []) if by_path else [""]:
         candidate = os.path.join(process.cwd, folder, name)
-        if any(f"{candidate}/".startswith(f"{entry.destination.rstrip('/')}/") for entry in mounts):
-            return
         try:
+            if resolve_in_root(root, candidate, covered) in covered:
+                return
             with open_in_root(root, candidate) as fd:
                 mode = os.fstat(fd).st_mode
         except OSError as error:

@@ -494,6 +494,29 @@ def test_the_command_is_looked_for_as_in_the_container(dom0, tmp_path, name, env
         runx.check_executable(str(root), process, mounts)
 
 
+@pytest.mark.parametrize(
+    "name, path, cwd, destination",
+    [
+        ("/run/tools/x", "", "/", "/var/run/tools"), ("/var/run/tools/x", "", "/", "/run/tools/"),
+        ("./x", "", "/app", "/opt/app"), ("tool", "/usr/bin", "/", "/opt/app"), ("/usr/bin/x", "", "/", "/sbin/x"),
+        ("../tools/x", "", "/bin", "/tools"), ("/opt/app/tools/x", "", "/", "/opt/app"), ("/x", "", "/", "/"),
+    ],
+)  # fmt: skip
+def test_a_command_in_a_mount_is_left_to_the_guest_also_behind_links(dom0, name, path, cwd, destination):
+    for folder in ("usr/bin", "run", "var", "opt/app"):
+        (dom0.rootfs / folder).mkdir(parents=True)
+    for link, target in (
+        ("var/run", "../run"), ("sbin", "usr/bin"), ("app", "/opt/app/current"), ("usr/bin/tool", "/opt/app/bin/tool"),
+        ("opt/app/tools", "/run/tools"), ("endless", "endless"),
+    ):  # fmt: skip
+        (dom0.rootfs / link).symlink_to(target)
+    process = SimpleNamespace(args=[name], env=[f"PATH={path}"], cwd=cwd)
+    mounts = [SimpleNamespace(destination=path) for path in ("/endless/x", destination)]
+    runx.check_executable(str(dom0.rootfs), process, mounts)
+    with pytest.raises(runx.Error, match="unable to start container process"):
+        runx.check_executable(str(dom0.rootfs), process, mounts[:1])
+
+
 def test_a_command_is_left_to_the_guest_where_dom0_cannot_look(dom0, monkeypatch):
     def refuse(*_):
         raise OSError(38, "no openat2")
