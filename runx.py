@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import io
 import os
 import select
 import stat
@@ -3244,10 +3245,15 @@ def cpio_entry(inode: int, name: str, mode: int, data: bytes = b"", rdev: int = 
     return cpio_header(name, mode, len(data), inode, rdev) + data + padding(len(data))
 
 
+def cpio_members(entries: Iterable[Entry]) -> Iterator[bytes]:
+    """Yield the members of an archive and its end.  entries: folders before what is in them."""
+    for inode, entry in enumerate(entries, 1):
+        yield cpio_entry(inode, *entry)
+    yield cpio_entry(0, "TRAILER!!!", 0)
+
+
 def cpio_archive(entries: Iterable[Entry]) -> bytes:
-    """entries: folders before what is in them."""
-    members = [cpio_entry(inode, *entry) for inode, entry in enumerate(entries, 1)]
-    return b"".join(members) + cpio_entry(0, "TRAILER!!!", 0)
+    return b"".join(cpio_members(entries))
 
 
 class Member(Record):
@@ -6636,7 +6642,8 @@ def replace_sizes(sizes: dict[str, int], lines: list[str]) -> dict[str, int]:
 
 KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take while it is unpacked
 BZIMAGE_HEADER = 0x250  # bytes
-MODULE_MAX, MODULES_MAX = 4 << 20, 16  # bytes, files: the rootfs may be hostile, and dom0's memory is small
+MODULE_MAX = 4 << 20  # bytes, also of modules.dep: the rootfs may be hostile, and dom0's memory is small
+MODULES_MAX, MODULES_SIZE_MAX = 16, 16 << 20  # files, bytes of them all
 XZ_MEMORY = 64 << 20  # bytes that `xz -9` needs, and an image may ask for 4 GiB
 
 
@@ -6685,14 +6692,22 @@ def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[
         return []
     base = f"/lib/modules/{names[0]}"
     dependencies: dict[str, list[str]] = {}
-    for line in read_in_root(root, f"{base}/modules.dep", MODULE_MAX).decode("utf-8", "replace").splitlines():
-        path, _, needed = line.partition(":")
-        name = os.path.basename(path).split(".ko")[0].replace("-", "_")
-        dependencies[name] = [*reversed(needed.split()), path]
+    for line in io.BytesIO(read_in_root(root, f"{base}/modules.dep", MODULE_MAX)):  # no list of all that it names
+        module, _, needed = line.partition(b":")
+        name = module.rpartition(b"/")[2].partition(b".ko")[0].replace(b"-", b"_").decode("latin-1")
+        if name in wanted:
+            words = [*reversed(needed.split(None, MODULES_MAX)), module]
+            dependencies[name] = [word.decode("utf-8", "replace") for word in words]
     paths = list(dict.fromkeys(path for name in wanted for path in dependencies.get(name, ())))
+    purpose = f"the container's {base}/modules.dep names, for {' and '.join(wanted)}, more than"
     if len(paths) > MODULES_MAX:
-        raise Error(f"the container's {base}/modules.dep names {len(paths)} modules for {' and '.join(wanted)}")
-    return [load_module(root, f"{base}/{path}") for path in paths]
+        raise Error(f"{purpose} {MODULES_MAX} modules")
+    found = []
+    for path in paths:
+        found.append(load_module(root, f"{base}/{path}"))
+        if sum(len(content) for _, content in found) > MODULES_SIZE_MAX:
+            raise Error(f"{purpose} {MODULES_SIZE_MAX >> 20} MiB of modules")
+    return found
 
 
 def load_module(root: str, path: str) -> tuple[str, bytes]:
@@ -6888,7 +6903,8 @@ class Builder:
                 entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content))
             # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
             with open(base, "rb") as file:
-                self.ramdisk.write(cpio_archive(entries) + file.read())
+                self.ramdisk.writelines(cpio_members(entries))
+                self.ramdisk.write(file.read())
             self.ramdisk.flush()
         return path
 

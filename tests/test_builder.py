@@ -8,12 +8,13 @@ import pathlib
 import re
 import stat
 import struct
+import sys
 import zlib
 from types import SimpleNamespace
 
 import pytest
 from archive import members
-from conftest import config
+from conftest import REPOSITORY, call, config
 from namespace import in_own_mounts
 
 import runx
@@ -448,8 +449,48 @@ def test_no_more_modules_than_a_kernel_can_need(tmp_path):
     found = runx.kernel_modules(str(tmp_path), "/kernel", ("a_b",))
     assert [name for name, _ in found] == [*reversed(names[:15]), "a-b.ko"]
     (folder / "modules.dep").write_text(f"a-b.ko: {' '.join(names)}\n")
-    with pytest.raises(runx.Error, match="/lib/modules/6.1/modules.dep names 17 modules for a_b and c"):
+    with pytest.raises(runx.Error, match="/lib/modules/6.1/modules.dep names, for a_b and c, more than 16 modules"):
         runx.kernel_modules(str(tmp_path), "/kernel", ("a_b", "c"))
+
+
+def test_modules_that_have_a_hole_for_content_do_not_fill_dom0s_memory(tmp_path):
+    folder = tmp_path / "lib/modules/6.1"
+    folder.mkdir(parents=True)
+    names = [f"m{number}.ko" for number in range(16)]
+    for name in names:
+        (folder / name).touch()
+        os.truncate(folder / name, runx.MODULE_MAX)
+    for count in (3, 15):
+        (folder / "modules.dep").write_text(f"m0.ko: {' '.join(names[1 : count + 1])}\n")
+        if count == 3:
+            assert len(runx.kernel_modules(str(tmp_path), "/kernel", ("m0",))) == 4
+    with pytest.raises(runx.Error, match="/lib/modules/6.1/modules.dep names, for m0, more than 16 MiB of modules"):
+        runx.kernel_modules(str(tmp_path), "/kernel", ("m0",))
+
+
+@pytest.mark.parametrize("line", ["{:06}:\n", " {:06}"])
+def test_a_long_list_of_modules_does_not_fill_dom0s_memory(tmp_path, line):
+    folder = tmp_path / "lib/modules/6.1"
+    folder.mkdir(parents=True)
+    text = "m0.ko:" + "".join(map(line.format, range(600000)))
+    (folder / "modules.dep").write_text(text)
+    assert 4 << 20 < len(text)
+    script = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import runx
+def most():  # KiB; not of getrusage(2), which knows those of before execve(2)
+    return int(runx.read_file("/proc/self/status").partition("VmHWM:")[2].split()[0])
+before = most()
+try:
+    runx.kernel_modules({str(tmp_path)!r}, "/kernel", ("m0",))
+except runx.Error as error:
+    print(error, file=sys.stderr)
+print(most() - before)
+"""
+    result = call(sys.executable, "-c", script)
+    assert b"modules.dep names" in result.stderr or b"cannot read" in result.stderr, result
+    assert int(result.stdout) < 32 << 10, result
 
 
 # ---- the command of the container
