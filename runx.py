@@ -140,6 +140,7 @@ class Undo:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.steps: list[Callable[[], object]] = []
+        self.held: list[int] = []
 
     def add(self, what: str, work: Callable[..., Any], *args: Any) -> None:
         """what: the words behind "cannot" if that fails, which is a warning."""
@@ -153,12 +154,19 @@ class Undo:
         """Whatever happens, nothing is given back that has been acquired until now."""
         self.steps.clear()
 
+    def hold(self, fd: int) -> int:
+        """Return fd, which is closed behind the block, and not before all has been given back."""
+        self.held.append(fd)
+        return fd
+
     def __enter__(self) -> Undo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.run()
+        for fd in self.held:
+            os.close(fd)
 
 
 class Attempt:
@@ -3492,19 +3500,18 @@ def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
     disk, device = Disk(**container.state.disk), Device(domain, "vbd", DISK)
     if domain.xenstore.read(f"{device.frontend}/backend"):
         raise Error(f"cannot give the VM its rootfs as {DISK_NAME}: its settings for xl name a disk of that name")
-    with open_disk(disk) as fd:
-        number = os.fstat(fd).st_rdev
-        top = top_mount(disk.mounted[0]) if disk.mounted else None
-        if top and top.device == number:
-            unmount(top.target)
-            target, flags, options = disk.mounted
-            # no VM has been told to use the device, so dom0 may have it mounted again
-            undo.add(f"mount {disk.path} on {target} again", mount, disk.path, target, flags, disk.kind, options)
-        check_image(disk, number)
-        check_unused(disk, number)
-        container.acquire(device)
-        undo.add(f"withdraw the VM's {DISK_NAME}", container.release, device)
-        announce_disk(device, disk, number)
+    number = os.fstat(undo.hold(open_disk(disk))).st_rdev  # where `mount -o loop` has made it, it goes with who has it
+    top = top_mount(disk.mounted[0]) if disk.mounted else None
+    if top and top.device == number:
+        unmount(top.target)
+        target, flags, options = disk.mounted
+        # no VM has been told to use the device, so dom0 may have it mounted again
+        undo.add(f"mount {disk.path} on {target} again", mount, disk.path, target, flags, disk.kind, options)
+    check_image(disk, number)
+    check_unused(disk, number)
+    container.acquire(device)
+    undo.add(f"withdraw the VM's {DISK_NAME}", container.release, device)
+    announce_disk(device, disk, number)
 
 
 def unmount(target: str) -> None:

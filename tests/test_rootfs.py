@@ -908,6 +908,8 @@ class Attachment:
 
         def note(name):
             def call(*args):
+                if name == "mount":
+                    os.fstat(self.disk)  # closed, the loop device of a `mount -o loop` would be gone
                 self.done.append((name, *args))
                 if name == failing:
                     raise runx.Error(name)
@@ -916,13 +918,17 @@ class Attachment:
 
         for name in ("mount", "unmount", "check_image", "check_unused", "announce_disk"):
             monkeypatch.setattr(runx, name, note(name))
-        monkeypatch.setattr(runx, "open_disk", lambda disk: runx.Descriptor(os.dup(self.fd)))
+        monkeypatch.setattr(runx, "open_disk", self.open_disk)
         monkeypatch.setattr(runx, "top_mount", lambda target: top)
         self.domain = SimpleNamespace(domid=5, path="/local/domain/5", xenstore=Store())
         state = SimpleNamespace(disk=disk and vars(disk))
         self.container = SimpleNamespace(
             state=state, acquire=lambda device: note("acquire")(device.number), release=note("release")
         )
+
+    def open_disk(self, disk):
+        self.disk = runx.Descriptor(os.dup(self.fd))
+        return self.disk
 
     def run(self):
         try:
@@ -946,8 +952,10 @@ def test_a_mounted_disk_is_taken_from_dom0_before_it_is_the_vms(monkeypatch):
 
 def test_a_disk_that_the_vm_does_not_get_is_mounted_again(monkeypatch):
     attachment = Attachment(monkeypatch, make_disk("/dev/x", True, MOUNTED), "ours", "check_unused")
+    before = len(open_descriptors())
     with pytest.raises(runx.Error, match="check_unused"):
         attachment.run()
+    assert len(open_descriptors()) == before - 1
     assert attachment.done[-1] == ("mount", "/dev/x", "/mnt", runx.MS_NOATIME, "ext4", "commit=7")
 
 
