@@ -3037,7 +3037,8 @@ class HostMount:
 
 def host_mounts(process: str = "self") -> Iterator[HostMount]:
     """Raise OSError."""
-    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    path = f"/proc/{process}/mountinfo"
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:  # names may have a "\r"
         yield from map(HostMount, file)
 
 
@@ -3522,8 +3523,8 @@ def unmount(target: str) -> None:
 def backing_file(name: str) -> str:
     """Return the image in the loop device of that name, "" if there is none."""
     try:
-        with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().rstrip("\n")
+        with open(f"/sys/block/{name}/loop/backing_file", "rb") as file:
+            return os.fsdecode(file.read().rstrip(b"\n"))
     except OSError:
         return ""
 

@@ -224,6 +224,7 @@ MOUNTINFO = """\
 1 0 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,errors=remount-ro
 2 1 0:5 / /with\\040blank\\011tab\\134 ro,nosuid - tmpfs tmpfs rw,size=4k
 3 1 7:3 /sub /with\\040blank\\011tab\\134 rw,noatime shared:2 master:1 - xfs /dev/loop3 ro
+4 1 0:6 / /a\rb rw - tmpfs tmpfs rw
 """
 
 
@@ -238,6 +239,7 @@ def test_a_table_of_mounts_is_read_and_the_last_one_is_seen(tmp_path, monkeypatc
          "of_all": ["rw", "size=4k"]},
         {"device": os.makedev(7, 3), "root": "/sub", "target": target, "options": ["rw", "noatime"], "kind": "xfs",
          "of_all": ["ro"]},
+        {"device": 6, "root": "/", "target": "/a\rb", "options": ["rw"], "kind": "tmpfs", "of_all": ["rw"]},
     ]  # fmt: skip
     monkeypatch.setattr(runx, "host_mounts", lambda: iter(found))
     assert runx.top_mount(target) is found[2]
@@ -775,8 +777,8 @@ def test_an_image_in_two_loop_devices_must_be_written_by_none(tmp_path, monkeypa
 
 def test_the_image_in_a_loop_device_is_told_by_the_kernel(tmp_path, monkeypatch):
     (tmp_path / "loop").mkdir()
-    (tmp_path / "loop/backing_file").write_bytes(b"/a b \xff\n")
-    assert runx.backing_file(f"../..{tmp_path}") == "/a b \udcff"
+    (tmp_path / "loop/backing_file").write_bytes(b"/a b\r\xff\n")
+    assert runx.backing_file(f"../..{tmp_path}") == "/a b\r\udcff"
     assert runx.backing_file("no-such-device") == ""
 
 
