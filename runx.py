@@ -2574,7 +2574,7 @@ class Mount:
                 data = ["mode=1777", f"size={status.f_blocks * status.f_frsize >> 10}k"]
                 self.type = "tmpfs"
                 self.source = "shm"
-                self.flags = self.flags & ~(MS_BIND | MS_REC)
+                self.flags = self.flags & ~(MS_BIND | MS_REC) or self.kept
             elif data:
                 raise Error(f"{where}: a bind mount has no option {data[0]} here")
         elif not self.type:

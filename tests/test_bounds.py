@@ -888,6 +888,14 @@ def test_memory_of_an_engine_is_memory_of_the_guest(load, monkeypatch):
     }  # fmt: skip
     with pytest.raises(runx.Error, match="a bind mount has no option idmap here"):
         mount("/dev/shm2")
+    kept = LINUX["MS_NOSUID"] | LINUX["MS_NODEV"] | LINUX["MS_NOEXEC"]
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 16384, 0, 0, 0, 0, 0, kept, 255]))
+    for options, flags in ((["rbind", "rprivate"], kept), (["rbind", "ro"], LINUX["MS_RDONLY"])):
+        assert mount("/dev/shm", options=options).flags == flags
+    shared = mount("/dev/shm", options=["rbind", "rprivate"])
+    assert list(runx.guest_mount(shared, iter(()))) == [
+        ("mount", "shm", "/dev/shm", "tmpfs", kept, "mode=1777,size=65536k")
+    ]
 
 
 def test_what_is_empty_memory(tmp_path):
