@@ -3274,6 +3274,7 @@ class Member(Record):
     status: os.stat_result
     inode: int  # the same for all names of a file
     size: int  # bytes of content; 0 for the second name of a file
+    is_gone: bool = False  # the name was another file's, or nobody's, when it was to be packed
 
     def header(self, size: int) -> bytes:
         status = self.status
@@ -3300,7 +3301,7 @@ class Member(Record):
 def walk(root: str) -> Iterator[Member]:
     """Yield what is below root, folders first, and follow no name out of it: others may change a volume meanwhile."""
     folders, inode = ["."], 0
-    files: dict[tuple[int, int], int] = {}
+    files: dict[tuple[int, ...], int] = {}
     while folders:
         parent = folders.pop()
         try:
@@ -3318,10 +3319,14 @@ def walk(root: str) -> Iterator[Member]:
                 inode += 1
                 path, number = os.path.join(parent, name).removeprefix("./"), inode
                 size = status.st_size if stat.S_ISREG(status.st_mode) else 0
-                if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-                    number = files.setdefault((status.st_dev, status.st_ino), inode)
-                    size = size if number == inode else 0
-                yield Member(path=path, name=name, folder=folder, status=status, inode=number, size=size)
+                has_more = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+                key = (status.st_dev, status.st_ino) if has_more else ()
+                if key in files:
+                    number, size = files[key], 0
+                member = Member(path=path, name=name, folder=folder, status=status, inode=number, size=size)
+                yield member
+                if key and not member.is_gone:
+                    files[key] = number
                 if stat.S_ISDIR(status.st_mode):
                     folders.append(path)
 
@@ -3381,13 +3386,14 @@ def pack_member(output: BinaryIO, member: Member, capabilities: dict[str, bytes]
                     output.write(data)
                     left -= len(data)
                 output.write(padding(member.size))
+                member.is_gone = not os.path.samestat(os.fstat(file), member.status)
                 if member.status.st_mode & 0o111 and (capability := capability_of(file)):
                     capabilities[member.path] = capability
         else:
             link = member.link()
             output.write(member.header(len(link)) + link + padding(len(link)))
     except FileNotFoundError:
-        pass  # somebody has removed it meanwhile; nor is it there under runc any more
+        member.is_gone = True  # somebody has removed it meanwhile; nor is it there under runc any more
     except OSError as error:
         raise Error(f"cannot pack {member.path}: {error.strerror}") from None
 

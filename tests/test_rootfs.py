@@ -584,6 +584,23 @@ def test_a_file_that_goes_is_left_out(root, monkeypatch):
     assert "mnt/etc/name" not in names and "mnt/etc/back" in names
 
 
+def replace_by_file(path):
+    (path.parent / "new").write_text("of another")
+    (path.parent / "new").rename(path)
+
+
+@pytest.mark.parametrize("change", [lambda path: path.rename(path.parent / "0"), pathlib.Path.unlink, replace_by_file])
+def test_another_name_of_a_file_that_goes_has_its_content(root, monkeypatch, change):
+    os.link(root / "etc/name", root / "etc/same")
+    os.link(root / "etc/name", root / "etc/third")
+    change_while_packing(monkeypatch, root, "name", change)
+    archive = packed(root)[0]
+    found = {name: data for name, _, data in members(archive)}
+    assert (found["mnt/etc/same"], found["mnt/etc/third"]) == (b"inside", b"")
+    inodes = {name: fields(archive, name)[0] for name in found}
+    assert inodes["mnt/etc/same"] == inodes["mnt/etc/third"] != inodes.get("mnt/etc/name")
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(runx.Error, match=f"cannot pack {tmp_path}/none/.: No such file"):
         runx.pack_initrd(str(tmp_path / "none"), str(tmp_path / "out"))
