@@ -56,8 +56,25 @@ install_boot_file() {
 }
 
 install -d "$sbin" "$lib" "$manual" "$completions"
-rm -rf "$lib/__pycache__" # what was compiled from another source
-install -m 644 "$here/runx.py" "$lib/runx.py"
+
+# The compiled module is used only by the same version of Python, so a build host's does no harm. It has the path that the
+# module has on dom0, and no time: the same source and Python make the same file. Python takes it without a look at the
+# source, which would be an eighth of what it takes to load it, and it has no docstrings, which nobody reads there.
+# Containers may be created meanwhile: there always is a module, and never an older one compiled beside a new source.
+install -m 644 "$here/runx.py" "$lib/runx.py.new"
+compiled=''
+if command -v python3 >/dev/null; then
+    compiled=$(python3 -IS -c 'import py_compile, sys; print(py_compile.compile(
+        sys.argv[1], dfile=sys.argv[2], doraise=True, optimize=2,
+        cfile=sys.argv[3] + "/__pycache__/runx." + sys.implementation.cache_tag + ".pyc",
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH))' \
+        "$lib/runx.py.new" "$prefix/lib/runX/runx.py" "$lib")
+fi
+for file in "$lib/__pycache__"/*; do
+    [ "$file" = "$compiled" ] || rm -f "$file"
+done
+mv "$lib/runx.py.new" "$lib/runx.py"
+
 install -m 644 "$here/docs/runX.8" "$manual/runX.8"
 install -m 644 "$here/docs/runX.bash-completion" "$completions/runX"
 install_boot_file kernel "$kernel" kernel/build.sh
@@ -78,12 +95,3 @@ runx.run()
 END
 chmod 755 "$sbin/runX.new"
 mv "$sbin/runX.new" "$sbin/runX"
-
-# The compiled module is used only by the same version of Python, so a build host's does no harm. It has the path that the
-# module has on dom0, and no time: the same source and Python make the same file. Python takes it without a look at the
-# source, which would be an eighth of what it takes to load it, and it has no docstrings, which nobody reads there.
-if command -v python3 >/dev/null; then
-    python3 -IS -c 'import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True, optimize=2,
-        cfile=sys.argv[3] + "/__pycache__/runx." + sys.implementation.cache_tag + ".pyc",
-        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)' "$lib/runx.py" "$prefix/lib/runX/runx.py" "$lib"
-fi

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What install.sh puts on a dom0 beside the module: the command, its manual page and bash's completion of it."""
 
+import py_compile
 import re
 import shlex
+import shutil
 
 import pytest
 from conftest import REPOSITORY, call
@@ -114,8 +116,8 @@ def test_bash_completes(line, offered):
 # ---- install.sh
 
 
-def install(folder, *options, prefix="/usr"):
-    env = {"PATH": runx.PATH, "DESTDIR": str(folder), "PREFIX": prefix}
+def install(folder, *options, prefix="/usr", path=runx.PATH):
+    env = {"PATH": path, "DESTDIR": str(folder), "PREFIX": prefix}
     result = call("sh", str(REPOSITORY / "install.sh"), *options, env=env, cwd="/")
     assert result.returncode == 0, result
 
@@ -153,3 +155,30 @@ def test_what_was_compiled_from_an_older_module_does_not_stay(tmp_path):
     older.write_text("of another Python")
     install("", prefix=str(tmp_path))
     assert not older.exists()
+
+
+@pytest.mark.parametrize("tools", ["install mv rm python3", "install mv rm"])
+def test_runx_can_be_called_all_the_time_while_it_is_installed_anew(tmp_path, tools):
+    """Each tool calls it before and after what it does, and `install` when it has removed what it replaces; without
+    python3 in the PATH, nothing is compiled."""
+    install("", prefix=str(tmp_path))
+    module, command, log = tmp_path / "lib/runX/runx.py", tmp_path / "sbin/runX", tmp_path / "log"
+    module.write_text(module.read_text().replace(f'VERSION = "{runx.VERSION}"', 'VERSION = "older"'))
+    (compiled,) = (tmp_path / "lib/runX/__pycache__").iterdir()
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(module), cfile=str(compiled), doraise=True, invalidation_mode=unchecked)
+    look = f"{command} --version >>{log} 2>&1 || echo failed >>{log}"
+    before = {"install": 'for last; do :; done; [ -d "$last" ] || /bin/rm -f "$last"'}
+    (tmp_path / "bin").mkdir()
+    for name in (*tools.split(), "sh", "cat", "chmod", "dirname"):
+        tool, real = tmp_path / "bin" / name, shutil.which(name, path=runx.PATH)
+        if name in tools.split():
+            lines = ["#!/bin/sh", look, before.get(name, ":"), look, f'{real} "$@" || exit', look]
+            tool.write_text("\n".join(lines) + "\n")
+            tool.chmod(0o755)
+        else:
+            tool.symlink_to(real)
+    install("", prefix=str(tmp_path), path=str(tmp_path / "bin"))
+    seen = re.findall("runX version (.*)|(?:.*Error.*|failed)", log.read_text())
+    assert len(seen) > 10 and seen == sorted(seen, reverse=True) and {*seen} == {"older", runx.VERSION}, log.read_text()
+    assert call(str(command), "--version").stdout.split()[2] == runx.VERSION.encode()
