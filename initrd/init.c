@@ -412,6 +412,8 @@ static const struct { const char *path, *value; } tuning[] = {
 	/* As on a host, whose memory is larger than the container's limit: who asks for more than there is gets it, and
 	   is killed when it is used. */
 	{ "/proc/sys/vm/overcommit_memory", "1" },
+	/* As systemd sets it on a host: no process may have a higher RLIMIT_NOFILE. */
+	{ "/proc/sys/fs/nr_open", "1073741816" },
 	/* A container that takes all memory must not take the VM's own end with it. */
 	{ "/proc/self/oom_score_adj", "-1000" },
 };

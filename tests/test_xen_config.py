@@ -176,7 +176,17 @@ def test_the_default_config_of_an_engine_is_what_it_is_under_runc(reports, busyb
     assert not busybox.log.exists()  # no warning
 
 
-def test_a_rich_config_is_what_it_is_under_runc(reports, busybox):
+@pytest.fixture
+def many_descriptors():
+    """A dom0 whose processes may have more than a million descriptors, as systemd sets it."""
+    setting = pathlib.Path("/proc/sys/fs/nr_open")
+    before = setting.read_text()
+    setting.write_text("1073741816")
+    yield
+    setting.write_text(before)
+
+
+def test_a_rich_config_is_what_it_is_under_runc(reports, busybox, many_descriptors):
     (busybox.rootfs / "etc").mkdir()
     (busybox.rootfs / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
     ambient = ["CAP_NET_BIND_SERVICE", "CAP_SYS_NICE"]
@@ -189,7 +199,7 @@ def test_a_rich_config_is_what_it_is_under_runc(reports, busybox):
         },
         rlimits=[
             {"type": "RLIMIT_STACK", "soft": 1 << 20, "hard": (1 << 64) - 1},
-            {"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 2048}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+            {"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 2000000}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
         ],
         oomScoreAdj=321, noNewPrivileges=True, cwd="/made/here", env=["PATH=/bin", "EMPTY=", "QUOTED=\"' \\"],
     )  # fmt: skip
