@@ -3418,6 +3418,7 @@ DISK_TIME_LIMIT = 10.0  # seconds for dom0's kernel to open it
 FILE_SYSTEMS = (("ext4", 1080, b"\x53\xef"), ("squashfs", 0, b"hsqs"), ("erofs", 1024, b"\xe2\xe1\xf5\xe0"))
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A  # <linux/loop.h>
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
+LOOP_ATTEMPTS = 100  # every 10 ms
 
 
 class Disk(Record):
@@ -3489,15 +3490,17 @@ def attach_loop(path: str, writable: bool) -> Descriptor:
     with Descriptor(os.open(path, mode)) as file, open("/dev/loop-control", "rb") as control:
         # struct loop_config with its struct loop_info64, in which losetup(8) looks for the name
         request = struct.pack("=II52xI64s176x", file, 0, flags, os.fsencode(path)[:63])
-        while True:
+        for _ in range(LOOP_ATTEMPTS):
             loop = Descriptor(os.open(f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}", mode))
             try:
                 fcntl.ioctl(loop, LOOP_CONFIGURE, request)
                 return loop
             except OSError as error:
                 os.close(loop)
-                if error.errno != errno.EBUSY:  # somebody else has just taken it
+                if error.errno != errno.EBUSY:
                     raise
+            time.sleep(0.01)  # somebody else has just taken it, or holds it as it is
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
 def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:

@@ -706,8 +706,8 @@ def make_disk(path="/image", writable=False, mounted=()):
 class Loops:
     """A dom0 with loop devices, of which the first one is taken from under us; calls: of ioctl(2)."""
 
-    def __init__(self, monkeypatch, folder, busy=errno.EBUSY):
-        self.calls, self.opened, self.busy, self.number = [], [], busy, 3
+    def __init__(self, monkeypatch, folder, busy=errno.EBUSY, then=4):
+        self.calls, self.opened, self.busy, self.number, self.then = [], [], busy, 3, then
         (folder / "loops").mkdir()
         for name in ("loop-control", "loop3", "loop4"):
             (folder / "loops" / name).touch()
@@ -728,10 +728,10 @@ class Loops:
     def ioctl(self, fd, request, argument=0):
         if request == runx.LOOP_CTL_GET_FREE:
             return self.number
-        assert request == runx.LOOP_CONFIGURE
+        assert request == runx.LOOP_CONFIGURE and len(self.calls) < 1000
         self.calls.append((os.readlink(f"/proc/self/fd/{fd}").rpartition("/")[2], argument))
         if self.number == 3:
-            self.number = 4
+            self.number = self.then
             raise OSError(self.busy, os.strerror(self.busy))
         return 0
 
@@ -752,6 +752,17 @@ def test_an_image_goes_into_a_free_loop_device(tmp_path, monkeypatch, writable):
     assert request[64:128].rstrip(b"\0") == os.fsencode(path)[:63]
     modes = [flags & os.O_ACCMODE for name, flags in loops.opened if "loop" in name or name == str(path)]
     assert set(modes) == {os.O_RDWR if writable else os.O_RDONLY}
+
+
+def test_a_free_loop_device_that_somebody_holds_is_not_asked_for_without_end(tmp_path, monkeypatch):
+    path = image(tmp_path, "ext4")
+    before, slept = len(open_descriptors()), []
+    loops = Loops(monkeypatch, tmp_path, then=3)
+    monkeypatch.setattr(runx, "time", SimpleNamespace(sleep=slept.append))
+    with pytest.raises(runx.Error, match=f"cannot put {path} into a loop device: Device or resource busy"):
+        runx.open_disk(make_disk(path))
+    assert len(loops.calls) == len(slept) == 100
+    assert len(open_descriptors()) == before
 
 
 def test_a_dom0_without_loop_devices_is_told_what_it_needs(tmp_path, monkeypatch):
