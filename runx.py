@@ -216,6 +216,11 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds:09d}Z"
 
 
+def is_number(text: str, digits: int) -> bool:
+    """Return whether it is made of the digits 0 to 9, up to so many: int() takes those of any script."""
+    return text.isascii() and text.isdecimal() and len(text) <= digits
+
+
 def printable(text: str) -> str:
     """Text of the guest's for the log: a hostile guest must not write control characters to a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
@@ -1862,7 +1867,7 @@ def read_config(bundle: str) -> Section:
 def check_version(version: str) -> str:
     """Return any 1.x, pre-releases included: minor versions only add properties."""
     numbers = version.replace("-", "+").partition("+")[0].split(".")
-    is_known = len(numbers) == 3 and numbers[0] == "1" and "".join(numbers).isdecimal()
+    is_known = len(numbers) == 3 and numbers[0] == "1" and is_number("".join(numbers), 60)
     if not is_known or len(version) > 60:
         raise Error(f'config.json: ociVersion "{printable(version[:60])}" is not supported: runX knows 1.0.0 to 1.3.x')
     return version
@@ -2002,7 +2007,7 @@ def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
         bounds["vcpus"] = limits.vcpus(0)
     for name in ("maxmem", "memory", "vcpus", "maxvcpus"):
         text = annotations.text(name, "") or "0"
-        if not text.isdecimal() or len(text) > 7:
+        if not is_number(text, 7):
             annotations.refuse("must be a number", name)
         believed[name] = min(int(text), bounds.get(name, int(text)))
         if believed[name] < int(text):
@@ -2227,7 +2232,7 @@ def parse_cgroup(resources: Section) -> dict[str, str]:
         files["pids.max"] = str(pids)
     for entry in resources.sections("hugepageLimits"):
         size = entry.text("pageSize")
-        if not size[:-2].isdecimal() or size[-2:] not in ("KB", "MB", "GB"):
+        if not is_number(size[:-2], 9) or size[-2:] not in ("KB", "MB", "GB"):
             entry.refuse(f"must be a size such as 2MB, not {printable(size)}", "pageSize")
         files[f"hugetlb.{size}.max"] = str(entry.number("limit"))
     for name, value in resources.table("unified").items():
@@ -2328,7 +2333,7 @@ def parse_rate(text: str) -> str:
     """Return netback's "bytes,microseconds" for a rate as in xl-network-configuration.5: 10Mb/s or 1MB/s@20ms."""
     import re
 
-    match = re.fullmatch(r"(\d+)([KMG]?)([bB])/s(?:@(\d+)([mu]?)s)?", text)
+    match = re.fullmatch(r"([0-9]{1,12})([KMG]?)([bB])/s(?:@([0-9]{1,12})([mu]?)s)?", text)
     if not match:
         raise Error(f"the rate {printable(text)} must be such as 10Mb/s (bits) or 1MB/s@20ms (bytes)")
     number, scale, unit, interval, prefix = match.groups()
@@ -6650,7 +6655,7 @@ def replace_sizes(sizes: dict[str, int], lines: list[str]) -> dict[str, int]:
     for line in "\n".join(lines).replace(";", "\n").splitlines():
         key, _, value = line.partition("#")[0].partition("=")
         number = value.strip(" \t\"'")
-        if key.strip() in sizes and number.isdecimal():
+        if key.strip() in sizes and is_number(number, 9):
             found[key.strip()] = int(number)
     return found
 
@@ -7197,7 +7202,7 @@ class Loop:
         text = self.told("exit")
         if not text or not self.is_open():
             return False
-        if text.isascii() and text.isdecimal() and int(text) <= 255:
+        if is_number(text, 3) and int(text) <= 255:
             self.end(int(text))
         else:
             self.log.warn("the VM told no valid exit status")
@@ -8330,7 +8335,7 @@ def ask_process(call: Invocation, own: Section) -> JsonObject:
 
 
 def parse_user_number(what: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) < 1 << 32):
+    if not is_number(text, 10) or int(text) >= 1 << 32:
         raise Error(f"bad {what}: {printable(text) or repr(text)} is no number of a user or group")
     return int(text)
 
@@ -8396,7 +8401,7 @@ def command_kill(call: Invocation) -> None:
 def parse_signal(text: str) -> int:
     """The number of a signal given as 15, TERM or SIGTERM (also RTMIN+1, RTMAX-1)."""
     name = text.upper().removeprefix("SIG")
-    if name.isdecimal() and len(name) < 10 and int(name) <= 64:
+    if is_number(name, 9) and int(name) <= 64:
         return int(name)
     numbers = {"RTMIN": 34, "RTMAX": 64}
     numbers.update((each, number) for number, each in enumerate(SIGNALS, 1))
@@ -8540,7 +8545,7 @@ def parse_duration(text: str) -> float:
     import re
 
     units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", text)
     seconds = sum(float(number) * units[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < 1e9:
         raise Error(f"option --interval of events needs a duration such as 5s, not {text!r}")

@@ -258,7 +258,7 @@ def test_an_annotated_number_has_seven_digits_at_most(load, key):
     assert found == {**dict.fromkeys(found, 0), key: 9999999} and parsed.warnings == []
     empty, none = annotated(""), load(config("true"))
     assert (empty.machine.__dict__, empty.base) == (none.machine.__dict__, none.base)
-    for wrong in ("10000000", "-1", "1.5", "0x1", "1 ", "64m"):
+    for wrong in ("10000000", "-1", "1.5", "0x1", "1 ", "64m", "\u0661"):
         with pytest.raises(runx.Error, match=f"^config.json: the annotation org.runx.{key} must be a number$"):
             annotated(wrong)
 
@@ -541,6 +541,19 @@ def test_rates(text, rate):
 def test_wrong_rates_are_refused(text):
     with pytest.raises(runx.Error, match=r"the rate .* (is out of range|must be such as)"):
         runx.parse_rate(text)
+
+
+@pytest.mark.parametrize("form", ["{}b/s", "1B/s@{}s"])
+@pytest.mark.parametrize("digit, count", [("9", 5000), ("9", 13), ("\u0661", 1)])
+def test_a_rate_has_up_to_twelve_digits_that_are_ours(form, digit, count):
+    with pytest.raises(runx.Error, match="must be such as 10Mb/s"):
+        runx.parse_rate(form.format(digit * count))
+    assert runx.parse_rate("1" + "0" * 11 + "b/s@1ms")
+
+
+def test_a_size_for_xl_that_is_no_number_is_left_to_xl():
+    lines = ["memory=64; vcpus = '2'", f"memory={'9' * 5000}", "memory=\u0661"]
+    assert runx.replace_sizes({"memory": 1, "vcpus": 1}, lines) == {"memory": 64, "vcpus": 2}
 
 
 # ---- names and the kernel's numbers

@@ -138,7 +138,7 @@ def test_supported_versions(version):
     assert runx.check_version(version) == version
 
 
-@pytest.mark.parametrize("version", ["", "1", "1.0", "one.0.0", "2.0.0", "0.1.0", "1.0.0.0"])
+@pytest.mark.parametrize("version", ["", "1", "1.0", "one.0.0", "2.0.0", "0.1.0", "1.0.0.0", "1.0.\u0661"])
 def test_unsupported_versions(version):
     with pytest.raises(runx.Error, match="ociVersion"):
         runx.check_version(version)
@@ -879,7 +879,7 @@ def test_signals_by_name_and_number(text, number):
     assert runx.parse_signal(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "\u00b2", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x", "9" * 5000])
+@pytest.mark.parametrize("text", ["", "\u00b2", "\u0661", "65", "-1", "NOPE", "RTMIN+40", "RTMIN+x", "9" * 5000])
 def test_unknown_signals_are_refused(text):
     with pytest.raises(runx.Error, match="unknown signal"):
         runx.parse_signal(text)
@@ -963,7 +963,7 @@ def test_durations(text, seconds):
     assert runx.parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "5", "0s", "-1s", "s", "1s x", "9" * 400 + "h"])
+@pytest.mark.parametrize("text", ["", "5", "0s", "-1s", "s", "1s x", "\u0661s", "9" * 400 + "h"])
 def test_wrong_durations(text):
     with pytest.raises(runx.Error, match="--interval"):
         runx.parse_duration(text)
@@ -1181,6 +1181,11 @@ def test_capabilities_that_cannot_be_granted_are_left_out(lacking, left_out):
             "linux",
             {"resources": {"hugepageLimits": [{"pageSize": "2", "limit": 1}]}},
             r"hugepageLimits\[0\].pageSize must be a size such as 2MB, not 2$",
+        ),
+        (
+            "linux",
+            {"resources": {"hugepageLimits": [{"pageSize": "\u0662MB", "limit": 1}]}},
+            "hugepageLimits.0..pageSize must be a size such as 2MB, not \u0662MB$",
         ),
         ("linux", {"uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}, "linux.uidMappings cannot be applied"),
     ],
