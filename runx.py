@@ -413,6 +413,7 @@ def is_text(text: str) -> bool:
 # the waiting for processes.
 
 SIGHUP, SIGKILL, SIGPIPE, SIGCHLD, SIGWINCH = 1, 9, 13, 17, 28  # <signal.h>
+RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # also INT, QUIT, USR1, USR2, TERM: for the container's process, whoever gets them
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80  # <linux/sched.h>
 OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
@@ -5090,6 +5091,9 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
     try:
         system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
         system_call("prctl", PR_SET_NAME, "runX files")  # for ps
+        signal = import_core("signal")
+        for number in RELAYED:  # who signals all of a cgroup: the container's process still needs its files
+            signal.signal(number, signal.SIG_IGN)
         gc.disable()  # nothing here refers to itself, and what is shared with the monitor stays so
         channels, grants = EventChannels(), Grants()
         close_other_descriptors({link.fileno(), channels.fd, grants.fd, grants.null})
@@ -5300,7 +5304,8 @@ def scope_command(path: str, resources: Resources) -> tuple[str, list[str]]:
         raise Error(f"config.json: linux.cgroupsPath must be SLICE:PREFIX:NAME for systemd, not {printable(path)}")
     unit = name[1:] if name.startswith(":") else name.replace(":", "-", 1)
     command = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={unit}.scope"]
-    command += [f"--slice={parent or 'system.slice'}", "--property=Delegate=yes"]
+    # as runc has it: else systemd ends it at shutdown beside the engine, which is to do that
+    command += [f"--slice={parent or 'system.slice'}", "--property=Delegate=yes", "--property=DefaultDependencies=no"]
     limits = cgroup_limits(resources)  # without them, systemd would put its own there again
     for limit, name in (("memory.max", "MemoryMax"), ("cpu.weight", "CPUWeight")):
         if limit in limits:
@@ -6481,7 +6486,6 @@ def run_hooks(
 PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
 TITLE_MAX = 4096  # bytes of the command line that the holder shows
 SHOWN: list[bytes] = []
-RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # <signal.h>: also INT, QUIT, USR1, USR2, TERM
 # signals that end a container which is not started, as they end runc's init, a Go program; others do nothing to it
 ENDING_SIGNALS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 31}
 

@@ -106,7 +106,9 @@ def test_systemd_makes_a_scope(tmp_path, monkeypatch, path, options):
     scope.communicate()
     assert (tmp_path / "file").read_text() == "/proc/self/cgroup\n"
     args, ended = (tmp_path / "args").read_text().splitlines()
-    options += [f"--property={each}" for each in ("Delegate=yes", f"MemoryMax={144 << 20}", "CPUWeight=79")]
+    options += [f"--property={each}" for each in (
+        "Delegate=yes", "DefaultDependencies=no", f"MemoryMax={144 << 20}", "CPUWeight=79"
+    )]  # fmt: skip
     assert ended == "ended" and set(options) <= set(args.split())
 
 
@@ -139,10 +141,11 @@ def test_what_systemd_is_told():
         return runx.scope_command(path, runx.Resources(resources, "resources", BASE))
 
     start = ["systemd-run", "--quiet", "--scope", "--collect", "--unit=a-b:c.scope", "--slice=system.slice"]
-    assert command(":a:b:c", {}) == ("a-b:c", [*start, "--property=Delegate=yes"])
+    last = "--property=DefaultDependencies=no"
+    assert command(":a:b:c", {}) == ("a-b:c", [*start, "--property=Delegate=yes", last])
     unit, words = command("x.slice:a", {"memory": {"limit": -1}, "cpu": {"shares": 1024}})
     assert (unit, words[-2:]) == ("a", ["--property=MemoryMax=infinity", "--property=CPUWeight=39"])
-    assert command("x.slice:a", {"cpu": {"shares": 1024}})[1][-2] == "--property=Delegate=yes"
+    assert command("x.slice:a", {"cpu": {"shares": 1024}})[1][-2] == last
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,15 @@ def test_a_process_that_dies_ends_the_container_with_a_sentence(dom0):
     container.runx("delete")
 
 
+def test_a_signal_for_all_of_a_cgroup_leaves_the_container_its_files(dom0):
+    container = served(dom0, "wait").started().ready()
+    for number in runx.RELAYED:
+        dom0.signal(server_of(dom0, container), number)
+    dom0.signal(container.pid(), 15)
+    assert container.wait() == 143, container.log_text()
+    container.runx("delete")
+
+
 def test_a_process_dies_with_its_monitor(dom0):
     """Also when it has taken another's rights for a moment, after which the kernel does not kill it any more."""
     volume = {"destination": "/h", "type": "bind", "source": "/sys", "options": ["rbind"]}
