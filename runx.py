@@ -5822,9 +5822,10 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
         gateways=[str(gateway) for _, gateway in network.ranges if gateway],
         dns=network.dns,
     )
+    by_plugins = needs_plugins(network, log)
     if network.bridge:
-        prepare_bridge(network)
-    if needs_plugins(network, log):
+        prepare_bridge(network, by_plugins)
+    if by_plugins:
         attachment.calls = [[plugin["type"], plugin_configuration(network, plugin)] for plugin in network.plugins]
         return attachment
     attachment.bridge, first = network.bridge, network.plugins[0]
@@ -5881,14 +5882,19 @@ def plugin_configuration(network: Network, plugin: JsonObject) -> JsonObject:
     return configuration
 
 
-def prepare_bridge(network: Network) -> None:
-    """Make the bridge if it is missing and the network begins on this host, which is its gateway.  Raise Error."""
+def prepare_bridge(network: Network, by_plugins: bool) -> None:
+    """Make the bridge if it is missing and the network begins on this host, which is its gateway.  Raise Error.
+
+    by_plugins: that is left to the bridge plugin, which makes it with its VLANs, but for a gateway that it never makes.
+    """
     first, name, netlink = network.plugins[0], network.bridge, Rtnetlink()
     ours = first.get("isGateway") or first.get("isDefaultGateway")
     bridge = netlink.find_link(name)
     if not bridge and not ours:
         remedy = f"make it, or set isGateway in {network.file} for a network that begins there"
         raise Error(f"network {network.name}: there is no bridge {printable(name)} on this host: {remedy}")
+    if by_plugins and (not network.dhcp or first.get("vlan") or first.get("vlanTrunk")):
+        return
     with Attempt(f"make the bridge {name} of network {network.name}"):
         if not bridge:
             kind = {IFLA_IFNAME: name, IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}}

@@ -245,7 +245,7 @@ class Made:
 @pytest.fixture
 def planned(tmp_path, plugin, monkeypatch):
     """A function that loads a network and plans an Attachment; it returns both, and what the log says."""
-    monkeypatch.setattr(runx, "prepare_bridge", lambda network: None)
+    monkeypatch.setattr(runx, "prepare_bridge", lambda network, by_plugins: None)
 
     def plan(document, address="", number=0, rate=""):
         network, log = load_network(tmp_path, json.dumps(document), address=address), tmp_path / "log"
@@ -648,10 +648,10 @@ def test_a_bridge_is_made_with_its_gateways_once(namespaces, tmp_path):
     ipam = {"type": "x", "subnet": "10.9.0.0/24", "ranges": [[{"subnet": "fd09::/64", "gateway": "fd09::7"}]]}
     document = {"name": "net", "type": "bridge", "bridge": "testbr0", "ipam": ipam}
     with pytest.raises(runx.Error, match="network net: there is no bridge testbr0 on this host: make it, or set isGat"):
-        runx.prepare_bridge(load_network(tmp_path, json.dumps(document)))
+        runx.prepare_bridge(load_network(tmp_path, json.dumps(document)), False)
     for key in ("isGateway", "isDefaultGateway"):
         network = load_network(tmp_path, json.dumps({**document, key: True}))
-        runx.prepare_bridge(network)
+        runx.prepare_bridge(network, False)
     link = ip("-d link show dev testbr0")[0]
     assert link["linkinfo"]["info_kind"] == "bridge" and "UP" in link["flags"]
     assert addresses_of("testbr0", "") == [
@@ -659,11 +659,36 @@ def test_a_bridge_is_made_with_its_gateways_once(namespaces, tmp_path):
         {"local": "fd09::7", "prefixlen": 64, "scope": "global", "nodad": True},
     ]  # fmt: skip
     ip("link set testbr0 down")
-    runx.prepare_bridge(load_network(tmp_path, json.dumps(document)))
+    runx.prepare_bridge(load_network(tmp_path, json.dumps(document)), False)
     assert "UP" not in ip("link show dev testbr0")[0]["flags"]  # whose it is looks after it
     network.bridge = "x" * 16
     with pytest.raises(runx.Error, match=f"cannot make the bridge {'x' * 16} of network net: "):
-        runx.prepare_bridge(network)
+        runx.prepare_bridge(network, False)
+
+
+@pytest.mark.parametrize("changes, address", [({}, "auto"), ({"vlan": 10}, "auto"), ({"vlan": 10}, ""),
+                                              ({"vlanTrunk": [{"id": 7}]}, "")])  # fmt: skip
+def test_a_bridge_of_the_plugins_is_left_to_it(namespaces, tmp_path, plugin, changes, address):
+    """Which makes it with the MTU and with VLANs, and then the gateway belongs to the VLAN."""
+    plugin("exit 0")
+    (tmp_path / "plugin").rename(tmp_path / "bridge")
+    document = {**NET, "bridge": "testbr0", "ipam": PLUGIN, "isGateway": True, **changes}
+    network = load_network(tmp_path, json.dumps(document), address=address)
+    made = runx.plan_attachment(network, 0, Made(), "", runx.Log())
+    assert [name for name, _ in made.calls] == ["bridge"]
+    assert [link["ifname"] for link in ip("link show")] == ["lo"]
+    network = load_network(tmp_path, json.dumps({**document, "isGateway": False, "ipMasq": True}), address="auto")
+    with pytest.raises(runx.Error, match="there is no bridge testbr0 on this host"):
+        runx.plan_attachment(network, 0, Made(), "", runx.Log())
+
+
+def test_where_the_vm_asks_by_dhcp_the_gateway_of_a_plugins_bridge_is_made(namespaces, tmp_path, plugin):
+    plugin("exit 0")
+    (tmp_path / "plugin").rename(tmp_path / "bridge")
+    document = {**NET, "bridge": "testbr0", "ipam": PLUGIN, "isGateway": True, "hairpinMode": True}
+    made = runx.plan_attachment(load_network(tmp_path, json.dumps(document)), 0, Made(), "", runx.Log())
+    assert [name for name, _ in made.calls] == ["bridge"]
+    assert [each["local"] for each in addresses_of("testbr0", "")] == ["10.1.0.1"]
 
 
 def test_a_link_is_awaited(namespaces):
