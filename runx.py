@@ -6180,7 +6180,14 @@ def find_interfaces(container: Container, taken: int, log: Log) -> list[Interfac
         interface = attachment_interface(Attachment(**fields), log)
         interface.name = name
         found.append(interface)
-    return sorted(found, key=Interface.place)
+    found.sort(key=Interface.place)
+    by_mac: dict[str, str] = {}
+    for interface in found:
+        other = by_mac.setdefault(interface.mac, interface.name)
+        if other != interface.name:
+            mac = bytes.fromhex(interface.mac).hex(":")
+            raise Error(f"the VM's {other} and {interface.name} have one MAC address, {mac}: give one of them another")
+    return found
 
 
 def attachment_interface(attachment: Attachment, log: Log) -> Interface:

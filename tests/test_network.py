@@ -855,6 +855,15 @@ def test_no_network_is_no_interface(plugged):
 
 
 @pytest.fixture
+def own(namespaces, tmp_path):
+    """The path of a namespace as runX makes one for plugins."""
+    path = str(tmp_path / "own")
+    runx.make_namespace(path)
+    yield path
+    call("umount", "--lazy", path)
+
+
+@pytest.fixture
 def engine(namespaces):
     """A process in a namespace as an engine makes it, with an eth0 and an eth2."""
     process = subprocess.Popen(["unshare", "-n", "sh", "-c", "echo; exec sleep 1000"], stdout=subprocess.PIPE)
@@ -870,25 +879,25 @@ def engine(namespaces):
     process.communicate()
 
 
-def test_the_engines_links_forward_to_the_vifs(namespaces, plugged, engine, monkeypatch):
+def test_the_engines_links_forward_to_the_vifs(namespaces, plugged, engine, own, monkeypatch):
     process, path = engine
     redirected = []
     monkeypatch.setattr(runx, "redirect", lambda netlink, *numbers: redirected.append(numbers))
-    network = {**ATTACHMENT, "namespace": path, "interface": "eth2", "bridge": "", "addresses": ["10.9.0.5/24"],
+    ip("link add eth5 up address 02:00:00:00:00:25 mtu 1400 type veth peer name out5", own)
+    network = {**ATTACHMENT, "namespace": own, "interface": "eth5", "bridge": "", "addresses": ["10.9.0.5/24"],
                "gateways": ["10.9.0.1"], "rate": "5,10", "dhcp": True}  # fmt: skip
     store, container = plugged(namespace="", pid=process.pid, networks=[network], rate="7,8")
-    numbers = {link["ifname"]: link["ifindex"] for link in ip("link show", path)}
-    assert {"vif7.0", "vif7.1", "vif7.2"} <= set(numbers)
     # eth0 and eth2 of the engine's, and eth1 of the network's
-    assert redirected == [(numbers[name], numbers[f"vif7.{n}"]) for n, name in enumerate(("eth0", "eth2", "eth2"))]
-    assert joined(container) == ["eth0", "eth2", "eth2"]
-    moved = ip("-d link show dev vif7.1", path)[0]
+    ends = [("eth0", path), ("eth5", own), ("eth2", path)]
+    assert redirected == [(index_of(name, at), index_of(f"vif7.{n}", at)) for n, (name, at) in enumerate(ends)]
+    assert joined(container) == ["eth0", "eth5", "eth2"]
+    moved = ip("-d link show dev vif7.1", own)[0]
     assert moved["mtu"] == 1400 and "UP" in moved["flags"] and moved["inet6_addr_gen_mode"] == "none"
     backend = "/local/domain/0/backend/vif/7"
     assert [store.nodes[f"{backend}/{number}/rate"] for number in range(3)] == ["7,8", "5,10", "7,8"]
     assert f"{backend}/0/bridge" not in store.nodes
     assert store.nodes["/local/domain/7/data/dhcp"] == "eth1"
-    assert [text.split()[0] for text in told(store)] == ["020000000020", "020000000022", "020000000022"] * 2
+    assert [text.split()[0] for text in told(store)] == ["020000000020", "020000000025", "020000000022"] * 2
     assert len({text.split()[1] for text in told(store)}) == 6  # their names
     mac, *words = told(store)[3].split()
     apply(words, namespaces, mac)
@@ -1006,13 +1015,24 @@ def test_two_of_one_name_are_refused(plugged, engine):
         plugged(namespace=None, networks=[{**ATTACHMENT, "namespace": engine[1], "interface": "eth7", "bridge": ""}])
 
 
+def test_two_of_one_mac_address_are_refused_and_leave_nothing(plugged, engine):
+    """As those of ipvlan or vlan have: the guest is told what is an interface's by its MAC address."""
+    ip("link set eth0 down", engine[1])
+    ip("link set eth0 address 02:00:00:00:00:22", engine[1])
+    with pytest.raises(runx.Error, match="the VM's eth0 and eth2 have one MAC address, 02:00:00:00:00:22: give one of"):
+        plugged(namespace="", pid=engine[0].pid)
+    assert plugged.container.state.devices == plugged.container.state.plugged == []
+    assert [node for node in plugged.store.nodes if "/vif" in node] == []
+
+
 def test_interfaces_are_in_the_order_of_their_names(plugged, engine, monkeypatch):
     process, path = engine
     ip("link add eth10 up type veth peer name ab", path)
     ip("link set ab up", path)
     made = runx.find_interfaces(plugged.container, 0, None)
     assert made == []
-    plugged.container.save(namespace="", pid=process.pid, networks=[{**ATTACHMENT}, {**ATTACHMENT}])
+    networks = [{**ATTACHMENT}, {**ATTACHMENT, "mac": "02:00:00:00:00:02"}]
+    plugged.container.save(namespace="", pid=process.pid, networks=networks)
     names = [each.name for each in runx.find_interfaces(plugged.container, 0, None)]
     assert names == ["eth0", "eth1", "eth2", "eth3", "eth10", "ab"]
     plugged.container.save(namespace=None)
