@@ -5698,6 +5698,8 @@ class Network:
         self.dhcp = not address and (is_bridge or not self.ipam)
         given = address.split(";") if address not in ("", "auto") else []
         self.addresses = [parse_address(part, self) for part in given]
+        # first the one of a given address: its gateway is the default route
+        self.ranges.sort(key=lambda each: not any(address.ip in each[0] for address in self.addresses))
 
 
 def find_document(request: Netconf, folders: list[str]) -> Section:
@@ -6213,7 +6215,11 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
         gateway = ipaddress.ip_address(way) if way else None
         interface.routes.append(route_message(ipaddress.ip_network(destination), gateway, addresses))
     families = {message.head[0] for message in interface.addresses}
-    for gateway in map(ipaddress.ip_address, attachment.gateways):
+    places = [(message.attributes[IFA_ADDRESS], message.head[1]) for message in interface.addresses]
+    subnets = [ipaddress.ip_network(place, strict=False) for place in places]
+    gateways = list(map(ipaddress.ip_address, attachment.gateways))
+    # first the one of an address that a plugin has chosen in one of several subnets
+    for gateway in sorted(gateways, key=lambda each: not any(each in subnet for subnet in subnets)):
         family = family_of(gateway)
         if family in families and not any(route.head[:2] == (family, 0) for route in interface.routes):
             everything = ipaddress.ip_network("0.0.0.0/0" if family == AF_INET else "::/0")

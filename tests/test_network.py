@@ -128,7 +128,7 @@ def test_what_a_network_says_is_read_once(tmp_path):
     network = load_network(tmp_path, json.dumps(document), address="10.3.0.5; 10.2.0.9/8;fd00::1")
     assert network.plugins == document["plugins"] and network.version == "0.4.0" and network.ipam == "host-local"
     assert [(str(subnet), gateway and str(gateway)) for subnet, gateway in network.ranges] == [
-        ("10.1.0.0/16", "10.1.0.1"), ("10.2.0.0/16", None), ("fd00::/64", "fd00::9"), ("10.3.0.0/24", "10.3.0.1"),
+        ("10.2.0.0/16", None), ("fd00::/64", "fd00::9"), ("10.3.0.0/24", "10.3.0.1"), ("10.1.0.0/16", "10.1.0.1"),
     ]  # fmt: skip
     assert (network.bridge, network.mtu, network.rate) == ("cni0", 65535, "50,50000")
     assert network.dns == {"nameservers": ["10.1.0.1"]}
@@ -1037,6 +1037,32 @@ def test_interfaces_are_in_the_order_of_their_names(plugged, engine, monkeypatch
     assert names == ["eth0", "eth1", "eth2", "eth3", "eth10", "ab"]
     plugged.container.save(namespace=None)
     assert [each.name for each in runx.find_interfaces(plugged.container, 2, None)] == ["eth2", "eth3"]
+
+
+TWO_RANGES = {"ranges": [[{"subnet": f"10.{n}.0.0/24", "gateway": f"10.{n}.0.1"} for n in (0, 1)]]}
+
+
+def default_gateways(made):
+    routes = [route for route in runx.attachment_interface(made, None).routes if not route.head[1]]
+    return [".".join(map(str, route.attributes[runx.RTA_GATEWAY])) for route in routes]
+
+
+@pytest.mark.parametrize("routes", [[], [{"dst": "0.0.0.0/0"}]])
+@pytest.mark.parametrize("ipam, address", [("plugin", "10.1.0.7"), ("plugin", "10.1.0.7/8"), ("plugin", "auto"),
+                                           ("absent", "10.1.0.7"), ("absent", "10.1.0.7/8")])  # fmt: skip
+def test_the_default_route_is_by_the_gateway_of_the_address(planned, plugin, ipam, address, routes):
+    result = {"ips": [{"address": "10.1.0.7/24", "gateway": "10.1.0.1"}], "routes": routes}
+    plugin(f"echo '{json.dumps(result)}'")
+    network, made, _ = planned({**NET, "ipam": {"type": ipam, "routes": routes, **TWO_RANGES}}, address)
+    runx.attach_network(made, network)
+    assert default_gateways(made) == ["10.1.0.1"]
+
+
+def test_the_default_route_of_what_plugins_make_is_by_the_gateway_of_its_address(namespaces):
+    for line in ("link add eth0 up type veth peer name x", "address add 10.1.0.7/24 dev eth0"):
+        ip(line)
+    made = attachment(bridge="", namespace="/proc/self/ns/net", gateways=["10.0.0.1", "10.1.0.1"])
+    assert default_gateways(made) == ["10.1.0.1"]
 
 
 def test_an_address_that_a_plugin_has_set_stays_as_it_is(namespaces):
