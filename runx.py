@@ -5845,10 +5845,14 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
 
 
 def stable_mac(*identity: str | int) -> str:
-    """Return a locally administered unicast address (IEEE 802), the same for the same container and interface."""
+    """Return a locally administered unicast address (IEEE 802), the same for the same host, container and interface."""
     import hashlib
 
-    digest = hashlib.blake2s(repr(identity).encode()).digest()
+    try:
+        host = read_file("/etc/machine-id")
+    except OSError:
+        host = ""
+    digest = hashlib.blake2s(repr((host, *identity)).encode()).digest()
     return bytes([digest[0] & 0xFC | 2, *digest[1:6]]).hex(":")
 
 

@@ -273,6 +273,21 @@ def test_a_bridge_for_dhcp_needs_no_plugin(planned):
     assert len(bits) == 6 and bits[0] & 3 == 2 and made.mac != runx.stable_mac("/root/x", 4)
 
 
+def test_a_mac_address_is_the_same_each_time_but_of_its_host_alone(monkeypatch):
+    def on(host):
+        def read(path):
+            assert path == "/etc/machine-id"
+            if not host:
+                raise FileNotFoundError
+            return host
+
+        monkeypatch.setattr(runx, "read_file", read)
+        return runx.stable_mac("/root/x", 0)
+
+    assert len({on(""), on("aa"), on("bb")}) == 3
+    assert (on("aa"), on("")) == (on("aa"), on(""))
+
+
 def test_what_only_the_bridge_plugin_does_is_done_by_it_or_told(planned, plugin, tmp_path):
     settings = {**NET, "ipam": PLUGIN, "ipMasq": True, "isDefaultGateway": True, "vlan": 7}
     plugin("exit 0")
