@@ -5810,7 +5810,8 @@ BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofch
 
 
 def plan_attachment(network: Network, number: int, container: Container, rate: str, log: Log) -> Attachment:
-    """Return the Attachment number of the container, not made yet.  rate: the container's own.  Raise Error."""
+    """Return the Attachment number of the container, not made yet, with all that who gives it back has to know.  rate:
+    the container's own.  Raise Error."""
     attachment = Attachment(
         network=network.name,
         identity=container.state.name.replace("+", "_"),
@@ -5824,15 +5825,23 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
         gateways=[str(gateway) for _, gateway in network.ranges if gateway],
         dns=network.dns,
     )
+    plan_calls(attachment, network, log)
+    if network.version == CNI_VERSIONS[-1]:
+        negotiate_version(attachment)
+    return attachment
+
+
+def plan_calls(attachment: Attachment, network: Network, log: Log) -> None:
+    """Say in an Attachment which plugins are executed, and what is known without them.  Raise Error."""
     by_plugins = needs_plugins(network, log)
     if network.bridge:
         prepare_bridge(network, by_plugins)
     if by_plugins:
         attachment.calls = [[plugin["type"], plugin_configuration(network, plugin)] for plugin in network.plugins]
-        return attachment
+        return
     attachment.bridge, first = network.bridge, network.plugins[0]
     if network.dhcp:
-        return attachment
+        return
     if network.ipam and find_plugin(network.ipam):  # which reserves an address
         attachment.calls = [[network.ipam, plugin_configuration(network, first)]]
     elif not network.addresses:
@@ -5841,7 +5850,6 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
     else:
         log.warn(f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
         use_result(attachment, {"routes": (first.get("ipam") or {}).get("routes")}, network)
-    return attachment
 
 
 def stable_mac(*identity: str | int) -> str:
@@ -5936,11 +5944,7 @@ def find_plugin(name: str) -> str | None:
 
 def attach_network(attachment: Attachment, network: Network) -> None:
     """Execute the plugins of an Attachment, and put what they say into it.  Raise Error."""
-    version = network.version
-    if version == CNI_VERSIONS[-1]:
-        version = negotiate_version(attachment)
     for plugin, configuration in attachment.calls:
-        configuration["cniVersion"] = version
         output = call_plugin("ADD", attachment, plugin, configuration)
         try:
             attachment.result = {**check_document(parse_json(output))}
@@ -5952,8 +5956,8 @@ def attach_network(attachment: Attachment, network: Network) -> None:
         attachment.dns = result_dns(attachment.result, network) or attachment.dns
 
 
-def negotiate_version(attachment: Attachment) -> str:
-    """Return the newest version of CNI that all plugins of an Attachment know: many know less than the newest."""
+def negotiate_version(attachment: Attachment) -> None:
+    """Have the plugins of an Attachment called in the newest version of CNI that all of them know.  Raise Error."""
     known = set(CNI_VERSIONS)
     for plugin, _ in attachment.calls:
         output = call_plugin("VERSION", attachment, plugin, {"cniVersion": CNI_VERSIONS[-1]})
@@ -5961,7 +5965,8 @@ def negotiate_version(attachment: Attachment) -> str:
             known &= set(parse_json(output)["supportedVersions"])
         except (ValueError, TypeError, KeyError):
             raise Error(f"network {attachment.network}: the CNI plugin {plugin} does not tell its versions") from None
-    return max(known, key=CNI_VERSIONS.index, default=CNI_VERSIONS[-1])
+    for _, configuration in attachment.calls:
+        configuration["cniVersion"] = max(known, key=CNI_VERSIONS.index, default=CNI_VERSIONS[-1])
 
 
 def detach_network(fields: JsonObject, log: Log) -> None:

@@ -403,6 +403,8 @@ PLUGIN = """#!/bin/sh
 echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME $CNI_NETNS ${0##*/}" >>/run/fake/etc/calls
 cat >/run/fake/etc/stdin.$CNI_COMMAND
 [ ! -e /run/fake/etc/broken.$CNI_COMMAND ] || { echo '{"code": 7, "msg": "no", "details": "luck"}'; exit 1; }
+[ ! -e /run/fake/etc/kill.$CNI_COMMAND ] || kill -9 $PPID
+[ $CNI_COMMAND = VERSION ] && exec cat /run/fake/etc/versions
 [ $CNI_COMMAND = ADD ] || exit 0
 [ "${0##*/}" = host-local ] ||
     nsenter --net=$CNI_NETNS sh -c "ip link add $CNI_IFNAME type veth peer name other && ip link set $CNI_IFNAME up"
@@ -505,6 +507,21 @@ def test_a_plugin_that_fails_undoes_create_and_gives_back(dom0, networks, kind):
     assert "ADD: no: luck (code 7)\n" in result.stderr
     assert [call[0] for call in calls(dom0)] == ["ADD", "DEL"]
     assert container.runx("state").returncode == 1
+
+
+def stdin_of(dom0, command):
+    return json.loads((pathlib.Path(dom0.inside) / f"run/fake/etc/stdin.{command}").read_text())
+
+
+@pytest.mark.parametrize("version, called", [("0.4.0", "0.4.0"), ("1.1.0", "1.0.0")])
+def test_a_create_that_is_killed_in_a_plugin_gives_back_in_the_same_version(dom0, networks, version, called):
+    container = networks({**BRIDGE, "cniVersion": version})
+    install(dom0, "run/fake/etc/versions", '{"supportedVersions": ["0.4.0", "1.0.0"]}', 0o644)
+    install(dom0, "run/fake/etc/kill.ADD", "")
+    assert container.create().returncode == 1
+    assert container.runx("delete", "--force").returncode == 0, container.log_text()
+    assert [call[0] for call in calls(dom0) if call[0] != "VERSION"] == ["ADD", "DEL"]
+    assert [stdin_of(dom0, command)["cniVersion"] for command in ("ADD", "DEL")] == [called] * 2
 
 
 def test_a_plugin_that_gives_nothing_back_is_a_warning(dom0, networks):
