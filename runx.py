@@ -5564,9 +5564,17 @@ class Rtnetlink:
         """Return the link of that name once it is there, None if it is not in time.  It needs RTMGRP_LINK."""
         deadline = time.monotonic() + seconds
         while select.select([self.socket], [], [], max(0, deadline - time.monotonic()))[0]:
-            for message in self.receive():
-                if message.kind == RTM_NEWLINK and Link(message).name == name:
-                    return Link(message)
+            try:
+                links = [Link(message) for message in self.receive() if message.kind == RTM_NEWLINK]
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                # more has changed than there was room to tell; the old socket would miss more until it is read empty
+                self.socket = Rtnetlink(groups=RTMGRP_LINK).socket
+                links = Rtnetlink().links()
+            for link in links:
+                if link.name == name:
+                    return link
         return None
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import subprocess
+import threading
 
 import pytest
 from conftest import call, open_descriptors, wait_until
@@ -714,6 +715,21 @@ def test_a_link_is_awaited(namespaces):
     assert link.mac.hex(":") == ip("link show dev vif7.0")[0]["address"]
     assert link.index == ip("link show dev vif7.0")[0]["ifindex"] and link.mtu == 1500
     assert events.await_link("vif7.1", 0.01) is None
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["there", "later"])
+def test_a_link_is_awaited_where_more_changes_than_the_kernel_can_tell(namespaces, is_there):
+    """netlink(7): ENOBUFS, after which nothing is told until all that was has been read."""
+    events, other = runx.Rtnetlink(groups=runx.RTMGRP_LINK), runx.Rtnetlink()
+    if is_there:
+        ip("link add other type veth peer name vif7.0")
+    lo = other.find_link("lo").index
+    for number in range(2000):
+        other.set_link(lo, {runx.IFLA_MTU: 1500 + number % 2})
+    maker = threading.Thread(target=lambda: None if is_there else ip("link add other type veth peer name vif7.0"))
+    maker.start()
+    assert events.await_link("vif7.0", 30).name == "vif7.0"
+    maker.join()
 
 
 class FakeXenstore:
