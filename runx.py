@@ -5360,14 +5360,24 @@ def show_oom(cgroups: Cgroups, log: Log) -> None:
             for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
                 limit = f"{root}{path}/memory.{limit}"
                 if os.path.exists(limit):
-                    run_out_of_memory(limit, f"{root}{path}/memory.{usage}")
+                    cached = cached_memory(f"{root}{path}/memory.stat")
+                    run_out_of_memory(limit, int(read_file(f"{root}{path}/memory.{usage}")) - cached)
     except OSError as error:
         log.debug(f"its cgroup does not show that memory has run out: {error}")
 
 
-def run_out_of_memory(limit: str, usage: str) -> None:
-    """Have a process of ours ask for more than a cgroup may use: dom0's kernel kills it and counts that."""
-    before, most = read_file(limit), int(read_file(usage)) + OOM_MEMORY
+def cached_memory(path: str) -> int:
+    """Return the bytes of files and, where that is told, of names that a cgroup's memory.stat has and a lower limit
+    takes away: most of what is used after many files were served."""
+    told = {name: int(size) for name, size in map(str.split, read_file(path).splitlines())}
+    in_files = told.get("file", told.get("cache", 0)) - told.get("shmem", 0)
+    return in_files + told.get("slab_reclaimable", 0)
+
+
+def run_out_of_memory(limit: str, usage: int) -> None:
+    """Have a process of ours ask for more than a cgroup may use: dom0's kernel kills it and counts that.  usage: bytes
+    that cannot be taken away."""
+    before, most = read_file(limit), usage + OOM_MEMORY
     if most > OOM_MEMORY_MAX or read_file("/proc/sys/vm/panic_on_oom") == "2":
         return  # the guest's word is not worth that
     pid = os.fork()

@@ -233,13 +233,17 @@ def test_a_process_that_asks_for_too_much_shows_that_memory_has_run_out(group, t
     monkeypatch.setattr(runx, "write_file", note)
     monkeypatch.setattr(runx, "system_call", lock)
     (group / f"a/memory.{limit}").write_text("max\n")
-    (group / f"a/memory.{usage}").write_text("1000\n")
+    cached = {"max": "anon 7\nfile 90000000000\nshmem 600\nslab_reclaimable 500\n",
+              "limit_in_bytes": "cache 90000000000\nrss 7\nshmem 100\n"}  # fmt: skip
+    (group / "a/memory.stat").write_text(cached[limit])
+    (group / f"a/memory.{usage}").write_text(f"{90000000000 + 900}\n")
     runx.show_oom([[str(group), "/a"], [str(group), "/absent"]], runx.Log())
     most = 1000 + (4 << 20)
     child = f"False oom_score_adj 1000\nFalse mlockall 2\nFalse memory.{limit} {most}\n"
     assert log.read_text() == child + f"True memory.{limit} max\n"
     assert (group / f"a/memory.{limit}").read_text() == "max"
     log.write_text("")
+    (group / "a/memory.stat").write_text("")
     (group / f"a/memory.{usage}").write_text(str((124 << 20) + 1))
     runx.show_oom([[str(group), "/a"]], runx.Log())
     assert log.read_text() == ""  # the guest's word is not worth so much
