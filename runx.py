@@ -5822,9 +5822,10 @@ def resolv_conf(dns: JsonObject) -> str:
 
 # ---- what is to be done: runX makes a bridge's port by itself, and has plugins do what it cannot
 
-# what only the bridge plugin does; the first three concern addresses that it has given itself
-BRIDGE_LAYER_3 = ("isGateway", "isDefaultGateway", "ipMasq")
-BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofchk")
+# what only the bridge plugin does; the former concern addresses that it has given itself
+BRIDGE_LAYER_3 = ("isGateway", "isDefaultGateway", "ipMasq", "enabledad")
+BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofchk", "portIsolation",
+                  "disableContainerInterface")  # fmt: skip
 
 
 def plan_attachment(network: Network, number: int, container: Container, rate: str, log: Log) -> Attachment:
@@ -6231,7 +6232,8 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
         inside = namespace_interfaces(attachment.namespace, log)
         made = next((each for each in inside if each.device == attachment.interface), None)
         if not made:
-            raise Error(f"network {attachment.network}: its plugins have made no interface {attachment.interface}")
+            reason = f"its plugins have made no interface {attachment.interface} that is up"
+            raise Error(f"network {attachment.network}: {reason}")
         interface = made
     interface.dhcp, interface.rate = attachment.dhcp, attachment.rate
     addresses = [ipaddress.ip_interface(address) for address in attachment.addresses]

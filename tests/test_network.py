@@ -310,12 +310,13 @@ def test_what_only_the_bridge_plugin_does_is_done_by_it_or_told(planned, plugin,
         assert planned({**NET, "ipam": PLUGIN, key: True})[1].calls == []  # by DHCP it is the server's host
 
 
-@pytest.mark.parametrize("key", ["vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofchk", "ipMasq"])
+@pytest.mark.parametrize("key", ["vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofchk", "ipMasq",
+                                 "enabledad", "portIsolation", "disableContainerInterface"])  # fmt: skip
 def test_what_the_bridge_plugin_would_do_is_told(planned, plugin, key):
     plugin("exit 0")
     _, made, log = planned({**NET, "ipam": PLUGIN, key: True}, "auto")
     assert f"network net: {key} have no effect without the CNI plugin bridge" in log and made.bridge == "br7"
-    assert ("have no effect" in planned({**NET, "ipam": PLUGIN, key: True})[2]) == (key != "ipMasq")
+    assert ("have no effect" in planned({**NET, "ipam": PLUGIN, key: True})[2]) == (key not in ("ipMasq", "enabledad"))
 
 
 def test_a_chain_is_executed_and_a_rate_limit_alone_is_netbacks(planned, plugin, tmp_path):
@@ -1042,7 +1043,7 @@ def test_two_of_one_name_are_refused(plugged, engine):
     plugged.store.nodes["/libxl/7/device/vif/0/frontend"] = ""
     with pytest.raises(runx.Error, match="the VM has an eth0 of xl's settings, and one of the engine's network namesp"):
         plugged(namespace="", pid=engine[0].pid)
-    with pytest.raises(runx.Error, match="network net: its plugins have made no interface eth7"):
+    with pytest.raises(runx.Error, match="network net: its plugins have made no interface eth7 that is up"):
         plugged(namespace=None, networks=[{**ATTACHMENT, "namespace": engine[1], "interface": "eth7", "bridge": ""}])
 
 
