@@ -5414,7 +5414,7 @@ NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x8
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER = 1, 3, 4, 10  # <linux/if_link.h>
 IFLA_LINKINFO, IFLA_AF_SPEC, IFLA_NET_NS_FD = 18, 26, 28
 IFLA_INFO_KIND, IFLA_INET6_ADDR_GEN_MODE = 1, 8
-IFF_UP, ARPHRD_ETHER = 1, 1  # <linux/if.h>, <linux/if_arp.h>
+IFF_UP, IFF_ALLMULTI, ARPHRD_ETHER = 1, 0x200, 1  # <linux/if.h>, <linux/if_arp.h>
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8  # <linux/if_addr.h>
 IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
 RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
@@ -5515,6 +5515,8 @@ class Link:
         self.mac: bytes = found.get(IFLA_ADDRESS, b"")
         self.mtu = int.from_bytes(found.get(IFLA_MTU, b""), sys.byteorder)
         self.up = bool(flags & IFF_UP)
+        # whether it takes only what multicast its namespace has asked for: a veth always takes all
+        self.filters = not flags & IFF_ALLMULTI and b"veth" not in found.get(IFLA_LINKINFO, b"")
 
 
 class Rtnetlink:
@@ -5563,6 +5565,13 @@ class Rtnetlink:
 
     def set_link(self, index: int, attributes: Attributes, up: bool = False) -> None:
         self.request(link_message(index, attributes, up))
+
+    def take_all_multicast(self, index: int, takes: bool) -> None:
+        """Have a link take multicast of any group, as far as it can, or only of those that its namespace asks for."""
+        try:
+            self.request(Message(RTM_NEWLINK, (0, 0, index, IFF_ALLMULTI * takes, IFF_ALLMULTI), {}))
+        except OSError:
+            pass
 
     def links(self) -> list[Link]:
         return list(map(Link, self.dump(RTM_NEWLINK)))
@@ -6089,6 +6098,7 @@ class Interface:
         self.bridge = ""  # of which the vif becomes a port, or
         self.namespace = ""  # path of a network namespace, whose
         self.device, self.index = "", 0  # link, and its number, it is joined to
+        self.filters = False  # see Link: what groups the guest is in, dom0 does not know
 
     def place(self) -> tuple[bool, int, str]:
         """Among others: eth0, eth1, …, and then those with other names."""
@@ -6129,6 +6139,7 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
             interface.neighbours = list(link_neighbours(netlink, link.index))
             interface.ipv6 = read_ipv6_settings(path, link.name)
             interface.namespace, interface.device, interface.index = path, link.name, link.index
+            interface.filters = link.filters
             yield interface
 
 
@@ -6278,6 +6289,7 @@ class Vif(Record):
     namespace: str  # path of the network namespace, whose
     device: str  # link, and its number, it is joined to; "" for a port of a bridge
     index: int  # 0: not known, as the number
+    filters: bool = False  # see Link: it does again without the vif
 
 
 def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
@@ -6311,7 +6323,7 @@ def join_noted(container: Container, number: int, interface: Interface, link: Li
     """join() of a vif, which is noted before: whoever is killed meanwhile leaves nothing that is not undone later."""
     vif = Vif(
         number=number, mac="", mtu=interface.mtu, namespace=interface.namespace, device=interface.device,
-        index=interface.index,
+        index=interface.index, filters=interface.filters,
     )  # fmt: skip
     before = container.state.plugged
     note_vif(container, vif)
@@ -6332,7 +6344,7 @@ def note_vif(container: Container, vif: Vif) -> None:
 
 def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interface) -> None:
     """Have a vif that the VM has already be joined as it is to be now.  Raise Error."""
-    interface.mtu = interface.mtu or vif.mtu
+    interface.mtu, interface.filters = interface.mtu or vif.mtu, interface.filters or vif.filters
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
     name = f"vif{domain.domid}.{vif.number}"
@@ -6414,6 +6426,8 @@ def join_namespace(interface: Interface, vif: Link) -> None:
     make_silent(netlink, moved.index)
     netlink.set_link(moved.index, {IFLA_MTU: interface.mtu}, up=True)
     redirect(netlink, device.index, moved.index)
+    if interface.filters:  # else mDNS, VRRP and others do not reach the guest
+        netlink.take_all_multicast(device.index, True)
 
 
 def make_silent(netlink: Rtnetlink, index: int) -> None:
@@ -6425,9 +6439,9 @@ def make_silent(netlink: Rtnetlink, index: int) -> None:
 
 
 def end_redirects(state: State) -> None:
-    """Undo what join() has made in the engine's network namespace; any other namespace ends with the container."""
+    """Undo what join() has made in the engine's network namespace, and of links that may outlast any other one."""
     for vif in (Vif(**fields) for fields in state.plugged):
-        if state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
+        if vif.filters or state.namespace and vif.namespace in (state.namespace, f"/proc/{state.pid}/ns/net"):
             end_redirection(state, vif)
 
 
@@ -6447,6 +6461,8 @@ def end_redirection(state: State, vif: Vif) -> None:
         ends += [link for link in links if link.name == f"{ours}{vif.number}"]
         others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
         for link in ends if is_held or not others else ():
+            if vif.filters and link.index == vif.index:
+                netlink.take_all_multicast(link.index, False)
             end_redirect(netlink, link.index)
     except OSError:
         pass  # the engine has taken the interface or the namespace away

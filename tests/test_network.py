@@ -986,6 +986,26 @@ def test_only_what_has_changed_is_plugged_again(plugged, engine, ended):
     assert ended == [] and joined(container) == ["eth1", "eth2", "eth3"]
 
 
+def test_what_filters_multicast_takes_all_as_long_as_a_vif_is_joined_to_it(plugged, engine, ended):
+    process, path = engine
+    add = "ip link add eth{0} address 02:00:00:00:00:3{0} up link out0 type macvlan mode bridge"
+    for number in (6, 7):
+        if runx.in_namespace(path, lambda: call(*add.format(number).split())).returncode:  # noqa: B023
+            pytest.skip("this kernel has no macvlan")
+    ip("link set eth7 allmulticast on", path)
+
+    def taking():
+        return [link["ifname"] for link in ip("link show", path) if "ALLMULTI" in link["flags"]]
+
+    _, container = plugged(namespace=path, pid=process.pid)
+    assert taking() == ["eth6", "eth7"]
+    ip("link set eth6 mtu 1300", path)
+    plugged()
+    assert taking() == ["eth6", "eth7"] and len(ended) == 2
+    runx.end_redirects(container.state)
+    assert taking() == ["eth7"]  # which was so before
+
+
 def test_links_that_have_got_each_others_names_stay_joined(plugged, engine, monkeypatch):
     process, path = engine
     classified = set()  # numbers of the links
