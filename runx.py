@@ -5286,14 +5286,18 @@ def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
             env={**os.environ, "PATH": PATH},
         )
     assert scope.stdout
-    lines = ["nothing"]
-    if select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]:
-        lines = os.read(scope.stdout.fileno(), 4096).decode("utf-8", "replace").splitlines()
-    paths = [line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":name=systemd:" in line]
+    lines: list[str] = []
+    paths: list[str] = []
+    while not paths and select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]:
+        data = os.read(scope.stdout.fileno(), 1 << 16)  # of whole lines, and first perhaps a warning of systemd-run's
+        if not data:
+            break
+        lines += data.decode("utf-8", "replace").splitlines()
+        paths = [line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":name=systemd:" in line]
     if not paths:
         scope.kill()
         scope.communicate()
-        raise Error(f"cannot make the scope {unit}: systemd-run says {printable(' '.join(lines))}")
+        raise Error(f"cannot make the scope {unit}: systemd-run says {printable(' '.join(lines)) or 'nothing'}")
     return scope, paths[-1]
 
 

@@ -112,6 +112,26 @@ def test_systemd_makes_a_scope(tmp_path, monkeypatch, path, options):
     assert ended == "ended" and set(options) <= set(args.split())
 
 
+def test_a_warning_of_systemd_before_the_scope_is_there_is_none_of_its_path(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "read")
+    script = f"echo odd >&2; read -r _ <{tmp_path}/read; echo 0::/a; read -r _"
+    (tmp_path / "systemd-run").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "systemd-run").chmod(0o755)
+    monkeypatch.setattr(runx, "PATH", f"{tmp_path}:{runx.PATH}")
+    read_some = os.read
+
+    def read(fd, size):
+        data = read_some(fd, size)
+        if data == b"odd\n":
+            (tmp_path / "read").write_text("\n")
+        return data
+
+    monkeypatch.setattr(os, "read", read)
+    scope, place = runx.start_scope("::a", RESOURCES)
+    scope.communicate()
+    assert place == "/a"
+
+
 def test_a_scope_that_systemd_does_not_make_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(runx.Error, match="must be SLICE:PREFIX:NAME for systemd, not /a/b"):
         runx.start_scope("/a/b", RESOURCES)
