@@ -6063,7 +6063,7 @@ def use_result(attachment: Attachment, result: JsonObject, network: Network) -> 
         attachment.routes = []
         for route in routes:
             destination = ipaddress.ip_network(route["dst"], strict=False)
-            if destination.version in versions:
+            if destination.version in versions and route.get("table") in (None, 0, RT_TABLE_MAIN):
                 gateway = route.get("gw") or first.get(destination.version)
                 way = str(ipaddress.ip_address(gateway)) if gateway else ""
                 attachment.routes.append([str(destination), way])

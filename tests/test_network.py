@@ -382,7 +382,7 @@ RESULTS = {
         "dns": {"nameservers": ["10.1.0.2"]},
     },
     "1.1.0": {"cniVersion": "1.1.0", "ips": [{"address": "10.1.0.5/16", "gateway": "10.1.0.1"}],
-              "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]},
+              "routes": [{"dst": "10.9.0.0/16", "table": 100}, {"dst": "0.0.0.0/0", "table": 254}, {"dst": "::/0"}]},
 }  # fmt: skip
 
 
