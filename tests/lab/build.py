@@ -108,6 +108,7 @@ class Built:
     kernel: Path | None
     ramdisk: Path | None
     debian: Path | None = None  # a disk: see debian.py; None if there is none
+    newer_qemu: Path | None = None  # see qemu.py; None for Debian 12's
     tools: Path | None = None  # see tools.py
     pythons: Path | None = None  # see pythons.py; None if there are none
     arch: Architecture = X86_64
@@ -137,6 +138,7 @@ def build(
         install_packages(missing)
         report("the Debian packages are installed")
     builders = {"image": Builder("the dom0 image", HERE / "image.py", (arch.name, release.name))}
+    builders["qemu"] = Builder("the newer QEMU", HERE / "qemu.py", (arch.name,), needed=False)
     if not arch.foreign:  # its packages must be installed, not only unpacked
         builders["debian"] = Builder("the containers' Debian", HERE / "debian.py")
     if not kernel:
@@ -148,7 +150,7 @@ def build(
         builders["pythons"] = Builder("the folder of other Pythons", HERE / "pythons.py", needed=False)
     paths = {"kernel": kernel, "ramdisk": ramdisk, **finished(builders, report)}
     get = paths.get
-    return Built(get("kernel"), get("ramdisk"), get("debian"), get("tools"), get("pythons"), arch, release)
+    return Built(get("kernel"), get("ramdisk"), get("debian"), get("qemu"), get("tools"), get("pythons"), arch, release)
 
 
 def finished(builders: dict[str, Builder], report: Callable[[str], None]) -> dict[str, Path | None]:
