@@ -1383,7 +1383,7 @@ class State(Record):
     oci_version: str = "1.0.0"
     bundle: str = ""
     rootfs: str = ""
-    created: str = ""  # RFC 3339
+    created: str = "0001-01-01T00:00:00Z"  # RFC 3339; Go has no empty time
     annotations: dict[str, str] = {}
     hooks: JsonObject = {}  # as in config.json
     hostname: str = ""  # that a DHCP server is told

@@ -10,6 +10,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 import zlib
 
 import pytest
@@ -393,6 +394,14 @@ def test_a_folder_of_others_in_the_root_is_no_container_and_keeps_what_is_in_it(
     assert (dom0.run("list", "--quiet"), capsys.readouterr().out) == (0, "c\n")
     assert [dom0.run(command, "photos") for command in ("state", "kill", "start", "delete")] == [1] * 4
     assert (dom0.run("delete", "--force", "photos"), (dom0.root / "photos/one").read_text()) == (0, "here")
+
+
+def test_one_whose_create_has_just_begun_is_listed_with_a_time_that_go_reads(dom0, capsys):
+    """It takes the whole list for broken where one time is empty."""
+    (dom0.root / "new").mkdir()
+    assert dom0.run("list", "--format", "json") == 0
+    new = next(each for each in json.loads(capsys.readouterr().out) if each["id"] == "new")
+    assert (new["status"], time.strptime(new["created"], "%Y-%m-%dT%H:%M:%SZ").tm_year) == ("creating", 1)
 
 
 def test_of_a_container_without_a_state_the_vm_is_found_and_removed(dom0):
