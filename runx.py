@@ -8226,13 +8226,13 @@ def command_run(call: Invocation) -> int:
     except BaseException:
         if os.path.isfile(path := call.options.get("pid-file", "")):
             os.unlink(path)
-        delete(plan.container, True, call.log)
+        remove_own(plan.container, call.log)
         raise
     if not attached:
         return 0
     status = await_child(pid, engine)
     if "keep" not in call.options:
-        delete(call.container(), True, call.log)
+        remove_own(plan.container, call.log)
     return status
 
 
@@ -8510,12 +8510,20 @@ def command_delete(call: Invocation) -> None:
     delete(call.container(), "force" in call.options, call.log)
 
 
-def delete(container: Container, force: bool, log: Log) -> None:
+def remove_own(container: Container, log: Log) -> None:
+    """Remove a container that we have created."""
+    delete(container, True, log, container.state.uuid)
+
+
+def delete(container: Container, force: bool, log: Log, uuid: str = "") -> None:
+    """uuid: of its VM, unless any that has its id by now is meant."""
     container.forgiving = force
     if force:  # it is done also when who asks for it is killed, which containerd is by itself after five seconds
         system_call("prctl", PR_SET_PDEATHSIG, 0)
     try:
         with container:
+            if uuid not in ("", container.state.uuid):
+                return
             status = container.status(ask=not force)
             if not container.state.pid and os.path.exists(container.path("state.json")):
                 log.warn(f"the state of container {container.id} is lost: its networks and cgroup stay")

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import signal
 
 import pytest
 from conftest import call, check_our_terminal, record, runx_command, wait_until
@@ -258,6 +259,18 @@ def test_run_of_what_cannot_be_executed_leaves_nothing(dom0):
     assert (result.returncode, result.stderr) == (1, f"runX: unable to start container process: {reason}\n")
     assert not container.pid_file.exists()
     dom0.settle()
+
+
+def test_run_leaves_the_next_container_of_its_id(dom0):
+    container = with_hooks(dom0, "wait", kinds=["poststart"])
+    process = run(container)
+    wait_until((container.bundle / "notes").exists, "that it runs, and `run` knows it")
+    process.signal(signal.SIGSTOP)
+    assert container.runx("delete", "--force").returncode == 0
+    container.created()
+    process.signal(signal.SIGCONT)
+    assert process.wait().returncode == 137
+    assert (container.status(), container.runx("delete").returncode) == ("created", 0)
 
 
 def test_run_joins_a_terminal_to_ours(dom0):
