@@ -8511,8 +8511,8 @@ def command_delete(call: Invocation) -> None:
 
 
 def remove_own(container: Container, log: Log) -> None:
-    """Remove a container that we have created."""
-    delete(container, True, log, container.state.uuid)
+    """Remove a container that we have created or started; what fails is a warning, beside what is said of it."""
+    log.attempt(f"remove container {container.id}", delete, container, True, log, container.state.uuid)
 
 
 def delete(container: Container, force: bool, log: Log, uuid: str = "") -> None:

@@ -261,6 +261,23 @@ def test_run_of_what_cannot_be_executed_leaves_nothing(dom0):
     dom0.settle()
 
 
+def test_run_ends_with_the_status_of_what_it_cannot_remove(dom0):
+    """As under runc, where that is a warning."""
+    container = dom0.container("out:go", "wait")
+    reader, writer = os.pipe()
+    process = run(container, stdout=writer)
+    os.close(writer)
+    assert os.read(reader, 2) == b"go"
+    (container.root / container.id / "others").mkdir()
+    kill(container, "TERM")
+    assert (process.wait().returncode, os.read(reader, 1)) == (143, b"")
+    os.close(reader)
+    warning = f"level=warning msg=cannot remove {container.root}/{container.id}: Directory not empty"
+    assert warning in container.log_text()
+    (container.root / container.id / "others").rmdir()
+    assert container.runx("delete", "--force").returncode == 0
+
+
 def test_run_leaves_the_next_container_of_its_id(dom0):
     container = with_hooks(dom0, "wait", kinds=["poststart"])
     process = run(container)
