@@ -8147,16 +8147,12 @@ def command_start(call: Invocation) -> None:
                 error = Error(f"{REFUSED['start']['stopped']}: {reason}")  # it has ended by itself, or is about to
             raise error from None
     # without the lock: it may be killed meanwhile, and a hook may call runX
-    uuid = container.state.uuid
     if not container.state.starts_paused:
         await_process(container, domain)
     try:
         run_hooks(container, "poststart", "running")
     except Error:
-        with container:
-            if container.state.uuid == uuid:  # else it was deleted, and another one has got its id
-                stop_monitor(container)
-                destroy(container, call.log)
+        remove_own(container, call.log)
         raise
 
 

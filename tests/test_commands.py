@@ -140,6 +140,19 @@ def test_a_poststart_hook_that_fails_late_leaves_the_next_container_of_that_id(d
     assert container.runx("delete").returncode == 0
 
 
+def test_why_a_poststart_hook_has_failed_is_told_when_the_container_is_gone(dom0):
+    container = dom0.container()
+    fifo = container.bundle / "fifo"
+    os.mkfifo(fifo)
+    container.write(config("wait", hooks={"poststart": [hook(container, "poststart", f"cat {fifo}; exit 7")]}))
+    pid = container.created().pid()
+    start = container.start_runx("start")
+    with open(fifo, "w"):  # the hook runs
+        assert container.runx("delete", "--force").returncode == 0
+    assert "error running poststart hook #0: exit status 7" in start.wait().stderr
+    assert dom0.wait(pid) == 137
+
+
 def test_a_poststop_hook_that_fails_is_a_warning_and_the_others_run(dom0):
     container = dom0.container()
     hooks = [hook(container, "one", "exit 1"), hook(container, "two")]
