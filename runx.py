@@ -89,7 +89,7 @@ class Log:
     """
 
     def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False, subject: str = "") -> None:
-        self.path = path and os.path.abspath(path)  # the monitor leaves this folder
+        self.path = os.path.abspath(path) if path else None  # the monitor leaves this folder
         self.as_json = as_json
         self.wants_debug = debug
         self.subject = subject

@@ -130,6 +130,7 @@ def test_a_record_of_the_log_is_one_line_as_runcs(tmp_path):
     assert re.fullmatch(f"{time} {told}\n", log.read_text())
 
 
-def test_without_a_log_standard_error_has_its_format():
-    told = json.loads(call(*runx_command("--log-format", "json", "state", "never-made")).stderr)
+@pytest.mark.parametrize("empty", [(), ("--log", "")])
+def test_without_a_log_standard_error_has_its_format(empty):
+    told = json.loads(call(*runx_command(*empty, "--log-format", "json", "state", "never-made")).stderr)
     assert (told["level"], told["msg"]) == ("error", 'container "never-made" does not exist')
