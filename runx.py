@@ -1077,6 +1077,8 @@ def remove_logs(name: str) -> None:
     for file in os.listdir(LOG_FOLDER) if os.path.isdir(LOG_FOLDER) else ():
         if f"-{name}.log" in file:
             os.unlink(os.path.join(LOG_FOLDER, file))
+    if os.path.isfile(ramdisk := f"/var/tmp/{name}"):  # its maker was killed before it had lost its name
+        os.unlink(ramdisk)
 
 
 def new_uuid() -> str:
@@ -3662,7 +3664,7 @@ class InMemory(Rootfs):
     """In the ramdisk, and so in the VM's memory."""
 
     def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
-        """It has no place in /run, which is dom0's memory, and no name that could be left behind."""
+        """It has no place in /run, which is dom0's memory, and no name for longer than a moment: see remove_logs()."""
         name = f"/var/tmp/{container.state.name}"
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         os.unlink(name)

@@ -5,6 +5,7 @@ Each test has the first call of a kind fail, then the second, and so on, until a
 """
 
 import itertools
+import pathlib
 
 import pytest
 from fake.dom0 import config
@@ -154,6 +155,14 @@ def test_a_create_whose_processes_are_killed_leaves_nothing_after_delete(dom0):
         return container
 
     try_each(dom0, lambda nth: dom0.fail_system_call(nth, "kill"), life)
+
+
+def test_the_ramdisk_of_a_monitor_that_was_killed_before_it_had_no_name_is_removed(dom0):
+    container = dom0.container().created()
+    ramdisk = pathlib.Path(f"{dom0.inside}/var/tmp/{container.stored()['name']}")
+    ramdisk.touch()
+    assert container.runx("delete").returncode == 0
+    assert not ramdisk.exists()
 
 
 def test_a_create_for_which_there_is_no_room_leaves_nothing(dom0):
