@@ -8297,6 +8297,7 @@ def join_terminal(master: int) -> NoReturn:
         if master in readable:
             output = os.read(master, 4096)
             while output:
+                select.select([], [1], [])  # the caller's may be such that does not block
                 output = output[os.write(1, output) :]
 
 

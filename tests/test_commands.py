@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import select
 import signal
 
 import pytest
@@ -307,6 +308,19 @@ def test_run_joins_a_terminal_to_ours(dom0):
     container = dom0.container("line:", "err:bye", "exit:4", terminal=True)
     result = run(container, stdin=b"hello\n").wait()
     assert (result.returncode, result.stdout, result.stderr) == (4, "hello\nbye", "")
+
+
+def test_run_at_a_pipe_that_must_not_block_waits_for_its_reader(dom0):
+    """It was taken for one that has gone, and the container was hung up on."""
+    container = dom0.container("much:200000", "exit:4", terminal=True)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = run(container, stdout=writer)
+    wait_until(lambda: not select.select([], [writer], [], 0)[1], "that the pipe is full")
+    os.close(writer)
+    with open(reader, "rb") as output:
+        assert len(output.read()) == 200000
+    assert process.wait().returncode == 4
 
 
 def test_run_joins_our_own_terminal(dom0):
