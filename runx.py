@@ -8584,7 +8584,8 @@ def command_ps(call: Invocation) -> None:
         print_json(shown or None, None)
         return
     command = ["ps", *(call.arguments[1:] or ["-ef"])]
-    result = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PATH": PATH}, text=True, check=False)
+    env = {**os.environ, "PATH": PATH}
+    result = subprocess.run(command, stdout=subprocess.PIPE, env=env, encoding="utf-8", errors="replace", check=False)
     head, *rows = result.stdout.splitlines() or [""]
     if result.returncode != 0 or "PID" not in head.split():
         raise Error(f"cannot tell a PID column in the output of {' '.join(command)}: try --format json")

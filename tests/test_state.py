@@ -421,6 +421,16 @@ def test_ps_of_a_container_that_has_ended(dom0, capsys):
     assert (dom0.run("ps", "--format", "xml", "c"), dom0.run("ps", "nobody")) == (1, 1)
 
 
+def test_ps_beside_a_process_whose_name_is_no_utf_8(dom0, monkeypatch, capsys):
+    """busybox's ps shows it as it is."""
+    ps = dom0.folder / "ps"
+    ps.write_text(f"#!/bin/sh\nprintf 'PID COMMAND\\n1 caf\\351\\n{os.getpid()} it\\n'\n")
+    ps.chmod(0o755)
+    monkeypatch.setattr(runx, "PATH", f"{dom0.folder}:{runx.PATH}")
+    assert dom0.run("ps", "c") == 0
+    assert capsys.readouterr().out == f"PID COMMAND\n{os.getpid()} it\n"
+
+
 def test_a_poststart_hook_that_fails_leaves_nothing(dom0):
     """runtime-spec 1.3, lifecycle: the container is destroyed, and its poststop hooks run."""
     hooks = {"poststart": [{"path": "/bin/false"}], "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", "cat >$0"]}]}
