@@ -8720,7 +8720,7 @@ def update(container: Container, changes: JsonObject) -> None:
     try:
         apply_resources(container, new, known)
     except Error:
-        apply_resources(container, old, new)  # all or nothing; what was not reached it leaves as it is
+        apply_resources(container, old, known and new)  # all or nothing; what was not reached it leaves as it is
         container.save(updating=False)
         raise
     container.save(resources=asked, updating=False)

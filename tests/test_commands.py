@@ -452,6 +452,19 @@ def test_after_an_update_that_was_killed_the_next_one_sets_everything(dom0):
     finish(container, 137)
 
 
+def test_an_update_that_fails_after_one_that_was_killed_puts_everything_back(dom0):
+    container = limited(dom0)
+    dom0.fail("xl", 1, "kill", after=True, match="mem-set")
+    assert container.runx("update", "--memory", "96m").returncode == -9
+    dom0.forget()
+    dom0.fail("xl", 1, "no luck", match="mem-set")
+    assert container.runx("update", "--cpu-share", "512").stderr == "runX: xl mem-set failed: no luck\n"
+    assert dom0.domains()[container.domid()]["memory"] == 128
+    assert not container.stored()["updating"]
+    kill(container)
+    finish(container, 137)
+
+
 def test_events_end_with_the_container_and_tell_of_its_lack_of_memory(dom0):
     container = dom0.container("until:data/go", "set:data/oom=killed", "exit:137").started()
     reader, writer = os.pipe()
