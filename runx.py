@@ -8939,7 +8939,7 @@ COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str]
     "spec": (command_spec, {"rootless"}, {"bundle"}, 0),
     "pack-initrd": (command_pack_initrd, set(), set(), 2),
 }
-# what other runtimes have, so that the refusal can say that it is known
+# what other runtimes have, so that the refusal can say that it is known; also with --help, by which engines find out
 UNSUPPORTED = {"checkpoint", "restore"}
 GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
 GLOBAL_VALUES = {"root", "log", "log-format", "rootless", "criu", "cgroup-manager"}
@@ -9045,8 +9045,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
         return None
     if options.get("log-format") not in (None, "", "text", "json"):
         raise Error(f"invalid log-format: {options['log-format']}")
-    refused_help = words and words[0] in UNSUPPORTED and words[1:] in (["-h"], ["--help"])
-    if "help" in options or not words or words[0] in ("help", "h") or refused_help:
+    if "help" in options or not words or words[0] in ("help", "h"):
         print(usage_of(words[1]) if words[1:] and words[1] in COMMANDS else USAGE)
         return None
     command = words.pop(0)

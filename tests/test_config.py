@@ -888,8 +888,7 @@ def test_unknown_signals_are_refused(text):
 @pytest.mark.parametrize(
     "words",
     [["--version"], ["-v"], ["features"], ["--help"], ["-h"], ["help"], [], ["create", "--help"], ["kill", "x", "-h"],
-     ["--help", "create"], ["list", "--help"], ["--debug=false", "--version"], ["ps", "--help"], ["exec", "--help"],
-     ["restore", "-h"]],
+     ["--help", "create"], ["list", "--help"], ["--debug=false", "--version"], ["ps", "--help"], ["exec", "--help"]],
 )  # fmt: skip
 def test_what_needs_no_xen(words):
     result = call(*RUNX, *words)

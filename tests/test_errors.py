@@ -120,6 +120,13 @@ def test_output_that_cannot_be_written_is_an_error_that_is_told_once(command):
     assert result.stderr == b"runX: cannot write to standard output: No space left on device\n"
 
 
+@pytest.mark.parametrize("command", ["checkpoint", "restore"])
+def test_an_engine_that_asks_whether_there_are_checkpoints_hears_that_there_are_none(command):
+    """Podman and CRI-O call `checkpoint --help`, and go by the exit status."""
+    result = call(*runx_command(command, "--help"))
+    assert (result.returncode, result.stderr.decode()) == (1, f"runX: runX does not support {command}\n")
+
+
 # ---- the log
 
 
