@@ -638,8 +638,9 @@ def test_spec_writes_a_config_that_create_accepts(dom0):
     assert spec["process"]["capabilities"]["bounding"] == ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
     spec["process"].update(args=["/bin/guest", "exit:3"], terminal=False)
     container.write(spec)
-    container.started()
+    container.created()
     told = container.guest()["records"]
+    assert container.runx("start").returncode == 0
     assert ["readonly", ["/proc/sys"]] in told and ["mask", ["/proc/keys"]] in told and ["hostname", ["runX"]] in told
     assert {operands[1] for keyword, operands in told if keyword == "mount" and operands[0]} >= {"/proc", "/sys"}
     finish(container, 3)
