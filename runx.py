@@ -2972,6 +2972,7 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000  # <linux/fcntl.h>
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
 OPEN_ATTEMPTS = 128  # where others rename and mount; a few µs each
 LINKS_MAX = 40  # that a path may lead through, as for the kernel
+PATH_MAX = 4096  # bytes with the NUL, <linux/limits.h>
 MNT_DETACH = 2  # <sys/mount.h>
 
 
@@ -3115,22 +3116,23 @@ def make_empty(path: str, folder: bool, above: int | None = None) -> None:
 
 def resolve_in_root(root: str, path: str, ends: Sequence[list[str]] = ()) -> list[str]:
     """Return the names, none of them a link's, by which path leads below root, or to the first of ends on that way.
-    What is missing counts as a folder, as for runc.  Raise OSError if links lead on without end."""
+    What is missing counts as a folder, as for runc.  Raise OSError if links lead on without end, or if they and path
+    together are longer than a path may be: an image's links could keep us busy for hours."""
     names: list[str] = []
-    left, links = path.split("/"), 0
+    left, length, links = path.split("/"), len(path), 0
     while left and names not in ends:
+        if links > LINKS_MAX or length > PATH_MAX:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         name = left.pop(0)
         if name == "..":
             names = names[:-1]
         elif name not in ("", "."):
             try:
-                link = os.readlink(os.path.join(root, *names, name))
+                link = os.readlink("/".join((root, *names, name)))
             except OSError:
                 names.append(name)
                 continue
-            links += 1
-            if links > LINKS_MAX:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            links, length = links + 1, length + len(link)
             left = link.split("/") + left
             names = [] if link.startswith("/") else names
     return names
@@ -3227,7 +3229,6 @@ def pivot_root() -> None:
 # Documentation/driver-api/early-userspace in its sources.  Archives may follow one another; an uncompressed one starts
 # at a multiple of 4.
 
-PATH_MAX = 4096  # bytes with the NUL, <linux/limits.h>
 INODE_MEMORY = 1024  # bytes of the guest's for each file, about
 SHARE_MAX = 1 << 20  # files, so that a hostile image ends
 RAMDISK_OVERHEAD = 18  # MiB that the guest needs beside its files
@@ -6740,6 +6741,7 @@ KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take whil
 BZIMAGE_HEADER = 0x250  # bytes
 MODULE_MAX = 4 << 20  # bytes, also of modules.dep: the rootfs may be hostile, and dom0's memory is small
 MODULES_MAX, MODULES_SIZE_MAX = 16, 16 << 20  # files, bytes of them all
+FOLDERS_MAX = 100  # in PATH, to be looked into
 XZ_MEMORY = 64 << 20  # bytes that `xz -9` needs, and an image may ask for 4 GiB
 
 
@@ -6841,6 +6843,8 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
     name, covered = process.args[0], mount_points(root, mounts)
     by_path, reason = "/" not in name, "executable file not found in $PATH"
     path = next((value[5:] for value in process.env if value.startswith("PATH=")), "")
+    if path.count(":") > FOLDERS_MAX:
+        return  # to look into each, behind links perhaps, could take minutes
     for folder in (path.split(":") if path else []) if by_path else [""]:
         candidate = os.path.join(process.cwd, folder, name)
         try:

@@ -558,6 +558,14 @@ def test_a_command_in_a_mount_is_left_to_the_guest_also_behind_links(dom0, name,
         runx.check_executable(str(dom0.rootfs), process, mounts[:1])
 
 
+def test_a_command_is_left_to_the_guest_where_an_image_has_more_folders_in_path_than_anybody_needs(dom0):
+    process = SimpleNamespace(args=["none"], env=["PATH=" + ":".join(["/bin"] * 101)], cwd="/")
+    with pytest.raises(runx.Error, match="executable file not found in"):
+        runx.check_executable(str(dom0.rootfs), process, [])
+    process.env[0] += ":/bin"
+    runx.check_executable(str(dom0.rootfs), process, [])
+
+
 def test_a_command_is_left_to_the_guest_where_dom0_cannot_look(dom0, monkeypatch):
     def refuse(*_):
         raise OSError(38, "no openat2")

@@ -119,6 +119,16 @@ def test_links_may_lead_on_as_often_as_for_the_kernel(root):
         runx.resolve_in_root(str(root), "l0")
 
 
+def test_links_and_paths_that_are_longer_together_than_a_path_may_be_lead_nowhere(root):
+    """An image's could keep dom0 busy for hours, whose kernel takes each by itself."""
+    (root / "l0").symlink_to("/l1/" + "a/" * 1000)
+    (root / "l1").symlink_to("/l2/" + "a/" * 1000)
+    assert len(runx.resolve_in_root(str(root), "l1")) == 1001
+    for path in ("l0/a/a" + "/a" * 100, "a/" * 2100):
+        with raised(errno.ELOOP):
+            runx.resolve_in_root(str(root), path)
+
+
 @pytest.mark.parametrize(
     "path, folder, made",
     [
