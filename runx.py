@@ -3521,13 +3521,16 @@ def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
         raise Error(f"cannot give the VM its rootfs as {DISK_NAME}: its settings for xl name a disk of that name")
     number = os.fstat(undo.hold(open_disk(disk))).st_rdev  # where `mount -o loop` has made it, it goes with who has it
     top = top_mount(disk.mounted[0]) if disk.mounted else None
-    if top and top.device == number:
-        unmount(top.target)
-        target, flags, options = disk.mounted
-        # no VM has been told to use the device, so dom0 may have it mounted again
-        undo.add(f"mount {disk.path} on {target} again", mount, disk.path, target, flags, disk.kind, options)
-    check_image(disk, number)
-    check_unused(disk, number)
+    with Undo(undo.log) as unseen:
+        if top and top.device == number:
+            unmount(top.target)
+            target, flags, options = disk.mounted
+            # our kernel writes nothing before it is told to use it; another one may as soon as it sees the device
+            is_safe = not disk.writable or ["fuse", 0] in container.state.devices
+            what = f"mount {disk.path} on {target} again"
+            (undo if is_safe else unseen).add(what, mount, disk.path, target, flags, disk.kind, options)
+        check_image(disk, number)
+        check_unused(disk, number)
     container.acquire(device)
     undo.add(f"withdraw the VM's {DISK_NAME}", container.release, device)
     announce_disk(device, disk, number)

@@ -940,7 +940,7 @@ def test_blkback_is_awaited_until_it_has_it_or_says_why_not(monkeypatch):
 class Attachment:
     """attach_disk() with all that it calls noted."""
 
-    def __init__(self, monkeypatch, disk, top, failing=""):
+    def __init__(self, monkeypatch, disk, top, failing="", share="fuse"):
         self.done, self.undo = [], runx.Undo(SimpleNamespace(attempt=lambda what, work, *args: work(*args)))
         self.fd = os.open("/dev/null", os.O_RDONLY)
         number = os.fstat(self.fd).st_rdev
@@ -961,7 +961,7 @@ class Attachment:
         monkeypatch.setattr(runx, "open_disk", self.open_disk)
         monkeypatch.setattr(runx, "top_mount", lambda target: top)
         self.domain = SimpleNamespace(domid=5, path="/local/domain/5", xenstore=Store())
-        state = SimpleNamespace(disk=disk and vars(disk))
+        state = SimpleNamespace(disk=disk and vars(disk), devices=[["console", 1], [share, 0]])
         self.container = SimpleNamespace(
             state=state, acquire=lambda device: note("acquire")(device.number), release=note("release")
         )
@@ -990,13 +990,26 @@ def test_a_mounted_disk_is_taken_from_dom0_before_it_is_the_vms(monkeypatch):
     assert len(open_descriptors()) == before - 1
 
 
-def test_a_disk_that_the_vm_does_not_get_is_mounted_again(monkeypatch):
-    attachment = Attachment(monkeypatch, make_disk("/dev/x", True, MOUNTED), "ours", "check_unused")
+@pytest.mark.parametrize(
+    "failing, share, writable",
+    [("check_unused", "fuse", True), ("check_unused", "9pfs", True), ("announce_disk", "fuse", True),
+     ("announce_disk", "9pfs", False)],
+)  # fmt: skip
+def test_a_disk_that_the_vm_does_not_get_is_mounted_again(monkeypatch, failing, share, writable):
+    attachment = Attachment(monkeypatch, make_disk("/dev/x", writable, MOUNTED), "ours", failing, share)
     before = len(open_descriptors())
-    with pytest.raises(runx.Error, match="check_unused"):
+    with pytest.raises(runx.Error, match=failing):
         attachment.run()
     assert len(open_descriptors()) == before - 1
     assert attachment.done[-1] == ("mount", "/dev/x", "/mnt", runx.MS_NOATIME, "ext4", "commit=7")
+
+
+def test_a_disk_that_another_kernel_than_ours_has_seen_is_not_mounted_again(monkeypatch):
+    """It may have written what dom0's kernel must not read, and may still do so."""
+    attachment = Attachment(monkeypatch, make_disk("/dev/x", True, MOUNTED), "ours", "announce_disk", "9pfs")
+    with pytest.raises(runx.Error, match="announce_disk"):
+        attachment.run()
+    assert [name for name, *_ in attachment.done][-2:] == ["announce_disk", "release"]
 
 
 @pytest.mark.parametrize("mounted, top", [((), None), (MOUNTED, None), (MOUNTED, "another")])
