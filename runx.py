@@ -2259,6 +2259,7 @@ NAMESPACES = {
 }
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
+NETWORKS_MAX = 32  # of a VM by NETCONF, perhaps the image's: each takes an address, and a megabyte of dom0's memory
 
 
 def parse_namespaces(linux: Section) -> Namespaces:
@@ -2329,6 +2330,8 @@ def parse_netconf(env: list[str]) -> list[Netconf]:
         if not path.startswith("/") or not name:
             raise Error(f'{key} must be "/path/to/cni/file,name" with ",IP" or without, not {printable(value)}')
         found[int(digits or 0)] = (key, path, name, address)
+    if len(found) > NETWORKS_MAX:
+        raise Error(f"NETCONF asks for {len(found)} networks: a VM can have {NETWORKS_MAX}")
     return [found[number] for number in sorted(found)]
 
 

@@ -42,6 +42,13 @@ def test_netconf_variables_are_taken_in_order():
             runx.parse_netconf([f"NETCONF={value}"])
 
 
+def test_an_image_cannot_ask_for_all_addresses_of_a_network():
+    env = [f"NETCONF{number}=/a,n" for number in range(33)]
+    assert len(runx.parse_netconf(env[:32])) == 32
+    with pytest.raises(runx.Error, match="NETCONF asks for 33 networks: a VM can have 32"):
+        runx.parse_netconf(env)
+
+
 @pytest.mark.parametrize(
     "text, address, mode",
     [
