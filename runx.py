@@ -3763,15 +3763,15 @@ class Node:
 
     __slots__ = ("fd", "path", "kind", "inode", "sizeless", "key", "number", "lookups", "place", "told", "seen", "own")
 
-    def __init__(self, fd: int, status: os.stat_result, inode: int, sizeless: bool) -> None:
+    def __init__(self, fd: int, status: os.stat_result) -> None:
+        """inode and sizeless are Files' to set."""
         self.fd = fd
         self.kind = stat.S_IFMT(status.st_mode)
-        self.inode = inode
-        self.sizeless = sizeless
+        self.inode, self.sizeless = 0, False
         self.path = b"/proc/self/fd/%d" % fd  # leads to the file itself, also where that is a link
         # what Known keeps of it: where it finds it, its number for the guest, how often and, of a folder, where that
         # has looked it up, in which state the guest has been told that it is, and that of the content it may have kept
-        self.key: int | tuple[int, Any] = inode
+        self.key: int | tuple[int, Any] = 0
         self.number, self.lookups, self.place = 0, 0, NOWHERE
         self.own = False  # in the rootfs, which dom0 seldom changes, and not in a volume
         self.told: tuple[int, ...] = ()
@@ -3828,10 +3828,10 @@ class Files:
 
     def node(self, fd: int) -> Node:
         """fd: O_PATH, the Node's from now on."""
-        status = os.fstat(fd)
-        device = status.st_dev
-        sizeless = self.sizeless if device == self.device else self.is_sizeless(fd, device)
-        return Node(fd, status, self.inode(device, status.st_ino), sizeless)
+        node, device = Node(fd, status := os.fstat(fd)), status.st_dev
+        node.sizeless = self.sizeless if device == self.device else self.is_sizeless(fd, device)
+        node.inode = node.key = self.inode(device, status.st_ino)
+        return node
 
     def is_sizeless(self, fd: int, device: int) -> bool:
         """Nothing is kept by a device's number: what is mounted later may get that of what was unmounted."""

@@ -1004,6 +1004,17 @@ def test_what_the_guest_knows_and_opens_has_a_bound(guest, tmp_path, monkeypatch
     assert guest.look_up(b"59") and len(guest.fuse.known.nodes) == 2 and not guest.fuse.known.handles
 
 
+def test_a_file_for_which_there_is_no_number_leaves_no_descriptor(guest, monkeypatch):
+    """Such as on NFS, where numbers may have all of their 64 bits."""
+    files, before = guest.fuse.files, len(conftest.open_descriptors())
+    monkeypatch.setattr(files, "device", 0)
+    monkeypatch.setattr(files, "prefixes", {})
+    monkeypatch.setattr(runx, "PREFIXES_MAX", 0)
+    with refused(errno.EOVERFLOW):
+        files.find(files.root, b"file")
+    assert len(conftest.open_descriptors()) == before
+
+
 def test_what_cannot_be_opened_is_neither_emptied_nor_made(guest, tmp_path, monkeypatch):
     monkeypatch.setattr(runx, "HANDLES_MAX", 2)
     os.chmod(tmp_path / "share/file", 0o4755)
