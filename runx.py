@@ -3702,6 +3702,7 @@ if TYPE_CHECKING:
 PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW
 NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
 READERS_MAX = 128  # files that are kept open, as the guest reads them without opening
+LISTS_MAX, LISTS_OF_ONE = 64, 4  # folders that dom0's kernel may have the names of, and of one as it was each time
 PREFIXES_MAX = 1 << 15  # of files' numbers: each file system in the share has one
 CONTENT_MAX = 1 << 17  # bytes of a file in a message
 ENTRIES_MAX = 1 << 15  # bytes of a folder's entries that are read at once
@@ -3792,13 +3793,36 @@ class Node:
 class Handle:
     """An open file or folder, closed when nobody has the Handle any more."""
 
-    __slots__ = ("fd", "node", "position")
+    __slots__ = ("fd", "node", "position", "__weakref__")
 
     def __init__(self, fd: int, node: Node) -> None:
         self.fd, self.node, self.position = fd, node, 0
 
     def __del__(self) -> None:
         os.close(self.fd)
+
+
+class Lists:
+    """Which open folders were read.  For each of an overlay's, dom0's kernel keeps all names as they were when that
+    began, in memory that no cgroup counts and that cannot be taken away."""
+
+    def __init__(self) -> None:
+        self.refer = import_core("weakref").ref
+        self.read: list[Any] = []  # references to Handles, the latest last
+
+    def read_next(self, handle: Handle) -> None:
+        """This one is read.  Those for which it is too much are opened anew: they go on by their place, which is
+        another one then if the folder was changed meanwhile.  Raise OSError."""
+        if handle.node.sizeless or self.read and self.read[-1]() is handle:
+            return
+        others = [each for reference in self.read if (each := reference()) and each is not handle]
+        same = [each for each in others if each.node.inode == handle.node.inode]
+        for each in {*same[: 1 - LISTS_OF_ONE], *others[: 1 - LISTS_MAX]}:
+            with Descriptor(os.open(each.node.path, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+                os.dup2(fd, each.fd, False)
+            each.position = 0
+            others.remove(each)
+        self.read = [self.refer(each) for each in (*others, handle)]
 
 
 def drop_privileges(node: Node, is_due: int) -> None:
@@ -3814,7 +3838,7 @@ class Files:
 
     def __init__(self, root: int, capabilities: int) -> None:
         """root: an O_PATH descriptor.  capabilities: of the guest's root where dom0 asks for some, a bit each."""
-        self.capabilities, self.memory = capabilities, c_memory(ENTRIES_MAX)
+        self.capabilities, self.memory, self.lists = capabilities, c_memory(ENTRIES_MAX), Lists()
         try:
             home = os.open("rootfs", PATH_FLAGS, dir_fd=root)  # has most files; open, it keeps its number
         except OSError:
@@ -3938,6 +3962,7 @@ class Files:
     ) -> Iterator[tuple[int, int, int, bytes]]:
         """Yield inode, offset behind it, type (DT_*) and name of a folder's next entries.  Each takes of the room what
         is least and its name, in whole units."""
+        self.lists.read_next(handle)
         if offset != handle.position:
             os.lseek(handle.fd, offset, os.SEEK_SET)
         handle.position = offset

@@ -1015,6 +1015,46 @@ def test_a_file_for_which_there_is_no_number_leaves_no_descriptor(guest, monkeyp
     assert len(conftest.open_descriptors()) == before
 
 
+def test_dom0s_kernel_has_to_keep_the_names_of_few_folders(guest, tmp_path, monkeypatch):
+    """An overlay's are in its memory from when they are first read until that descriptor is closed."""
+    monkeypatch.setattr(runx, "LISTS_MAX", 6)
+    monkeypatch.setattr(runx, "LISTS_OF_ONE", 3)
+    names = {b"%02d" % number for number in range(40)}
+    for name in names:
+        (tmp_path / "share/folder" / os.fsdecode(name)).touch()
+        (tmp_path / f"share/other{os.fsdecode(name)}").mkdir()
+
+    def open_folder(name):
+        return (node := guest.look_up(name)), struct.unpack_from("<Q", guest.done("opendir", node, bytes(8)))[0]
+
+    def read(node, handle, offset=0):
+        """Some names, and the offset behind them."""
+        body, found = guest.done("readdir", node, struct.pack("<QQI", handle, offset, 300)), []
+        while body:
+            _, offset, length, _ = runx.FUSE_DIRENT.unpack_from(body)
+            found.append(body[24 : 24 + length])
+            body = body[24 + (length + 7 & ~7) :]
+        return found, offset
+
+    def kept():
+        handles = guest.fuse.known.handles.values()
+        return sum(os.lseek(handle.fd, 0, os.SEEK_CUR) != 0 for handle in handles)
+
+    opened = [open_folder(b"folder") for _ in range(5)]
+    begun = [read(*each) for each in opened]
+    assert kept() == 3
+    for each, (found, offset) in zip(opened, begun):
+        assert 0 < len(found) < len(names)
+        more = found
+        while more:
+            more, offset = read(*each, offset)
+            found = found + more
+        assert sorted(found) == sorted([*names, b".", b".."])
+    for name in names:
+        read(*open_folder(b"other" + name))
+    assert kept() == 6
+
+
 def test_what_cannot_be_opened_is_neither_emptied_nor_made(guest, tmp_path, monkeypatch):
     monkeypatch.setattr(runx, "HANDLES_MAX", 2)
     os.chmod(tmp_path / "share/file", 0o4755)
