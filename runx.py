@@ -5089,6 +5089,7 @@ class ShareDevice(Device):
     def __init__(self, domain: Domain, kind: str, server: FileServer) -> None:
         super().__init__(domain, kind, 0)
         self.server, self.is_connected = server, False
+        self.waits = False  # for the end of hooks that have the files for themselves
 
     def introduce(self) -> None:
         limits = {"versions": "1", "max-rings": str(RINGS_MAX[self.kind]), "max-ring-page-order": str(RING_ORDER_MAX)}
@@ -5097,7 +5098,7 @@ class ShareDevice(Device):
     def follow(self) -> None:
         """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
         state = self.xenstore.read(f"{self.frontend}/state")
-        if state == XENBUS_INITIALISED and not self.is_connected:
+        if state == XENBUS_INITIALISED and not (self.is_connected or self.waits):
             self.is_connected = True
             self.connect()
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
@@ -7529,6 +7530,8 @@ class Monitor(Loop):
         super().__init__(domain, 0, 0 if self.own_init else 2, terminal, plan.log.about(plan.container.id))
         self.share = ShareDevice(domain, config.machine.share_device(), server)
         self.devices += [self.share] if server.pid else []
+        # another kernel than ours runs whatever it likes before `start`, and hooks of dom0's go by names in the rootfs
+        self.share.waits = self.share.kind != "fuse" and any(map(config.hooks.get, HOOK_KINDS[:3]))
         if self.own_init:
             self.request = self.power_off
         self.boot_console = BootConsole(-1)
@@ -7636,6 +7639,9 @@ class Monitor(Loop):
     def handle_commit(self) -> None:
         if not self.commit.take():
             self.end(255, abandon=True)
+        elif self.share.waits:
+            self.share.waits = False
+            self.share.follow()
 
     def handle_server(self) -> None:
         reason = self.server.hear()

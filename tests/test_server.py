@@ -5,9 +5,11 @@ ends, and what a guest gets that does not keep to the protocol."""
 from __future__ import annotations
 
 import json
+import os
 import struct
 from types import SimpleNamespace
 
+import conftest
 import pytest
 
 import runx
@@ -277,6 +279,32 @@ def test_another_kernel_finds_its_files_by_9p_and_two_rings(dom0):
     replies = [bytes.fromhex(line) for line in container.output().splitlines()]
     assert [reply[4] for reply in replies] == [101, 105, 111, 13, 41]
     assert b"\3\0bin" in replies[-1] and b"\6\0kernel" in replies[-1]
+    container.runx("delete")
+
+
+@pytest.mark.parametrize("kind", ["prestart", "createRuntime", "createContainer"])
+def test_another_kernel_gets_no_file_before_hooks_have_done_with_them(dom0, kind):
+    """It is the image's, and could put a link where a hook, which is root on dom0, makes a file."""
+    container = served(dom0, "exit:0")
+    fifo, kernel = container.bundle / "fifo", container.bundle / "rootfs/kernel"
+    os.mkfifo(fifo)
+    kernel.write_text("theirs")
+    spec = json.loads((container.bundle / "config.json").read_text())
+    spec["vm"] = {"kernel": {"path": str(kernel)}}
+    spec["hooks"] = {kind: [{"path": "/bin/cat", "args": ["cat", str(fifo)]}]}
+    container.write(spec)
+    create = container.start_runx("create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file))
+    with open(fifo, "w"):  # the hook runs
+        home = f"/local/domain/{container.domid()}"
+        dom0.ask("await_node", f"{home}/device/9pfs/0/state", runx.XENBUS_INITIALISED)
+        dom0.ask("write", f"{home}/data/process/0/ready", "1")
+        conftest.wait_in(container.root / container.id, (container.root / container.id / "ready").exists, "its monitor")
+        backend = f"/local/domain/0/backend/9pfs/{container.domid()}/0/state"
+        assert dom0.ask("nodes")[backend] == runx.XENBUS_INITWAIT
+    assert create.wait().returncode == 0
+    dom0.ask("await_node", backend, runx.XENBUS_CONNECTED)
+    assert container.runx("start").returncode == 0
+    assert container.wait() == 0
     container.runx("delete")
 
 
