@@ -4363,14 +4363,15 @@ class Known:
             del self.nodes[number]
             self.lose(node)
 
-    def looks_again(self, node: Node) -> bool:
-        """Return whether the guest is to look a file up that it cannot change: what it was found by is read-only, and
-        the name that is used now may be in a mount that is not.  True only once in succession."""
+    def look_again(self, node: Node) -> None:
+        """Raise OSError, ESTALE, if the guest is to look a file up that it cannot change: what it was found by is
+        read-only, and the name that is used now may be in a mount that is not.  Only once in succession."""
         found = None if node.kind == stat.S_IFDIR else (node.inode, self.files.mount(node))
         self.fixed = None if self.fixed == found else found
         if found:
             self.lose(node)
-        return self.fixed is not None
+        if self.fixed:
+            refuse(errno.ESTALE)
 
     def state(self, node: Node) -> tuple[int, ...]:
         """Return the state of a file's content.  It is found by what it is now: an overlay may have copied it."""
@@ -4442,10 +4443,10 @@ class FuseNames(Protocol):
         self.request, self.asker = request, (uid, gid)
         number = number or FUSE_ROOT_ID  # some are about no file
         error, body, content = self.attempt(self.handle, opcode, number)
+        if error == errno.EROFS:
+            error = self.attempt(self.known.look_again, self.known.node(number))[0] or error
         if error == errno.EMFILE:
             error = errno.ENFILE  # at which the guest's kernel forgets files, and asks again
-        if error == errno.EROFS and self.known.looks_again(self.known.node(number)):
-            error = errno.ESTALE
         if opcode in FUSE_SILENT and not unique:  # by readdirplus's way of forgetting, a process waits
             return b"", 0
         return OUT_HEADER.pack(OUT_HEADER.size + len(body) + content, -error, unique) + body, content

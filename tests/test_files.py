@@ -1084,6 +1084,16 @@ def test_where_dom0_gives_fewer_descriptors_the_guest_is_told_of_the_same_bound(
     assert errors == {0, errno.ENFILE}
 
 
+def test_a_file_that_is_read_only_is_told_also_where_no_descriptor_is_left(guest, monkeypatch):
+    """The server ended then, and the container with it, for it looks by which mount it has found the file."""
+    node = guest.look_up(b"file")
+    mode = struct.pack("<I12xQ8xqq8xII4xI4xII4x", runx.SET_MODE, 0, 0, 0, 0, 0, 0o600, 0, 0)
+    monkeypatch.setattr(os, "chmod", lambda *args: runx.refuse(errno.EROFS))
+    assert [guest.request("setattr", node, mode)[0] for _ in range(2)] == [errno.ESTALE, errno.EROFS]
+    monkeypatch.setattr(guest.fuse.files, "mount", lambda node: runx.refuse(errno.EMFILE))
+    assert guest.request("setattr", node, mode)[0] == errno.ENFILE
+
+
 def test_a_name_that_the_guest_cannot_be_told_of_is_not_left(guest, tmp_path, monkeypatch):
     """It asks again when it has forgotten others, and must not find what it could not make."""
     monkeypatch.setattr(runx, "may_be_two", lambda status: True)  # as on an overlay
