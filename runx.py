@@ -7514,10 +7514,12 @@ class Execs:
         domain.xenstore.remove(f"{domain.path}/data/request/run-{number}")  # if the guest has not taken it
         for console in consoles_of(domain, number):  # first: without them the guest tells nothing of it any more
             console.forget()
-        if domain.told(f"{node}/ready") and not domain.told(f"{node}/exit"):
-            domain.request(f"kill {number} {SIGKILL}")
-        domain.xenstore.remove(f"{domain.path}/data/{node}")
-        discard(self.container.path(f"process-{number}"))
+        try:
+            if domain.told(f"{node}/ready") and not domain.told(f"{node}/exit"):
+                domain.request(f"kill {number} {SIGKILL}")
+        finally:  # a VM that takes no request is not to keep the number
+            domain.xenstore.remove(f"{domain.path}/data/{node}")
+            discard(self.container.path(f"process-{number}"))
 
 
 class Monitor(Loop):

@@ -362,6 +362,21 @@ def test_a_carrier_that_is_killed_takes_its_process_along(dom0):
     finish(container)
 
 
+def test_a_carrier_that_is_killed_frees_its_number_also_in_a_vm_that_takes_no_more_requests(dom0):
+    container = running(dom0)
+    process = execute(container, "wait", options=["-d", "--pid-file", str(container.bundle / "exec")])
+    assert process.wait().returncode == 0
+    for number in range(runx.MOST_REQUESTS):
+        dom0.ask("write", f"/local/domain/{container.domid()}/data/request/{number}", "look 0")
+    pid = int((container.bundle / "exec").read_text())
+    dom0.signal(pid, 9)
+    assert dom0.wait(pid) == -9
+    freed(container)
+    assert "the container's VM does not take its signals" in container.log_text()
+    assert container.runx("delete", "--force").returncode == 0
+    container.wait()
+
+
 def test_a_terminal_is_the_engines_with_its_size_at_once_and_after_each_change(dom0, tmp_path):
     engine = ConsoleSocket(tmp_path / "socket")
     container = running(dom0, mounts=PTS)
