@@ -5037,6 +5037,7 @@ SERVING_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 6, 7, 27, 3
 PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 4, 15, 38  # <linux/prctl.h>
 SERVING_DATA = 128 << 20  # bytes of memory that it may write, most of it for what the guest has opened
 SENTENCE_MAX = 4000  # bytes
+LOOK_EACH = 256  # rounds in which a guest does not pause: as_asker() has made the kernel forget PR_SET_PDEATHSIG
 
 
 class FileServer:
@@ -5213,9 +5214,11 @@ def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, 
     poll = select.poll()
     for fd in (channels.fd, link):
         poll.register(fd, select.POLLIN)
+    rounds = 0
     while True:
-        if not any([ring.serve(protocol) for ring in rings]):
-            if poll.poll() != [(channels.fd, select.POLLIN)]:
+        waits, rounds = not any([ring.serve(protocol) for ring in rings]), rounds + 1
+        if waits or rounds % LOOK_EACH == 0:
+            if poll.poll(None if waits else 0) not in ([], [(channels.fd, select.POLLIN)]):
                 return
             channels.acknowledge()  # before the rings are looked at, so no event is lost
 

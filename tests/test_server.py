@@ -207,6 +207,19 @@ def test_what_must_come_last_waits_while_the_other_ring_has_no_room():
     assert [text[:5] for text in protocol.seen] == [b"xxxxx", b"r4000", b"open", b"write"]
 
 
+def test_a_guest_that_never_pauses_does_not_keep_the_process_beyond_its_monitor():
+    served = iter(range(2 * runx.LOOK_EACH))
+    ring = SimpleNamespace(serve=lambda protocol: next(served) >= 0)
+    events, writer = os.pipe()
+    link, monitor = os.pipe()
+    os.close(monitor)
+    channels = SimpleNamespace(fd=events, acknowledge=lambda: None)
+    runx.serve_rings(Echo(), [ring], channels, link)
+    assert next(served) < 2 * runx.LOOK_EACH
+    for fd in (events, writer, link):
+        os.close(fd)
+
+
 # ---- the process, on the fake dom0
 
 
