@@ -549,6 +549,14 @@ def unblock_standard(fd: int) -> None:
         pass
 
 
+def tell(fd: int, words: bytes) -> None:
+    """Write to another process; that it has ended is seen elsewhere."""
+    try:
+        os.write(fd, words)
+    except OSError:
+        pass
+
+
 def read_all(fd: int) -> bytes:
     data = b""
     while chunk := os.read(fd, 65536):
@@ -5063,10 +5071,7 @@ class FileServer:
 
     def connect(self, domid: int, ends: list[int]) -> None:
         """Tell it where the rings are.  ends: grant and event channel of each in turn.  Raise struct.error."""
-        try:
-            self.link.send(struct.pack(f"={1 + len(ends)}I", domid, *ends))
-        except OSError:
-            pass  # it has ended, as it tells or we see
+        tell(self.link.fileno(), struct.pack(f"={1 + len(ends)}I", domid, *ends))
 
     def hear(self) -> str:
         """Wait for its next word.  Return "" for "+", else why it has ended."""
@@ -6644,12 +6649,6 @@ class Holder:
         except OSError:
             return b""
 
-    def end(self, status: int) -> None:
-        try:
-            self.link.send(bytes([status]))
-        except OSError:
-            pass  # it was killed
-
 
 def run_holder(config: Config, share: str, link: Any) -> NoReturn:
     """The holder's whole life."""
@@ -7460,22 +7459,15 @@ class Commit:
         self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.given: bool | None = None  # not known yet
 
-    def tell_pid(self, pid: int) -> None:
-        """create's part."""
-        try:
-            os.write(self.writer, pid.to_bytes(4, "little"))
-        except BrokenPipeError:
-            pass  # the monitor was killed, as the end of its report tells
-
     def take_pid(self) -> int:
-        """Wait for it.  Raise Error."""
+        """Wait for the holder's.  Raise Error."""
         word = os.read(self.fd, 4)
         if not word:
             raise Error("the process that creates the container was killed")
         return int.from_bytes(word, "little")
 
     def take(self) -> bool:
-        """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
+        """Wait for the end, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
         Return whether all was done.  Raise Error."""
         if self.given is None:
             self.given = bool(os.read(self.fd, 1))
@@ -7743,8 +7735,8 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
     if committed and failure:
         plan.log.write("error", failure)
     elif failure:
-        report_failure(report, failure)
-    holder.end(status)
+        tell(report, failure.encode("utf-8", "replace"))
+    tell(holder.link.fileno(), bytes([status]))
     os._exit(status)
 
 
@@ -7770,14 +7762,6 @@ def build(plan: Plan, holder: Holder, server: FileServer, report: int, commit: C
         raise Error(f"cannot serve the container's files: {reason}")
     monitor.log.debug(f"domain {domain.domid} ({plan.container.state.name}) is built")
     return monitor
-
-
-def report_failure(report: int, failure: str) -> None:
-    """Tell who waits at the pipe."""
-    try:
-        os.write(report, failure.encode("utf-8", "replace"))
-    except OSError:
-        pass  # who has asked is gone too
 
 
 def take_down(container: Container, log: Log) -> None:
@@ -7960,7 +7944,7 @@ def run_carrier(order: Order, report: int) -> NoReturn:
     if failure and carrier and carrier.report < 0:
         carrier.log.write("error", failure)
     elif failure:
-        report_failure(report, failure)
+        tell(report, failure.encode("utf-8", "replace"))
     os._exit(status)
 
 
@@ -8117,7 +8101,7 @@ def create(plan: Plan, options: JsonObject) -> int:
         if report == b"=":
             holder.start(plan.config, container.path("share"))
             children.append(holder.pid)
-            word.tell_pid(holder.pid)
+            tell(word.writer, holder.pid.to_bytes(4, "little"))
             report = b""
         report += read_all(report_reader)
         if report != b"+":
