@@ -5361,15 +5361,6 @@ def scope_command(path: str, resources: Resources) -> tuple[str, list[str]]:
     return unit, command
 
 
-def enter_cgroups(cgroups: Cgroups, log: Log) -> None:
-    """Move us there, as far as it is possible."""
-    for root, path in cgroups:
-        try:
-            write_file(f"{root}{path}/cgroup.procs", os.getpid())
-        except OSError as error:
-            log.debug(f"cannot enter the cgroup {path} in {root}: {error.strerror}")
-
-
 def remove_cgroups(cgroups: Cgroups, pids: Sequence[int]) -> None:
     """Remove what make_cgroups() has made, with cgroups below; pids go to the root.  Raise Error if others stay."""
     left, deadline = [], time.monotonic() + CGROUP_TIME_LIMIT
@@ -7878,7 +7869,11 @@ class Carrier(Loop):
         except XenstoreError as error:
             raise Error(f"the container's VM has no room for another process: {error}") from None
         show_arguments(self.order.process.args)  # the VM works meanwhile
-        enter_cgroups(container.state.cgroups, self.log)
+        for each in container.state.cgroups:  # as far as it is possible
+            try:
+                join_cgroups([each], os.getpid())
+            except Error as error:
+                self.log.debug(str(error))
         if not self.order.is_patient:
             self.deadline = time.monotonic() + EXEC_TIME_LIMIT
 
