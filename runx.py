@@ -1289,7 +1289,7 @@ class Console(Device):
 
     def connect(self) -> None:
         domid = self.domain.domid
-        try:
+        with Attempt(f"connect to console {self.number} of domain {domid}", ValueError, struct.error):
             reference, port = self.xenstore.read_numbers(f"{self.frontend}/ring-ref", f"{self.frontend}/port")
             grants = Grants()
             try:
@@ -1297,8 +1297,6 @@ class Console(Device):
             finally:
                 grants.close()
             self.port = self.channels.bind(domid, port)
-        except (OSError, ValueError, struct.error) as error:
-            raise Error(f"cannot connect to console {self.number} of domain {domid}: {error}") from None
         self.page = page
         self.indexes = page[3072:3088].cast("I")  # in_cons, in_prod, out_cons, out_prod
 
@@ -3496,11 +3494,9 @@ def open_disk(disk: Disk) -> Descriptor:
     with Attempt(f"open the block device {disk.path}"):
         if stat.S_ISBLK(os.stat(disk.path).st_mode):
             return Descriptor(os.open(disk.path, os.O_RDONLY))
-    try:
+    remedy = "; is dom0's module loop loaded, of Linux 5.8 or later?"
+    with Attempt(f"put {disk.path} into a loop device", remedy=remedy):
         return attach_loop(disk.path, disk.writable)
-    except OSError as error:
-        remedy = "is dom0's module loop loaded, of Linux 5.8 or later?"
-        raise Error(f"cannot put {disk.path} into a loop device: {error.strerror}; {remedy}") from None
 
 
 def attach_loop(path: str, writable: bool) -> Descriptor:
@@ -5113,16 +5109,14 @@ class ShareDevice(Device):
 
     def connect(self) -> None:
         """Have the server take the rings; confirm() is called when it has.  Raise Error."""
-        try:
+        domid = self.domain.domid
+        with Attempt(f"connect to device {self.kind} of domain {domid}", ValueError, struct.error):
             count = int(self.xenstore.read(f"{self.frontend}/num-rings"))
             if not 1 <= count <= RINGS_MAX[self.kind]:
                 raise ValueError(f"it has {count} rings")
             keys = [f"{name}{number}" for number in range(count) for name in ("ring-ref", "event-channel-")]
             numbers = self.xenstore.read_numbers(*(f"{self.frontend}/{key}" for key in keys))
-            self.server.connect(self.domain.domid, numbers)
-        except (ValueError, struct.error) as error:
-            domid = self.domain.domid
-            raise Error(f"cannot connect to device {self.kind} of domain {domid}: {error}") from None
+            self.server.connect(domid, numbers)
 
     def confirm(self) -> None:
         self.xenstore.write(f"{self.backend}/state", XENBUS_CONNECTED)
