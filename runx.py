@@ -674,10 +674,9 @@ class Xenstore:
                 raise
             return None
 
-    def read(self, path: str, default: str = "") -> str:
-        """The value as text (never trusted, so undecodable bytes are replaced); default where there is no node."""
-        body = self.ask("read", path)
-        return default if body is None else body.decode("utf-8", "replace")
+    def read(self, path: str) -> str:
+        """The value as text (never trusted, so undecodable bytes are replaced), "" where there is no node."""
+        return (self.ask("read", path) or b"").decode("utf-8", "replace")
 
     def read_numbers(self, *paths: str) -> list[int]:
         """Return what is in these nodes, in one round trip.  Raise Error, also where one is missing, and ValueError."""
@@ -1446,8 +1445,7 @@ def parse_state(text: str) -> State:
     state = State(**{key: value for key, value in found.items() if key in State.__annotations__})
     optional = {"namespace": str, "disk": dict}
     for key, value in state.__dict__.items():
-        kinds = (optional[key], type(None)) if key in optional else (type(getattr(State, key)),)
-        if type(value) not in kinds:
+        if type(value) not in (type(getattr(State, key)), optional.get(key)):
             raise ValueError(key)
     numbers = [*state.monitor, *(number for _, number in state.devices)]
     if state.status not in ("creating", "created", "running") or set(map(type, numbers)) != {int}:
@@ -7784,9 +7782,9 @@ def clean_up(container: Container, log: Log) -> bool:
         state = refresh(container)
     devices = [Device(domain, kind, number) for kind, number in state.devices]
     devices += [console for number in carriers_of(container) for console in consoles_of(domain, number)]
-    ours, what = f"/vm/{state.uuid}", f"remove what {state.name} has had in dom0"
+    what = f"remove what {state.name} has had in dom0"
     done = [log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)]
-    if domain.domid and xenstore.read(f"{domain.path}/vm", ours) == ours:  # else it is another VM's by now
+    if domain.domid and xenstore.read(f"{domain.path}/vm") in ("", f"/vm/{state.uuid}"):  # else it is another VM's
         done.append(log.attempt(what, end_redirects, state))
         done += [log.attempt(what, device.withdraw) for device in devices]
     return all(done)
