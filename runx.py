@@ -5555,11 +5555,8 @@ class Rtnetlink:
 
     def __init__(self, namespace: str = "", groups: int = 0) -> None:
         socket = import_core("socket")
-
-        def connect() -> Any:
-            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-
-        self.socket = in_namespace(namespace, connect) if namespace else connect()
+        kind = socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE
+        self.socket = in_namespace(namespace, socket.socket, *kind) if namespace else socket.socket(*kind)
         self.socket.bind((0, groups))
         self.interrupted = False  # whether what it told of had changed before it was told in whole
 
@@ -5628,13 +5625,13 @@ class Rtnetlink:
         return None
 
 
-def in_namespace(path: str, work: Callable[[], T]) -> T:
-    """Call work() in the network namespace at path, and return what it returns.  Raise OSError."""
+def in_namespace(path: str, work: Callable[..., T], *args: Any) -> T:
+    """Return work(*args), called in the network namespace at path.  Raise OSError."""
     target, home = (Descriptor(os.open(name, os.O_RDONLY)) for name in (path, "/proc/self/ns/net"))
     with target, home:
         system_call("setns", target, CLONE_NEWNET)
         try:
-            return work()
+            return work(*args)
         finally:
             system_call("setns", home, CLONE_NEWNET)
 
@@ -6168,7 +6165,7 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
                 continue
             interface.routes = list(link_routes(netlink, link.index))
             interface.neighbours = list(link_neighbours(netlink, link.index))
-            interface.ipv6 = read_ipv6_settings(path, link.name)
+            interface.ipv6 = in_namespace(path, read_ipv6_settings, link.name)
             interface.namespace, interface.device, interface.index = path, link.name, link.index
             interface.filters = link.filters
             yield interface
@@ -6221,14 +6218,10 @@ def kept_attributes(message: Message, *kinds: int) -> Attributes:
     return {kind: value for kind, value in message.attributes.items() if kind in kinds}
 
 
-def read_ipv6_settings(namespace: str, device: str) -> dict[str, str]:
-    """Return IPV6_SETTINGS of a link, {} where dom0 has no IPv6."""
-
-    def read() -> dict[str, str]:
-        folder = f"/proc/sys/net/ipv6/conf/{device}"
-        return {key: read_file(f"{folder}/{key}") for key in IPV6_SETTINGS if os.path.exists(folder)}
-
-    return in_namespace(namespace, read)
+def read_ipv6_settings(device: str) -> dict[str, str]:
+    """Return IPV6_SETTINGS of a link in our namespace, {} where dom0 has no IPv6."""
+    folder = f"/proc/sys/net/ipv6/conf/{device}"
+    return {key: read_file(f"{folder}/{key}") for key in IPV6_SETTINGS if os.path.exists(folder)}
 
 
 # ---- what the VM gets
@@ -7450,7 +7443,7 @@ class Commit:
         return int.from_bytes(word, "little")
 
     def take(self) -> bool:
-        """Wait for the end, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
+        """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
         Return whether all was done.  Raise Error."""
         if self.given is None:
             self.given = bool(os.read(self.fd, 1))
