@@ -367,16 +367,21 @@ def build_ramdisk(folder, **env):
     return output.read_bytes()
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64" or not shutil.which("gcc"), reason="needs gcc, on x86_64")
-def test_the_ramdisk_is_built_with_yoctos_tools_alone_and_two_have_the_same_bytes(tmp_path):
-    source = tmp_path / "busybox-1"
-    source.mkdir()
+def busybox_source(folder):
+    """A tarball of it."""
+    source = folder / "busybox-1"
+    source.mkdir(parents=True)
     (source / "Makefile").write_text(
         BUSYBOX_MAKEFILE.replace(": >.config", f"cp {REPOSITORY}/initrd/busybox.config .config")
     )
-    tarball = tmp_path / "busybox-1.tar.bz2"
-    subprocess.run(["tar", "-C", tmp_path, "-cjf", tarball, source.name], check=True)
-    tools = host_tools(tmp_path / "tools")
+    tarball = folder / "busybox-1.tar.bz2"
+    subprocess.run(["tar", "-C", folder, "-cjf", tarball, source.name], check=True)
+    return tarball
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64" or not shutil.which("gcc"), reason="needs gcc, on x86_64")
+def test_the_ramdisk_is_built_with_yoctos_tools_alone_and_two_have_the_same_bytes(tmp_path):
+    tarball, tools = busybox_source(tmp_path), host_tools(tmp_path / "tools")
     common = {
         "PATH": str(tools), "CC": "x86_64-oe-linux-gcc -O2", "CROSS_COMPILE": "x86_64-oe-linux-",
         "words": ["--busybox", str(tarball)],
@@ -388,3 +393,76 @@ def test_the_ramdisk_is_built_with_yoctos_tools_alone_and_two_have_the_same_byte
     finally:
         os.umask(before)
     assert first == second
+
+
+# What stands for oe-core's compiler, which finds libgcc in the sysroot alone, and for musl's source with its wrapper.
+OE_COMPILER = """\
+#!/bin/sh
+case " $* " in *" -c "* | *" -E "* | *" --version "* | *" --sysroot=SYSROOT "*) ;;
+*) echo "cannot find libgcc.a" >&2 && exit 1 ;; esac
+exec gcc "$@"
+"""
+MUSL_CONFIGURE = """\
+#!/bin/sh
+for word; do case $word in --prefix=*) prefix=${word#*=} ;; esac; done
+printf 'install:\\n\\tmkdir -p %s/bin && cp musl-gcc %s/bin\\n' "$prefix" "$prefix" >Makefile
+printf '#!/bin/sh\\nREALGCC=%s exec musl-gcc "$@"\\n' "$CC" >musl-gcc
+chmod 755 musl-gcc
+"""
+# Of a kernel's header as oe-core's multilib_header.bbclass leaves it, on Arm.
+MULTILIB_HEADER = """\
+#include <bits/wordsize.h>
+#if __WORDSIZE == 64
+#include <asm/NAME-64.h>
+#else
+#error "not the size of a word here"
+#endif
+"""
+
+
+def oe_sysroot(folder):
+    """The kernel's headers, as they are in the sysroot of an image with glibc."""
+    include = folder / "usr/include"
+    shutil.copytree("/usr/include/x86_64-linux-gnu/asm", include / "asm")
+    for name in ("linux", "asm-generic"):
+        (include / name).symlink_to(f"/usr/include/{name}")
+    for name in ("types", "unistd"):
+        (include / f"asm/{name}.h").rename(include / f"asm/{name}-64.h")
+        (include / f"asm/{name}.h").write_text(MULTILIB_HEADER.replace("NAME", name))
+    return folder
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def recipe_function(name, function, variables):
+    """The shell of a function of a recipe's, as bitbake would write it."""
+    text = next(path for path in RECIPES if path.name.startswith(f"{name}_")).read_text()
+    body = re.search(rf"^{function}\(\) \{{\n(.*?)^\}}$", text, re.M | re.S)[1]
+    return re.sub(r"\$\{([A-Z_]+)\}", lambda match: variables[match[1]], body)
+
+
+@pytest.mark.skipif(
+    os.uname().machine != "x86_64" or not shutil.which("musl-gcc"), reason="needs musl-tools, on x86_64"
+)
+def test_the_recipe_of_the_ramdisk_builds_it_with_the_compiler_and_headers_of_oe_core(tmp_path):
+    tools, sysroot, sources = host_tools(tmp_path / "tools"), oe_sysroot(tmp_path / "sysroot"), tmp_path / "sources"
+    (tools / "musl-gcc").symlink_to(shutil.which("musl-gcc"))
+    (tools / "x86_64-oe-linux-gcc").unlink()
+    script(tools / "x86_64-oe-linux-gcc", OE_COMPILER.replace("SYSROOT", str(sysroot)))
+    script(sources / "musl-1/configure", MUSL_CONFIGURE)
+    busybox_source(sources)
+    variables = {
+        "B": str(tmp_path / "build"), "S": str(REPOSITORY), "RUNX_SOURCES": str(sources), "RUNX_ARCH": "x86_64",
+        "MUSL_VERSION": "1", "BUSYBOX_VERSION": "1", "TARGET_SYS": "x86_64-oe-linux", "PARALLEL_MAKE": "-j2",
+        "TARGET_PREFIX": "x86_64-oe-linux-", "TUNE_CCARGS": "-m64", "TOOLCHAIN_OPTIONS": f" --sysroot={sysroot}",
+        "STAGING_INCDIR": f"{sysroot}/usr/include",
+    }  # fmt: skip
+    lines = ["set -e", 'oe_runmake() { make "$@"; }']
+    lines += [f"({recipe_function('runx-initrd', function, variables)})" for function in ("do_configure", "do_compile")]
+    result = call("sh", "-c", "\n".join(lines), env={"PATH": str(tools)}, timeout=600)
+    assert result.returncode == 0, result.stderr.decode()
+    assert (tmp_path / "build/initrd").stat().st_size > 0

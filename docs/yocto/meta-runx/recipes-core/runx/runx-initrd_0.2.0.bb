@@ -21,10 +21,12 @@ COMPATIBLE_HOST = "(x86_64|aarch64|arm).*-linux.*"
 inherit python3native
 
 # The image's glibc would make the ramdisk five times as large. musl comes with a wrapper of the compiler; the kernel's
-# headers, which it has not, are those of the sysroot, without glibc's that lie beside them.
+# headers, which it has not, are those of the sysroot, without glibc's that lie beside them. On Arm oe-core's, which are
+# for multilib, ask one of glibc's for the size of a word.
 do_configure() {
     rm -rf ${B}/musl ${B}/musl-build ${B}/include
-    mkdir -p ${B}/musl-build ${B}/include
+    mkdir -p ${B}/musl-build ${B}/include/bits
+    echo '#define __WORDSIZE (__SIZEOF_LONG__ * 8)' >${B}/include/bits/wordsize.h
     cd ${B}/musl-build
     CC="${TARGET_PREFIX}gcc" CROSS_COMPILE="${TARGET_PREFIX}" CFLAGS="-Os ${TUNE_CCARGS}" LDFLAGS="" \
         ${RUNX_SOURCES}/musl-${MUSL_VERSION}/configure --target=${TARGET_SYS} --prefix=${B}/musl \
@@ -37,7 +39,9 @@ do_configure() {
 do_compile() {
     unset CFLAGS CPPFLAGS CXXFLAGS LDFLAGS
     oe_runmake -C ${B}/musl-build install
-    export CC="${B}/musl/bin/musl-gcc ${TUNE_CCARGS} -idirafter ${B}/include" CROSS_COMPILE="${TARGET_PREFIX}"
+    # libgcc is in the sysroot
+    export CC="${B}/musl/bin/musl-gcc ${TOOLCHAIN_OPTIONS} ${TUNE_CCARGS} -idirafter ${B}/include"
+    export CROSS_COMPILE="${TARGET_PREFIX}"
     export XDG_CACHE_HOME="${B}" MAKEFLAGS="${PARALLEL_MAKE}"
     ${S}/initrd/build.sh --arch ${RUNX_ARCH} --busybox ${RUNX_SOURCES}/busybox-${BUSYBOX_VERSION}.tar.bz2 \
         --output ${B}/initrd
