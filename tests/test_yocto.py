@@ -112,6 +112,12 @@ def test_the_recipes_are_of_this_version_and_know_its_licence():
             assert found == digest, path.name
 
 
+def test_the_recipe_of_the_kernel_has_a_source_that_the_patches_are_for():
+    """kernel/patches/0018 changes what fs/fuse/readdir.c has since 6.12.111."""
+    text = next(path for path in RECIPES if path.name.startswith("runx-kernel_")).read_text()
+    assert int(re.search(r'^LINUX_VERSION \?= "6\.12\.(\d+)', text, re.M)[1]) >= 111
+
+
 # ---- what the recipes call
 
 # The programs of the build host that Yocto asks for itself: HOSTTOOLS of bitbake.conf in scarthgap, wrynose and master.

@@ -5,10 +5,16 @@ LIC_FILES_CHKSUM = "file://${COMMON_LICENSE_DIR}/GPL-2.0-only;md5=801f80980d171d
 
 require runx.inc
 
-# Any 6.12: the patches are for the series. build.sh unpacks it itself, without what takes only room.
-LINUX_VERSION ?= "6.12.104"
-SRC_URI += "https://cdn.kernel.org/pub/linux/kernel/v6.x/linux-${LINUX_VERSION}.tar.xz;name=linux;unpack=0"
-SRC_URI[linux.sha256sum] = "949d166a1263bd0cf0c5aab44eeb57869615099e7c48bf88d0e4adb77379b999"
+# Debian's package of the source, with which RunX is tested; a tarball of kernel.org's would do. The patches are for
+# 6.12.111 and later of that series. What the pool has no more is in the archive.
+LINUX_VERSION ?= "6.12.117-1~deb12u1"
+LINUX_POOL = "https://deb.debian.org/debian-security/pool/updates/main/l/linux-6.12"
+SRC_URI += "${LINUX_POOL}/linux-source-6.12_${LINUX_VERSION}_all.deb;name=linux"
+SRC_URI[linux.sha256sum] = "e849faf31ca3555757f3a8877cb01af92122f744f75d1f3102734651c4e14703"
+MIRRORS:append = " \
+    https://deb.debian.org/debian-security \
+    https://snapshot.debian.org/archive/debian-security/20261127T000000Z \
+"
 
 COMPATIBLE_HOST = "(x86_64|aarch64|arm).*-linux.*"
 
@@ -22,7 +28,8 @@ do_compile() {
     unset CFLAGS CPPFLAGS CXXFLAGS LDFLAGS MACHINE
     export CC="${TARGET_PREFIX}gcc" CROSS_COMPILE="${TARGET_PREFIX}" XDG_CACHE_HOME="${B}" MAKEFLAGS="${PARALLEL_MAKE}"
     export HOSTCFLAGS="${BUILD_CFLAGS}" HOSTLDFLAGS="${BUILD_LDFLAGS}"
-    ${S}/kernel/build.sh --arch ${RUNX_ARCH} --source ${RUNX_SOURCES}/linux-${LINUX_VERSION}.tar.xz --output ${B}/kernel
+    ${S}/kernel/build.sh --arch ${RUNX_ARCH} --source ${RUNX_SOURCES}/usr/src/linux-source-6.12.tar.xz \
+        --output ${B}/kernel
 }
 
 do_install() {
