@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Installs runX on a Xen dom0, or below DESTDIR for an image that will become one.
 set -eu
+umask 022 # for what is compiled
 
 usage() {
     cat <<END
@@ -22,7 +23,7 @@ sbin=${DESTDIR:-}$prefix/sbin
 lib=${DESTDIR:-}$prefix/lib/runX
 manual=${DESTDIR:-}$prefix/share/man/man8
 completions=${DESTDIR:-}$prefix/share/bash-completion/completions
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH='' cd "$(dirname "$0")" && pwd)
 kernel='' initrd='' uninstall=''
 
 while [ $# -gt 0 ]; do

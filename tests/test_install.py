@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What install.sh puts on a dom0 beside the module: the command, its manual page and bash's completion of it."""
 
+import os
 import py_compile
 import re
 import shlex
@@ -116,9 +117,9 @@ def test_bash_completes(line, offered):
 # ---- install.sh
 
 
-def install(folder, *options, prefix="/usr", path=runx.PATH):
-    env = {"PATH": path, "DESTDIR": str(folder), "PREFIX": prefix}
-    result = call("sh", str(REPOSITORY / "install.sh"), *options, env=env, cwd="/")
+def install(folder, *options, prefix="/usr", path=runx.PATH, script=REPOSITORY / "install.sh", cwd="/", **env):
+    env = {"PATH": path, "DESTDIR": str(folder), "PREFIX": prefix, **env}
+    result = call("sh", str(script), *options, env=env, cwd=cwd)
     assert result.returncode == 0, result
 
 
@@ -140,6 +141,25 @@ def test_install_puts_everything_below_destdir_and_uninstall_takes_it_away(tmp_p
     assert (share / "bash-completion/completions/runX").read_bytes() == COMPLETION.read_bytes()
     install(folder, "--uninstall", prefix="/opt/x")
     assert [path for path in folder.rglob("*") if not path.is_dir()] == []
+
+
+def test_what_is_installed_is_for_everybody_whatever_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        install(tmp_path / "a folder", prefix="/opt/x y")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "a folder").rglob("*") if path.is_dir()}
+    assert modes == {0o755}
+    (compiled,) = (tmp_path / "a folder/opt/x y/lib/runX/__pycache__").iterdir()
+    assert compiled.stat().st_mode & 0o777 == 0o644
+
+
+def test_install_finds_its_files_also_where_cdpath_leads_elsewhere(tmp_path):
+    (tmp_path / REPOSITORY.name).mkdir()
+    script = f"{REPOSITORY.name}/install.sh"
+    install(tmp_path / "image", script=script, cwd=str(REPOSITORY.parent), CDPATH=str(tmp_path))
+    assert (tmp_path / "image/usr/sbin/runX").exists()
 
 
 def test_what_is_installed_runs_as_it_was_compiled_without_a_look_at_the_source(tmp_path):
