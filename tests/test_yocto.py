@@ -28,7 +28,7 @@ RECIPES = sorted((LAYER / "recipes-core/runx").glob("*.bb"))
 BUILT_IN = set(
     "builtins sys marshal gc _imp _ast _tokenize _warnings _string _typing _suggestions atexit faulthandler posix "
     "_signal _tracemalloc _suggestions _codecs _collections errno _io itertools _sre _thread time _types _weakref _abc "
-    "_functools _locale _operator _stat _symtable pwd _sysconfig".split()
+    "_functools _locale _operator _stat _symtable pwd _sysconfig _contextvars".split()
 )
 
 
@@ -110,6 +110,20 @@ def test_the_recipes_are_of_this_version_and_know_its_licence():
     for path in RECIPES:
         for found in re.findall(r"file://LICENSE;md5=(\w+)", path.read_text()):
             assert found == digest, path.name
+
+
+def test_the_layer_is_for_releases_whose_packages_of_python_are_known():
+    names = re.search(r'^LAYERSERIES_COMPAT_runx = "(.*)"', (LAYER / "conf/layer.conf").read_text(), re.M)[1].split()
+    known = re.findall(r"^\[(.*): ", (REPOSITORY / "tests/data/yocto-python.txt").read_text(), re.M)
+    assert names == " and ".join(known[1:]).split(" and ")
+
+
+def test_the_recipes_that_call_gcc_ask_for_it():
+    """Where the distribution compiles with clang there is none else."""
+    common = (LAYER / "recipes-core/runx/runx.inc").read_text()
+    calling = [path.read_text() for path in RECIPES if "${TARGET_PREFIX}gcc" in path.read_text()]
+    assert len(calling) == 2 and all("require runx.inc" in text for text in calling)
+    assert 'TOOLCHAIN = "gcc"' in common.splitlines()
 
 
 def test_the_recipe_of_the_kernel_has_a_source_that_the_patches_are_for():
