@@ -118,6 +118,13 @@ def test_the_layer_is_for_releases_whose_packages_of_python_are_known():
     assert names == " and ".join(known[1:]).split(" and ")
 
 
+def test_containerd_stays_as_it_is_where_the_distribution_has_no_xen():
+    (append,) = (LAYER / "dynamic-layers").rglob("containerd%.bbappend")
+    (line,) = (line for line in append.read_text().splitlines() if line[:1] not in ("#", ""))
+    name = re.fullmatch(r"require \$\{@bb\.utils\.contains\('DISTRO_FEATURES', 'xen', '(.*)', '', d\)\}", line)[1]
+    assert "do_install:append" in (append.parent / name).read_text()
+
+
 def test_the_recipes_that_call_gcc_ask_for_it():
     """Where the distribution compiles with clang there is none else."""
     common = (LAYER / "recipes-core/runx/runx.inc").read_text()

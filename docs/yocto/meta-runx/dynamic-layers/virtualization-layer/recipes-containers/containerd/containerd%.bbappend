@@ -1,12 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-# For scarthgap's containerd-opencontainers too.
-FILESEXTRAPATHS:prepend := "${THISDIR}/files:"
-
-SRC_URI:append = " file://containerd-runx.toml"
-
-do_install:append() {
-    install -D -m 644 ${@d.getVar('UNPACKDIR') or d.getVar('WORKDIR')}/containerd-runx.toml \
-        ${D}${sysconfdir}/containerd/config.toml
-}
-
-CONFFILES:${PN} += "${sysconfdir}/containerd/config.toml"
+# For scarthgap's containerd-opencontainers too. A distribution without Xen has the containerd that it had.
+require ${@bb.utils.contains('DISTRO_FEATURES', 'xen', 'containerd-runx.inc', '', d)}
