@@ -121,6 +121,7 @@ def install(folder, *options, prefix="/usr", path=runx.PATH, script=REPOSITORY /
     env = {"PATH": path, "DESTDIR": str(folder), "PREFIX": prefix, **env}
     result = call("sh", str(script), *options, env=env, cwd=cwd)
     assert result.returncode == 0, result
+    return result.stderr.decode()
 
 
 def test_install_puts_everything_below_destdir_and_uninstall_takes_it_away(tmp_path):
@@ -160,6 +161,23 @@ def test_install_finds_its_files_also_where_cdpath_leads_elsewhere(tmp_path):
     script = f"{REPOSITORY.name}/install.sh"
     install(tmp_path / "image", script=script, cwd=str(REPOSITORY.parent), CDPATH=str(tmp_path))
     assert (tmp_path / "image/usr/sbin/runX").exists()
+
+
+def test_install_tells_of_a_kernel_and_ramdisk_that_are_not_of_this_source(tmp_path):
+    """A module and a ramdisk of two sources may not understand each other."""
+    boot_file, nothing_built = tmp_path / "file", {"XDG_CACHE_HOME": str(tmp_path)}
+    boot_file.write_text("old")
+    told = install(tmp_path / "image", "--kernel", str(boot_file), **nothing_built)
+    assert told.splitlines() == [
+        "install.sh: there is no initrd yet: build it with initrd/build.sh and call install.sh again, or give one with "
+        "--initrd FILE"
+    ]
+    told = install(tmp_path / "image", "--initrd", str(boot_file), **nothing_built)
+    assert told.splitlines() == [
+        "install.sh: the kernel stays the one of before: build that of this source with kernel/build.sh and call "
+        "install.sh again, or give one with --kernel FILE"
+    ]
+    assert install(tmp_path / "image", "--initrd", str(boot_file), "--kernel", str(boot_file), **nothing_built) == ""
 
 
 def test_what_is_installed_runs_as_it_was_compiled_without_a_look_at_the_source(tmp_path):
