@@ -125,6 +125,15 @@ def test_containerd_stays_as_it_is_where_the_distribution_has_no_xen():
     assert "do_install:append" in (append.parent / name).read_text()
 
 
+def test_the_kernel_has_as_a_module_what_meta_virtualization_has_as_one_or_not_at_all():
+    """Its cfg/xen.cfg, on which xen-image-minimal relies: that image installs no other modules."""
+    fragment = (LAYER / "recipes-kernel/linux/files/runx-dom0.cfg").read_text()
+    assert set(re.findall(r"^CONFIG_(\w+)=m$", fragment, re.M)) == {
+        "XEN_GNTDEV", "XEN_NETDEV_BACKEND", "XEN_BLKDEV_BACKEND",
+        "NET_SCH_INGRESS", "NET_CLS_MATCHALL", "NET_ACT_MIRRED",
+    }  # fmt: skip
+
+
 def test_the_recipes_that_call_gcc_ask_for_it():
     """Where the distribution compiles with clang there is none else."""
     common = (LAYER / "recipes-core/runx/runx.inc").read_text()
