@@ -339,21 +339,21 @@ def parse_json(text: str) -> Any:
 
 
 def json_text(value: Any, indent: int | None = None, margin: str = "\n") -> str:
-    """json.dumps, for the same reason."""
+    """json.dumps, for the same reason; without indent as compact as Go's."""
     if isinstance(value, str):
         return json_string(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
-    inner = margin + " " * (indent or 0)
+    inner, colon = margin + " " * (indent or 0), ":" if indent is None else ": "
     brackets = "{}" if isinstance(value, dict) else "[]"
     if isinstance(value, dict):
-        parts = [f"{json_string(str(key))}: {json_text(item, indent, inner)}" for key, item in value.items()]
+        parts = [json_string(str(key)) + colon + json_text(item, indent, inner) for key, item in value.items()]
     else:
         parts = [json_text(item, indent, inner) for item in value]
     if not parts or indent is None:
-        return ", ".join(parts).join(brackets)
+        return ",".join(parts).join(brackets)
     return (inner + f",{inner}".join(parts) + margin).join(brackets)
 
 
@@ -8787,7 +8787,9 @@ def apply_resources(container: Container, new: Resources, old: Resources | None)
 def command_list(call: Invocation) -> None:
     """As `runc list`: a table, --format json, or --quiet for ids alone."""
     states = []
-    for name in sorted(os.listdir(call.root)) if os.path.exists(call.root) else ():
+    with Attempt(f"list the containers of {call.root}"):
+        names = sorted(os.listdir(call.root)) if call.root != DEFAULT_ROOT or os.path.exists(call.root) else []
+    for name in names:
         try:
             container = Container(call.root, name).load()
             states.append({**container.public_state(), "owner": owner_of(container.folder)})

@@ -121,7 +121,8 @@ def test_a_function_of_the_c_library_that_fails_is_an_error(function):
     "value", [None, True, 0, -1.5, 'a"\n\ud800é', [], {}, [1, [2, {}]], {"a": {"b": [False]}, "c": []}]
 )
 def test_json_is_as_the_library_writes_and_reads_it(value):
-    assert [runx.json_text(value, indent) for indent in (None, 2)] == [json.dumps(value, indent=i) for i in (None, 2)]
+    assert runx.json_text(value, 2) == json.dumps(value, indent=2)
+    assert runx.json_text(value) == json.dumps(value, separators=(",", ":")), "runc's is compact, and some grep for it"
     assert runx.parse_json(f" {json.dumps(value, indent=1)}\n") == value
 
 

@@ -121,6 +121,10 @@ def test_the_list_of_an_empty_root(dom0):
     container = dom0.container()
     assert dom0.run("list", "--format", "json").stdout == "null\n"
     assert dom0.run("list", "-q").stdout == ""
+    missing = dom0.run("--root", str(container.root), "list")  # as under runc, but for its own
+    assert missing.stderr == f"runX: cannot list the containers of {container.root}: No such file or directory\n"
+    assert missing.returncode == 1
+    container.root.mkdir()
     assert dom0.run("--root", str(container.root), "list", "--format", "json").stdout == "null\n"
 
 

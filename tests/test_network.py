@@ -201,7 +201,7 @@ def test_a_plugin_gets_the_protocol(plugin, tmp_path):
         "CNI_ARGS=IgnoreUnknown=1;MAC=02:00:00:00:00:01", "CNI_COMMAND=ADD", "CNI_CONTAINERID=id", "CNI_IFNAME=eth0",
         "CNI_NETNS=/none", f"CNI_PATH={tmp_path}",
     ]  # fmt: skip
-    assert (tmp_path / "stdin").read_text() == '{"name": "net"}'
+    assert (tmp_path / "stdin").read_text() == '{"name":"net"}'
 
 
 @pytest.mark.parametrize(
