@@ -6896,6 +6896,7 @@ class Builder:
         """Return the domain.  systemd: it makes the cgroup."""
         xenstore = Xenstore()
         self.begin(bundle)
+        os.close(self.container.lock_fd)  # who comes when create has died knows whom to wait for
         self.enter_cgroup(systemd)
         self.attach_networks()
         self.rootfs = choose_rootfs(self.config, self.share)
@@ -7686,7 +7687,8 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
     try:
         os.setsid()
         os.chdir("/")
-        close_other_descriptors({0, 1, 2, report, commit.fd, commit.home, plan.console_socket, holder.link.fileno()})
+        ours = {report, commit.fd, commit.home, plan.console_socket, holder.link.fileno(), container.lock_fd}
+        close_other_descriptors({0, 1, 2, *ours})
         monitor = build(plan, holder, server, report, commit)
         os.write(report, b"+")
         os.close(report)

@@ -6,8 +6,10 @@ Each test has the first call of a kind fail, then the second, and so on, until a
 
 import itertools
 import pathlib
+import socket
 
 import pytest
+from conftest import wait_until
 from fake.dom0 import config
 
 
@@ -155,6 +157,25 @@ def test_a_create_whose_processes_are_killed_leaves_nothing_after_delete(dom0):
         return container
 
     try_each(dom0, lambda nth: dom0.fail_system_call(nth, "kill"), life)
+
+
+def test_who_removes_what_a_killed_create_has_begun_waits_for_its_monitor(dom0):
+    """Which could write its state into the folder of the next container of that id."""
+    container = dom0.container()
+    with socket.socket(socket.AF_UNIX) as xenstored, socket.socket(socket.AF_UNIX) as first:
+        path = str(container.bundle / "xenstored")  # takes nobody more
+        xenstored.bind(path)
+        xenstored.listen(0)
+        first.connect(path)
+        dom0.constants["XENSTORED_SOCKET"] = path
+        create = container.start_runx("create", "--bundle", str(container.bundle))
+        wait_until(lambda: len(dom0.processes()) == 2, "the monitor")
+        create.signal(9)
+        assert create.wait().returncode == -9
+        folder = str(container.root / container.id)
+        assert dom0.run(program=["flock", "--nonblock", folder, "true"]).returncode == 1
+    assert container.runx("delete", "--force").returncode == 0
+    dom0.settle()
 
 
 def test_the_ramdisk_of_a_monitor_that_was_killed_before_it_had_no_name_is_removed(dom0):
