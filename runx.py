@@ -1532,8 +1532,7 @@ class Container:
         path = self.path("state.json")
         state = State(**{**self.state.__dict__, **changes})
         with Attempt(f"write {path}"):
-            with open(path + ".new", "w", encoding="utf-8") as file:
-                file.write(json_text(state.__dict__))
+            write_file(path + ".new", json_text(state.__dict__))
             os.rename(path + ".new", path)
         self.state = state
 
@@ -7109,12 +7108,8 @@ class Input:
             except OSError:
                 data = b""  # such as the terminal of another session
             self.open = bool(data)
-            self.pending = data if self.raw else encode_input(data) if data else END
+            self.pending = data if self.raw else data.replace(ESCAPE, ESCAPE * 2) if data else END
         self.pending = self.pending[self.console.put(self.pending) :]
-
-
-def encode_input(data: bytes) -> bytes:
-    return data.replace(ESCAPE, ESCAPE + ESCAPE)
 
 
 class Streams:

@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -310,8 +311,16 @@ def test_impossible_input_indexes_give_no_room(console):
 
 def test_the_end_of_input_cannot_be_imitated():
     """An end is DLE EOT, and each DLE of the input is there twice."""
-    assert runx.encode_input(b"a\x10\x04b\x10\x10") == b"a\x10\x10\x04b\x10\x10\x10\x10"
-    assert runx.encode_input(b"\x04") == b"\x04" and runx.END == b"\x10\x04"
+    reader, writer = os.pipe()
+    stream = runx.Input(SimpleNamespace(put=lambda data: 0), reader)
+    os.write(writer, b"a\x10\x04b\x10\x10\x04")
+    stream.advance(True)
+    assert stream.pending == b"a\x10\x10\x04b\x10\x10\x10\x10\x04"
+    os.close(writer)
+    stream.pending = b""
+    stream.advance(True)
+    assert stream.pending == runx.END == b"\x10\x04" and not stream.open
+    os.close(reader)
 
 
 def test_a_uuid_is_random_and_well_formed():
