@@ -1679,7 +1679,7 @@ class Container:
 
 def carriers_of(container: Container) -> dict[int, list[int]]:
     """pid and start time of who carries it, or 0 and 0, for each process of `exec` by its number."""
-    found: dict[int, list[int]] = {}
+    found = {}
     for name in os.listdir(container.folder):
         kind, _, number = name.partition("-")
         if kind == "process" and number.isdecimal():
@@ -2451,7 +2451,7 @@ def parse_capabilities(spec: Section) -> dict[str, int]:
 
 def parse_rlimits(process: Section) -> list[tuple[int, int, int]]:
     """Return (number, soft, hard) of each."""
-    limits: dict[str, tuple[int, int, int]] = {}
+    limits = {}
     for entry in process.sections("rlimits"):
         name = entry.choice("type", RLIMITS)
         hard = entry.unsigned("hard", 64, REQUIRED)
@@ -3448,7 +3448,7 @@ class Disk(Record):
 def find_disk(config: Config) -> Disk:
     """Return the Disk that config.rootfs is, or is mounted from."""
     path, writable = config.rootfs, not config.readonly
-    mounted: list[Any] = []
+    mounted = []
     if os.path.isdir(path):
         top = top_mount(path)
         if not top or top.root != "/" or not os.major(top.device):
@@ -5321,7 +5321,7 @@ def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
             env={**os.environ, "PATH": PATH},
         )
     assert scope.stdout
-    lines: list[str] = []
+    lines = []
     paths: list[str] = []
     while not paths and select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]:
         data = os.read(scope.stdout.fileno(), 1 << 16)  # of whole lines, and first perhaps a warning of systemd-run's
@@ -5782,7 +5782,7 @@ def parse_ranges(ipam: Section) -> list[tuple[Subnet, Address | None]]:
     """Return subnet and gateway of each range that an ipam names, in one of three ways.  Raise Error."""
     import ipaddress
 
-    ranges: list[tuple[Subnet, Address | None]] = []
+    ranges = []
     entries = [ipam]
     for alternatives in ipam.each("ranges", Section.sections):
         entries += alternatives
@@ -6496,7 +6496,7 @@ def end_redirection(state: State, vif: Vif) -> None:
 
 def guest_nodes(state: State, interfaces: list[Interface]) -> dict[str, str]:
     """Return what init reads, by names of nodes: data/network/0, 1, …, and data/dhcp and data/dns."""
-    texts: list[str] = []
+    texts = []
     # the guest's kernel calls them eth0, eth1, … in the order in which they have come: no name is another one's then
     for number, interface in enumerate(interfaces) if len(interfaces) > 1 else ():
         texts.append(f"{interface.mac} {link_message(0, {IFLA_IFNAME: f'runx{number}'}).for_guest(0)}")
@@ -6799,7 +6799,7 @@ def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[
     if len(names) != 1:
         return []
     base = f"/lib/modules/{names[0]}"
-    dependencies: dict[str, list[str]] = {}
+    dependencies = {}
     for line in io.BytesIO(read_in_root(root, f"{base}/modules.dep", MODULE_MAX)):  # no list of all that it names
         module, _, needed = line.partition(b":")
         name = module.rpartition(b"/")[2].partition(b".ko")[0].replace(b"-", b"_").decode("latin-1")
@@ -6955,7 +6955,7 @@ class Builder:
     def attach_networks(self) -> None:
         """Have each network of NETCONF made or reserved, by its plugins; kept in the state before it is done."""
         container = self.container
-        attachments: list[Attachment] = []
+        attachments = []
         for number, network in enumerate(self.networks):
             attachment = plan_attachment(network, number, container, self.config.rate, self.log)
             attachments.append(attachment)
@@ -9019,7 +9019,7 @@ def parse_options(command: str, words: list[str]) -> tuple[JsonObject, list[str]
     """Options and arguments of a command, in any order; what follows -- are arguments."""
     _, flags, values, most = COMMANDS[command]
     options: dict[str, Any] = {}
-    arguments: list[str] = []
+    arguments = []
     while words:
         word = words.pop(0)
         if word == "--":
