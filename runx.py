@@ -210,6 +210,11 @@ class Record:
         self.__dict__.update(fields)
 
 
+def refuse(number: int) -> NoReturn:
+    """Raise OSError."""
+    raise OSError(number, os.strerror(number))
+
+
 def timestamp() -> str:
     """Now, in RFC 3339 with nanoseconds: what Go's time.Time parses."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
@@ -230,7 +235,7 @@ def printable(text: str) -> str:
 
 
 def import_core(name: str) -> Any:
-    """C's half of socket or signal: what the other adds to it takes longer to import than `state` takes."""
+    """C's half of socket, signal or weakref: what the other adds to it takes longer to import than `state` takes."""
     try:
         return __import__(f"_{name}")
     except ImportError:
@@ -283,8 +288,7 @@ def system_call(name: str, *args: Any) -> int:
     values = [long(arg) if isinstance(arg, int) else os.fsencode(arg) if isinstance(arg, str) else arg for arg in args]
     result: int = library["find"](name)(*values)
     if result < 0:
-        number = library["errno"]()
-        raise OSError(number, os.strerror(number))
+        refuse(library["errno"]())
     return result
 
 
@@ -1079,8 +1083,8 @@ def look(fd: int) -> list[int]:
     return living
 
 
-def remove_logs(name: str) -> None:
-    """Remove what xl, and a QEMU that it has started for an image, have written of the domain of that name."""
+def remove_files(name: str) -> None:
+    """Remove what xl, a QEMU that it has started for an image, and `create` have left of the domain of that name."""
     for file in os.listdir(LOG_FOLDER) if os.path.isdir(LOG_FOLDER) else ():
         if f"-{name}.log" in file:
             os.unlink(os.path.join(LOG_FOLDER, file))
@@ -3075,7 +3079,7 @@ def open_in_root(root: str, path: str, flags: int = os.O_PATH) -> Descriptor:
                 return Descriptor(system_call("syscall", SYS_OPENAT2, root_fd, path, how, len(how)))
             except BlockingIOError:  # openat2(2): a ".." while anything on the host was renamed or mounted
                 pass
-    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    refuse(errno.EAGAIN)
 
 
 def open_file_in_root(root: str, path: str, purpose: str) -> Descriptor:
@@ -3128,7 +3132,7 @@ def resolve_in_root(root: str, path: str, ends: Sequence[list[str]] = ()) -> lis
     left, length, links = path.split("/"), len(path), 0
     while left and names not in ends:
         if links > LINKS_MAX or length > PATH_MAX:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            refuse(errno.ELOOP)
         name = left.pop(0)
         if name == "..":
             names = names[:-1]
@@ -3304,7 +3308,7 @@ class Member(Record):
         fd = Descriptor(os.open(self.name, flags, dir_fd=self.folder))
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            refuse(errno.ESTALE)
         return fd
 
     def link(self) -> bytes:
@@ -3513,7 +3517,7 @@ def attach_loop(path: str, writable: bool) -> Descriptor:
                 if error.errno != errno.EBUSY:
                     raise
             time.sleep(0.01)  # somebody else has just taken it, or holds it as it is
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+    refuse(errno.EBUSY)
 
 
 def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
@@ -3672,7 +3676,7 @@ class InMemory(Rootfs):
     """In the ramdisk, and so in the VM's memory."""
 
     def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
-        """It has no place in /run, which is dom0's memory, and no name for longer than a moment: see remove_logs()."""
+        """It has no place in /run, which is dom0's memory, and no name for longer than a moment: see remove_files()."""
         name = f"/var/tmp/{container.state.name}"
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         os.unlink(name)
@@ -3725,10 +3729,6 @@ NOWHERE = (0, b"")  # the place of what is no folder
 IN_DELETE_SELF = 0x400  # <linux/inotify.h>
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32  # FATTR_* of <linux/fuse.h>, and 9P's
 SET_ATIME_NOW, SET_MTIME_NOW = SET_ATIME << 3, SET_MTIME << 3
-
-
-def refuse(number: int) -> NoReturn:
-    raise OSError(number, os.strerror(number))
 
 
 def check_name(name: bytes) -> bytes:
@@ -7773,7 +7773,7 @@ def clean_up(container: Container, log: Log) -> bool:
     devices = [Device(domain, kind, number) for kind, number in state.devices]
     devices += [console for number in carriers_of(container) for console in consoles_of(domain, number)]
     what = f"remove what {state.name} has had in dom0"
-    done = [log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)]
+    done = [log.attempt(f"remove the files of {state.name}", remove_files, state.name)]
     if domain.domid and xenstore.read(f"{domain.path}/vm") in ("", f"/vm/{state.uuid}"):  # else it is another VM's
         done.append(log.attempt(what, end_redirects, state))
         done += [log.attempt(what, device.withdraw) for device in devices]
@@ -7785,7 +7785,7 @@ def destroy(container: Container, log: Log) -> None:
     hooks.  What fails is a warning; Error if the VM or the folder is still there."""
     state, of_this_boot = container.state, container.is_of_this_boot()
     if not of_this_boot:  # nor is anything else in Xen
-        log.attempt(f"remove the log files of {state.name}", remove_logs, state.name)
+        log.attempt(f"remove the files of {state.name}", remove_files, state.name)
     elif os.path.exists(container.path("control")):  # it goes when a monitor has taken all down
         clean_up(container, log)
     for fields in reversed(state.networks):
