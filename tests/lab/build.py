@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from arch import X86_64, Architecture
 from common import REPO, LabError, say
@@ -113,6 +114,11 @@ class Built:
     pythons: Path | None = None  # see pythons.py; None if there are none
     arch: Architecture = X86_64
     release: Release = BOOKWORM  # of its dom0
+
+    def machine(self) -> dict[str, Any]:
+        """Return what a Lab of it is made with, but for its disk."""
+        files = {"kernel": self.kernel, "ramdisk": self.ramdisk, "newer_qemu": self.newer_qemu}
+        return {**files, "arch": self.arch, "release": self.release}
 
 
 def build(

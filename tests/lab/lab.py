@@ -70,9 +70,8 @@ def command_build(args: argparse.Namespace) -> int:
 
 def options_of(args: argparse.Namespace, built: Built) -> dict[str, Any]:
     """Return what a Lab is made with for `run` and `shell`."""
-    files = {"kernel": built.kernel, "ramdisk": built.ramdisk, "disk": built.debian, "newer_qemu": built.newer_qemu}
-    machine = {"arch": built.arch, "release": built.release, "memory": args.memory, "network": args.network}
-    return {**files, **machine, "share": args.share}
+    more = {"disk": built.debian, "share": args.share, "memory": args.memory, "network": args.network}
+    return {**built.machine(), **more}
 
 
 def command_run(args: argparse.Namespace) -> int:
@@ -151,8 +150,7 @@ def command_demo(args: argparse.Namespace) -> int:
     began = time.monotonic()
     built = build(arch=args.arch, release=args.release)
     set_up = time.monotonic() - began
-    files: dict[str, Any] = {"kernel": built.kernel, "ramdisk": built.ramdisk, "newer_qemu": built.newer_qemu}
-    with booted_lab(**files, arch=built.arch, release=built.release, memory=args.memory) as lab:
+    with booted_lab(**built.machine(), memory=args.memory) as lab:
         if lab.warnings:
             raise LabError("running the demo: it needs runX in the dom0; see the warnings above")
         kernel: list[bytes] = []

@@ -47,9 +47,9 @@ class Lab:
 
     `arch` is of the machine, `release` of its dom0.  `kernel` and `ramdisk` are files that runX is installed
     with; without both it is not.  `disk` is a file for /dev/vdb in the dom0, which never changes: what is
-    written to it is forgotten.  `newer_qemu` is a folder with a usr/bin.  `share` is a
-    folder for /share in the dom0, read-write; `memory` is in MiB; with `network` the dom0 reaches other machines
-    through this one.  QEMU runs no longer than the thread that calls start().
+    written to it is forgotten.  `newer_qemu` is the folder whose usr/bin has QEMU, if not
+    this machine's.  `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with `network` the
+    dom0 reaches other machines through this one.  QEMU runs no longer than the thread that calls start().
 
     After start(), `steps` and `warnings` say how the boot went.
     """

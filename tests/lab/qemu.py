@@ -16,22 +16,22 @@ from pathlib import Path
 
 from arch import ARCHITECTURES
 from cache import kept
-from image import SUITE, ImageError, apt_sources, run
+from image import SUITE, ImageError, run
+from pythons import mirror
 
 DATA = ["qemu-system-common", "qemu-system-data", "seabios"]
 
 
 def fetch(packages: list[str], work: Path) -> None:
     """Unpack packages of the backports into the folder; ImageError if they cannot be had, or do not run here."""
-    mirror = next(line.split()[1] for line in apt_sources().splitlines() if line.split()[2] == SUITE)
     apt = work / "apt"
     (apt / "lists/partial").mkdir(parents=True)
-    (apt / "sources.list").write_text(f"deb {mirror} {SUITE}-backports main\n")
-    places = {"Etc::SourceList": apt / "sources.list", "Etc::SourceParts": "/dev/null", "State::Lists": apt / "lists"}
-    options = ["-q", "-o", "Acquire::Check-Valid-Until=false", "-o", "APT::Sandbox::User=root"]
-    options += ["-o", f"Dir::Cache={apt}"]
-    for name, path in places.items():
-        options += ["-o", f"Dir::{name}={path}"]
+    (apt / "sources.list").write_text(f"deb {mirror()} {SUITE}-backports main\n")
+    settings = [
+        f"Dir::Etc::SourceList={apt}/sources.list", "Dir::Etc::SourceParts=/dev/null", f"Dir::State::Lists={apt}/lists",
+        f"Dir::Cache={apt}", "Acquire::Check-Valid-Until=false", "APT::Sandbox::User=root",
+    ]  # fmt: skip
+    options = ["-q", *(f"-o{setting}" for setting in settings)]
     run("apt-get", *options, "update")
     run("apt-get", *options, "download", *(f"{package}/{SUITE}-backports" for package in packages), cwd=apt)
     for package in apt.glob("*.deb"):

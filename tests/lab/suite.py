@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pythons
 from arch import ARM64, X86_64, Architecture
@@ -164,8 +163,7 @@ def in_dom0(built: Built, words: list[str], share: Path, name: str) -> int:
     if (share / "seconds.json").exists():
         env["LAB_SECONDS"] = "/share/seconds.json"
     began = time.monotonic()
-    files: dict[str, Any] = {"kernel": built.kernel, "ramdisk": built.ramdisk, "disk": built.debian, "share": share}
-    with booted_lab(arch=built.arch, release=built.release, newer_qemu=built.newer_qemu, **files) as lab:
+    with booted_lab(**built.machine(), disk=built.debian, share=share) as lab:
         print(f"up after {time.monotonic() - began:.1f} s", flush=True)
         return lab.run(command, env=env, time_limit=TIME_LIMIT)
 
