@@ -50,12 +50,10 @@ install_boot_file() {
         [ -f "$file" ] || fail "cannot install the $1: $file is not a file"
         install -m 644 "$file" "$lib/$1.new"
         mv "$lib/$1.new" "$lib/$1"
-    elif [ -f "$lib/$1" ]; then
-        echo "install.sh: the $1 stays the one of before: build that of this source with $3 and call install.sh" \
-            "again, or give one with --$1 FILE" >&2
     else
-        echo "install.sh: there is no $1 yet: build it with $3 and call install.sh again," \
-            "or give one with --$1 FILE" >&2
+        what="there is no $1 yet: build it"
+        [ ! -f "$lib/$1" ] || what="the $1 stays the one of before: build that of this source"
+        echo "install.sh: $what with $3 and call install.sh again, or give one with --$1 FILE" >&2
     fi
 }
 

@@ -124,12 +124,17 @@ def test_a_poststart_hook_that_fails_ends_and_removes_the_container(dom0):
     assert container.runx("state").returncode == 1
 
 
-def test_a_poststart_hook_that_fails_late_leaves_the_next_container_of_that_id(dom0):
+def with_poststart_that_waits_and_fails(dom0):
+    """A container, and the fifo that its hook waits for."""
     container = dom0.container()
     fifo = container.bundle / "fifo"
     os.mkfifo(fifo)
-    hooks = {"poststart": [hook(container, "poststart", f"cat {fifo}; exit 7")]}
-    container.write(config("wait", hooks=hooks))
+    container.write(config("wait", hooks={"poststart": [hook(container, "poststart", f"cat {fifo}; exit 7")]}))
+    return container, fifo
+
+
+def test_a_poststart_hook_that_fails_late_leaves_the_next_container_of_that_id(dom0):
+    container, fifo = with_poststart_that_waits_and_fails(dom0)
     pid = container.created().pid()
     start = container.start_runx("start")
     with open(fifo, "w"):  # the hook runs
@@ -142,10 +147,7 @@ def test_a_poststart_hook_that_fails_late_leaves_the_next_container_of_that_id(d
 
 
 def test_why_a_poststart_hook_has_failed_is_told_when_the_container_is_gone(dom0):
-    container = dom0.container()
-    fifo = container.bundle / "fifo"
-    os.mkfifo(fifo)
-    container.write(config("wait", hooks={"poststart": [hook(container, "poststart", f"cat {fifo}; exit 7")]}))
+    container, fifo = with_poststart_that_waits_and_fails(dom0)
     pid = container.created().pid()
     start = container.start_runx("start")
     with open(fifo, "w"):  # the hook runs
