@@ -182,13 +182,6 @@ def test_all_that_the_dom0_needs_is_on_the_machines_own_bus(name, tmp_path):
     assert sum("/a,,b" in word for word in command) == 1
 
 
-@pytest.mark.parametrize("folder, program", [(None, "qemu-system-x86_64"), ("/q", "/q/usr/bin/qemu-system-x86_64")])
-def test_a_newer_qemu_is_taken_where_there_is_one(folder, program, tmp_path):
-    lab = machine.Lab(newer_qemu=folder and pathlib.Path(folder))
-    lab.folder = tmp_path
-    assert lab.qemu_command(7)[0] == program
-
-
 def test_divide_sends_files_where_they_belong(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     name = "tests/test_lab.py"

@@ -109,7 +109,6 @@ class Built:
     kernel: Path | None
     ramdisk: Path | None
     debian: Path | None = None  # a disk: see debian.py; None if there is none
-    newer_qemu: Path | None = None  # see qemu.py; None for Debian 12's
     tools: Path | None = None  # see tools.py
     pythons: Path | None = None  # see pythons.py; None if there are none
     arch: Architecture = X86_64
@@ -117,8 +116,7 @@ class Built:
 
     def machine(self) -> dict[str, Any]:
         """Return what a Lab of it is made with, but for its disk."""
-        files = {"kernel": self.kernel, "ramdisk": self.ramdisk, "newer_qemu": self.newer_qemu}
-        return {**files, "arch": self.arch, "release": self.release}
+        return {"kernel": self.kernel, "ramdisk": self.ramdisk, "arch": self.arch, "release": self.release}
 
 
 def build(
@@ -144,7 +142,6 @@ def build(
         install_packages(missing)
         report("the Debian packages are installed")
     builders = {"image": Builder("the dom0 image", HERE / "image.py", (arch.name, release.name))}
-    builders["qemu"] = Builder("the newer QEMU", HERE / "qemu.py", (arch.name,), needed=False)
     if not arch.foreign:  # its packages must be installed, not only unpacked
         builders["debian"] = Builder("the containers' Debian", HERE / "debian.py")
     if not kernel:
@@ -156,7 +153,7 @@ def build(
         builders["pythons"] = Builder("the folder of other Pythons", HERE / "pythons.py", needed=False)
     paths = {"kernel": kernel, "ramdisk": ramdisk, **finished(builders, report)}
     get = paths.get
-    return Built(get("kernel"), get("ramdisk"), get("debian"), get("qemu"), get("tools"), get("pythons"), arch, release)
+    return Built(get("kernel"), get("ramdisk"), get("debian"), get("tools"), get("pythons"), arch, release)
 
 
 def finished(builders: dict[str, Builder], report: Callable[[str], None]) -> dict[str, Path | None]:

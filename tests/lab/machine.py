@@ -47,9 +47,9 @@ class Lab:
 
     `arch` is of the machine, `release` of its dom0.  `kernel` and `ramdisk` are files that runX is installed
     with; without both it is not.  `disk` is a file for /dev/vdb in the dom0, which never changes: what is
-    written to it is forgotten.  `newer_qemu` is the folder whose usr/bin has QEMU, if not
-    this machine's.  `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with `network` the
-    dom0 reaches other machines through this one.  QEMU runs no longer than the thread that calls start().
+    written to it is forgotten.  `share` is a folder for /share in the dom0, read-write; `memory` is in MiB; with
+    `network` the dom0 reaches other machines through this one.  QEMU runs no longer than the
+    thread that calls start().
 
     After start(), `steps` and `warnings` say how the boot went.
     """
@@ -67,12 +67,11 @@ class Lab:
         arch: Architecture = X86_64,
         release: Release = BOOKWORM,
         disk: Path | None = None,
-        newer_qemu: Path | None = None,
         share: Path | None = None,
         memory: int = DEFAULT_MEMORY,
         network: bool = False,
     ):
-        self.kernel, self.ramdisk, self.disk, self.newer_qemu, self.share = kernel, ramdisk, disk, newer_qemu, share
+        self.kernel, self.ramdisk, self.disk, self.share = kernel, ramdisk, disk, share
         self.arch, self.release, self.memory, self.network = arch, release, memory, network
         self.steps: list[Step] = []
         self.warnings: list[str] = []
@@ -147,11 +146,9 @@ class Lab:
         switches = {"LAB_INSTALL": self.kernel and self.ramdisk, "LAB_SHARE": self.share, "LAB_NETWORK": self.network}
         options = " ".join(f"{name}=1" for name, on in switches.items() if on)
         bus = self.arch.bus
-        program, *machine = machine_options(self.arch, options)
         # fmt: off
         command = [
-            f"{self.newer_qemu}/usr/bin/{program}" if self.newer_qemu else program, *machine,
-            "-nodefaults", "-no-user-config", "-display", "none",
+            *machine_options(self.arch, options), "-nodefaults", "-no-user-config", "-display", "none",
             "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(self.memory), "-no-reboot",
             "-serial", f"file:{self.folder}/console.log",
             *forgetful_disk("vda", "disk.img", bus),
