@@ -226,9 +226,9 @@ def is_number(text: str, digits: int) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= digits
 
 
-def printable(text: str) -> str:
+def printable(text: str, most: int = 2000) -> str:
     """Text of the guest's for the log: a hostile guest must not write control characters to a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)[-2000:].strip()
+    return "".join(c if c.isprintable() else " " for c in text)[-most:].strip()
 
 
 # ---- instead of slow modules, each with that module where anything is not as expected
@@ -7414,7 +7414,7 @@ class BootConsole(FirstConsole):
         while not self.ended and select.select([self.fd], [], [], 0)[0]:
             self.read()
         log.warn(message)
-        words = printable(self.text.decode("utf-8", "replace"))
+        words = printable(self.text.decode("utf-8", "replace"), CONSOLE_TAIL)
         if words:
             log.warn(f"the VM's console: {words}")
 

@@ -304,6 +304,16 @@ def test_impossible_indexes_of_a_guest_are_refused(console, prod):
         console.take()
 
 
+def test_the_log_has_the_last_8_kib_of_the_vms_own_console(tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, b"first\n" + b"x" * 8190 + b"\n!")
+    os.close(writer)
+    runx.BootConsole(reader).report(runx.Log(str(tmp_path / "log")), "it crashed")
+    os.close(reader)
+    said, words = (tmp_path / "log").read_text().splitlines()
+    assert "it crashed" in said and f"the VM's console: {'x' * 8190} !\"" in words
+
+
 def test_impossible_input_indexes_give_no_room(console):
     console.guest.in_cons, console.guest.in_prod = 5, 4
     assert console.room() == 0 and console.put(b"x") == 0
