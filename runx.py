@@ -1170,7 +1170,7 @@ class Device:
 
 CONSOLE_IN, CONSOLE_OUT = 1024, 2048  # bytes
 PAGE = 4096  # bytes
-EVENT_CHANNELS = "/dev/xen/evtchn"
+EVENT_CHANNELS, GRANTED_PAGES = "/dev/xen/evtchn", "/dev/xen/gntdev"
 CONSOLE_DELAY = 0.1  # seconds that xenconsoled has for what a VM has written last
 # <xen/gntdev.h>, <xen/evtchn.h>: _IOC(_IOC_NONE, letter, number, size)
 IOCTL_GNTDEV_MAP_GRANT_REF = (24 << 16) | (ord("G") << 8) | 0
@@ -1213,7 +1213,8 @@ class Grants:
         import mmap
 
         self.mmap = mmap.mmap
-        self.fd, self.null = (os.open(path, os.O_RDWR) for path in ("/dev/xen/gntdev", "/dev/null"))
+        with Attempt(f"open {GRANTED_PAGES}", remedy="; is dom0's module xen-gntdev loaded?"):
+            self.fd, self.null = (os.open(path, os.O_RDWR) for path in (GRANTED_PAGES, "/dev/null"))
 
     def map(self, domid: int, references: Sequence[int]) -> memoryview:
         """Return the pages, one behind the other; they stay when this is closed.  Raise OSError."""
@@ -8927,8 +8928,7 @@ SHORT = {
 }  # fmt: skip
 EXEC_FLAGS = {"detach", "tty", "no-new-privs", "ignore-paused"}
 REPEATED = {"env", "cap", "additional-gids", "cgroup"}  # options of which all values count
-EXEC_VALUES = {"process", "cwd", "user", "apparmor", "process-label", "pid-file", "console-socket", "pidfd-socket",
-               "preserve-fds", *REPEATED}  # fmt: skip
+EXEC_VALUES = CREATE_VALUES - {"bundle"} | {"process", "cwd", "user", "apparmor", "process-label", *REPEATED}
 
 # command: (function, flags, options with a value, most arguments)
 COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str], int]] = {

@@ -356,7 +356,11 @@ def test_the_ioctl_numbers_are_those_of_the_headers():
     assert runx.IOCTL_EVTCHN_NOTIFY == 0x00044504  # 'E', 4, of 4
 
 
-def test_without_xens_event_channels_it_is_said_what_to_load(monkeypatch):
-    monkeypatch.setattr(runx, "EVENT_CHANNELS", "/dev/no such")
-    with pytest.raises(runx.Error, match="cannot open /dev/no such: No such file or directory; is .*xen-evtchn loaded"):
-        runx.EventChannels()
+@pytest.mark.parametrize(
+    "device, module, opened",
+    [("EVENT_CHANNELS", "evtchn", runx.EventChannels), ("GRANTED_PAGES", "gntdev", runx.Grants)],
+)
+def test_without_a_device_of_xens_it_is_said_what_to_load(monkeypatch, device, module, opened):
+    monkeypatch.setattr(runx, device, "/dev/no such")
+    with pytest.raises(runx.Error, match=f"open /dev/no such: No such file or directory; is .*xen-{module} loaded"):
+        opened()
