@@ -5688,7 +5688,7 @@ def end_redirect(netlink: Rtnetlink, index: int) -> None:
 
 
 # ==== CNI ================================================================================================
-# Networks that NETCONF names: configuration files and plugins of the CNI specification, SPEC.md 0.2.0 to 1.1.0.
+# Networks that NETCONF names: configuration files and plugins of the CNI specification, SPEC.md 0.1.0 to 1.1.0.
 
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
@@ -8964,7 +8964,8 @@ commands:
   kill [--all] ID [SIGNAL]                         send a signal to its process
   delete [--force] ID                              remove what is left of it
   exec [--process FILE | OPTIONS] ID [COMMAND..]   run one more process in it: see docs/exec.md
-  pause ID, resume ID                              stop and continue its VM
+  pause ID                                         stop its VM
+  resume ID                                        let it go on
   ps [--format table|json] ID [PS OPTIONS]         its processes on this host
   events [--stats] [--interval 5s] ID              what Xen counts for it, as JSON
   update [--resources FILE|-] [--memory N] ID      change memory, processors and their share: see docs/lifecycle.md
