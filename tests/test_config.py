@@ -683,7 +683,10 @@ def test_a_seccomp_filter_that_allows_by_default():
         ({"defaultAction": "SCMP_ACT_NOTIFY"}, "linux.seccomp.defaultAction must be one of .*, not SCMP_ACT_NOTIFY"),
         ({"defaultErrnoRet": 1 << 16}, "defaultErrnoRet must be"),
         ({"flags": ["NEW"]}, r"flags\[0\] must be one of SECCOMP_FILTER_FLAG_TSYNC, .*, not NEW"),
-        ({"listenerPath": "/run/agent"}, "listenerPath cannot be served"),
+        (
+            {"listenerPath": "/run/agent", "syscalls": [rule("mkdir", action="SCMP_ACT_NOTIFY")]},
+            r"syscalls\[0\].action must be one of .*, not SCMP_ACT_NOTIFY",
+        ),
         ({"syscalls": [rule("max value")]}, r"syscalls\[0\].names must hold names of system calls, not max value"),
         (
             {"syscalls": [rule("read", args=[{"index": 6, "op": "SCMP_CMP_EQ"}])]},
@@ -699,6 +702,10 @@ def test_a_seccomp_filter_that_allows_by_default():
 def test_a_seccomp_filter_that_cannot_be_is_refused(change, words):
     with pytest.raises(runx.Error, match=words):
         seccomp(**change)
+
+
+def test_the_listener_of_a_filter_that_notifies_nobody_is_ignored():
+    assert seccomp(rule("read"), listenerPath="/run/agent", listenerMetadata="x") == seccomp(rule("read"))
 
 
 def test_seccomp_on_another_machine_is_refused():
