@@ -2554,6 +2554,7 @@ MOUNT_OPTIONS = {
     "bind": (MS_BIND, 0),
     "rbind": (MS_BIND | MS_REC, 0),
     "dirsync": (MS_DIRSYNC, 0),
+    "remount": (MS_REMOUNT, 0),
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),
     **dict.fromkeys(("defaults", "acl", "noacl"), (0, 0)),  # nothing to the file systems that a container gets
 }
@@ -2578,6 +2579,7 @@ class Mount:
         data = [option for option in spec.texts("options") if not self.take(option)]
         if self.flags & MS_BIND:
             self.source = os.path.join(bundle, self.source)
+            self.flags &= ~MS_REMOUNT  # to have it once more, with these flags, comes to the same
         where = f"cannot mount {self.source} at {self.destination}"
         if not os.path.normpath(self.destination).strip("/"):
             raise Error(f"cannot mount {self.source} over the rootfs at {self.destination}: name it as root.path")

@@ -584,7 +584,7 @@ def test_options_of_mount():
         ("iversion", "noiversion", "I_VERSION"), ("silent", "loud", "SILENT"),
     ):  # fmt: skip
         expected.update({option: (LINUX[f"MS_{name}"], 0), without: (0, LINUX[f"MS_{name}"])})
-    expected["dirsync"] = (LINUX["MS_DIRSYNC"], 0)
+    expected.update({name: (LINUX[f"MS_{name.upper()}"], 0) for name in ("dirsync", "remount")})
     expected.update(dict.fromkeys(("acl", "noacl"), (0, 0)))
     expected["rro"] = (LINUX["MS_RDONLY"] | runx.RECURSIVE_RO, 0)
     assert runx.MOUNT_OPTIONS == expected

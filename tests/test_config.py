@@ -750,6 +750,14 @@ def test_a_bind_mount_without_flags_has_those_of_its_source(bundle, tmp_path, mo
     assert last[:5] == ("mount", "mounts/0", "/t", "", runx.MS_BIND | runx.MS_REMOUNT | flags)
 
 
+def test_a_file_system_of_the_guests_can_be_mounted_again_with_other_options(bundle, tmp_path):
+    mount = mount_of(bundle, type="tmpfs", source="x", options=["remount", "nodev", "size=2m"])
+    assert [*runx.guest_mount(mount, iter(()))] == [("mount", "x", "/t", "tmpfs", runx.MS_REMOUNT | 4, "size=2m")]
+    bound = [mount_of(bundle, source=str(tmp_path), options=["bind", *more, "ro"]) for more in ((), ("remount",))]
+    words, again = ([*runx.guest_mount(mount, iter(["mounts/0"]))] for mount in bound)
+    assert bound[1].on_host() and words == again
+
+
 def test_a_tmpfs_that_begins_with_what_is_below(bundle):
     mount = mount_of(bundle, type="tmpfs", source="tmpfs", options=["tmpcopyup", "ro", "size=1m"])
     assert [*runx.guest_mount(mount, iter(()))] == [("copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m")]
@@ -957,6 +965,7 @@ def test_features_are_what_the_specification_allows():
     features = json.loads(call(*RUNX, "features").stdout)
     runtime_spec.check_features(features)
     assert set(features["hooks"]) == runtime_spec.HOOKS
+    assert "remount" in features["mountOptions"]
     linux = features["linux"]
     assert linux["cgroup"] == {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False}
     assert [linux[key] for key in ("apparmor", "selinux", "intelRdt")] == [{"enabled": False}] * 3

@@ -205,6 +205,10 @@ def test_a_rich_config_is_what_it_is_under_runc(reports, busybox, many_descripto
     )  # fmt: skip
     spec["root"]["readonly"] = True
     spec["hostname"] = "box"
+    spec["mounts"] += [
+        mount("/mem", "tmpfs", "nosuid", "mode=755", "size=64k"),
+        mount("/mem", "tmpfs", "remount", "nodev", "noexec", "size=128k"),
+    ]
     spec["linux"].update(
         sysctl={"kernel.shm_rmid_forced": "1", "net.ipv4.ping_group_range": "7 8"},
         devices=[
