@@ -2915,7 +2915,10 @@ def guest_seals(config: Config) -> Words:
     for entry in filter(Mount.is_sealed_late, config.mounts):
         flags = MS_REMOUNT | MS_BIND | entry.flags & ~(MS_REC | RECURSIVE_RO)
         yield "mount", "", entry.destination, "", flags, ""
-    for name, value in linux.sysctl.items():
+    yield "hostname", config.hostname or os.uname().nodename  # a new UTS namespace begins with the host's too
+    if config.domainname:
+        yield "domainname", config.domainname
+    for name, value in linux.sysctl.items():  # which may be kernel.hostname
         yield "sysctl", f"sys/{name if '/' in name else name.replace('.', '/')}", value
     for path in linux.readonly_paths:
         yield "readonly", path
@@ -2925,9 +2928,6 @@ def guest_seals(config: Config) -> Words:
         yield "propagation", "/", linux.propagation
     if config.readonly:
         yield "mount", "", "/", "", MS_BIND | MS_REMOUNT | MS_RDONLY, ""
-    yield "hostname", config.hostname or os.uname().nodename  # a new UTS namespace begins with the host's too
-    if config.domainname:
-        yield "domainname", config.domainname
 
 
 def guest_place(process: Process) -> Words:

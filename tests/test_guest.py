@@ -92,12 +92,13 @@ CASES = [
      text("node", "/dev/f", 0o20666, 10, 229, 1, 2), "cwd"),
     (process(cwd="/home"), ["cwd", "/home"], "hostname"),
     (linux(sysctl={"net.ipv4.ip_forward": "1", "net/x.y/z": "2"}),
-     text("sysctl", "sys/net/ipv4/ip_forward", 1, "sysctl", "sys/net/x.y/z", 2), "hostname"),
+     text("sysctl", "sys/net/ipv4/ip_forward", 1, "sysctl", "sys/net/x.y/z", 2), "oom"),
+    (linux(sysctl={"kernel.hostname": "y"}), text("hostname", "box", "sysctl", "sys/kernel/hostname", "y"), "oom"),
     (linux(readonlyPaths=["/a", "/b"], maskedPaths=["/c"]),
-     ["readonly", "/a", "readonly", "/b", "mask", "/c"], "hostname"),
-    (linux(rootfsPropagation="rslave"), text("propagation", "/", runx.MS_SLAVE), "hostname"),
+     ["readonly", "/a", "readonly", "/b", "mask", "/c"], "oom"),
+    (linux(rootfsPropagation="rslave"), text("propagation", "/", runx.MS_SLAVE), "oom"),
     (plain(root={"path": "rootfs", "readonly": True}),
-     text("mount", "", "/", "", BIND | REMOUNT | RDONLY, ""), "hostname"),
+     text("mount", "", "/", "", BIND | REMOUNT | RDONLY, ""), "oom"),
     (plain(domainname="example"), ["domainname", "example"], "oom"),
     (process(rlimits=[{"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}]), text("rlimit", 7, 5, 6), "oom"),
     (process(oomScoreAdj=-5), ["oom", "-5"], "capabilities"),
@@ -150,8 +151,8 @@ def test_words_stand_in_one_order_whatever_config_json_has(guest):
     }  # fmt: skip
     words = guest(spec, capabilities={"bin/x": b"\1\2"})
     keywords = [
-        "file_capability", "cgroup", "mount", "node", "mount", "node", "link", "terminal", "cwd", "mount", "sysctl",
-        "readonly", "mask", "propagation", "mount", "hostname", "domainname", "rlimit", "oom", "ioprio", "scheduler",
+        "file_capability", "cgroup", "mount", "node", "mount", "node", "link", "terminal", "cwd", "mount", "hostname",
+        "domainname", "sysctl", "readonly", "mask", "propagation", "mount", "rlimit", "oom", "ioprio", "scheduler",
         "personality", "capabilities", "no_new_privileges", "seccomp", "user", "state", "hook", "group", "arg", "env",
     ]  # fmt: skip
     place = 0
