@@ -2243,9 +2243,9 @@ def parse_cgroup(resources: Section) -> dict[str, str]:
         files["pids.max"] = str(pids)
     for entry in resources.sections("hugepageLimits"):
         size = entry.text("pageSize")
-        if not is_number(size[:-2], 9) or size[-2:] not in ("KB", "MB", "GB"):
+        if size not in {f"{1 << power}{unit}B" for power in range(10) for unit in "KMG"}:  # as kernels name them
             entry.refuse(f"must be a size such as 2MB, not {printable(size)}", "pageSize")
-        files[f"hugetlb.{size}.max"] = str(entry.number("limit"))
+        files[f"hugetlb.{size}.max"] = files[f"hugetlb.{size}.rsvd.max"] = str(entry.number("limit"))
     for name, value in resources.table("unified").items():
         if "/" in name:
             resources.refuse("must hold names of files, such as memory.high", "unified")

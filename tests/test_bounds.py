@@ -347,7 +347,10 @@ def test_every_field_of_linux(load):
         ],
         "sysctl": {"a.b": "1"}, "masked_paths": ["/m"], "readonly_paths": ["/r"],
         "propagation": LINUX["MS_SLAVE"], "personality": LINUX["PER_LINUX32"],
-        "cgroup": {"pids.max": "1", "hugetlb.64KB.max": "2", "hugetlb.1GB.max": "3", "cpu.idle": "1"},
+        "cgroup": {
+            "pids.max": "1", "hugetlb.64KB.max": "2", "hugetlb.64KB.rsvd.max": "2", "hugetlb.1GB.max": "3",
+            "hugetlb.1GB.rsvd.max": "3", "cpu.idle": "1",
+        },
         "seccomp": {"defaultAction": "SCMP_ACT_LOG"},
     }  # fmt: skip
     assert (parsed.cgroup, parsed.namespace) == ("/g", "")

@@ -1202,6 +1202,11 @@ def test_capabilities_that_cannot_be_granted_are_left_out(lacking, left_out):
             {"resources": {"hugepageLimits": [{"pageSize": "\u0662MB", "limit": 1}]}},
             "hugepageLimits.0..pageSize must be a size such as 2MB, not \u0662MB$",
         ),
+        (
+            "linux",
+            {"resources": {"hugepageLimits": [{"pageSize": "3MB", "limit": 1}]}},
+            r"hugepageLimits\[0\].pageSize must be a size such as 2MB, not 3MB$",
+        ),
         ("linux", {"uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}, "linux.uidMappings cannot be applied"),
     ],
 )
@@ -1234,7 +1239,8 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
         "devices": [{"path": "/dev/f", "type": "c", "major": 10, "minor": 229, "uid": 1, "gid": 2}],
     }  # fmt: skip
     text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
-    assert text.startswith(f"{0x20000000} cgroup 3 pids.max 7 hugetlb.2MB.max 4096 cpu.idle 1 ")
+    limits = "pids.max 7 hugetlb.2MB.max 4096 hugetlb.2MB.rsvd.max 4096 cpu.idle 1"
+    assert text.startswith(f"{0x20000000} cgroup 4 {limits} ")
     for record in (
         "personality 8 ",
         f"node /dev/f {0o20666} 10 229 1 2 ", "sysctl sys/net/ipv4/ip_forward 1 sysctl sys/net/ipv4/conf/eth0.1/x 2 ",
