@@ -2235,22 +2235,20 @@ class Resources:
         return min(65535, max(1, self.shares * 256 // 1024))
 
 
-def parse_cgroup(resources: Section) -> dict[str, str]:
-    """Return what of linux.resources becomes a limit of the guest's kernel: file of cgroup v2 and its content."""
-    files = {}
+def parse_cgroup(resources: Section) -> list[tuple[str, str]]:
+    """Return what of linux.resources becomes a limit of the guest's kernel: files of cgroup v2 and a line for each."""
     pids = resources.section("pids").number("limit", 0)
-    if pids > 0:
-        files["pids.max"] = str(pids)
+    lines = [("pids.max", str(pids))] if pids > 0 else []
     for entry in resources.sections("hugepageLimits"):
         size = entry.text("pageSize")
         if size not in {f"{1 << power}{unit}B" for power in range(10) for unit in "KMG"}:  # as kernels name them
             entry.refuse(f"must be a size such as 2MB, not {printable(size)}", "pageSize")
-        files[f"hugetlb.{size}.max"] = files[f"hugetlb.{size}.rsvd.max"] = str(entry.number("limit"))
+        lines += [(f"hugetlb.{size}{kind}.max", str(entry.number("limit"))) for kind in ("", ".rsvd")]
     for name, value in resources.table("unified").items():
         if "/" in name:
             resources.refuse("must hold names of files, such as memory.high", "unified")
-        files[name] = value
-    return files
+        lines += [(name, line) for line in value.split("\n") if line]
+    return lines
 
 
 # ---- namespaces and networks
@@ -2860,7 +2858,7 @@ def guest_base(config: Config, capabilities: dict[str, bytes]) -> Words:
         yield "file_capability", path, len(value), *value
     cgroup = config.linux.cgroup
     if cgroup or any(entry.type in ("cgroup", "cgroup2") for entry in config.mounts):
-        yield "cgroup", len(cgroup), *(word for item in cgroup.items() for word in item)
+        yield "cgroup", len(cgroup), *(word for item in cgroup for word in item)
 
 
 def guest_files(config: Config, sources: Iterator[str]) -> Words:

@@ -347,10 +347,10 @@ def test_every_field_of_linux(load):
         ],
         "sysctl": {"a.b": "1"}, "masked_paths": ["/m"], "readonly_paths": ["/r"],
         "propagation": LINUX["MS_SLAVE"], "personality": LINUX["PER_LINUX32"],
-        "cgroup": {
-            "pids.max": "1", "hugetlb.64KB.max": "2", "hugetlb.64KB.rsvd.max": "2", "hugetlb.1GB.max": "3",
-            "hugetlb.1GB.rsvd.max": "3", "cpu.idle": "1",
-        },
+        "cgroup": [
+            ("pids.max", "1"), ("hugetlb.64KB.max", "2"), ("hugetlb.64KB.rsvd.max", "2"), ("hugetlb.1GB.max", "3"),
+            ("hugetlb.1GB.rsvd.max", "3"), ("cpu.idle", "1"),
+        ],
         "seccomp": {"defaultAction": "SCMP_ACT_LOG"},
     }  # fmt: skip
     assert (parsed.cgroup, parsed.namespace) == ("/g", "")
@@ -362,7 +362,7 @@ def test_a_linux_that_says_nothing(load):
     parsed = load(config("true"))
     assert parsed.linux.__dict__ == {
         "pid_namespace": False, "devices": [], "sysctl": {}, "masked_paths": [], "readonly_paths": [],
-        "propagation": 0, "personality": None, "cgroup": {}, "seccomp": None,
+        "propagation": 0, "personality": None, "cgroup": [], "seccomp": None,
     }  # fmt: skip
     assert (parsed.cgroup, parsed.namespace, parsed.readonly, parsed.hostname, parsed.domainname) == (
         "", None, False, "", ""

@@ -88,6 +88,8 @@ CASES = [
     (linux(namespaces=NAMESPACES), [str(runx.CLONE_NEWPID)], "cwd"),
     (linux(resources={"pids": {"limit": 7}, "unified": {"memory.high": "5"}}),
      text("cgroup", 2, "pids.max", 7, "memory.high", 5), "cwd"),
+    (linux(resources={"unified": {"io.max": "259:0 rbps=2\n253:0 wiops=3\n", "cpu.idle": "1"}}),
+     text("cgroup", 3, "io.max", "259:0 rbps=2", "io.max", "253:0 wiops=3", "cpu.idle", 1), "cwd"),
     (linux(devices=[{"path": "/dev/f", "type": "c", "major": 10, "minor": 229, "uid": 1, "gid": 2}]),
      text("node", "/dev/f", 0o20666, 10, 229, 1, 2), "cwd"),
     (process(cwd="/home"), ["cwd", "/home"], "hostname"),
