@@ -2380,7 +2380,8 @@ SCHEDULER_FLAGS = "RESET_ON_FORK RECLAIM DL_OVERRUN KEEP_POLICY KEEP_PARAMS UTIL
 
 class Process:
     def __init__(self, spec: Section) -> None:
-        user, console = spec.section("user"), spec.section("consoleSize")
+        user, self.terminal = spec.section("user"), spec.flag("terminal")
+        console = spec.section("consoleSize") if self.terminal else Section({}, "")
         self.console_size = console.unsigned("height", 16), console.unsigned("width", 16)  # 0, 0: not said
         self.args = spec.texts("args")
         if not self.args:
@@ -2391,7 +2392,6 @@ class Process:
             if variable.find("=") < 1:
                 spec.refuse(f"must hold NAME=VALUE, not {printable(variable) or 'an empty string'}", "env")
         self.cwd = spec.path("cwd")
-        self.terminal = spec.flag("terminal")
         self.uid = user.unsigned("uid", 32)
         self.gid = user.unsigned("gid", 32)
         self.groups = list(dict.fromkeys(user.each("additionalGids", Section.unsigned, 32, REQUIRED)))

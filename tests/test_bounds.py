@@ -8,7 +8,7 @@ import stat
 import struct
 
 import pytest
-from conftest import config, record
+from conftest import DEVPTS, config, record
 
 import runx
 
@@ -147,7 +147,8 @@ def with_member(spec, path, value):
 
 
 def sample():
-    spec = config("true", cwd="/", user={"uid": 0, "gid": 0, "additionalGids": [0]}, terminal=False)
+    spec = config("true", cwd="/", user={"uid": 0, "gid": 0, "additionalGids": [0]}, terminal=True)
+    spec["mounts"].append(DEVPTS)
     spec["process"]["rlimits"] = [{"type": "RLIMIT_CORE", "soft": 3, "hard": 2**64 - 1}]
     spec["process"]["ioPriority"] = {"class": "IOPRIO_CLASS_BE"}
     spec["process"]["scheduler"] = {"policy": "SCHED_FIFO"}

@@ -83,6 +83,8 @@ def test_a_terminal_is_parsed_and_needs_a_devpts(bundle):
     spec["process"]["consoleSize"]["width"] = 1 << 16
     with pytest.raises(runx.Error, match="consoleSize"):
         runx.load_config(bundle(spec))
+    spec["process"]["terminal"] = False  # and the size of none is ignored
+    assert runx.load_config(bundle(spec)).process.console_size == (0, 0)
 
 
 BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_vcpus": 0, "most_vcpus": 64}
