@@ -1951,7 +1951,7 @@ def check_links(vm: JsonObject, roots: set[str]) -> None:
 
 
 # in the order of a container's life; runtime-spec config.md "POSIX-platform Hooks"
-HOOK_KINDS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+HOOK_KINDS = "prestart createRuntime createContainer startContainer poststart poststop".split()
 
 
 class Hook:
@@ -8815,34 +8815,32 @@ def owner_of(path: str) -> str:
         return f"#{uid}"
 
 
-OWN_NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "uts")  # those that a VM has instead of dom0's
+OWN_NAMESPACES = "cgroup ipc mount network pid uts".split()  # those that a VM has instead of dom0's
 
 
 def command_features(call: Invocation) -> None:
     """runtime-spec features.md: what is in it is there, what is not is not."""
     off = {"enabled": False}
-    seccomp = {
-        "enabled": os.uname().machine in SECCOMP_ARCHITECTURES,
-        "actions": list(SECCOMP_ACTIONS),
-        "operators": [f"SCMP_CMP_{name}" for name in SECCOMP_OPERATORS],
-        "archs": [name for pairs in SECCOMP_ARCHITECTURES.values() for name, _ in pairs],
-        "knownFlags": list(SECCOMP_FLAGS),
-        "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],
-    }
-    linux = {
-        "namespaces": list(OWN_NAMESPACES),
-        "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
-        "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
-        "seccomp": seccomp,
-        **dict.fromkeys(("apparmor", "selinux", "intelRdt"), off),
-        "mountExtensions": {"idmap": off},
-    }
     print_json({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.3.0",
-        "hooks": list(HOOK_KINDS),
+        "hooks": HOOK_KINDS,
         "mountOptions": sorted({*MOUNT_OPTIONS, *filter(None, PROPAGATIONS), "tmpcopyup", "notmpcopyup"}),
-        "linux": linux,
+        "linux": {
+            "namespaces": OWN_NAMESPACES,
+            "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
+            "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
+            "seccomp": {
+                "enabled": os.uname().machine in SECCOMP_ARCHITECTURES,
+                "actions": list(SECCOMP_ACTIONS),
+                "operators": [f"SCMP_CMP_{name}" for name in SECCOMP_OPERATORS],
+                "archs": [name for pairs in SECCOMP_ARCHITECTURES.values() for name, _ in pairs],
+                "knownFlags": list(SECCOMP_FLAGS),
+                "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],
+            },
+            **dict.fromkeys(("apparmor", "selinux", "intelRdt"), off),
+            "mountExtensions": {"idmap": off},
+        },
         "annotations": {"org.runx.version": VERSION},
         "potentiallyUnsafeConfigAnnotations": ["org.runx."],
     })  # fmt: skip
@@ -8879,16 +8877,6 @@ def command_spec(call: Invocation) -> None:
 
 def example_config() -> JsonObject:
     """Return a config.json for a shell on a terminal, in a bundle whose rootfs is the folder of that name."""
-    process = {
-        "terminal": True,
-        "user": {"uid": 0, "gid": 0},
-        "args": ["sh"],
-        "env": [f"PATH={PATH}", "TERM=xterm"],
-        "cwd": "/",
-        "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), SPEC_CAPABILITIES),
-        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
-        "noNewPrivileges": True,
-    }
     mounts: list[JsonObject] = []
     for destination, kind, source, options in SPEC_MOUNTS:
         mounts.append({"destination": destination, "type": kind, "source": source})
@@ -8896,7 +8884,16 @@ def example_config() -> JsonObject:
             mounts[-1]["options"] = options.split(",")
     return {
         "ociVersion": "1.0.2",
-        "process": process,
+        "process": {
+            "terminal": True,
+            "user": {"uid": 0, "gid": 0},
+            "args": ["sh"],
+            "env": [f"PATH={PATH}", "TERM=xterm"],
+            "cwd": "/",
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), SPEC_CAPABILITIES),
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+            "noNewPrivileges": True,
+        },
         "root": {"path": "rootfs", "readonly": True},
         "hostname": "runX",
         "mounts": mounts,

@@ -641,7 +641,7 @@ def test_capabilities_rlimits_and_policies():
 
 
 def test_hooks_come_in_the_order_of_a_life():
-    kinds = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+    kinds = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
     assert runx.HOOK_KINDS == kinds
 
 
