@@ -5231,8 +5231,8 @@ CGROUP_TIME_LIMIT = 2.0  # seconds to end the last process in a cgroup
 
 
 def find_cgroups(path: str, scope: bool) -> Cgroups:
-    """Return [root, path] of a cgroup in each hierarchy that dom0 has mounted.  Raise Error if others are in it, unless
-    it is a scope, which systemd has just made for us."""
+    """Return [root, path] of a cgroup in each hierarchy that dom0 has mounted.  Raise Error if it is frozen, or others
+    are in it, unless it is a scope, which systemd has just made for us."""
     path = os.path.normpath("/" + path.lstrip("/"))  # two slashes would stay
     cgroups, seen = [], set()
     for entry in host_mounts():
@@ -5241,16 +5241,19 @@ def find_cgroups(path: str, scope: bool) -> Cgroups:
             continue
         seen.add(entry.device)
         cgroups.append([entry.target, path])
-        if path == "/" or (not scope and any(cgroup_processes(each) for each, _, _ in os.walk(entry.target + path))):
-            raise Error(f"cannot make the cgroup {path}: others are in it; name another one by linux.cgroupsPath")
+        folder, remedy = entry.target + path, "name another one by linux.cgroupsPath"
+        if path == "/" or (not scope and any(cgroup_lines(each) for each, _, _ in os.walk(folder))):
+            raise Error(f"cannot make the cgroup {path}: others are in it; {remedy}")
+        if "frozen 1" in cgroup_lines(folder, "cgroup.events") or "FROZEN" in cgroup_lines(folder, "freezer.state"):
+            raise Error(f"cannot make the cgroup {path}: it is there, and frozen; {remedy}")
     return cgroups
 
 
-def cgroup_processes(folder: str) -> list[str]:
-    """Return their pids."""
+def cgroup_lines(folder: str, name: str = "cgroup.procs") -> list[str]:
+    """Return what is in a cgroup's file: pids, or what name says."""
     try:
-        return read_file(f"{folder}/cgroup.procs").split()
-    except FileNotFoundError:
+        return read_file(f"{folder}/{name}").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -5368,7 +5371,7 @@ def remove_cgroups(cgroups: Cgroups, pids: Sequence[int]) -> None:
 def remove_cgroup(root: str, folder: str, pids: Sequence[int]) -> bool:
     """Return whether it is gone."""
     try:
-        for pid in set(cgroup_processes(folder)) & set(map(str, pids)):
+        for pid in set(cgroup_lines(folder)) & set(map(str, pids)):
             write_file(f"{root}/cgroup.procs", pid)
         os.rmdir(folder)
     except FileNotFoundError:

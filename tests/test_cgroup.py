@@ -78,6 +78,22 @@ def test_a_group_of_others_is_refused(hierarchy, path):
     assert path != "/busy" or runx.find_cgroups(path, True)
 
 
+@pytest.mark.parametrize(
+    "kind, options, name, state",
+    [("cgroup2", (), "cgroup.events", "populated 0\nfrozen "), ("cgroup", ("freezer",), "freezer.state", "")],
+)
+def test_a_frozen_group_is_refused_and_stays(hierarchy, kind, options, name, state):
+    """Its processes stop, and so would the one that makes the container's VM."""
+    folder = hierarchy(kind, *options) / "cold"
+    folder.mkdir()
+    frozen, thawed = (f"{state}1\n", f"{state}0\n") if state else ("FROZEN\n", "THAWED\n")
+    (folder / name).write_text(frozen)
+    with pytest.raises(runx.Error, match="cannot make the cgroup /cold: it is there, and frozen"):
+        runx.find_cgroups("/cold", False)
+    (folder / name).write_text(thawed)
+    assert runx.find_cgroups("/cold", False) == [[str(folder.parent), "/cold"]]
+
+
 def test_limits_that_end_are_no_limits():
     unlimited = runx.cgroup_limits(runx.Resources({"memory": {"limit": -1}}, "resources", BASE))
     assert unlimited == {"memory.max": "max", "memory.limit_in_bytes": "-1"}
