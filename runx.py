@@ -1886,9 +1886,11 @@ def check_version(version: str) -> str:
 
 # what a VM cannot have or does not need, and an engine may ask for: docs/config.md gives the reasons
 NOT_APPLIED = """
-    process.apparmorProfile process.selinuxLabel process.execCPUAffinity
-    linux.mountLabel linux.intelRdt linux.timeOffsets linux.memoryPolicy linux.netDevices
-    linux.resources.blockIO linux.resources.network linux.resources.rdma
+    process.apparmorProfile process.selinuxLabel process.execCPUAffinity linux.personality.flags linux.memoryPolicy
+    linux.timeOffsets linux.mountLabel linux.intelRdt linux.netDevices linux.resources.rdma linux.resources.blockIO
+    linux.resources.network linux.resources.cpu.burst linux.resources.cpu.idle linux.resources.cpu.mems
+    linux.resources.cpu.realtimePeriod linux.resources.cpu.realtimeRuntime linux.resources.memory.kernelTCP
+    linux.resources.memory.swappiness linux.resources.memory.disableOOMKiller linux.resources.memory.kernel
 """.split()
 
 

@@ -945,13 +945,17 @@ def test_what_has_no_effect_is_said_of_each(load):
         "mountLabel": "x", "intelRdt": {"a": {"b": 1}}, "timeOffsets": {"a": 1}, "memoryPolicy": {"mode": "x"},
         "netDevices": {"eth0": {"name": "x"}}, "resources": {
             "blockIO": {"weight": 1}, "network": {"classID": 1}, "rdma": {"x": {"hcaHandles": 1}},
+            "cpu": {"burst": 1, "idle": 1, "mems": "0", "realtimePeriod": 1, "realtimeRuntime": 1},
+            "memory": {"kernel": 1, "kernelTCP": 1, "swappiness": 1, "disableOOMKiller": True},
         },
     }  # fmt: skip
-    names = (
-        "process.apparmorProfile process.selinuxLabel process.execCPUAffinity linux.mountLabel linux.intelRdt "
-        "linux.timeOffsets linux.memoryPolicy linux.netDevices linux.resources.blockIO linux.resources.network "
-        "linux.resources.rdma"
-    ).split()
+    spec["linux"]["personality"] = {"domain": "LINUX", "flags": ["x"]}
+    names = [f"process.{name}" for name in ("apparmorProfile", "selinuxLabel", "execCPUAffinity")]
+    names += ["linux.personality.flags", "linux.memoryPolicy", "linux.timeOffsets", "linux.mountLabel"]
+    names += ["linux.intelRdt", "linux.netDevices"]
+    names += [f"linux.resources.{name}" for name in ("rdma", "blockIO", "network", "cpu.burst", "cpu.idle", "cpu.mems")]
+    names += [f"linux.resources.cpu.realtime{name}" for name in ("Period", "Runtime")]
+    names += [f"linux.resources.memory.{name}" for name in ("kernelTCP", "swappiness", "disableOOMKiller", "kernel")]
     assert load(spec).warnings == [f"{name} has no effect on a container in a VM of its own" for name in names]
     for empty in (None, "", {}, [], 0, -1, {"a": {"b": -1, "c": []}}):
         assert not runx.asks(empty)

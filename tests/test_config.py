@@ -1222,11 +1222,18 @@ def test_what_cannot_be_applied_is_refused(bundle, section, change, words):
 def test_what_has_no_effect_is_a_warning(bundle):
     spec = config("true", apparmorProfile="docker-default", selinuxLabel="")
     spec["linux"] = {
-        "intelRdt": None, "mountLabel": "x",
-        "resources": {"pids": {"limit": -1}, "blockIO": {"weight": 0}, "hugepageLimits": [], "unified": {"a": "1"}},
+        "intelRdt": None, "mountLabel": "x", "personality": {"domain": "LINUX", "flags": ["NEW"]},
+        "resources": {
+            "pids": {"limit": -1}, "blockIO": {"weight": 0}, "hugepageLimits": [], "unified": {"a": "1"},
+            "cpu": {"shares": 5, "mems": "0", "idle": 0, "realtimeRuntime": 7},
+            "memory": {"limit": 1 << 26, "swap": 1 << 27, "swappiness": 10, "disableOOMKiller": False},
+        },
     }  # fmt: skip
     named = [warning.split()[0] for warning in runx.load_config(bundle(spec)).warnings]
-    assert named == ["process.apparmorProfile", "linux.mountLabel"]
+    assert named == [
+        "process.apparmorProfile", "linux.personality.flags", "linux.mountLabel", "linux.resources.cpu.mems",
+        "linux.resources.cpu.realtimeRuntime", "linux.resources.memory.swappiness",
+    ]  # fmt: skip
 
 
 def test_the_guest_gets_records_for_all_of_it(bundle):
