@@ -8166,7 +8166,7 @@ def command_start(call: Invocation) -> None:
     try:
         run_hooks(container, "poststart", "running")
     except Error:
-        remove_own(container, call.log)
+        remove_own(call, container)
         raise
 
 
@@ -8236,13 +8236,12 @@ def command_run(call: Invocation) -> int:
     except BaseException:
         if os.path.isfile(path := call.options.get("pid-file", "")):
             os.unlink(path)
-        remove_own(plan.container, call.log)
+        remove_own(call, plan.container)
         raise
     if not attached:
         return 0
     status = await_child(pid, engine)
-    if "keep" not in call.options:
-        remove_own(plan.container, call.log)
+    remove_own(call, plan.container)
     return status
 
 
@@ -8521,13 +8520,14 @@ def command_delete(call: Invocation) -> None:
     delete(call.container(), "force" in call.options, call.log)
 
 
-def remove_own(container: Container, log: Log) -> None:
-    """Remove a container that we have created or started; what fails is a warning, beside what is said of it."""
-    log.attempt(f"remove container {container.id}", delete, container, True, log, container.state.uuid)
+def remove_own(call: Invocation, container: Container) -> None:
+    """Remove a container that we have created or started, or with `run --keep` end it; what fails is a warning."""
+    uuid, keep = container.state.uuid, "keep" in call.options
+    call.log.attempt(f"remove container {container.id}", delete, container, True, call.log, uuid, keep)
 
 
-def delete(container: Container, force: bool, log: Log, uuid: str = "") -> None:
-    """uuid: of its VM, unless any that has its id by now is meant."""
+def delete(container: Container, force: bool, log: Log, uuid: str = "", keep: bool = False) -> None:
+    """uuid: of its VM, unless any that has its id by now is meant.  keep: it is to be stopped, and stay."""
     container.forgiving = force
     if force:  # it is done also when who asks for it is killed, which containerd is by itself after five seconds
         system_call("prctl", PR_SET_PDEATHSIG, 0)
@@ -8541,7 +8541,7 @@ def delete(container: Container, force: bool, log: Log, uuid: str = "") -> None:
             if not force:
                 check_status("delete", container, status)
             stop_monitor(container)
-            if container.is_ours():  # a monitor that was still creating has removed it by itself
+            if container.is_ours() and not keep:  # a monitor that was still creating has removed it by itself
                 destroy(container, log)
     except NoContainer:
         if not force:

@@ -235,6 +235,27 @@ def test_run_keep_leaves_it_to_be_looked_at(dom0):
     assert container.runx("delete").returncode == 0
 
 
+@pytest.mark.parametrize("options", [["--keep"], ["--keep", "--detach"]])
+@pytest.mark.parametrize("what", ["program", "vm", "hook"])
+def test_run_keep_leaves_what_could_not_start_too(dom0, what, options):
+    """As under runc: it is stopped, and `state` and `delete` work."""
+    container = with_hooks(dom0, "wait", poststart={"command": "exit 7" if what == "hook" else "true"})
+    sentence = "error running poststart hook #0"
+    if what == "program":
+        sentence = 'exec: "x": exec format error'
+        container.write(config(f"begun:set:data/process/0/error={sentence}", "begun:exit:255"))
+    elif what == "vm":
+        sentence = "process/0/start in xenstore: EIO"
+        dom0.fail("xenstore", 1, "EIO", match="process/0/start")
+    result = run(container, *options, "--pid-file", str(container.pid_file)).wait()
+    assert (result.returncode, sentence in result.stderr) == (1, True), result
+    assert (container.status(), container.pid_file.exists()) == ("stopped", False)
+    assert "cannot start a container that has stopped" in container.runx("start").stderr
+    result = container.runx("delete")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert container.runx("state").returncode == 1
+
+
 def test_run_detached_returns_when_it_runs(dom0):
     container = dom0.container("wait")
     process = run(container, "--detach", "--pid-file", str(container.pid_file))
