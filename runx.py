@@ -146,10 +146,6 @@ class Undo:
         """what: the words behind "cannot" if that fails, which is a warning."""
         self.steps.append(lambda: self.log.attempt(what, work, *args))
 
-    def run(self) -> None:
-        while self.steps:
-            self.steps.pop()()
-
     def keep(self) -> None:
         """Whatever happens, nothing is given back that has been acquired until now."""
         self.steps.clear()
@@ -163,8 +159,8 @@ class Undo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.run()
+        while kind is not None and self.steps:
+            self.steps.pop()()
         for fd in self.held:
             os.close(fd)
 
@@ -2394,6 +2390,7 @@ class Process:
             if variable.find("=") < 1:
                 spec.refuse(f"must hold NAME=VALUE, not {printable(variable) or 'an empty string'}", "env")
         self.cwd = spec.path("cwd")
+        self.is_piped = False  # it leads to no terminal of the caller's
         self.uid = user.unsigned("uid", 32)
         self.gid = user.unsigned("gid", 32)
         self.groups = list(dict.fromkeys(user.each("additionalGids", Section.unsigned, 32, REQUIRED)))
@@ -2932,7 +2929,7 @@ def guest_seals(config: Config) -> Words:
 
 def guest_place(process: Process) -> Words:
     if process.terminal:
-        yield ("terminal",)
+        yield ("plain_terminal" if process.is_piped else "terminal",)
     yield "cwd", process.cwd
 
 
@@ -7673,7 +7670,8 @@ class Plan(Record):
     config: Config
     networks: list[Network]
     bundle: str
-    console_socket: str | int | None
+    engine: int | None
+    console_socket: str | int | None  # with engine as find_console() returns them
     systemd: bool  # it makes the cgroup
     log: Log
 
@@ -7819,7 +7817,8 @@ class Order(Record):
     number: int  # the process's
     process: Process
     words: bytes  # see exec_config()
-    console_socket: str | int | None
+    engine: int | None
+    console_socket: str | int | None  # with engine as find_console() returns them
     is_patient: bool  # the VM is paused, and takes its time
     log: Log
 
@@ -8019,9 +8018,10 @@ def make_plan(call: Invocation, attached: bool) -> Plan:
     take_ordinary_score()
     networks = [Network(request, config.netconf_folders) for request in config.netconf]
     config.warnings += [f"{what} has no effect: nothing that is open on dom0 reaches a VM" for what in handed(call)]
+    engine, console_socket = find_console(call, config.process, attached)
     return Plan(
         container=container, config=config, networks=networks, bundle=bundle, systemd=call.systemd, log=call.log,
-        console_socket=find_console_socket(call, config.process, attached),
+        engine=engine, console_socket=console_socket,
     )  # fmt: skip
 
 
@@ -8044,15 +8044,21 @@ def fit_vcpus(config: Config) -> None:
         machine.maxvcpus = min(machine.maxvcpus, most)
 
 
-def find_console_socket(call: Invocation, process: Process | None, attached: bool) -> str | None:
-    """The absolute path of --console-socket, or None; Error, in runc's words, unless it is there just when needed."""
-    path = call.options.get("console-socket")
-    terminal = bool(process and process.terminal)
+def find_console(call: Invocation, process: Process | None, attached: bool) -> tuple[int | None, str | int | None]:
+    """Where a terminal goes to: two connected sockets, of which one is for attach(), or None and the absolute path of
+    --console-socket, or None twice.  Raise Error, in runc's words, unless that option is there just when needed."""
+    path, terminal = call.options.get("console-socket"), bool(process and process.terminal)
     if terminal and not path and not attached:
         raise Error("cannot allocate tty if runX will detach without setting console socket")
     if path and (attached or not terminal):
         raise Error("cannot use console socket if runX will not detach or allocate tty")
-    return path and os.path.abspath(path)
+    if not (attached and process and process.terminal):
+        return None, path and os.path.abspath(path)
+    import socket
+
+    process.is_piped = not os.isatty(1)
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
 
 
 def create(plan: Plan, options: JsonObject) -> int:
@@ -8224,10 +8230,8 @@ def await_process(container: Container, domain: Domain) -> None:
 
 def command_run(call: Invocation) -> int:
     """create, start and, unless detached, wait: the exit status is the container's."""
-    attached, engine = "detach" not in call.options, None
+    attached = "detach" not in call.options
     plan = make_plan(call, attached)
-    if attached and plan.config.process and plan.config.process.terminal:
-        engine, plan.console_socket = console_sockets()
     pid = create(plan, call.options)
     if attached:
         forward_signals(pid)
@@ -8240,26 +8244,17 @@ def command_run(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    status = await_child(pid, engine)
+    status = await_child(pid, plan.engine)
     remove_own(call, plan.container)
     return status
 
 
 def await_child(pid: int, engine: int | None) -> int:
-    """Return a process's exit status as a shell has it.  engine: the socket by which its terminal comes, if it has
-    one."""
+    """Return a process's exit status as a shell has it.  engine: of its terminal, if it has one."""
     if engine is not None:
         attach(engine)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return status if status >= 0 else 128 - status
-
-
-def console_sockets() -> tuple[int, int]:
-    """Descriptors of two connected sockets: for attach(), and in place of --console-socket."""
-    import socket
-
-    ours, theirs = socket.socketpair()
-    return ours.detach(), theirs.detach()
 
 
 def attach(engine: int) -> None:
@@ -8278,6 +8273,10 @@ def attach(engine: int) -> None:
     saved = termios.tcgetattr(0) if os.isatty(0) else None
     if saved:
         tty.setraw(0)
+        if not os.isatty(1):  # what is at our output's other end may write here, lines of plain text
+            mode = termios.tcgetattr(0)
+            mode[1] = saved[1]
+            termios.tcsetattr(0, termios.TCSANOW, mode)
         signal.signal(signal.SIGWINCH, resize)
         resize()
     os.set_blocking(master, False)
@@ -8338,10 +8337,8 @@ def command_exec(call: Invocation) -> int:
 
 
 def execute(call: Invocation) -> int:
-    attached, engine, options = "detach" not in call.options, None, call.options
+    attached, options = "detach" not in call.options, call.options
     order = make_order(call, attached)
-    if attached and order.process.terminal:
-        engine, order.console_socket = console_sockets()
     pid = start_carrier(call, order, attached)
     try:
         if options.get("pidfd-socket"):
@@ -8354,10 +8351,10 @@ def execute(call: Invocation) -> int:
         raise
     if not attached:
         return 0
-    if engine is None:  # the carrier alone has them now, so that it can end them one by one
+    if order.engine is None:  # the carrier alone has them now, so that it can end them one by one
         for fd in (0, 1, 2):
             close_standard(fd)
-    return await_child(pid, engine)
+    return await_child(pid, order.engine)
 
 
 def make_order(call: Invocation, attached: bool) -> Order:
@@ -8372,9 +8369,10 @@ def make_order(call: Invocation, attached: bool) -> Order:
     process, linux, warnings = parse_exec(spec, asked, path or "the process")
     for warning in warnings:
         call.log.about(container.id).warn(warning)
+    engine, console_socket = find_console(call, process, attached)
     return Order(
-        container=container, number=0, process=process, words=exec_config(linux, process),
-        console_socket=find_console_socket(call, process, attached), is_patient=False, log=call.log,
+        container=container, number=0, process=process, words=exec_config(linux, process), engine=engine,
+        console_socket=console_socket, is_patient=False, log=call.log,
     )  # fmt: skip
 
 

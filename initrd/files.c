@@ -12,6 +12,7 @@
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <sys/xattr.h>
+#include <termios.h>
 
 int init_run;
 
@@ -265,12 +266,24 @@ static void apply_terminal(char **none)
 	check(mount(path, "/dev/console", NULL, MS_BIND, NULL), "mount", "/dev/console");
 }
 
+/* One that leads to a pipe or a file: no carriage returns are added to its lines. */
+static void apply_plain_terminal(char **none)
+{
+	struct termios mode;
+
+	apply_terminal(none);
+	check(tcgetattr(1, &mode), "set up", "the terminal");
+	mode.c_oflag &= ~ONLCR;
+	check(tcsetattr(1, TCSANOW, &mode), "set up", "the terminal");
+}
+
 const struct keyword file_keywords[] = {
 	{ "mount", 5, apply_mount, LATE },			/* source target type flags data */
 	{ "copy_up", 5, apply_copy_up, LATE },			/* as mount */
 	{ "node", 6, apply_node, LATE },			/* path mode major minor uid gid */
 	{ "link", 2, apply_link, LATE },			/* content path */
 	{ "terminal", 0, apply_terminal, LATE },
+	{ "plain_terminal", 0, apply_plain_terminal, LATE },
 	{ "mask", 1, apply_mask, LATE },			/* path */
 	{ "readonly", 1, apply_readonly, LATE },		/* path */
 	{ "file_capability", 2, apply_file_capability, LATE },	/* path below the share, n bytes... */

@@ -7,6 +7,7 @@ import os
 import pathlib
 import select
 import signal
+import termios
 
 import pytest
 from conftest import call, check_our_terminal, record, runx_command, wait_until
@@ -349,6 +350,23 @@ def test_run_at_a_pipe_that_must_not_block_waits_for_its_reader(dom0):
 def test_run_joins_our_own_terminal(dom0):
     container = dom0.container("out:go", "line:", "exit:4", terminal=True)
     check_our_terminal(functools.partial(run, container))
+
+
+def test_run_adds_no_carriage_returns_to_what_goes_to_a_pipe(dom0):
+    """As under runc; at our terminal, where they are added, a line of who reads the pipe begins on the left."""
+    container = dom0.container("out:go", "wait", terminal=True)
+    master, slave = os.openpty()
+    reader, writer = os.pipe()
+    for stdout, output, word in ((writer, reader, "plain_terminal"), (slave, master, "terminal")):
+        process = run(container, stdin=slave, stdout=stdout, session=True)
+        assert os.read(output, 2) == b"go"
+        assert [word, []] in container.guest()["records"]
+        modes = termios.tcgetattr(slave)
+        assert (bool(modes[1] & termios.OPOST), modes[3] & termios.ICANON) == (output == reader, 0)
+        kill(container)
+        assert process.wait().returncode == 137
+    for fd in (master, slave, reader, writer):
+        os.close(fd)
 
 
 def test_run_cannot_have_a_console_socket(dom0):

@@ -441,6 +441,19 @@ def test_a_terminal_is_joined_to_ours(dom0):
     finish(container)
 
 
+def test_a_terminal_adds_no_carriage_returns_to_what_goes_to_a_pipe(dom0):
+    container = running(dom0, mounts=PTS)
+    reader, writer = os.pipe()
+    process = execute(container, "out:go", "wait", options=["-t"], stdout=writer)
+    assert os.read(reader, 2) == b"go"
+    assert ["plain_terminal", []] in container.guest()["others"]["1"]["records"]
+    process.signal(15)
+    assert process.wait().returncode == 143
+    for fd in (reader, writer):
+        os.close(fd)
+    finish(container)
+
+
 @contextlib.contextmanager
 def pidfd_socket(path):
     """An engine's socket; yield what gives the message and the pidfd that come by it."""

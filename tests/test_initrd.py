@@ -113,6 +113,16 @@ int main(int argc, char **argv)
 		printf("%s %d", found, missing);
 	} else if (!strcmp(argv[1], "make")) {
 		return make(word[0], S_IFREG | 0600, 0) < 0 ? errno : 0;
+	} else if (!strcmp(argv[1], "terminal")) {
+		struct termios mode;
+		int sockets[2];
+		socketpair(AF_UNIX, SOCK_STREAM, 0, sockets);
+		parent = sockets[0];
+		process_number = 1;
+		if (write(sockets[1], "", 1) != 1 || fork() || setsid() < 0)	/* as the supervisor answers */
+			return wait(&missing) < 0 || missing;
+		(*word ? apply_plain_terminal : apply_terminal)(word);
+		return tcgetattr(2, &mode) || !!(mode.c_oflag & ONLCR) == !!*word;
 	} else {
 		apply_mask(word);
 	}
@@ -220,6 +230,11 @@ def test_what_is_to_be_masked_may_be_missing_but_not_unknown(files, root):
     assert run_in(root, files, "mask", "/no/such").returncode == 0
     result = run_in(root, files, "mask", "/file/below")
     assert (result.returncode, result.stderr) == (126, "mask /file/below: Not a directory\n")
+
+
+@pytest.mark.parametrize("words", [["plain"], []])
+def test_a_terminal_that_leads_to_a_pipe_adds_no_carriage_returns(files, words):
+    assert subprocess.run([files, "terminal", *words]).returncode == 0
 
 
 PASSWD = "root:x:0:0::/root:/bin/sh:more\nshort:x:7:7:\nuser:x:7:7::/home/user\nother:x:7:7::/x:\nno:x:8:8:::\n"

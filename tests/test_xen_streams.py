@@ -282,6 +282,11 @@ def check_at_a_terminal(*argv):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def test_what_a_terminal_shows_has_no_carriage_returns_in_a_pipe(bundle):
+    result = bundle.run(in_memory(terminal_config("sh", "-c", "echo one; exec tty")))
+    assert (result.returncode, result.stdout) == (0, b"one\n/dev/pts/0\n"), result
+
+
 def test_run_joins_its_own_terminal_to_the_containers(bundle):
     spec = in_memory(terminal_config("sh", "-i"))
     spec["process"]["env"] = ["PATH=/bin", OUR_PS1]

@@ -18,10 +18,10 @@ HARMLESS = {0, 17, 18, 23, 28}  # signals that end nothing: CHLD, CONT, URG, WIN
 
 # the operands of each keyword of /container/config, beside those that say how many they have: container.c, keywords[]
 OPERANDS = {
-    "mount": 5, "copy_up": 5, "node": 6, "link": 2, "terminal": 0, "mask": 1, "readonly": 1, "resolv_conf": 0,
-    "propagation": 2, "sysctl": 2, "hostname": 1, "domainname": 1, "rlimit": 3, "oom": 1, "ioprio": 1, "scheduler": 7,
-    "user": 3, "group": 1, "capabilities": 5, "no_new_privileges": 0, "personality": 1, "cwd": 1, "arg": 1, "env": 1,
-    "state": 1,
+    "mount": 5, "copy_up": 5, "node": 6, "link": 2, "terminal": 0, "plain_terminal": 0, "mask": 1, "readonly": 1,
+    "resolv_conf": 0, "propagation": 2, "sysctl": 2, "hostname": 1, "domainname": 1, "rlimit": 3, "oom": 1, "ioprio": 1,
+    "scheduler": 7, "user": 3, "group": 1, "capabilities": 5, "no_new_privileges": 0, "personality": 1, "cwd": 1,
+    "arg": 1, "env": 1, "state": 1,
 }  # fmt: skip
 
 
@@ -204,7 +204,7 @@ class Guest:
                 self.files.setdefault(name, member)
         self.records = parse_config(self.files["container/config"][1])
         self.script = [operands[0] for keyword, operands in self.records if keyword == "arg"][1:]
-        self.terminal = ("terminal", []) in self.records
+        self.terminal = self.has_terminal()
         self.life = self.live()
 
     def prepare(self, machine, number):
@@ -214,6 +214,9 @@ class Guest:
         self.read_absolute, self.grant, self.notify = machine.read_absolute, machine.grant, machine.notify
         self.deadly, self.ready, self.escaped, self.input_ended = None, False, False, False
         self.ignores, self.input, self.cut, self.sizes = False, b"", set(), []
+
+    def has_terminal(self):
+        return ("terminal", []) in self.records or ("plain_terminal", []) in self.records
 
     def run(self):
         """Goes on until it waits; nothing any more once it has ended."""
@@ -471,7 +474,7 @@ class Further(Guest):
                 yield from self.wait()
         assert len(data) == length, "input came before the process"
         self.records = parse_config(data[4:])
-        self.terminal = ("terminal", []) in self.records
+        self.terminal = self.has_terminal()
         program, *self.script = [operands[0] for keyword, operands in self.records if keyword == "arg"]
         if program != "guest":
             self.write(f"{self.node}/error", f'exec: "{program}": executable file not found in $PATH')
