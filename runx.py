@@ -8685,12 +8685,12 @@ def command_update(call: Invocation) -> None:
 
 
 def read_update(options: dict[str, Any]) -> dict[str, Any]:
-    """The linux.resources that --resources and the other options ask for."""
+    """The linux.resources that are asked for: as by runc, beside --resources only Intel's options count."""
     source, changes = options.get("resources"), {}
     if source:
         changes = read_object(0 if source == "-" else source, "the resources")
     for name, field in UPDATE_OPTIONS.items():
-        if options.get(name):
+        if options.get(name) and (not source or "schema" in name):
             section, _, key = field.partition(".")
             values = Section(changes, "resources").section(section).values
             changes[section] = {**values, key: parse_quantity(name, options[name])}

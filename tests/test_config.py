@@ -1082,15 +1082,18 @@ def test_an_update_that_is_not_possible_changes_nothing(applied, changes, words)
 
 
 def test_the_options_of_update_are_fields_of_resources(tmp_path):
-    (tmp_path / "resources").write_text('{"memory": {"limit": 1}, "cpu": {"shares": 2}}')
-    words = ["--memory=64m", "--cpu-quota", "-1", "--cpuset-cpus=0-1", "-r", str(tmp_path / "resources"), "id"]
+    words = ["--memory=64m", "--cpu-quota", "-1", "--cpuset-cpus=0-1", "--resources=", "id"]
     options, arguments = runx.parse_options("update", words)
     assert arguments == ["id"]
-    assert runx.read_update(options) == {
-        "memory": {"limit": 64 << 20}, "cpu": {"shares": 2, "quota": -1, "cpus": "0-1"},
-    }  # fmt: skip
+    assert runx.read_update(options) == {"memory": {"limit": 64 << 20}, "cpu": {"quota": -1, "cpus": "0-1"}}
     with pytest.raises(runx.Error, match="--memory of update needs a number"):
         runx.read_update({"memory": "much"})
+    document = {"memory": {"limit": 1}, "cpu": {"shares": 2}}
+    (tmp_path / "resources").write_text(json.dumps(document))
+    words = ["--memory=much", "--cpu-quota", "-1", "-r", str(tmp_path / "resources"), "id"]
+    options, _ = runx.parse_options("update", words)
+    assert runx.read_update(options) == document  # as by runc, which takes these beside it:
+    assert runx.read_update({**options, "mem-bw-schema": "x"}) == {**document, "intelRdt": {"memBwSchema": "x"}}
     (tmp_path / "resources").write_text("{")
     with pytest.raises(runx.Error, match="cannot read the resources"):
         runx.read_update({"resources": str(tmp_path / "resources")})
