@@ -291,8 +291,7 @@ def system_call(name: str, *args: Any) -> int:
 def has_function(name: str) -> bool:
     """Return whether the C library has a function."""
     try:
-        c_library()["find"](name)
-        return True
+        return bool(c_library()["find"](name))
     except (OSError, AttributeError):  # of _ctypes, of ctypes
         return False
 
@@ -1659,7 +1658,7 @@ class Container:
         self.save(devices=[each for each in self.state.devices if each != [device.kind, device.number]])
 
     def tell_monitor(self, request: str) -> None:
-        """request: "kill N" or "destroy N", see Monitor.  Raise NotRunning."""
+        """request: see Monitor.handle_control().  Raise NotRunning."""
         try:
             with Descriptor(os.open(self.path("control"), os.O_WRONLY | os.O_NONBLOCK)) as fd:
                 os.write(fd, request.encode() + b"\n")
@@ -7225,7 +7224,7 @@ class Loop:
     def run(self, signals: int) -> int:
         """Return the process's exit status.  signals: see relay_signals()."""
         self.signals = signals
-        while not self.is_over():
+        while self.phase != "done" and not (self.phase == "draining" and self.streams.are_delivered()):
             handlers, poll = self.handlers(), select.poll()
             for fd in handlers:
                 poll.register(fd, select.POLLIN)
@@ -7250,9 +7249,6 @@ class Loop:
 
     def is_open(self) -> bool:
         return self.phase == "serving"
-
-    def is_over(self) -> bool:
-        return self.phase == "done" or self.phase == "draining" and self.streams.are_delivered()
 
     def end(self, status: int, abandon: bool = False) -> None:
         """It has ended with status; abandon: do not wait for readers of its output."""
@@ -7625,11 +7621,14 @@ class Monitor(Loop):
             self.end(255, abandon=True)
 
     def handle_control(self) -> None:
-        """Requests of other runX processes: "kill N", "destroy N" (N: a signal), "exec N PID", a line each."""
+        """Lines of other runX processes: "kill N", "destroy N" (signals), "mute N" (seconds), "exec N PID"."""
         for line in os.read(self.control, 1 << 16).decode("ascii").splitlines():  # all that a pipe holds
             verb, number, *pid = line.split()
             if verb == "exec":
                 self.execs.take(int(number), int(pid[0]))
+            elif verb == "mute" and self.is_open():
+                self.explain(f"the VM has not found its devices within {number} s: does its kernel boot?")
+                self.end(255, abandon=True)
             elif verb == "destroy" or not self.is_open():
                 self.end(128 + int(number), abandon=True)
             elif not self.deadline:
@@ -7701,7 +7700,9 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
                 monitor.leave("error", failure)
             committed = commit.take()
         server.stop()
-        take_down(container, plan.log)
+        if clean_up(container, plan.log) and os.path.exists(container.path("control")):
+            os.unlink(container.path("control"))  # tells delete that nothing is left outside the folder
+        plan.log.about(container.id).debug("the domain is gone")
         if not committed:
             commit.return_home()  # poststop hooks run where the others have run
             destroy(container, plan.log)
@@ -7737,13 +7738,6 @@ def build(plan: Plan, holder: Holder, server: FileServer, report: int, commit: C
         raise Error(f"cannot serve the container's files: {reason}")
     monitor.log.debug(f"domain {domain.domid} ({plan.container.state.name}) is built")
     return monitor
-
-
-def take_down(container: Container, log: Log) -> None:
-    """Undo what is outside the container's folder, as far as it came."""
-    if clean_up(container, log) and os.path.exists(container.path("control")):
-        os.unlink(container.path("control"))  # tells delete that nothing is left outside the folder
-    log.about(container.id).debug("the domain is gone")
 
 
 def refresh(container: Container) -> State:
@@ -7931,6 +7925,7 @@ def run_carrier(order: Order, report: int) -> NoReturn:
 # ==== commands ===========================================================================================
 # One function per command, in the order of a container's life.  Each gets the Invocation.
 
+BOOT_TIME_LIMIT = 600.0  # seconds from `start` until the VM's kernel has found a console
 SIGNALS = (
     "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU "
     "URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"
@@ -8214,10 +8209,17 @@ def await_process(container: Container, domain: Domain) -> None:
     """Return once the container's process is executed.  Raise Error, in runc's words, if it cannot be."""
     xenstore, pidfd, error = domain.xenstore, container.open_pidfd(), ""
     xenstore.watch((f"{domain.path}/data/process/0", "process"))
+    limit: float | None = BOOT_TIME_LIMIT
     while pidfd is not None and not error:
-        if not xenstore.events and pidfd in select.select([xenstore.fd, pidfd], [], [])[0]:
+        ready = [xenstore.fd] if xenstore.events else select.select([xenstore.fd, pidfd], [], [], limit)[0]
+        if pidfd in ready:
             break
-        xenstore.take_events()
+        if ready:
+            xenstore.take_events()
+        elif not refresh(container).paused:
+            limit = None  # if it lives: init has time limits of its own
+            if xenstore.read(f"{domain.path}/device/console/1/state") == XENBUS_INITIALISING:
+                container.tell_monitor(f"mute {BOOT_TIME_LIMIT:.0f}")
         error = domain.told("process/0/error")
         if domain.told("process/0/ready"):
             os.close(pidfd)

@@ -357,6 +357,48 @@ def test_sigkill_ends_one_whose_start_waits(dom0):
     remove(container)
 
 
+def test_a_kernel_that_hangs_while_it_boots_ends_start_with_its_last_words(dom0):
+    dom0.constants["BOOT_TIME_LIMIT"] = 0.0
+    container = dom0.container("early:say:no timer\n", "early:mute").created()
+    result = container.runx("start")
+    reason = "the VM has not found its devices within 0 s: does its kernel boot?"
+    assert result.stderr == f"runX: unable to start container process: {reason}\n"
+    assert (result.returncode, container.wait(), container.status()) == (1, 255, "stopped")
+    assert f"{reason}\n" in container.log_text() and "the VM's console: no timer\n" in container.log_text()
+    remove(container)
+
+
+@pytest.mark.parametrize(
+    "looks, limits, told",
+    [
+        ([("1", False)], [600, None], ["mute 600"]),
+        ([("1", True), ("1", False)], [600, 600, None], ["mute 600"]),
+        ([("3", True), ("3", False)], [600, 600, None], []),
+        ([("4", False)], [600, None], []),
+    ],
+)
+def test_start_gives_up_a_vm_that_runs_and_has_never_found_a_device(monkeypatch, looks, limits, told):
+    """looks: the state of its console, and whether it is paused, at the end of each limit; at last it ends."""
+    states, pauses = map(list, zip(*looks))
+    waited, requests = [], []
+
+    def wait(fds, _, __, limit):
+        waited.append(limit)
+        return [fds[1]] if limit is None else [], [], []
+
+    monkeypatch.setattr(runx.select, "select", wait)
+    state = runx.State()
+    xenstore = SimpleNamespace(fd=0, events=[], watch=lambda watch: None, read=lambda path: states[-1])
+    domain = SimpleNamespace(xenstore=xenstore, path="/local/domain/1", told=lambda node: "")
+    container = SimpleNamespace(
+        state=state, open_pidfd=lambda: 1, path=lambda name: "/no/such", tell_monitor=requests.append,
+        load=lambda: setattr(state, "paused", pauses.pop(0)),
+    )  # fmt: skip
+    with pytest.raises(runx.Error, match="its VM has ended"):
+        runx.await_process(container, domain)
+    assert (waited, requests) == (limits, told)
+
+
 def test_a_start_that_is_killed_while_it_waits_has_started_the_container(dom0):
     container = dom0.container("begun:until:data/go", "wait").created()
     dom0.forget()
