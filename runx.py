@@ -3316,27 +3316,28 @@ class Member(Record):
 
 def walk(root: str) -> Iterator[Member]:
     """Yield what is below root, folders first, and follow no name out of it: others may change a volume meanwhile."""
-    folders, inode = ["."], 0
+    folders, inode = [("", "")], 0  # of an image's there may be millions: none has a path of its own here
     files: dict[tuple[int, ...], int] = {}
     while folders:
-        parent = folders.pop()
+        parent = os.path.join(*folders.pop())
         try:
-            folder = open_in_root(root, parent, os.O_RDONLY | os.O_DIRECTORY)
+            folder = open_in_root(root, parent or ".", os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR) and parent != ".":
+            if error.errno in (errno.ENOENT, errno.ENOTDIR) and parent:
                 continue  # somebody has removed it
             raise Error(f"cannot pack {os.path.join(root, parent)}: {error.strerror}") from None
-        with folder:
-            for name in sorted(os.listdir(folder)):
+        with folder, os.scandir(folder) as entries:
+            for entry in entries:  # one by one, for there may be millions of these too
+                name = entry.name
                 try:
-                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
                 inode += 1
-                path, number = os.path.join(parent, name).removeprefix("./"), inode
-                size = status.st_size if stat.S_ISREG(status.st_mode) else 0
-                has_more = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
-                key = (status.st_dev, status.st_ino) if has_more else ()
+                path, number = os.path.join(parent, name), inode
+                is_file = stat.S_ISREG(status.st_mode)
+                size = status.st_size if is_file else 0
+                key = (status.st_dev, status.st_ino) if is_file and status.st_nlink > 1 else ()
                 if key in files:
                     number, size = files[key], 0
                 member = Member(path=path, name=name, folder=folder, status=status, inode=number, size=size)
@@ -3344,7 +3345,7 @@ def walk(root: str) -> Iterator[Member]:
                 if key and not member.is_gone:
                     files[key] = number
                 if stat.S_ISDIR(status.st_mode):
-                    folders.append(path)
+                    folders.append((parent, name))
 
 
 def pack_initrd(folder: str, output: str) -> None:
@@ -3358,7 +3359,7 @@ def pack_initrd(folder: str, output: str) -> None:
             with member.open() as file:
                 content = read_all(file)
         entries.append((member.path, member.status.st_mode, content, member.status.st_rdev))
-    packed = gzip.compress(cpio_archive(entries), 9, mtime=0)
+    packed = gzip.compress(cpio_archive(sorted(entries)), 9, mtime=0)
     temporary = f"{output}.{os.getpid()}"
     with open(temporary, "wb") as archive:
         archive.write(packed)
@@ -6303,8 +6304,7 @@ def may_have_interfaces(state: State) -> bool:
 
 
 class Vif(Record):
-    """A network interface that a VM has got.  Kept in the container's state, so that whoever comes later knows what it
-    is joined to."""
+    """A network interface that a VM has got, kept in the state, so that who comes later knows what it is joined to."""
 
     number: int  # -1: not known, a runX before 0.2 has plugged it
     mac: str  # "": not known, or it may be joined or not: who comes later takes it away, and with it what is there
@@ -6751,7 +6751,7 @@ KERNEL_MAX = 128  # MiB of dom0's memory that a kernel of an image may take whil
 BZIMAGE_HEADER = 0x250  # bytes
 MODULE_MAX = 4 << 20  # bytes, also of modules.dep: the rootfs may be hostile, and dom0's memory is small
 MODULES_MAX, MODULES_SIZE_MAX = 16, 16 << 20  # files, bytes of them all
-FOLDERS_MAX = 100  # in PATH, to be looked into
+FOLDERS_MAX = 100  # in PATH, to be looked into; in /lib/modules
 XZ_MEMORY = 64 << 20  # bytes that `xz -9` needs, and an image may ask for 4 GiB
 
 
@@ -6791,8 +6791,8 @@ def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[
     are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
     vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in."""
     try:
-        with open_in_root(root, "/lib/modules", os.O_RDONLY | os.O_DIRECTORY) as fd:
-            folder = os.listdir(fd)
+        with open_in_root(root, "/lib/modules", os.O_RDONLY | os.O_DIRECTORY) as fd, os.scandir(fd) as entries:
+            folder = [entry.name for _, entry in zip(range(FOLDERS_MAX), entries)]
     except OSError:
         return []
     names = [name for name in folder if os.path.basename(kernel).endswith(f"-{name}")] or folder
@@ -7116,8 +7116,7 @@ class Streams:
     """Of a process in a VM; the streams have our descriptors 0, 1 and 2."""
 
     def __init__(self, consoles: Sequence[Console | FirstConsole], terminal: bool) -> None:
-        """consoles: one for input and output, and one for errors, if there is; to a terminal that brings why init
-        could not open it."""
+        """consoles: for input and output, and perhaps errors; to a terminal that brings why init could not open it."""
         self.terminal, self.first = terminal, consoles[0]
         for fd in () if terminal else (0, 1, 2):
             unblock_standard(fd)
@@ -8002,8 +8001,7 @@ def command_create(call: Invocation) -> None:
 
 
 def make_plan(call: Invocation, attached: bool) -> Plan:
-    """What create and run begin with, and nothing is made yet.  attached: the caller is there to be the terminal's
-    other end."""
+    """What create and run begin with, and nothing is made yet.  attached: the caller is a terminal's other end."""
     container, bundle = call.container(), os.path.realpath(call.options.get("bundle", "."))
     if not is_text(bundle + call.root):
         raise Error(f"the paths of bundle and root must be UTF-8: {printable(bundle)}, {printable(call.root)}")
@@ -8211,7 +8209,9 @@ def await_process(container: Container, domain: Domain) -> None:
     xenstore.watch((f"{domain.path}/data/process/0", "process"))
     limit: float | None = BOOT_TIME_LIMIT
     while pidfd is not None and not error:
-        ready = [xenstore.fd] if xenstore.events else select.select([xenstore.fd, pidfd], [], [], limit)[0]
+        ready = [xenstore.fd]
+        if not xenstore.events:
+            ready = select.select([xenstore.fd, pidfd], [], [], limit)[0]
         if pidfd in ready:
             break
         if ready:

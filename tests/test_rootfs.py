@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The container's files: names below a root, mounts, ramdisks, block devices, and the ways in which a VM gets them."""
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -11,6 +12,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -546,6 +548,49 @@ def test_many_small_files_need_a_page_each(tmp_path, monkeypatch):
         packed(share, 24)
 
 
+def count_names(monkeypatch):
+    """A list of all names of folders that are read from now on."""
+    read, scandir = [], os.scandir
+
+    @contextlib.contextmanager
+    def scan(folder):
+        with scandir(folder) as entries:
+            yield (read.append(entry.name) or entry for entry in entries)
+
+    monkeypatch.setattr(runx.os, "scandir", scan)
+    return read
+
+
+def test_of_a_folder_with_millions_of_names_dom0_reads_what_counts(tmp_path, monkeypatch):
+    modules = tmp_path / "lib/modules"
+    modules.mkdir(parents=True)
+    for number in range(200):
+        (modules / str(number)).touch()
+    read = count_names(monkeypatch)
+    monkeypatch.setattr(runx, "SHARE_MAX", 150)
+    with pytest.raises(runx.Error, match="have more than 150 files"):
+        packed(tmp_path)
+    assert len(read) == 151
+    read.clear()
+    assert runx.kernel_modules(str(tmp_path), "/boot/vmlinuz", ("9p",)) == []
+    assert len(read) == runx.FOLDERS_MAX
+
+
+def test_many_folders_in_a_deep_one_do_not_each_take_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(15):
+        os.mkdir("x" * 250)
+        os.chdir("x" * 250)
+    for number in range(500):
+        os.mkdir(str(number))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in runx.walk(str(tmp_path))) == 515
+        assert tracemalloc.get_traced_memory()[1] < 500 * 15 * 250 // 4
+    finally:
+        tracemalloc.stop()
+
+
 def change_while_packing(monkeypatch, root, name, change):
     """Have change() run when walk() has come to a member, and before that is packed."""
     walk = runx.walk
@@ -612,7 +657,7 @@ def test_another_name_of_a_file_that_goes_has_its_content(root, monkeypatch, cha
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    with pytest.raises(runx.Error, match=f"cannot pack {tmp_path}/none/.: No such file"):
+    with pytest.raises(runx.Error, match=f"cannot pack {tmp_path}/none/: No such file"):
         runx.pack_initrd(str(tmp_path / "none"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(runx, "system_call", lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "denied")))
