@@ -148,6 +148,23 @@ def test_the_recipe_of_the_kernel_has_a_source_that_the_patches_are_for():
     assert int(re.search(r'^LINUX_VERSION \?= "6\.12\.(\d+)', text, re.M)[1]) >= 111
 
 
+def test_a_check_of_cves_is_told_what_a_recipe_builds_and_of_which_version():
+    """By oe-core's class it would look for the recipe's own name and version; a recipe has one version for it."""
+
+    class Recipe(dict):
+        getVar = dict.get  # noqa: N815 - bitbake's
+
+    for name, product, source in (
+        ("kernel", "linux_kernel linux:linux", "LINUX_VERSION"), ("initrd", "busybox", "BUSYBOX_VERSION"),
+    ):  # fmt: skip
+        text = (LAYER / f"recipes-core/runx/runx-{name}_{runx.VERSION}.bb").read_text()
+        variables = Recipe(re.findall(r'^(\w+) \??= "(.*)"$', text, re.M))
+        expression, variable = re.fullmatch(r"\$\{(?:@(.*)|(\w+))\}", variables["CVE_VERSION"]).groups()
+        version = eval(expression, {"d": variables}) if expression else variables[variable]
+        assert re.fullmatch(r"[0-9]+(\.[0-9]+)+", version) and variables[source].startswith(version)
+        assert variables["CVE_PRODUCT"] == product
+
+
 # ---- what the recipes call
 
 # The programs of the build host that Yocto asks for itself: HOSTTOOLS of bitbake.conf in scarthgap, wrynose and master.

@@ -16,6 +16,10 @@ SRC_URI += "https://busybox.net/downloads/busybox-${BUSYBOX_VERSION}.tar.bz2;nam
 SRC_URI[busybox.sha256sum] = "3311dff32e746499f4df0d5df04d7eb396382d7e108bb9250e7b519b837043a4"
 SRC_URI[musl.sha256sum] = "d585fd3b613c66151fc3249e8ed44f77020cb5e6c1e635a616d3f9f82460512a"
 
+# A recipe has one version to look for: musl's is another.
+CVE_PRODUCT = "busybox"
+CVE_VERSION = "${BUSYBOX_VERSION}"
+
 COMPATIBLE_HOST = "(x86_64|aarch64|arm).*-linux.*"
 
 inherit python3native

@@ -16,6 +16,10 @@ MIRRORS:append = " \
     https://snapshot.debian.org/archive/debian-security/20261127T000000Z \
 "
 
+# As oe-core's kernel.bbclass names it.
+CVE_PRODUCT = "linux_kernel linux:linux"
+CVE_VERSION = "${@d.getVar('LINUX_VERSION').partition('-')[0]}"
+
 COMPATIBLE_HOST = "(x86_64|aarch64|arm).*-linux.*"
 
 DEPENDS = "bc-native bison-native flex-native xz-native"
