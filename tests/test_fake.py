@@ -58,6 +58,23 @@ def test_what_changes_between_makes_a_transaction_fail(store):
     assert one.ask(READ, b"/c\0") == one.ask(END, b"T\0", number) == [(ERROR, b"ENOENT\0")]
 
 
+def test_who_removes_what_somebody_else_has_removed_meanwhile_begins_again(store):
+    one, two = Client(store), Client(store)
+    for mine, theirs in ((b"/a/b", b"/a/b/c"), (b"/a", b"/a/b/c"), (b"/a/b/c", b"/a/b"), (b"/a/b", b"/a/b")):
+        one.ask(WRITE, b"/a/b/c\0x")
+        number = one.start()
+        assert one.ask(WRITE, b"/a/b/mine\0x", number) == [(WRITE, b"OK\0")]
+        two.ask(RM, theirs + b"\0")
+        assert one.ask(RM, mine + b"\0", number)[0] in [(RM, b"OK\0"), (ERROR, b"ENOENT\0")]
+        assert one.ask(END, b"T\0", number) == [(ERROR, b"EAGAIN\0")]
+    one.ask(WRITE, b"/a/b/c\0x")
+    number = one.start()
+    one.ask(RM, b"/a\0", number)
+    two.ask(WRITE, b"/a/b/late\0x")
+    assert one.ask(RM, b"/a/b/late\0", number) == [(ERROR, b"ENOENT\0")]
+    assert one.ask(END, b"T\0", number) == [(ERROR, b"EAGAIN\0")]
+
+
 def test_a_watch_fires_when_it_is_made_and_at_each_change_below(store):
     client, other = Client(store), Client(store)
     assert client.ask(WATCH, b"/a\0token\0") == [(WATCH, b"OK\0"), (EVENT, b"/a\0token\0")]

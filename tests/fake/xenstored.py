@@ -138,10 +138,10 @@ class Store:
     def remove(self, path, domid=0, transaction=None):
         if path == "/":
             raise Refused("EINVAL")
-        node = self.find(path, transaction)
+        node, above = self.find(path, transaction), self.find(parent(path), transaction)
+        if above is None:  # which may be so also of one that has been made since, where a transaction has removed that
+            raise Refused("ENOENT")
         if node is None:
-            if self.find(parent(path), transaction) is None:
-                raise Refused("ENOENT")
             return  # as xenstored does: it is no error if only the last is missing
         if not node.allows(domid, "w"):
             raise Refused("EACCES")
@@ -150,7 +150,10 @@ class Store:
         self.fire(path, transaction, below=True)
 
     def drop(self, path, transaction):
-        for name in self.find(path, transaction).children:
+        node = self.find(path, transaction)
+        if node is None:
+            return  # removed since the transaction has changed what is above it: that will fail
+        for name in node.children:
             self.drop(f"{path}/{name}", transaction)
         if transaction is None:
             self.count += 1
