@@ -1165,7 +1165,8 @@ class Device:
 
 CONSOLE_IN, CONSOLE_OUT = 1024, 2048  # bytes
 PAGE = 4096  # bytes
-EVENT_CHANNELS, GRANTED_PAGES = "/dev/xen/evtchn", "/dev/xen/gntdev"
+EVENT_CHANNELS = "/dev/xen/evtchn"
+GRANTED_PAGES = "/dev/xen/gntdev"
 CONSOLE_DELAY = 0.1  # seconds that xenconsoled has for what a VM has written last
 # <xen/gntdev.h>, <xen/evtchn.h>: _IOC(_IOC_NONE, letter, number, size)
 IOCTL_GNTDEV_MAP_GRANT_REF = (24 << 16) | (ord("G") << 8) | 0
@@ -2240,7 +2241,8 @@ def parse_cgroup(resources: Section) -> list[tuple[str, str]]:
         size = entry.text("pageSize")
         if size not in {f"{1 << power}{unit}B" for power in range(10) for unit in "KMG"}:  # as kernels name them
             entry.refuse(f"must be a size such as 2MB, not {printable(size)}", "pageSize")
-        lines += [(f"hugetlb.{size}{kind}.max", str(entry.number("limit"))) for kind in ("", ".rsvd")]
+        limit = str(entry.number("limit"))
+        lines += [(f"hugetlb.{size}{kind}.max", limit) for kind in ("", ".rsvd")]
     for name, value in resources.table("unified").items():
         if "/" in name:
             resources.refuse("must hold names of files, such as memory.high", "unified")
@@ -2377,9 +2379,11 @@ SCHEDULER_FLAGS = "RESET_ON_FORK RECLAIM DL_OVERRUN KEEP_POLICY KEEP_PARAMS UTIL
 
 class Process:
     def __init__(self, spec: Section) -> None:
-        user, self.terminal = spec.section("user"), spec.flag("terminal")
+        user = spec.section("user")
+        self.terminal = spec.flag("terminal")
         console = spec.section("consoleSize") if self.terminal else Section({}, "")
-        self.console_size = console.unsigned("height", 16), console.unsigned("width", 16)  # 0, 0: not said
+        height, width = (console.unsigned(name, 16) for name in ("height", "width"))
+        self.console_size = height, width  # 0, 0: not said
         self.args = spec.texts("args")
         if not self.args:
             spec.refuse("must not be empty", "args")
@@ -5240,10 +5244,12 @@ def find_cgroups(path: str, scope: bool) -> Cgroups:
             continue
         seen.add(entry.device)
         cgroups.append([entry.target, path])
-        folder, remedy = entry.target + path, "name another one by linux.cgroupsPath"
+        folder = entry.target + path
+        remedy = "name another one by linux.cgroupsPath"
         if path == "/" or (not scope and any(cgroup_lines(each) for each, _, _ in os.walk(folder))):
             raise Error(f"cannot make the cgroup {path}: others are in it; {remedy}")
-        if "frozen 1" in cgroup_lines(folder, "cgroup.events") or "FROZEN" in cgroup_lines(folder, "freezer.state"):
+        is_frozen = "frozen 1" in cgroup_lines(folder, "cgroup.events")
+        if is_frozen or "FROZEN" in cgroup_lines(folder, "freezer.state"):
             raise Error(f"cannot make the cgroup {path}: it is there, and frozen; {remedy}")
     return cgroups
 
@@ -8040,7 +8046,8 @@ def fit_vcpus(config: Config) -> None:
 def find_console(call: Invocation, process: Process | None, attached: bool) -> tuple[int | None, str | int | None]:
     """Where a terminal goes to: two connected sockets, of which one is for attach(), or None and the absolute path of
     --console-socket, or None twice.  Raise Error, in runc's words, unless that option is there just when needed."""
-    path, terminal = call.options.get("console-socket"), bool(process and process.terminal)
+    path = call.options.get("console-socket")
+    terminal = bool(process and process.terminal)
     if terminal and not path and not attached:
         raise Error("cannot allocate tty if runX will detach without setting console socket")
     if path and (attached or not terminal):
@@ -8205,7 +8212,8 @@ def begin(container: Container, log: Log) -> Domain:
 
 def await_process(container: Container, domain: Domain) -> None:
     """Return once the container's process is executed.  Raise Error, in runc's words, if it cannot be."""
-    xenstore, pidfd, error = domain.xenstore, container.open_pidfd(), ""
+    xenstore, pidfd = domain.xenstore, container.open_pidfd()
+    error = ""
     xenstore.watch((f"{domain.path}/data/process/0", "process"))
     limit: float | None = BOOT_TIME_LIMIT
     while pidfd is not None and not error:
@@ -8522,7 +8530,8 @@ def command_delete(call: Invocation) -> None:
 
 def remove_own(call: Invocation, container: Container) -> None:
     """Remove a container that we have created or started, or with `run --keep` end it; what fails is a warning."""
-    uuid, keep = container.state.uuid, "keep" in call.options
+    uuid = container.state.uuid
+    keep = "keep" in call.options
     call.log.attempt(f"remove container {container.id}", delete, container, True, call.log, uuid, keep)
 
 

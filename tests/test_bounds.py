@@ -297,8 +297,9 @@ def test_every_field_of_a_process(load):
     )  # fmt: skip
     spec["mounts"].append({"destination": "/dev/pts", "type": "devpts", "source": "devpts"})
     assert load(spec).process.__dict__ == {
-        "args": ["a", "b"], "env": ["X=1", "Y=2"], "cwd": "/c", "terminal": True, "is_piped": False, "console_size": (3, 4),
-        "uid": 5, "gid": 6, "umask": 7, "groups": [8, 9], "no_new_privileges": True, "oom_score_adj": 10,
+        "args": ["a", "b"], "env": ["X=1", "Y=2"], "cwd": "/c", "terminal": True, "is_piped": False,
+        "console_size": (3, 4), "uid": 5, "gid": 6, "umask": 7, "groups": [8, 9],
+        "no_new_privileges": True, "oom_score_adj": 10,
         "capabilities": {
             "bounding": 1 << 0 | 1 << 5, "effective": 1 << 7, "inheritable": 1 << 5,
             "permitted": 1 << 7 | 1 << 5 | 1 << 39, "ambient": 1 << 5,
