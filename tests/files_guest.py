@@ -41,6 +41,7 @@ SEED = int(os.environ.get("SEED") or int.from_bytes(os.urandom(3), "big"))
 # <fcntl.h>, <linux/fs.h>, <linux/falloc.h>, <sched.h>, <sys/mount.h>
 AT_FDCWD, AT_SYMLINK_FOLLOW, AT_EMPTY_PATH = -100, 0x400, 0x1000
 AT_STATX_FORCE_SYNC, STATX_SIZE = 0x2000, 0x200
+SYNC_FILE_RANGE_WRITE = 2
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE = 1, 2, 8, 16, 32
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 0x1000, 0x4000, 1 << 18
@@ -1086,6 +1087,24 @@ def what_cannot_be_written_is_told_to_who_has_written_it():
 
 
 @check
+def what_another_one_could_not_write_is_no_error_of_who_appends_or_looks_for_holes():
+    put("f", b"abc")
+    fd, end, reader = (os.open("f", flags) for flags in (os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDONLY))
+    try:
+        for settle in (lambda: None, os.sync):
+            with contextlib.suppress(OSError):
+                os.pwrite(fd, b"x", 1 << 62)
+            settle()
+            same(os.write(end, b"d"), 1)
+        with contextlib.suppress(OSError):
+            os.pwrite(fd, b"x", 1 << 62)
+        os.sync()
+        same(os.lseek(reader, 0, os.SEEK_DATA), 0)
+    finally:
+        take_errors()
+
+
+@check
 def sizes_and_blocks():
     put("f", b"x" * 10000)
     os.sync()
@@ -1271,6 +1290,19 @@ def times_of_what_was_written_stay():
         seen[name] = os.stat(name).st_mtime_ns
     drop_caches()
     same({name: os.stat(name).st_mtime_ns for name in seen}, seen)
+
+
+@check
+def times_of_what_two_have_written_stay():
+    """One of them appends behind what the other one has just written."""
+    one, two = os.open("f", os.O_RDWR | os.O_CREAT), os.open("f", os.O_RDWR | os.O_APPEND)
+    os.write(one, b"1")
+    same(changed(["f"], lambda: os.write(two, b"2")), {"f": "mc"})
+    before = os.stat("f").st_mtime_ns
+    os.close(one)
+    os.close(two)
+    drop_caches()
+    same((os.stat("f").st_mtime_ns, get("f")), (before, b"12"))
 
 
 @check
@@ -2160,6 +2192,52 @@ def appending_behind_what_was_just_written():
     same(get("f"), wanted)
     drop_caches()
     same(get("f"), wanted, "without caches")
+
+
+@check
+def appending_since_a_moment_ago():
+    """By a descriptor that was not opened for it, behind what it has just written."""
+    fd = os.open("f", os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"a" * 3 * PAGE)
+    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_DIRECT)
+    with mmap.mmap(-1, PAGE) as page:
+        page[:] = b"b" * PAGE
+        same(os.write(fd, page), PAGE)
+    drop_caches()
+    same(get("f") == b"a" * 3 * PAGE + b"b" * PAGE, True, "the content")
+
+
+@check
+def reading_past_the_cache_before_what_was_just_written():
+    """What is not sent yet has moved the file's end."""
+    writer, reader = os.open("f", os.O_RDWR | os.O_CREAT), os.open("f", os.O_RDWR | os.O_APPEND)
+    os.pwrite(writer, b"x", 100_000)
+    same(os.pread(reader, 10, 0), bytes(10))
+
+
+@check
+def reading_past_the_cache_into_a_file_that_is_written():
+    """What is read lands in pages of another file, which wait for what is sent meanwhile."""
+    size = 4 << 20  # more pieces than are on their way at once
+    put("f", b"x" * size)
+    put("g", bytes(size))
+    source, target = os.open("f", os.O_RDONLY | os.O_DIRECT), os.open("g", os.O_RDWR)
+    end = time.monotonic() + 5
+
+    def repeat(work):
+        while time.monotonic() < end:
+            work()
+
+    def write():
+        for number in range(0, size, 16 * PAGE):
+            os.pwrite(target, b"y" * PAGE, number)
+        system("sync_file_range", target, 0, 0, SYNC_FILE_RANGE_WRITE)
+
+    with mmap.mmap(target, size) as memory:
+        others = Other(repeat, write), Other(repeat, lambda: os.fsync(target))
+        repeat(lambda: same(os.preadv(source, [memory], 0), size))
+        for other in others:
+            other.join()
 
 
 @check

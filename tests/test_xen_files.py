@@ -703,6 +703,9 @@ def test_files_without_a_size_are_read_and_written_as_under_runc(bundle, device)
             assert guest("open({path}, 'rb').read(9)", path=path) == b"MemTotal:", path
         assert guest("open('/h/stat', 'rb').read(4)") == b"cpu "
         assert " 0 of them NUL" in guest("get('/h/stat')")
+        for path in ("/meminfo", "/host/sys/class/net/lo/mtu"):
+            sent = guest("os.sendfile(os.memfd_create('x'), os.open({path}, os.O_RDONLY), None, 5)", path=path)
+            assert sent == 5, path
         assert len(guest("get('/h/uptime')").split()) == 2
         assert guest("get('/h/sys/kernel/ostype')") == b"Linux\n"
         assert guest("put('/h/sys/kernel/hostname', b'no')") == "EROFS"
