@@ -312,8 +312,8 @@ def test_every_field_of_a_process(load):
 def test_a_process_that_says_little(load):
     spec = {**config("a"), "process": {"args": ["a"], "cwd": "/"}}
     assert load(spec).process.__dict__ == {
-        "args": ["a"], "env": [], "cwd": "/", "terminal": False, "console_size": (0, 0), "uid": 0, "gid": 0,
-        "umask": 0o022, "groups": [], "no_new_privileges": False, "oom_score_adj": 0,
+        "args": ["a"], "env": [], "cwd": "/", "terminal": False, "is_piped": False, "console_size": (0, 0),
+        "uid": 0, "gid": 0, "umask": 0o022, "groups": [], "no_new_privileges": False, "oom_score_adj": 0,
         "capabilities": dict.fromkeys(runx.CAPABILITY_SETS, 0), "rlimits": [], "io_priority": None, "scheduler": None,
     }  # fmt: skip
     for missing in ({"cwd": "/"}, {"args": [], "cwd": "/"}):
