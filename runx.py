@@ -2577,15 +2577,14 @@ class Mount:
         self.kept = 0  # flags of what it is bound from, which hold if it has none of its own
         self.copy_up = False  # a tmpfs that begins with what is below it
         data = [option for option in spec.texts("options") if not self.take(option)]
-        if self.flags & MS_BIND:
+        if self.is_bound():
             self.source = os.path.join(bundle, self.source)
-            self.flags &= ~MS_REMOUNT  # to have it once more, with these flags, comes to the same
         where = f"cannot mount {self.source} at {self.destination}"
         if not os.path.normpath(self.destination).strip("/"):
             raise Error(f"cannot mount {self.source} over the rootfs at {self.destination}: name it as root.path")
         if spec.values.get("uidMappings") or spec.values.get("gidMappings"):
             raise Error(f"{where}: ID-mapped mounts are not supported")
-        if self.flags & MS_BIND:
+        if self.is_bound():
             if not os.path.exists(self.source):
                 raise Error(f"{where}: the source does not exist")
             status = os.statvfs(self.source)
@@ -2615,9 +2614,13 @@ class Mount:
             return False
         return True
 
+    def is_bound(self) -> bool:
+        """Return whether its source is a path; with MS_REMOUNT it is what has been mounted there, see mount(2)."""
+        return self.flags & (MS_BIND | MS_REMOUNT) == MS_BIND
+
     def on_host(self) -> bool:
         """Return whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
-        return bool(self.flags & MS_BIND) or self.type not in GUEST_FILESYSTEMS
+        return self.is_bound() or not self.flags & MS_REMOUNT and self.type not in GUEST_FILESYSTEMS
 
     def is_sealed_late(self) -> bool:
         """Return whether it is read-only memory of the guest's, in which mount points and nodes are made before."""
@@ -2625,7 +2628,7 @@ class Mount:
 
     def is_folder(self) -> bool:
         """Return whether what dom0 mounts is a folder: all but a bind mount of a file."""
-        return not self.flags & MS_BIND or os.path.isdir(self.source)
+        return not self.is_bound() or os.path.isdir(self.source)
 
 
 def is_empty_memory(path: str) -> bool:
@@ -2872,7 +2875,7 @@ def guest_files(config: Config, sources: Iterator[str]) -> Words:
         yield from guest_mount(entry, sources)
         if entry in over_dev and not entry.on_host():
             yield from guest_devices(config.linux)
-    if not any(entry.flags & MS_BIND for entry in over_dev):  # else what is there is dom0's
+    if not any(entry.is_bound() for entry in over_dev):  # else what is there is dom0's
         for path, *numbers in config.linux.devices:
             if path != "/dev/ptmx":  # it is a link, to the container's own
                 yield "node", path, *numbers
@@ -2900,6 +2903,8 @@ def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
         flags = flags or entry.kept
         if flags:  # a bind mount takes its options only from a second call
             yield "mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""
+    elif entry.flags & MS_REMOUNT:
+        yield "mount", "", target, "", entry.flags & ~(MS_REC | RECURSIVE_RO), entry.data
     else:
         kind = "cgroup2" if entry.type == "cgroup" else entry.type
         if entry.is_sealed_late():
@@ -3211,6 +3216,8 @@ def mount_in_root(root: str, mounts: list[Mount], sources: list[int]) -> None:
     on_host = iter(others)
     missing: list[str] = []
     for entry in mounts:
+        if entry.flags & MS_REMOUNT:
+            continue
         source = next(on_host) if entry.on_host() else empty
         if entry.destination.startswith(tuple(missing)):
             continue  # it is in a file system of the guest's, for which nothing is made here
