@@ -2382,8 +2382,7 @@ class Process:
         user = spec.section("user")
         self.terminal = spec.flag("terminal")
         console = spec.section("consoleSize") if self.terminal else Section({}, "")
-        height, width = (console.unsigned(name, 16) for name in ("height", "width"))
-        self.console_size = height, width  # 0, 0: not said
+        self.console_size = console.unsigned("height", 16), console.unsigned("width", 16)  # 0, 0: not said
         self.args = spec.texts("args")
         if not self.args:
             spec.refuse("must not be empty", "args")
@@ -8054,16 +8053,16 @@ def find_console(call: Invocation, process: Process | None, attached: bool) -> t
     """Where a terminal goes to: two connected sockets, of which one is for attach(), or None and the absolute path of
     --console-socket, or None twice.  Raise Error, in runc's words, unless that option is there just when needed."""
     path = call.options.get("console-socket")
-    terminal = bool(process and process.terminal)
+    terminal = process if process and process.terminal else None
     if terminal and not path and not attached:
         raise Error("cannot allocate tty if runX will detach without setting console socket")
     if path and (attached or not terminal):
         raise Error("cannot use console socket if runX will not detach or allocate tty")
-    if not (attached and process and process.terminal):
+    if not (attached and terminal):
         return None, path and os.path.abspath(path)
     import socket
 
-    process.is_piped = not os.isatty(1)
+    terminal.is_piped = not os.isatty(1)
     ours, theirs = socket.socketpair()
     return ours.detach(), theirs.detach()
 
