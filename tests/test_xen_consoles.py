@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Consoles that come and go while a VM runs, as those of `runX exec` do."""
+"""Consoles that come and go while a VM runs, as those of `runX exec` do, and a share whose server goes."""
 
+import contextlib
 import os
 import select
 import subprocess
+import types
 
 import pytest
 from conftest import config, in_memory, wait_until
@@ -31,10 +33,16 @@ class Guest:
         self.process.stdin.write(f"{script}\necho; echo =\n".encode())
         output = b""
         while not output.endswith(b"\n=\n"):
+            assert select.select([self.process.stdout], [], [], 60)[0], f"still no end after 60 s: {script}"
             chunk = os.read(self.process.stdout.fileno(), 65536)
             assert chunk, output
             output += chunk
         return output[:-3].decode()
+
+    def hear(self):
+        """Wait for a change in xenstore; fail if there is none for 60 s."""
+        assert self.xenstore.events or select.select([self.xenstore.fd], [], [], 60)[0], "no device changes any more"
+        self.xenstore.take_events()
 
     def announce(self, *numbers):
         """New consoles, connected."""
@@ -43,7 +51,7 @@ class Guest:
         for console in consoles:
             self.xenstore.transaction(console.introduce)
         while unconnected := [console for console in consoles if not console.page]:
-            self.xenstore.take_events()
+            self.hear()
             for console in unconnected:
                 console.follow()
         for console in consoles:
@@ -56,7 +64,7 @@ class Guest:
             if told:
                 self.xenstore.write(f"{console.backend}/state", runx.XENBUS_CLOSING)
             while told and self.xenstore.read(f"{console.frontend}/state") != runx.XENBUS_CLOSED:
-                self.xenstore.take_events()
+                self.hear()
             console.forget()
             console.page = console.indexes = None
         for fd in {console.channels.fd for console in consoles}:
@@ -127,3 +135,43 @@ def test_consoles_that_come_and_go_leave_nothing_in_the_guest(guest):
     (*before, memory), (*after, memory_after) = looks
     assert before == after
     assert memory_after > memory - 192, "KiB; half of a page of each"
+
+
+@contextlib.contextmanager
+def share_of(guest, folder):
+    """A share, which the VM has not yet; yield its device, its ring, and what answers the guest's requests."""
+    channels, grants, rings = runx.EventChannels(), runx.Grants(), []
+
+    def connect(domid, ends):
+        rings.extend(runx.connect_rings(domid, [ends], channels, grants))
+
+    share = runx.ShareDevice(guest.domain, "fuse", types.SimpleNamespace(connect=connect))
+    guest.xenstore.watch((share.frontend, "share"))
+    guest.xenstore.transaction(share.introduce)
+    try:
+        while not rings:
+            guest.hear()
+            share.follow()
+        share.confirm()
+        yield share, rings[0], runx.Fuse(os.open(folder, os.O_PATH), 0)
+    finally:
+        share.withdraw()
+        for ring in rings:  # what is mapped of a VM keeps it from ending
+            for view in (ring.indexes, ring.replies, ring.requests):
+                view.release()
+        os.close(channels.fd)
+        grants.close()
+
+
+def test_what_waits_for_room_in_the_ring_of_a_server_that_goes_fails_and_keeps_no_unmount(guest, tmp_path):
+    with share_of(guest, tmp_path) as (share, ring, protocol):
+        guest.run("mkdir /m; mount -t xenfuse share /m")
+        wait_until(lambda: ring.serve(protocol), "the guest's first request")
+        wait_until(lambda: ring.indexes[runx.IN_CONS] == ring.in_prod, "the guest to take the reply")
+        ring.indexes[runx.OUT_CONS] = (ring.out_cons - ring.size) & 0xFFFFFFFF  # full
+        guest.run("cat /m/file 2>/dev/null & until grep -q ' D ' /proc/$!/stat; do :; done")
+        guest.xenstore.write(f"{share.backend}/state", runx.XENBUS_CLOSED)
+        while guest.xenstore.read(f"{share.frontend}/state") != runx.XENBUS_CLOSED:
+            guest.hear()
+        assert guest.run("wait $! || echo failed; busybox umount /m && echo gone").split() == ["failed", "gone"]
+        assert guest.run("mount -t xenfuse share /m 2>/dev/null || echo refused").split() == ["refused"]
