@@ -322,6 +322,21 @@ def changed_in_place(both):
     both.guest("os.close(fd)")
 
 
+def changed_in_place_beside_what_is_unsent(both):
+    """In another page than what the guest has written and not sent yet; that is not lost."""
+    both.set("f", LONG)
+    both.guest("fd = os.open({path}, os.O_RDWR)", path=both.at("f"))
+    assert both.guest("read(fd)") == brief(LONG)
+    both.guest("os.pwrite(fd, b'GUEST', 40000)")
+    with open(both.host / "f", "r+b") as file:
+        file.write(b"DOM0")
+    old = LONG[:40000] + b"GUEST" + LONG[40005:]
+    new = b"DOM0" + old[4:]
+    both.becomes(new, old, "read(fd)")
+    both.guest("os.close(fd)")
+    assert (both.host / "f").read_bytes() == new
+
+
 def changed_in_place_before_its_mode(both):
     """The guest changes the mode, and what it knows of the content is no newer by that."""
     both.put("f", b"old words")
@@ -527,6 +542,7 @@ CASES = [
     appended, appended_by_both, rotated, swapped, attributes, folders, turned_inside_out, read_while_it_grows,
     seen_on_dom0, owners,
 ]  # fmt: skip
+ALONE = [changed_in_place_beside_what_is_unsent]  # others drop the caches
 ON_THE_ROOTFS = [replaced, made, truncated, appended, appended_by_both, attributes, owners]  # the same server serves it
 
 
@@ -605,6 +621,7 @@ def test_what_one_side_changes_the_other_one_sees(stored):
                 jobs = [pool.submit(what_is_wrong, case, guest, volume, "/volume") for case in CASES]
                 jobs += [pool.submit(what_is_wrong, case, guest, work, "/work") for case in ON_THE_ROOTFS]
                 wrong = [job.result() for job in jobs]
+            wrong += [what_is_wrong(case, guest, volume, "/volume") for case in ALONE]
             wrong += [on_a_small_disk(case, guest, small, "/small") for case in ON_A_SMALL_DISK]
             # a single file that is bound: what is written into it, as an engine does to resolv.conf
             one = Both(guest, stored.folder, "")
