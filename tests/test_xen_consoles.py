@@ -137,6 +137,19 @@ def test_consoles_that_come_and_go_leave_nothing_in_the_guest(guest):
     assert memory_after > memory - 192, "KiB; half of a page of each"
 
 
+def test_a_console_goes_though_a_process_waits_there_until_all_is_sent(guest):
+    """As readline does, which nobody reads any more.  The next console would not come, nor any other device."""
+    (console,) = guest.announce(3)
+    guest.run("exec 7<>/dev/hvc3; dd if=/dev/zero bs=2100 count=1 >&7 2>/dev/null")  # the ring has 2048
+    # TCSETSW or TCSETSW2, and waiting
+    guest.run("stty -echo <&7 & until grep -q -e 0x5403 -e 0x402c542c /proc/$!/syscall; do :; done")
+    guest.withdraw([console])
+    (other,) = guest.announce(4)
+    guest.run("wait; exec 7>&-; echo four >/dev/hvc4")
+    assert take(other, 6) == b"four\r\n"
+    guest.withdraw([other])
+
+
 @contextlib.contextmanager
 def share_of(guest, folder):
     """A share, which the VM has not yet; yield its device, its ring, and what answers the guest's requests."""
