@@ -48,6 +48,7 @@ def on_xen():
 def pytest_configure(config):
     config.addinivalue_line("markers", "crowd: many VMs at once; it comes last, when no other dom0 has anything to run")
     config.addinivalue_line("markers", "main_path: CI runs it on an Arm machine and on newer Debians, too")
+    config.addinivalue_line("markers", "processors: it needs a host of two")
 
 
 def pytest_collection_modifyitems(items):

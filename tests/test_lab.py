@@ -429,7 +429,7 @@ def test_the_main_path_runs_on_each_machine_whose_dom0_can_be_made(broken, ran, 
         except common.LabError:
             return 1
 
-    def in_dom0(built, words, share, name):
+    def in_dom0(built, words, share, name, processors):
         print("ran", image.machine_name(built.arch, built.release), *words)
         return 0
 
@@ -442,6 +442,22 @@ def test_the_main_path_runs_on_each_machine_whose_dom0_can_be_made(broken, ran, 
     output, said = capfd.readouterr()
     assert sorted(re.findall(r"ran (\S+) -m main_path /repo/tests", output)) == sorted(ran)
     assert ("forky changes every day" in output + said) == (broken == "forky-x86_64")
+
+
+def test_each_test_runs_in_one_of_two_dom0s_and_what_wants_two_processors_has_them(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image.cache_root().mkdir()
+
+    def in_dom0(built, words, share, name, processors=2):
+        print("ran", name, processors, *words[:2])
+        return 0
+
+    monkeypatch.setattr(suite, "in_dom0", in_dom0)
+    assert suite.run_all(suite.Built(None, None, arch=arch.X86_64, release=release.TRIXIE)) == 0
+    ran = re.findall(r"ran (.*)", capfd.readouterr().out)
+    both = ["dom0-2 2 -m processors", "dom0-2 1 -m not processors"]
+    assert sorted(ran) == sorted(["dom0-1 1 -m not processors", *both])
+    assert [each for each in ran if each in both] == both
 
 
 # ---- what is kept

@@ -460,6 +460,7 @@ def test_a_killed_monitor_means_stopped_and_delete_removes_the_domain(bundle, st
 # ---- pause, resume, ps, events, update
 
 
+@pytest.mark.processors
 def test_pause_resume_ps_events_and_update(bundle):
     count = 'n=0; while read -r word _; do [ "$word" != processor ] || n=$((n+1)); done </proc/cpuinfo'
     beat = f"{count}; read -r _ kib _ </proc/meminfo; echo $kib $n; sleep 0.3"

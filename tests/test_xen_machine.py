@@ -36,6 +36,7 @@ KERNEL = pathlib.Path("/usr/lib/runX/kernel")
 # ---- its size, and what else xl is told
 
 
+@pytest.mark.processors
 def test_the_vm_has_the_memory_and_the_processors_of_linux_resources(bundle):
     """But no less than it needs to boot, and no more processors than the host has."""
     totals = []

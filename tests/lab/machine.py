@@ -69,10 +69,12 @@ class Lab:
         disk: Path | None = None,
         share: Path | None = None,
         memory: int = DEFAULT_MEMORY,
+        processors: int = 2,
         network: bool = False,
     ):
         self.kernel, self.ramdisk, self.disk, self.share = kernel, ramdisk, disk, share
-        self.arch, self.release, self.memory, self.network = arch, release, memory, network
+        self.arch, self.release, self.network = arch, release, network
+        self.memory, self.processors = memory, processors
         self.steps: list[Step] = []
         self.warnings: list[str] = []
         self.undo = contextlib.ExitStack()
@@ -149,7 +151,7 @@ class Lab:
         # fmt: off
         command = [
             *machine_options(self.arch, options), "-nodefaults", "-no-user-config", "-display", "none",
-            "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(self.memory), "-no-reboot",
+            "-accel", "tcg,thread=multi", "-smp", str(self.processors), "-m", str(self.memory), "-no-reboot",
             "-serial", f"file:{self.folder}/console.log",
             *forgetful_disk("vda", "disk.img", bus),
             "-chardev", f"socket,id=agent,fd={agent_fd}", "-device", f"virtio-serial-{bus}",
