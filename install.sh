@@ -42,12 +42,15 @@ if [ "$uninstall" ]; then
     exit
 fi
 
+# Before anything is changed.
+[ -z "$kernel" ] || [ -f "$kernel" ] || fail "cannot install the kernel: $kernel is not a file"
+[ -z "$initrd" ] || [ -f "$initrd" ] || fail "cannot install the initrd: $initrd is not a file"
+
 # Puts FILE ($2) there as NAME ($1); without one, what SCRIPT ($3) has built, or what is there already.
 install_boot_file() {
     file=$2
     [ "$file" ] || file=$("$here/$3" --cached 2>/dev/null) || file=''
     if [ "$file" ]; then
-        [ -f "$file" ] || fail "cannot install the $1: $file is not a file"
         install -m 644 "$file" "$lib/$1.new"
         mv "$lib/$1.new" "$lib/$1"
     else

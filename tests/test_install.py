@@ -147,6 +147,16 @@ def test_install_puts_everything_below_destdir_and_uninstall_takes_it_away(tmp_p
     assert [path for path in folder.rglob("*") if not path.is_dir()] == []
 
 
+@pytest.mark.parametrize("what", ["kernel", "initrd"])
+def test_install_changes_nothing_where_a_file_that_it_is_given_is_not_there(tmp_path, what):
+    """A new module beside the kernel and ramdisk of an older one may not understand them."""
+    env, missing = {"PATH": runx.PATH, "DESTDIR": str(tmp_path / "image")}, tmp_path / "missing"
+    result = call("sh", str(REPOSITORY / "install.sh"), f"--{what}", str(missing), env=env, cwd="/")
+    error = f"install.sh: cannot install the {what}: {missing} is not a file\n"
+    assert (result.returncode, result.stderr.decode()) == (1, error)
+    assert not (tmp_path / "image").exists()
+
+
 def test_what_is_installed_is_for_everybody_whatever_the_umask(tmp_path):
     before = os.umask(0o077)
     try:
