@@ -56,10 +56,15 @@ def nearest():
     return max((each for each in found if each[0] <= sys.version_info[:2]), default=found[0])[1]
 
 
+def packages_of(variable):
+    """Those that the recipe of the runtime names."""
+    text = next(path for path in RECIPES if path.name.startswith("runx_")).read_text()
+    return re.search(rf'^{variable}:\$\{{PN\}} = "(.*?)"', text, re.M | re.S)[1].replace("\\", " ").split()
+
+
 def named_packages():
     """Those of Python that the recipe of the runtime names."""
-    text = next(path for path in RECIPES if path.name.startswith("runx_")).read_text()
-    depends = re.search(r'^RDEPENDS:\$\{PN\} = "(.*?)"', text, re.M | re.S)[1].replace("\\", " ").split()
+    depends = packages_of("RDEPENDS")
     assert "xen-tools-xl" in depends
     return [name[len("python3-") :] for name in depends if name.startswith("python3-")]
 
@@ -100,6 +105,11 @@ def test_the_recipe_names_the_packages_of_all_modules_that_runx_imports_and_no_o
             if len(having) == 1:
                 needed.add(having[0])
     assert set(named) == needed
+
+
+def test_the_recipe_names_what_makes_the_folders_that_xl_needs():
+    """Of meta-virtualization's packages, xl's has no /var/lib/xen, without whose files libxl creates no domain."""
+    assert {"xen-tools-volatiles", "xen-tools-xencommons"} <= set(packages_of("RRECOMMENDS"))
 
 
 def test_the_recipes_are_of_this_version_and_know_its_licence():

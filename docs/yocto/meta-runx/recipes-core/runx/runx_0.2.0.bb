@@ -39,7 +39,8 @@ RDEPENDS:${PN} = "\
     xen-tools-xl \
 "
 
-# xenstored, and what starts it; and what files/runx-dom0.cfg makes modules, where dom0's kernel has them as such.
+# xenstored, what starts it, and what makes libxl's folders in /var, which xen-image-minimal has by way of all of
+# xen-tools; and what files/runx-dom0.cfg makes modules, where dom0's kernel has them as such.
 RRECOMMENDS:${PN} = "\
     kernel-module-act-mirred \
     kernel-module-cls-matchall \
@@ -49,5 +50,6 @@ RRECOMMENDS:${PN} = "\
     kernel-module-xen-evtchn \
     kernel-module-xen-gntdev \
     kernel-module-xen-netback \
+    xen-tools-volatiles \
     xen-tools-xencommons \
 "
