@@ -158,6 +158,13 @@ def test_the_recipe_of_the_kernel_has_a_source_that_the_patches_are_for():
     assert int(re.search(r'^LINUX_VERSION \?= "6\.12\.(\d+)', text, re.M)[1]) >= 111
 
 
+@pytest.mark.parametrize("name, task", [("kernel", "do_compile"), ("initrd", "do_configure")])
+def test_a_recipe_takes_nothing_that_it_has_built_before(name, task):
+    """The scripts keep it by what it was made of, as far as they know: not by the musl, nor by the patches of gcc."""
+    text = (LAYER / f"recipes-core/runx/runx-{name}_{runx.VERSION}.bb").read_text()
+    assert 'XDG_CACHE_HOME="${B}"' in text and f'{task}[cleandirs] = "${{B}}"' in text.splitlines()
+
+
 def test_a_check_of_cves_is_told_what_a_recipe_builds_and_of_which_version():
     """By oe-core's class it would look for the recipe's own name and version; a recipe has one version for it."""
 

@@ -24,11 +24,13 @@ COMPATIBLE_HOST = "(x86_64|aarch64|arm).*-linux.*"
 
 inherit python3native
 
+# build.sh keeps busybox there, and would take it with an older musl in it.
+do_configure[cleandirs] = "${B}"
+
 # The image's glibc would make the ramdisk five times as large. musl comes with a wrapper of the compiler; the kernel's
 # headers, which it has not, are those of the sysroot, without glibc's that lie beside them. On Arm oe-core's, which are
 # for multilib, ask one of glibc's for the size of a word.
 do_configure() {
-    rm -rf ${B}/musl ${B}/musl-build ${B}/include
     mkdir -p ${B}/musl-build ${B}/include/bits
     echo '#define __WORDSIZE (__SIZEOF_LONG__ * 8)' >${B}/include/bits/wordsize.h
     cd ${B}/musl-build

@@ -27,6 +27,9 @@ DEPENDS:append:x86-64 = " elfutils-native"
 
 do_configure[noexec] = "1"
 
+# build.sh keeps the kernel there, and would take that of a gcc with fewer patches.
+do_compile[cleandirs] = "${B}"
+
 # The compiler alone: a kernel chooses its own options, and needs no C library.
 do_compile() {
     unset CFLAGS CPPFLAGS CXXFLAGS LDFLAGS MACHINE
