@@ -8,13 +8,15 @@
 # --output copies the ramdisk there as well; --cached builds nothing and fails if the ramdisk is not there yet.
 # The programs are static, with musl, which makes them a fifth as large as glibc does. Of the environment: CC names
 # another compiler, with what libc it has; CROSS_COMPILE the prefix of the compiler, if CC does not name it, and of its
-# binutils; MAKEFLAGS may hold -j. There is no time in the ramdisk, so SOURCE_DATE_EPOCH changes nothing.
+# binutils; MAKEFLAGS may hold -j. Options stand in CC: CFLAGS, CPPFLAGS and LDFLAGS, such as the environment of an SDK
+# has for other programs, have no effect. There is no time in the ramdisk, so SOURCE_DATE_EPOCH changes nothing.
 # What is not on this machine comes from the Debian mirrors its apt uses: busybox's source unless --busybox is given,
 # and to cross-compile the other architecture's musl-dev unless CC is given.
 #
 # Debian packages: gcc libc6-dev make bzip2 python3 musl-tools; to cross-compile, gcc-aarch64-linux-gnu and
 # linux-libc-dev-arm64-cross or gcc-arm-linux-gnueabihf and linux-libc-dev-armhf-cross.
 set -eu
+unset CFLAGS CPPFLAGS LDFLAGS
 
 fail() {
     echo "initrd/build.sh: $1" >&2

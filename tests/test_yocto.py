@@ -412,14 +412,15 @@ def test_two_installations_have_the_same_bytes_and_do_not_tell_where_they_were_m
     assert not any(str(tmp_path).encode() in content for content in contents(first).values())
 
 
-# What stands for busybox's source: it takes its configuration, and makes a program with the compiler that it is told.
+# What stands for busybox's source: it takes its configuration, and makes a program with the compiler that it is told
+# and, as busybox does, with the options of the environment.
 BUSYBOX_MAKEFILE = """\
 allnoconfig:
 \t: >.config
 oldconfig:
 busybox:
 \techo 'int main(void) { return 0; }' >busybox.c
-\t$(CC) -Os -static -o $@ busybox.c
+\t$(CC) $(CFLAGS) -Os -static $(LDFLAGS) -o $@ busybox.c
 \t$(CROSS_COMPILE)strip $@
 busybox.links:
 \tprintf '/bin/sh\\n/sbin/ip\\n' >$@
@@ -459,7 +460,8 @@ def test_the_ramdisk_is_built_with_yoctos_tools_alone_and_two_have_the_same_byte
     first = build_ramdisk(tmp_path / "first", **common)
     before = os.umask(0o077)
     try:
-        second = build_ramdisk(tmp_path / "a/b/second", **common, TZ="UTC-9", LC_ALL="C.UTF-8", SOURCE_DATE_EPOCH="1")
+        others = {"TZ": "UTC-9", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "1", "LDFLAGS": "-no-such-option"}
+        second = build_ramdisk(tmp_path / "a/b/second", **common, **others)
     finally:
         os.umask(before)
     assert first == second
