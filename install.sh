@@ -46,12 +46,18 @@ fi
 [ -z "$kernel" ] || [ -f "$kernel" ] || fail "cannot install the kernel: $kernel is not a file"
 [ -z "$initrd" ] || [ -f "$initrd" ] || fail "cannot install the initrd: $initrd is not a file"
 
+# Copies a file, readable by all: not every busybox has install(1).
+put() {
+    cp -f "$1" "$2"
+    chmod 644 "$2"
+}
+
 # Puts FILE ($2) there as NAME ($1); without one, what SCRIPT ($3) has built, or what is there already.
 install_boot_file() {
     file=$2
     [ "$file" ] || file=$("$here/$3" --cached 2>/dev/null) || file=''
     if [ "$file" ]; then
-        install -m 644 "$file" "$lib/$1.new"
+        put "$file" "$lib/$1.new"
         mv "$lib/$1.new" "$lib/$1"
     else
         what="there is no $1 yet: build it"
@@ -60,13 +66,13 @@ install_boot_file() {
     fi
 }
 
-install -d "$sbin" "$lib" "$manual" "$completions"
+mkdir -p "$sbin" "$lib" "$manual" "$completions"
 
 # The compiled module is used only by the same version of Python, so a build host's does no harm. It has the path that the
 # module has on dom0, and no time: the same source and Python make the same file. Python takes it without a look at the
 # source, which would be an eighth of what it takes to load it, and it has no docstrings, which nobody reads there.
 # Containers may be created meanwhile: there always is a module, and never an older one compiled beside a new source.
-install -m 644 "$here/runx.py" "$lib/runx.py.new"
+put "$here/runx.py" "$lib/runx.py.new"
 compiled=''
 if command -v python3 >/dev/null; then
     compiled=$(python3 -IS -c 'import py_compile, sys; print(py_compile.compile(
@@ -80,8 +86,8 @@ for file in "$lib/__pycache__"/*; do
 done
 mv "$lib/runx.py.new" "$lib/runx.py"
 
-install -m 644 "$here/docs/runX.8" "$manual/runX.8"
-install -m 644 "$here/docs/runX.bash-completion" "$completions/runX"
+put "$here/docs/runX.8" "$manual/runX.8"
+put "$here/docs/runX.bash-completion" "$completions/runX"
 install_boot_file kernel "$kernel" kernel/build.sh
 install_boot_file initrd "$initrd" initrd/build.sh
 

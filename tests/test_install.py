@@ -157,6 +157,16 @@ def test_install_changes_nothing_where_a_file_that_it_is_given_is_not_there(tmp_
     assert not (tmp_path / "image").exists()
 
 
+@pytest.mark.skipif(not shutil.which("busybox"), reason="there is no busybox here")
+def test_install_needs_no_tools_but_those_that_every_busybox_has(tmp_path):
+    """Debian's and oe-core's have no install(1)."""
+    (tmp_path / "bin").mkdir()
+    for name in ("cat", "chmod", "cp", "dirname", "mkdir", "mv", "rm", "sh"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which("busybox"))
+    install(tmp_path / "image", path=str(tmp_path / "bin"))
+    assert (tmp_path / "image/usr/sbin/runX").stat().st_mode & 0o777 == 0o755
+
+
 def test_what_is_installed_is_for_everybody_whatever_the_umask(tmp_path):
     before = os.umask(0o077)
     try:
@@ -208,10 +218,10 @@ def test_what_was_compiled_from_an_older_module_does_not_stay(tmp_path):
     assert not older.exists()
 
 
-@pytest.mark.parametrize("tools", ["install mv rm python3", "install mv rm"])
+@pytest.mark.parametrize("tools", ["cp mv rm python3", "cp mv rm"])
 def test_runx_can_be_called_all_the_time_while_it_is_installed_anew(tmp_path, tools):
-    """Each tool calls it before and after what it does, and `install` when it has removed what it replaces; without
-    python3 in the PATH, nothing is compiled."""
+    """Each tool calls it before and after what it does, and `cp` when it has removed what it replaces; without python3
+    in the PATH, nothing is compiled."""
     install("", prefix=str(tmp_path))
     module, command, log = tmp_path / "lib/runX/runx.py", tmp_path / "sbin/runX", tmp_path / "log"
     # of another size: by size and second Python tells whether what it has compiled by itself is of this source
@@ -220,9 +230,9 @@ def test_runx_can_be_called_all_the_time_while_it_is_installed_anew(tmp_path, to
     unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
     py_compile.compile(str(module), cfile=str(compiled), doraise=True, invalidation_mode=unchecked)
     look = f"{command} --version >>{log} 2>&1 || echo failed >>{log}"
-    before = {"install": 'for last; do :; done; [ -d "$last" ] || /bin/rm -f "$last"'}
+    before = {"cp": 'for last; do :; done; [ -d "$last" ] || /bin/rm -f "$last"'}
     (tmp_path / "bin").mkdir()
-    for name in (*tools.split(), "sh", "cat", "chmod", "dirname"):
+    for name in (*tools.split(), "sh", "cat", "chmod", "dirname", "mkdir"):
         tool, real = tmp_path / "bin" / name, shutil.which(name, path=runx.PATH)
         if name in tools.split():
             lines = ["#!/bin/sh", look, before.get(name, ":"), look, f'{real} "$@" || exit', look]
