@@ -5240,8 +5240,8 @@ CGROUP_TIME_LIMIT = 2.0  # seconds to end the last process in a cgroup
 
 
 def find_cgroups(path: str, scope: bool) -> Cgroups:
-    """Return [root, path] of a cgroup in each hierarchy that dom0 has mounted.  Raise Error if it is frozen, or others
-    are in it, unless it is a scope, which systemd has just made for us."""
+    """Return [root, path] of a cgroup in each hierarchy that dom0 has mounted.  Raise Error if it, or one above, is
+    frozen, or if others are in it, unless it is a scope, which systemd has just made for us."""
     path = os.path.normpath("/" + path.lstrip("/"))  # two slashes would stay
     cgroups, seen = [], set()
     for entry in host_mounts():
@@ -5254,9 +5254,12 @@ def find_cgroups(path: str, scope: bool) -> Cgroups:
         remedy = "name another one by linux.cgroupsPath"
         if path == "/" or (not scope and any(cgroup_lines(each) for each, _, _ in os.walk(folder))):
             raise Error(f"cannot make the cgroup {path}: others are in it; {remedy}")
-        is_frozen = "frozen 1" in cgroup_lines(folder, "cgroup.events")
-        if is_frozen or "FROZEN" in cgroup_lines(folder, "freezer.state"):
-            raise Error(f"cannot make the cgroup {path}: it is there, and frozen; {remedy}")
+        while folder != entry.target:  # who is put into one that is frozen, or below it, stops
+            frozen = cgroup_lines(folder, "cgroup.freeze") == ["1"]
+            if frozen or cgroup_lines(folder, "freezer.state") not in ([], ["THAWED"]):
+                at = folder[len(entry.target) :]
+                raise Error(f"cannot make the cgroup {path}: container's cgroup unexpectedly frozen at {at}; {remedy}")
+            folder = os.path.dirname(folder)
     return cgroups
 
 

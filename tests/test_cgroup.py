@@ -78,20 +78,25 @@ def test_a_group_of_others_is_refused(hierarchy, path):
     assert path != "/busy" or runx.find_cgroups(path, True)
 
 
+@pytest.mark.parametrize("path", ["/cold", "/cold/new", "/cold/new/below"])
 @pytest.mark.parametrize(
-    "kind, options, name, state",
-    [("cgroup2", (), "cgroup.events", "populated 0\nfrozen "), ("cgroup", ("freezer",), "freezer.state", "")],
+    "kind, options, name, frozen, thawed",
+    [
+        ("cgroup2", (), "cgroup.freeze", "1", "0"),
+        ("cgroup", ("freezer",), "freezer.state", "FROZEN", "THAWED"),
+        ("cgroup", ("freezer",), "freezer.state", "FREEZING", "THAWED"),
+    ],
 )
-def test_a_frozen_group_is_refused_and_stays(hierarchy, kind, options, name, state):
-    """Its processes stop, and so would the one that makes the container's VM."""
+def test_a_frozen_group_is_refused_and_stays(hierarchy, kind, options, name, frozen, thawed, path):
+    """Its processes stop, and those of a new one below it; so would the one that makes the container's VM."""
     folder = hierarchy(kind, *options) / "cold"
     folder.mkdir()
-    frozen, thawed = (f"{state}1\n", f"{state}0\n") if state else ("FROZEN\n", "THAWED\n")
-    (folder / name).write_text(frozen)
-    with pytest.raises(runx.Error, match="cannot make the cgroup /cold: it is there, and frozen"):
-        runx.find_cgroups("/cold", False)
-    (folder / name).write_text(thawed)
-    assert runx.find_cgroups("/cold", False) == [[str(folder.parent), "/cold"]]
+    (folder / name).write_text(f"{frozen}\n")
+    reason = f"cannot make the cgroup {path}: container's cgroup unexpectedly frozen at /cold;"
+    with pytest.raises(runx.Error, match=reason):
+        runx.find_cgroups(path, False)
+    (folder / name).write_text(f"{thawed}\n")
+    assert runx.find_cgroups(path, False) == [[str(folder.parent), path]]
 
 
 def test_limits_that_end_are_no_limits():
