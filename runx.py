@@ -1388,6 +1388,7 @@ class State(Record):
     version: int = STATE_VERSION
     status: str = "creating"  # or created, running; what else there is follows from the processes and from Xen
     paused: bool = False
+    switched: int = 0  # seconds of CLOCK_MONOTONIC when its VM was last started, paused or resumed
     oci_version: str = "1.0.0"
     bundle: str = ""
     rootfs: str = ""
@@ -1624,7 +1625,7 @@ class Container:
             write_file(mark, "")
         work()
         try:
-            self.save(**changes)
+            self.save(**changes, switched=int(time.monotonic()))
         except Error:
             return
         for mark in self.unsettled():
@@ -8233,9 +8234,12 @@ def await_process(container: Container, domain: Domain) -> None:
             break
         if ready:
             xenstore.take_events()
-        elif not refresh(container).paused:
-            limit = None  # if it lives: init has time limits of its own
-            if xenstore.read(f"{domain.path}/device/console/1/state") == XENBUS_INITIALISING:
+        elif refresh(container) and container.status() == "paused":
+            limit = BOOT_TIME_LIMIT
+        else:
+            # without any, if it lives: init has time limits of its own
+            limit = max(0, container.state.switched + BOOT_TIME_LIMIT - time.monotonic()) or None
+            if not limit and xenstore.read(f"{domain.path}/device/console/1/state") == XENBUS_INITIALISING:
                 container.tell_monitor(f"mute {BOOT_TIME_LIMIT:.0f}")
         error = domain.told("process/0/error")
         if domain.told("process/0/ready"):

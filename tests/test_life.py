@@ -371,28 +371,36 @@ def test_a_kernel_that_hangs_while_it_boots_ends_start_with_its_last_words(dom0)
 @pytest.mark.parametrize(
     "looks, limits, told",
     [
-        ([("1", False)], [600, None], ["mute 600"]),
-        ([("1", True), ("1", False)], [600, 600, None], ["mute 600"]),
-        ([("3", True), ("3", False)], [600, 600, None], []),
-        ([("4", False)], [600, None], []),
+        ([("1", "running", 0)], [600, None], ["mute 600"]),
+        ([("1", "paused", 0), ("1", "running", 0)], [600, 600, None], ["mute 600"]),
+        ([("1", "running", 599), ("1", "running", 599)], [600, 599, None], ["mute 600"]),
+        ([("1", "running", 599), ("1", "paused", 1190), ("1", "running", 1191)], [600, 599, 600, None], ["mute 600"]),
+        ([("3", "paused", 0), ("3", "running", 0)], [600, 600, None], []),
+        ([("4", "running", 0)], [600, None], []),
     ],
 )
 def test_start_gives_up_a_vm_that_runs_and_has_never_found_a_device(monkeypatch, looks, limits, told):
-    """looks: the state of its console, and whether it is paused, at the end of each limit; at last it ends."""
-    states, pauses = map(list, zip(*looks))
-    waited, requests = [], []
+    """looks: the state of its console, its own, and since when, at the end of each limit; at last it ends."""
+    waited, requests, now = [], [], [1e6]
+    left = iter(looks)
+    state = runx.State()
 
     def wait(fds, _, __, limit):
         waited.append(limit)
-        return [fds[1]] if limit is None else [], [], []
+        if limit is None:
+            return [fds[1]], [], []
+        now[0] += limit
+        look.append(next(left))
+        return [], [], []
 
+    look = []
     monkeypatch.setattr(runx.select, "select", wait)
-    state = runx.State()
-    xenstore = SimpleNamespace(fd=0, events=[], watch=lambda watch: None, read=lambda path: states[-1])
+    monkeypatch.setattr(runx.time, "monotonic", lambda: now[0])
+    xenstore = SimpleNamespace(fd=0, events=[], watch=lambda watch: None, read=lambda path: look[-1][0])
     domain = SimpleNamespace(xenstore=xenstore, path="/local/domain/1", told=lambda node: "")
     container = SimpleNamespace(
         state=state, open_pidfd=lambda: 1, path=lambda name: "/no/such", tell_monitor=requests.append,
-        load=lambda: setattr(state, "paused", pauses.pop(0)),
+        load=lambda: setattr(state, "switched", 10**6 + look[-1][2]), status=lambda: look[-1][1],
     )  # fmt: skip
     with pytest.raises(runx.Error, match="its VM has ended"):
         runx.await_process(container, domain)
