@@ -2184,7 +2184,7 @@ def quote_word(word: str) -> str:
 # ---- resources
 
 
-VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes a half
+VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes 0.7
 DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
 
 
