@@ -2651,6 +2651,11 @@ SECCOMP_ARCHITECTURES = {
     "aarch64": (("SCMP_ARCH_AARCH64", 0xC00000B7),),
     "armv7l": (("SCMP_ARCH_ARM", 0x40000028),),
 }
+# all that runtime-spec names: what is none is a slip, after which programs of what was meant would be killed
+SECCOMP_NAMES = [f"SCMP_ARCH_{name}" for name in (
+    "X86 X86_64 X32 ARM AARCH64 MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PPC PPC64 PPC64LE S390 S390X PARISC "
+    "PARISC64 RISCV64 LOONGARCH64 M68K SH SHEB"
+).split()]  # fmt: skip
 # <linux/seccomp.h>; those with data carry it in the lower half
 SECCOMP_ACTIONS = {
     "SCMP_ACT_KILL": 0,
@@ -2691,7 +2696,9 @@ NEXT, PASS, FAIL = 0, -1, -2  # where a test jumps to: on, to the code behind it
 def compile_seccomp(spec: JsonObject, machine: str) -> tuple[int, list[Instruction]] | None:
     """Return the flags of seccomp(2) and the program, None if it filters nothing.  machine: as uname(2) names it."""
     section = Section(spec, "config.json: linux.seccomp")
-    flags = 0
+    if not section.text("defaultAction", "") and not section.sections("syscalls"):
+        return None  # Go's empty object, as by runc
+    flags, wanted = 0, section.each("architectures", Section.choice, SECCOMP_NAMES)
     default = seccomp_action(section, "defaultAction", "defaultErrnoRet")
     for flag in section.each("flags", Section.choice, SECCOMP_FLAGS):
         flags |= SECCOMP_FLAGS[flag]
@@ -2700,7 +2707,6 @@ def compile_seccomp(spec: JsonObject, machine: str) -> tuple[int, list[Instructi
     rules = seccomp_rules(section, default)
     if not any(rules.values()) and default == SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
         return None
-    wanted = section.texts("architectures")
     program = [statement(LOAD, ARCHITECTURE_OFFSET)]
     for place, (name, number) in enumerate(SECCOMP_ARCHITECTURES[machine]):
         if place == 0 or name in wanted:

@@ -604,6 +604,18 @@ def test_a_seccomp_filter_names_what_is_allowed():
     assert filtered(program, names, "write", architecture=0x40000003) == PERMISSION
 
 
+@pytest.mark.parametrize("action", ["SCMP_ACT_ERRNO", "SCMP_ACT_ALLOW"])
+@pytest.mark.parametrize("name", ["SCMP_ARCH_X86-64", "X86_64", ""])
+def test_an_unknown_architecture_of_seccomp_is_refused(action, name):
+    with pytest.raises(runx.Error, match=r"linux\.seccomp\.architectures\[1\] must be one of SCMP_ARCH_X86, "):
+        seccomp(defaultAction=action, architectures=["SCMP_ARCH_S390X", name])
+
+
+@pytest.mark.parametrize("spec", [{"defaultAction": ""}, {"architectures": ["SCMP_ARCH_X86"], "syscalls": []}])
+def test_seccomp_without_an_action_and_without_system_calls_filters_nothing(spec):
+    assert runx.compile_seccomp(spec, "x86_64") is None
+
+
 @pytest.mark.parametrize("operator", ["NE", "LT", "LE", "EQ", "GE", "GT"])
 def test_seccomp_compares_64_bits(operator):
     compare = {"NE": "__ne__", "LT": "__lt__", "LE": "__le__", "EQ": "__eq__", "GE": "__ge__", "GT": "__gt__"}[operator]
