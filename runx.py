@@ -8122,6 +8122,8 @@ def remove_unmade(container: Container, log: Log) -> None:
 def commit(container: Container, pid: int, monitor: int, options: JsonObject, writer: int, log: Log) -> None:
     """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error."""
     pid_file = options.get("pid-file")
+    with Attempt("keep config.json", ValueError):  # for `exec`, as it is now
+        write_file(container.path("config.json"), read_text(os.path.join(container.state.bundle, "config.json")))
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
@@ -8393,8 +8395,10 @@ def make_order(call: Invocation, attached: bool) -> Order:
     for name in call.options.get("cgroup", []):
         if name.strip("/"):
             raise Error(f"cannot run it in the cgroup {printable(name)}: runX has only the container's own")
-    spec, path = read_config(container.state.bundle), call.options.get("process", "")
-    asked = read_object(path, "the process") if path else ask_process(call, spec.section("process"))
+    bundle, path = container.state.bundle, call.options.get("process", "")
+    asked = read_object(path, "the process") if path else ask_process(call, read_config(bundle).section("process"))
+    # what the container has, as `create` has found it, if its runX has kept that
+    spec = read_config(container.folder if os.path.exists(container.path("config.json")) else bundle)
     process, linux, warnings = parse_exec(spec, asked, path or "the process")
     for warning in warnings:
         call.log.about(container.id).warn(warning)

@@ -220,7 +220,7 @@ def records(container, number=1):
 
 
 def test_the_process_is_the_containers_own_with_what_the_options_change(dom0):
-    container = running(dom0)
+    container = dom0.container("wait")
     spec = json.loads((container.bundle / "config.json").read_text())
     spec["process"] |= {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 8, "hard": 9}], "oomScoreAdj": 77}
     spec["process"]["user"] |= {"umask": 0o27, "additionalGids": [5]}
@@ -228,6 +228,7 @@ def test_the_process_is_the_containers_own_with_what_the_options_change(dom0):
     spec["process"]["capabilities"] = {"bounding": known, "permitted": known[:1], "inheritable": known}
     spec["linux"] = {"personality": {"domain": "LINUX32"}}
     container.write(spec)
+    container.started().ready()
     options = [
         "--cwd",
         "/tmp",
@@ -258,12 +259,13 @@ def test_the_process_is_the_containers_own_with_what_the_options_change(dom0):
 
 
 def test_an_oci_process_is_taken_as_it_is(dom0, tmp_path):
-    container = running(dom0)
+    container = dom0.container("wait")
     spec = json.loads((container.bundle / "config.json").read_text())
     spec["process"] |= {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 8, "hard": 9}], "oomScoreAdj": 77}
     spec["process"] |= {"scheduler": {"policy": "SCHED_BATCH"}, "ioPriority": {"class": "IOPRIO_CLASS_IDLE"}}
     spec["process"]["capabilities"] = {"bounding": ["CAP_KILL"]}
     container.write(spec)
+    container.started().ready()
     process = {"args": ["guest", "wait"], "cwd": "/", "env": ["B=2"], "capabilities": {}, "oomScoreAdj": 3}
     process["ioPriority"] = {"class": "IOPRIO_CLASS_BE", "priority": 5}
     (tmp_path / "process").write_text(json.dumps(process))
@@ -277,6 +279,33 @@ def test_an_oci_process_is_taken_as_it_is(dom0, tmp_path):
     started.signal(1)
     assert started.wait().returncode == 129
     remove(container)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_the_container_has_is_what_create_has_found(dom0, tmp_path, is_kept):
+    """As under runc, whose state.json has it; what is the command line's to change is config.json's of today."""
+    container = dom0.container("wait")
+    spec = json.loads((container.bundle / "config.json").read_text())
+    changed = json.loads(json.dumps(spec))
+    spec["linux"] = {"personality": {"domain": "LINUX32"}}
+    container.write(spec)
+    container.started().ready()
+    changed["process"]["cwd"] = "/tmp"
+    container.write(changed)
+    if not is_kept:  # by the runX that has created it
+        (container.root / container.id / "config.json").unlink()
+    process = execute(container, "wait")
+    dom0.ask("await_node", f"/local/domain/{container.domid()}/data/process/1/ready")
+    words = records(container)
+    assert (["personality", ["8"]] in words, ["cwd", ["/tmp"]] in words) == (is_kept, True)
+    process.signal(15)
+    assert process.wait().returncode == 143
+    freed(container)
+    (container.bundle / "config.json").unlink()
+    (tmp_path / "process").write_text(json.dumps({"args": ["guest", "exit:4"], "cwd": "/"}))
+    ended = dom0.run(*container.words("exec", "--process", str(tmp_path / "process"), container.id))
+    assert ended.returncode == (4 if is_kept else 255)
+    finish(container)
 
 
 @pytest.mark.parametrize(
