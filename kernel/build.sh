@@ -10,8 +10,8 @@
 # HOSTLDFLAGS are for the kernel's own programs, which run here; SOURCE_DATE_EPOCH is the time that the image tells as
 # that of its build, without it the source's; MAKEFLAGS may hold -j. The image depends on nothing else of this machine.
 #
-# Debian packages: gcc libc6-dev make flex bison bc patch xz-utils linux-source-6.12; libelf-dev for x86_64, whose build
-# checks the objects (objtool); gcc-aarch64-linux-gnu or gcc-arm-linux-gnueabihf to cross-compile.
+# Debian packages: gcc libc6-dev make flex bison bc patch xz-utils linux-source-6.12 (6.12.111 or later); libelf-dev for
+# x86_64, whose build checks the objects (objtool); gcc-aarch64-linux-gnu or gcc-arm-linux-gnueabihf to cross-compile.
 set -eu
 
 fail() {
@@ -127,8 +127,15 @@ XZ_DEFAULTS=-T0 tar -x -f "$source" -C "$work/linux" --strip-components=1 \
     --exclude='*/drivers/net/wireless/*.[ch]' --exclude='*/sound/*.[ch]' --exclude='*/Documentation/*.rst' ||
     fail "cannot unpack $source: name an intact tarball of the kernel with --source."
 
+# Of an older one, fs/fuse/readdir.c is not what patches/0018 changes.
+wanted='use a source of Linux 6.12.111 or later of that series.'
+release=$(sed -n 's/^VERSION = //p; s/^PATCHLEVEL = /./p; s/^SUBLEVEL = /./p' "$work/linux/Makefile" | tr -d '\n')
+case $release in
+6.12.?*) [ "${release##*.}" -ge 111 ] ;;
+*) false ;;
+esac || fail "cannot patch $source, which is of Linux $release: $wanted"
 for patch in "$here"/patches/*.patch; do
-    patch -p1 -s -d "$work/linux" <"$patch" >&2 || fail "cannot apply $patch to $source: use a source of version 6.12."
+    patch -p1 -s -d "$work/linux" <"$patch" >&2 || fail "cannot apply $patch to $source: $wanted"
 done
 
 # The same inputs make the same image.

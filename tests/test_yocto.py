@@ -165,6 +165,35 @@ def test_a_recipe_takes_nothing_that_it_has_built_before(name, task):
     assert 'XDG_CACHE_HOME="${B}"' in text and f'{task}[cleandirs] = "${{B}}"' in text.splitlines()
 
 
+@pytest.mark.parametrize(
+    "version, reason",
+    [
+        ("6 12 107", "which is of Linux 6.12.107: use a source of Linux 6.12.111 or later of that series."),
+        ("6 13 200", "which is of Linux 6.13.200: use"),
+        ("7 12 111", "which is of Linux 7.12.111: use"),
+        ("6 12 111", "/kernel/patches/0"),  # it comes to the patches
+        ("6 12 1000", "/kernel/patches/0"),
+    ],
+)
+def test_a_source_that_the_patches_are_not_for_is_refused_by_its_version(tmp_path, version, reason):
+    source, tools = tmp_path / "linux-6", tmp_path / "tools"
+    source.mkdir()
+    tools.mkdir()
+    for name in ("gcc", "make", "flex", "bison", "bc", "xz", "patch"):
+        (tools / name).write_text(f"#!/bin/sh\n[ {name} != patch ]\n")
+        (tools / name).chmod(0o755)
+    names = ("VERSION", "PATCHLEVEL", "SUBLEVEL")
+    lines = [f"{name} = {number}\n" for name, number in zip(names, version.split())]
+    (source / "Makefile").write_text("".join(["# SPDX\n", *lines, "EXTRAVERSION =\n", "OTHERVERSION = 1\n"]))
+    tarball = tmp_path / "linux.tar"
+    subprocess.run(["tar", "-C", tmp_path, "-cf", tarball, source.name], check=True)
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path), "CC": "gcc"}
+    words = ["--arch", "arm64", "--source", str(tarball)]
+    result = call("sh", str(REPOSITORY / "kernel/build.sh"), *words, env=env, timeout=100)
+    assert result.returncode == 1 and reason in result.stderr.decode().splitlines()[-1], result.stderr.decode()
+    assert result.stderr.decode().splitlines()[-1].startswith("kernel/build.sh: cannot ")
+
+
 def test_a_check_of_cves_is_told_what_a_recipe_builds_and_of_which_version():
     """By oe-core's class it would look for the recipe's own name and version; a recipe has one version for it."""
 
