@@ -32,7 +32,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # annotations are never evaluated
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
     from subprocess import Popen
     from typing import Any, BinaryIO, NoReturn, TypeVar, Union
@@ -5472,6 +5472,7 @@ IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8  # <linux/if_addr.
 IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
 RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
 RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 6, 7, 8, 18
+RTAX_MTU, RTAX_ADVMSS = 2, 8
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
 RTPROT_STATIC, RTPROT_RA, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 4, 9, 0, 253
 NDA_DST, NDA_LLADDR, NUD_PERMANENT = 1, 2, 0x80  # <linux/neighbour.h>
@@ -5717,6 +5718,7 @@ CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
 CNI_TIME_LIMIT = 30  # seconds that a plugin has
 DNS_MAX = 3500  # bytes; see GUEST_NODE_MAX
 MTU_MAX = 65535  # of Linux's
+ROUTE_NUMBERS = {"priority": 32, "mtu": 32, "advmss": 32, "scope": 8}  # of a route in SPEC.md, and their bits
 
 
 class Attachment(Record):
@@ -5734,7 +5736,7 @@ class Attachment(Record):
     rate: str  # as netback wants it, or ""
     dhcp: bool
     addresses: list[str]  # such as "192.168.0.7/24"; these and routes where there is a bridge
-    routes: list[list[str]] = []  # [destination, gateway or ""]
+    routes: list[list[Any]] = []  # [destination, gateway or ""], and its ROUTE_NUMBERS if it has any
     gateways: list[str]  # that are default routes, whatever the routes are
     dns: JsonObject  # as in SPEC.md
 
@@ -6110,9 +6112,13 @@ def use_result(attachment: Attachment, result: JsonObject, network: Network) -> 
         for route in routes:
             destination = ipaddress.ip_network(route["dst"], strict=False)
             if destination.version in versions and route.get("table") in (None, 0, RT_TABLE_MAIN):
-                gateway = route.get("gw") or first.get(destination.version)
+                section = Section(route, f"network {network.name}: the route to {destination}", ": ")
+                found = {key: section.unsigned(key, bits) for key, bits in ROUTE_NUMBERS.items() if route.get(key)}
+                gateway = route.get("gw")
+                if found.get("scope", 0) < RT_SCOPE_LINK:  # else it goes by none
+                    gateway = gateway or first.get(destination.version)
                 way = str(ipaddress.ip_address(gateway)) if gateway else ""
-                attachment.routes.append([str(destination), way])
+                attachment.routes.append([str(destination), way, found] if found else [str(destination), way])
     attachment.dns = attachment.dns or result_dns(result, network)
     if network.plugins[0].get("isDefaultGateway"):
         attachment.gateways += first.values()
@@ -6155,9 +6161,15 @@ class Interface:
         return not self.name.startswith("eth"), len(self.name), self.name
 
 
-def route_message(destination: Subnet, gateway: Address | None, addresses: Sequence[Prefixed]) -> Message:
-    """gateway: None, or one that is on the link even if it is in no network of addresses."""
-    found, scope, flags = {}, RT_SCOPE_LINK, 0
+def route_message(
+    destination: Subnet, gateway: Address | None, addresses: Sequence[Prefixed], numbers: Mapping[str, int] = {}
+) -> Message:
+    """gateway: None, or one that is on the link even if it is in no network of addresses.  numbers: ROUTE_NUMBERS."""
+    found: Attributes = {RTA_PRIORITY: numbers["priority"]} if "priority" in numbers else {}
+    metrics = {kind: numbers[key] for key, kind in (("mtu", RTAX_MTU), ("advmss", RTAX_ADVMSS)) if key in numbers}
+    if metrics:
+        found[RTA_METRICS] = metrics
+    scope, flags = RT_SCOPE_LINK, 0
     length = destination.prefixlen
     if length:
         found[RTA_DST] = destination.network_address.packed
@@ -6166,7 +6178,7 @@ def route_message(destination: Subnet, gateway: Address | None, addresses: Seque
         scope = RT_SCOPE_UNIVERSE
         if not any(gateway in address.network for address in addresses):
             flags = RTNH_F_ONLINK
-    kind = (RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST)
+    kind = (RT_TABLE_MAIN, RTPROT_STATIC, numbers.get("scope", scope), RTN_UNICAST)
     return Message(RTM_NEWROUTE, (family_of(destination), length, 0, 0, *kind, flags), found)
 
 
@@ -6297,9 +6309,9 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
     for address in addresses:
         if not any(address.packed in message.attributes.values() for message in interface.addresses):
             interface.addresses.append(address_message(address))  # which no plugin has set
-    for destination, way in attachment.routes:
+    for destination, way, *numbers in attachment.routes:
         gateway = ipaddress.ip_address(way) if way else None
-        interface.routes.append(route_message(ipaddress.ip_network(destination), gateway, addresses))
+        interface.routes.append(route_message(ipaddress.ip_network(destination), gateway, addresses, *numbers))
     families = {message.head[0] for message in interface.addresses}
     places = [(message.attributes[IFA_ADDRESS], message.head[1]) for message in interface.addresses]
     subnets = [ipaddress.ip_network(place, strict=False) for place in places]

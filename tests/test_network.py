@@ -417,6 +417,41 @@ def test_results_of_all_versions_are_understood(planned, plugin, tmp_path):
     assert json.loads((tmp_path / "stdin").read_text())["cniVersion"] == "1.0.0"  # the newest that both know
 
 
+def test_a_route_has_the_numbers_that_are_told_of_it(planned, plugin, namespaces):
+    """As the plugin bridge sets them: the kernel has them when our message has come."""
+    routes = [
+        {"dst": "10.8.0.0/16", "priority": 70, "mtu": 1400, "advmss": 1300},
+        {"dst": "10.9.0.0/16", "scope": 253}, {"dst": "10.7.0.0/16", "scope": 0, "priority": None},
+        {"dst": "0.0.0.0/0", "gw": "10.1.0.9", "priority": 0xFFFFFFFF},
+    ]  # fmt: skip
+    result = {"cniVersion": "1.0.0", "ips": [{"address": "10.1.0.5/16", "gateway": "10.1.0.1"}], "routes": routes}
+    plugin(f"echo '{json.dumps(result)}'")
+    network, made, _ = planned({**NET, "cniVersion": "1.0.0", "ipam": {"type": "plugin"}}, "auto")
+    runx.attach_network(made, network)
+    assert made.routes[2] == ["10.7.0.0/16", "10.1.0.1"]
+    interface = runx.attachment_interface(runx.Attachment(**json.loads(json.dumps(vars(made)))), None)
+    for line in ("link add eth0 up type veth peer name x", "link set x up", "address add 10.1.0.5/16 dev eth0"):
+        ip(line)
+    netlink = runx.Rtnetlink()
+    for route in interface.routes:
+        route.attributes[runx.RTA_OIF] = netlink.find_link("eth0").index
+        netlink.request(route, runx.NLM_F_CREATE)
+    shown = {each["dst"]: each for each in ip("route show proto static")}
+    mine = shown["10.8.0.0/16"]
+    assert (mine["gateway"], mine["metric"], mine["metrics"]) == ("10.1.0.1", 70, [{"mtu": 1400, "advmss": 1300}])
+    assert (shown["10.9.0.0/16"]["scope"], "gateway" in shown["10.9.0.0/16"]) == ("link", False)
+    assert (shown["default"]["gateway"], shown["default"]["metric"], len(shown)) == ("10.1.0.9", 0xFFFFFFFF, 4)
+
+
+@pytest.mark.parametrize("number", [{"mtu": -1}, {"priority": 1 << 32}, {"scope": 256}, {"advmss": "1"}])
+def test_a_number_of_a_route_that_is_none_is_refused(planned, plugin, number):
+    result = {"ips": [{"address": "10.1.0.5/16"}], "routes": [{"dst": "10.8.0.0/16", **number}]}
+    plugin(f"echo '{json.dumps(result)}'")
+    network, made, _ = planned({**NET, "ipam": {"type": "plugin"}}, "auto")
+    with pytest.raises(runx.Error, match=f"network net: the route to 10.8.0.0/16: {next(iter(number))} must be"):
+        runx.attach_network(made, network)
+
+
 def test_what_plugins_tell_of_their_versions(plugin):
     plugin('echo \'{"supportedVersions": ["9.0.0"]}\'')
     made = attachment()
