@@ -6144,7 +6144,8 @@ class Interface:
 
     def __init__(self, name: str, mac: str, mtu: int) -> None:
         self.name = name
-        self.mac = mac  # in hexadecimal
+        self.mac = mac  # in hexadecimal; by it the VM finds the interface
+        self.own_mac = ""  # that it then gets, where another one of the VM's has that too
         self.mtu = mtu  # 0: the bridge's
         self.addresses: list[Message] = []
         self.routes: list[Message] = []
@@ -6282,10 +6283,14 @@ def find_interfaces(container: Container, taken: int, log: Log) -> list[Interfac
     found.sort(key=Interface.place)
     by_mac: dict[str, str] = {}
     for interface in found:
-        other = by_mac.setdefault(interface.mac, interface.name)
-        if other != interface.name:
-            mac = bytes.fromhex(interface.mac).hex(":")
-            raise Error(f"the VM's {other} and {interface.name} have one MAC address, {mac}: give one of them another")
+        if other := by_mac.get(interface.mac):  # as vlan and ipvlan make them on one link
+            if state.own_init:
+                mac = bytes.fromhex(interface.mac).hex(":")
+                reason = "and the system of its own that it boots cannot tell them apart: give one of them another"
+                raise Error(f"the VM's {other} and {interface.name} have one MAC address, {mac}, {reason}")
+            interface.own_mac = interface.mac
+            interface.mac = stable_mac(container.folder, interface.name).replace(":", "")
+        by_mac[interface.mac] = interface.name
     return found
 
 
@@ -6558,7 +6563,8 @@ def split_words(mac: str, words: Iterable[str]) -> list[str]:
 
 def guest_words(interface: Interface) -> Iterator[str]:
     """Yield what the guest does with its interface, in order: messages and settings."""
-    yield link_message(0, {IFLA_IFNAME: interface.name, IFLA_MTU: interface.mtu}).for_guest(0)
+    found: Attributes = {IFLA_ADDRESS: bytes.fromhex(interface.own_mac)} if interface.own_mac else {}
+    yield link_message(0, {IFLA_IFNAME: interface.name, IFLA_MTU: interface.mtu, **found}).for_guest(0)
     for key, value in {**interface.ipv6, "accept_dad": "0"}.items():
         yield f"sys/net/ipv6/conf/{interface.name}/{key}={value}"
     yield link_message(0, {}, up=True).for_guest(0)

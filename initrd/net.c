@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* net: interfaces, addresses and routes of the VM, as messages of rtnetlink(7) that runx.py has made. */
 #include "init.h"
+#include <linux/ethtool.h>
 #include <linux/rtnetlink.h>
+#include <linux/sockios.h>
 #include <net/if.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -17,19 +19,28 @@ static unsigned char hex_byte(const char *hex)
 	return byte;
 }
 
-/* The number of the interface with a MAC address, which is 12 hexadecimal digits; 0: it is not there. */
+/*
+ * The number of the interface with a MAC address, which is 12 hexadecimal digits; 0: it is not there.  That is what the
+ * host has given it: a message may set another one, and two may share that.
+ */
 static uint32_t find_interface(const char *mac)
 {
 	int fd = check(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), "open", "a socket");
+	struct { uint32_t cmd, size; unsigned char data[32]; } permanent;	/* ethtool_perm_addr */
 	struct ifreq request;
 	uint32_t found = 0;
 
 	for (int number = 1; number < 1024 && !found; number++) {
 		int i = 0;
+		permanent.cmd = ETHTOOL_GPERMADDR;
+		permanent.size = sizeof permanent.data;
 		request.ifr_ifindex = number;
-		if (ioctl(fd, SIOCGIFNAME, &request) < 0 || ioctl(fd, SIOCGIFHWADDR, &request) < 0)
+		if (ioctl(fd, SIOCGIFNAME, &request) < 0)
 			continue;
-		while (i < 6 && (unsigned char)request.ifr_hwaddr.sa_data[i] == hex_byte(mac + 2 * i))
+		request.ifr_data = (void *)&permanent;
+		if (ioctl(fd, SIOCETHTOOL, &request) < 0)
+			continue;
+		while (i < 6 && permanent.data[i] == hex_byte(mac + 2 * i))
 			i++;
 		found = i == 6 ? number : 0;
 	}

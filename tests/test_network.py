@@ -1109,12 +1109,32 @@ def test_two_of_one_name_are_refused(plugged, engine):
         plugged(namespace=None, networks=[{**ATTACHMENT, "namespace": engine[1], "interface": "eth7", "bridge": ""}])
 
 
-def test_two_of_one_mac_address_are_refused_and_leave_nothing(plugged, engine):
-    """As those of ipvlan or vlan have: the guest is told what is an interface's by its MAC address."""
+def test_two_of_one_mac_address_both_have_it_in_the_vm(namespaces, plugged, engine, monkeypatch):
+    """As two of vlan or ipvlan on one link: the VM finds the second one by another address, before it sets its own."""
+    monkeypatch.setattr(runx, "redirect", lambda *args: None)
+    process, path = engine
+    for line in ("link set eth0 down", "link set eth0 address 02:00:00:00:00:22"):
+        ip(line, path)
+    store, container = plugged(namespace="", pid=process.pid)
+    first, second = [store.nodes[f"/local/domain/7/device/vif/{number}/mac"] for number in (0, 1)]
+    assert first == "02:00:00:00:00:22" != second and int(second[:2], 16) & 3 == 2  # locally administered, of one
+    texts = told(store)
+    assert [text.split()[0] for text in texts] == [mac.replace(":", "") for mac in (first, second)] * 2
+    for text in texts:
+        mac, *words = text.split()
+        apply(words, namespaces, mac)
+    shown = {name: ip(f"link show dev {name}", namespaces)[0] for name in ("eth0", "eth2")}
+    assert [each["address"] for each in shown.values()] == [first, first]
+    assert [each["mtu"] for each in shown.values()] == [1500, 1400] and joined(container) == ["eth0", "eth2"]
+    plugged()  # by `start`, which finds what `create` has plugged
+    assert (told(store), container.state.devices) == (texts, [["vif", 0], ["vif", 1]])
+
+
+def test_two_of_one_mac_address_are_refused_where_the_vm_sets_them_up_by_itself(plugged, engine):
     ip("link set eth0 down", engine[1])
     ip("link set eth0 address 02:00:00:00:00:22", engine[1])
-    with pytest.raises(runx.Error, match="the VM's eth0 and eth2 have one MAC address, 02:00:00:00:00:22: give one of"):
-        plugged(namespace="", pid=engine[0].pid)
+    with pytest.raises(runx.Error, match="the VM's eth0 and eth2 have one MAC address, 02:00:00:00:00:22, and the sys"):
+        plugged(namespace="", pid=engine[0].pid, own_init=True)
     assert plugged.container.state.devices == plugged.container.state.plugged == []
     assert [node for node in plugged.store.nodes if "/vif" in node] == []
 

@@ -207,6 +207,23 @@ def test_links_of_the_hosts(bundle, network, cable, plugin):
     wait_until(lambda: call(*"ip link show testlink0".split()).returncode == 0, "the link's way back")
 
 
+def test_two_vlans_of_one_link_have_its_mac_address_in_the_vm_too(bundle, network, cable):
+    assert call("modprobe", "8021q").returncode == 0
+    netconf = []
+    for number in (5, 6):
+        for command in (
+            f"ip link add link testlink1 name testvlan{number} type vlan id {number}",
+            f"ip address add 10.78.{number}.1/24 dev testvlan{number}", f"ip link set testvlan{number} up",
+        ):  # fmt: skip
+            assert call(*command.split()).returncode == 0, command
+        vlan = {"type": "vlan", "master": "testlink0", "vlanId": number}
+        netconf.append(network(f"v{number}", **vlan, ipam=ipam(f"10.78.{number}.0/24", routes=[])) + ",auto")
+    mac = pathlib.Path("/sys/class/net/testlink0/address").read_text().strip()
+    script = "ip link; ping -c 1 -w 20 10.78.5.1 && ping -c 1 -w 20 10.78.6.1"
+    result = bundle.run(wants(bundle, "sh", "-c", script, netconf=netconf))
+    assert (result.returncode, result.stdout.decode().count(f"link/ether {mac} ")) == (0, 2), result
+
+
 def test_a_bridge_of_our_own_on_a_host_without_plugins(bundle, network, tmp_path):
     netconf = network(bridge="testbr1", isGateway=True, ipMasq=True, ipam=ipam("10.78.0.0/24"))
     environment = {**os.environ, "CNI_PATH": str(tmp_path)}
