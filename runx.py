@@ -2903,6 +2903,8 @@ def guest_devices(linux: Linux) -> Words:
 def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
     target = entry.destination
     flags = entry.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
+    if entry.is_sealed_late():
+        flags &= ~MS_RDONLY
     if entry.on_host():
         source = next(sources)
         yield "mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""
@@ -2910,11 +2912,9 @@ def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
         if flags:  # a bind mount takes its options only from a second call
             yield "mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""
     elif entry.flags & MS_REMOUNT:
-        yield "mount", "", target, "", entry.flags & ~(MS_REC | RECURSIVE_RO), entry.data
+        yield "mount", "", target, "", flags | entry.flags & MS_BIND, entry.data
     else:
         kind = "cgroup2" if entry.type == "cgroup" else entry.type
-        if entry.is_sealed_late():
-            flags &= ~MS_RDONLY
         yield "copy_up" if entry.copy_up else "mount", entry.source or kind, target, kind, flags, entry.data
     if entry.propagation:
         yield "propagation", target, entry.propagation

@@ -217,6 +217,17 @@ def test_memory_that_is_read_only_is_sealed_when_all_is_in_it(guest):
     assert words[9:15] == seal
 
 
+@pytest.mark.parametrize("bind", [[], ["bind"]])
+def test_memory_that_is_mounted_again_read_only_is_sealed_late_too(guest, bind):
+    """As by runc: what comes behind it in mounts may lie in it."""
+    again = {"destination": "/t", "type": "tmpfs", "options": ["remount", "ro", "nosuid", "tmpcopyup", *bind]}
+    words = guest(mounts({"destination": "/t", "type": "tmpfs"}, again, {"destination": "/t/p", "type": "proc"}))
+    flags = REMOUNT | runx.MS_NOSUID | (BIND if bind else 0)
+    assert words[7:19] == text("mount", "", "/t", "", flags, "", "mount", "proc", "/t/p", "proc", 0, "")
+    seal = text("mount", "", "/t", "", REMOUNT | BIND | RDONLY | runx.MS_NOSUID, "")
+    assert words[words.index("/t", 13) - 2 :][:6] == seal
+
+
 @pytest.mark.parametrize("own, there", [(False, True), (True, False)])
 def test_a_network_brings_resolv_conf_unless_the_engine_does(guest, tmp_path, own, there):
     spec = plain()
