@@ -5878,7 +5878,7 @@ def resolv_conf(dns: JsonObject) -> str:
     if dns.get("domain"):
         lines.append(f"domain {dns['domain']}")
     lines += [f"{key} {' '.join(dns[key])}" for key in ("search", "options") if dns.get(key)]
-    return "".join(line + "\n" for line in lines)[:DNS_MAX]
+    return "".join(line + "\n" for line in lines)
 
 
 # ---- what is to be done: runX makes a bridge's port by itself, and has plugins do what it cannot
@@ -5947,8 +5947,10 @@ def stable_mac(*identity: str | int) -> str:
 def needs_plugins(network: Network, log: Log) -> bool:
     """Return whether the network's plugins make the interface, and not runX by itself."""
     chained = {plugin["type"] for plugin in network.plugins[1:]}
-    if not find_plugin("bandwidth"):
-        chained.discard("bandwidth")  # netback can do that too
+    if "bandwidth" in chained and not find_plugin("bandwidth"):
+        chained.discard("bandwidth")  # netback can do that too, for what the VM sends
+        if any(plugin.get("ingressRate") for plugin in network.plugins):
+            log.warn(f"network {network.name}: ingressRate has no effect without the CNI plugin bandwidth")
     if not network.bridge or chained:
         return True
     keys = BRIDGE_LAYER_2 if network.dhcp else BRIDGE_LAYER_2 + BRIDGE_LAYER_3
@@ -6545,9 +6547,9 @@ def guest_nodes(state: State, interfaces: list[Interface]) -> dict[str, str]:
     dhcp = [interface.name for interface in interfaces if interface.dhcp]
     if dhcp:
         told.update({"data/hostname": state.hostname, "data/dhcp": " ".join(dhcp)})
-    dns = "".join(resolv_conf(fields["dns"]) for fields in state.networks)
-    if dns:
-        told["data/dns"] = dns
+    dns = "".join(resolv_conf(fields["dns"]) for fields in state.networks).encode()
+    if dns:  # whole lines: half an address is another one's
+        told["data/dns"] = dns[: dns.rfind(b"\n", 0, DNS_MAX) + 1].decode()
     return told
 
 

@@ -235,7 +235,17 @@ def test_resolv_conf_has_a_line_for_each_server():
     dns = {"nameservers": ["10.0.0.1", "::1"], "domain": "x", "search": ["a", "b"], "options": ["ndots:2"]}
     text = "nameserver 10.0.0.1\nnameserver ::1\ndomain x\nsearch a b\noptions ndots:2\n"
     assert runx.resolv_conf(dns) == text and runx.resolv_conf({}) == ""
-    assert len(runx.resolv_conf({"search": ["x" * 10000]})) == runx.DNS_MAX
+
+
+def test_the_guest_is_told_whole_lines_of_all_networks_servers_as_far_as_a_node_goes():
+    servers = [{"nameservers": [f"10.0.{network}.{number}" for number in range(100, 200)]} for network in (1, 2)]
+    state = runx.State(networks=[{"dns": dns} for dns in servers])
+    text = "".join(map(runx.resolv_conf, servers))
+    told = runx.guest_nodes(state, [])["data/dns"]
+    assert text.startswith(told) and told.endswith("\n") and runx.DNS_MAX - 30 < len(told) <= runx.DNS_MAX
+    state.networks = [{"dns": {"domain": "x", "search": ["\xe4" * 3000]}}]
+    assert runx.guest_nodes(state, []) == {"data/dns": "domain x\n"}
+    assert runx.guest_nodes(runx.State(networks=[{"dns": {}}]), []) == {}
 
 
 # ---- what is planned, and what plugins do
@@ -331,6 +341,9 @@ def test_a_chain_is_executed_and_a_rate_limit_alone_is_netbacks(planned, plugin,
     document = {"name": "net", "plugins": chain}
     _, made, _ = planned(document, rate="9000,50000")
     assert made.calls == [] and made.rate == "50,50000" and made.bridge == "cni0"
+    lost = "network net: ingressRate has no effect without the CNI plugin bandwidth"
+    assert lost not in planned(document)[2]
+    assert lost in planned({"name": "net", "plugins": [chain[0], {**chain[1], "ingressRate": 8000}]})[2]
     _, made, _ = planned({"name": "net", "plugins": [*chain, {"type": "tuning"}]})
     assert [name for name, _ in made.calls] == ["bridge", "bandwidth", "tuning"] and made.bridge == ""
     plugin("exit 0")
