@@ -13,6 +13,8 @@
 # Debian packages: gcc libc6-dev make flex bison bc patch xz-utils linux-source-6.12 (6.12.111 or later); libelf-dev for
 # x86_64, whose build checks the objects (objtool); gcc-aarch64-linux-gnu or gcc-arm-linux-gnueabihf to cross-compile.
 set -eu
+# what make(1) would take up, and the key of what is kept does not know
+unset KCFLAGS KCPPFLAGS KAFLAGS KBUILD_OUTPUT LLVM
 
 fail() {
     echo "kernel/build.sh: $1" >&2

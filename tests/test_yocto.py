@@ -176,22 +176,37 @@ def test_a_recipe_takes_nothing_that_it_has_built_before(name, task):
     ],
 )
 def test_a_source_that_the_patches_are_not_for_is_refused_by_its_version(tmp_path, version, reason):
+    patching = "case $0 in */patch) exit 1 ;; esac"
+    said = build_kernel(tmp_path, version, patching).stderr.decode().splitlines()[-1]
+    assert reason in said and said.startswith("kernel/build.sh: cannot "), said
+
+
+def test_what_the_environment_has_for_other_kernels_has_no_effect(tmp_path):
+    other = {"KCFLAGS": "-Ofast", "KBUILD_OUTPUT": "/elsewhere", "LLVM": "1"}
+    making = f"case $0 in */make) env >{tmp_path}/seen; exit 1 ;; esac"
+    build_kernel(tmp_path, "6 12 117", making, **other)
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert seen and not [line for line in seen if line.split("=")[0] in other]
+
+
+def build_kernel(tmp_path, version, doing, **environment):
+    """The result of build.sh, which fails, with programs that do no more than that, for a source of that version."""
     source, tools = tmp_path / "linux-6", tmp_path / "tools"
     source.mkdir()
     tools.mkdir()
     for name in ("gcc", "make", "flex", "bison", "bc", "xz", "patch"):
-        (tools / name).write_text(f"#!/bin/sh\n[ {name} != patch ]\n")
+        (tools / name).write_text(f"#!/bin/sh\n{doing}\n")
         (tools / name).chmod(0o755)
     names = ("VERSION", "PATCHLEVEL", "SUBLEVEL")
     lines = [f"{name} = {number}\n" for name, number in zip(names, version.split())]
     (source / "Makefile").write_text("".join(["# SPDX\n", *lines, "EXTRAVERSION =\n", "OTHERVERSION = 1\n"]))
     tarball = tmp_path / "linux.tar"
     subprocess.run(["tar", "-C", tmp_path, "-cf", tarball, source.name], check=True)
-    env = {"PATH": f"{tools}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path), "CC": "gcc"}
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path), "CC": "gcc", **environment}
     words = ["--arch", "arm64", "--source", str(tarball)]
     result = call("sh", str(REPOSITORY / "kernel/build.sh"), *words, env=env, timeout=100)
-    assert result.returncode == 1 and reason in result.stderr.decode().splitlines()[-1], result.stderr.decode()
-    assert result.stderr.decode().splitlines()[-1].startswith("kernel/build.sh: cannot ")
+    assert result.returncode == 1, result
+    return result
 
 
 def test_a_check_of_cves_is_told_what_a_recipe_builds_and_of_which_version():
