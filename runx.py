@@ -2265,7 +2265,8 @@ NAMESPACES = {
 }
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
-NETWORKS_MAX = 32  # of a VM by NETCONF, perhaps the image's: each takes an address, and a megabyte of dom0's memory
+# of a VM by NETCONF, perhaps the image's, and addresses in each: a network takes a megabyte of dom0's memory
+NETWORKS_MAX = 32
 
 
 def parse_namespaces(linux: Section) -> Namespaces:
@@ -2335,6 +2336,9 @@ def parse_netconf(env: list[str]) -> list[Netconf]:
         name, _, address = network.partition(",")
         if not path.startswith("/") or not name:
             raise Error(f'{key} must be "/path/to/cni/file,name" with ",IP" or without, not {printable(value)}')
+        count = 1 + address.count(";")
+        if count > NETWORKS_MAX:
+            raise Error(f"{key} gives {count} addresses: a network can have {NETWORKS_MAX}")
         found[int(digits or 0)] = (key, path, name, address)
     if len(found) > NETWORKS_MAX:
         raise Error(f"NETCONF asks for {len(found)} networks: a VM can have {NETWORKS_MAX}")

@@ -47,6 +47,10 @@ def test_an_image_cannot_ask_for_all_addresses_of_a_network():
     assert len(runx.parse_netconf(env[:32])) == 32
     with pytest.raises(runx.Error, match="NETCONF asks for 33 networks: a VM can have 32"):
         runx.parse_netconf(env)
+    addresses = ";".join(f"10.0.0.{number}" for number in range(33))
+    assert runx.parse_netconf([f"NETCONF=/a,n,{addresses.rpartition(';')[0]}"])[0][3].count(";") == 31
+    with pytest.raises(runx.Error, match="^NETCONF gives 33 addresses: a network can have 32$"):
+        runx.parse_netconf([f"NETCONF=/a,n,{addresses}"])
 
 
 @pytest.mark.parametrize(
