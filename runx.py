@@ -3853,6 +3853,10 @@ def drop_privileges(node: Node, is_due: int) -> None:
         os.chmod(node.path, mode & ~taken)
 
 
+def list_xattrs(node: Node) -> bytes:
+    return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(node.path))
+
+
 class Files:
     """The files of a share, and what can be done with them.  All methods raise OSError."""
 
@@ -4028,10 +4032,6 @@ class Files:
             change = change if valid & SET_MTIME else status.st_mtime_ns
             os.utime(node.path, ns=(access, change))
 
-    @staticmethod
-    def list_xattrs(node: Node) -> bytes:
-        return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(node.path))
-
     def as_asker(self, ids: Ids, work: Callable[..., T], *args: Any) -> T:
         """Return work(*args), done with the rights that the process in the guest would have on dom0."""
         uid, gid = ids
@@ -4053,6 +4053,7 @@ class Files:
             os.setresuid(-1, 0, -1)
             os.setresgid(-1, 0, -1)
             system_call("capset", header, own)
+            system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)  # which the kernel forgets when the user changes
 
 
 # ---- the rings: requests of the guest's, and our replies (xen/include/public/io/9pfs.h, ring.h: DEFINE_XEN_FLEX_RING)
@@ -4755,7 +4756,7 @@ class Fuse(FuseNames):
             raise
 
     def listxattr(self, node: Node, size: int) -> bytes:
-        return self.xattr(size, self.files.as_asker(self.asker, self.files.list_xattrs, node))
+        return self.xattr(size, self.files.as_asker(self.asker, list_xattrs, node))
 
     def setxattr(self, node: Node, size: int, flags: int, more: int, name: bytes, value: bytes) -> None:
         if len(value) < size:
@@ -5014,7 +5015,7 @@ class NineP(NinePFids):
         self.files.set_attributes(fid.node, valid, mode, uid, gid, size, new)
 
     def xattrwalk(self, fid: Fid, new: int, name: bytes) -> bytes:
-        value = os.getxattr(fid.node.path, name) if name else self.files.list_xattrs(fid.node)
+        value = os.getxattr(fid.node.path, name) if name else list_xattrs(fid.node)
         self.add(new, Fid(fid.node, fid.uid, name or b"*", value))
         return U64.pack(len(value))
 
@@ -5057,7 +5058,7 @@ SERVING_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 6, 7, 27, 3
 PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 4, 15, 38  # <linux/prctl.h>
 SERVING_DATA = 128 << 20  # bytes of memory that it may write, most of it for what the guest has opened
 SENTENCE_MAX = 4000  # bytes
-LOOK_EACH = 256  # rounds in which a guest does not pause: as_asker() has made the kernel forget PR_SET_PDEATHSIG
+LOOK_EACH = 256  # rounds in which a guest does not pause: the monitor may have ended within as_asker()
 
 
 class FileServer:

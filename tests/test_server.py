@@ -4,6 +4,7 @@ ends, and what a guest gets that does not keep to the protocol."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import struct
@@ -218,6 +219,17 @@ def test_a_guest_that_never_pauses_does_not_keep_the_process_beyond_its_monitor(
     assert next(served) < 2 * runx.LOOK_EACH
     for fd in (events, writer, link):
         os.close(fd)
+
+
+def test_who_has_acted_for_another_still_ends_with_its_monitor(tmp_path):
+    prctl, found = ctypes.CDLL(None).prctl, ctypes.c_int()
+    files = runx.Files(os.open(tmp_path, os.O_PATH), 0)
+    try:
+        assert files.as_asker((1000, 1000), os.geteuid) == 1000
+        assert prctl(2, ctypes.byref(found), 0, 0, 0) == 0  # PR_GET_PDEATHSIG
+    finally:
+        prctl(runx.PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    assert found.value == runx.SIGKILL
 
 
 # ---- the process, on the fake dom0
