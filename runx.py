@@ -3259,6 +3259,7 @@ def pivot_root() -> None:
 
 INODE_MEMORY = 1024  # bytes of the guest's for each file, about
 SHARE_MAX = 1 << 20  # files, so that a hostile image ends
+CAPABLE_MAX = 1 << 10  # of them with capabilities, of which dom0 keeps the paths, some KiB each
 RAMDISK_OVERHEAD = 18  # MiB that the guest needs beside its files
 
 if TYPE_CHECKING:
@@ -3402,6 +3403,8 @@ def pack_share(output: BinaryIO, share: str, memory: int) -> dict[str, bytes]:
         needed = RAMDISK_OVERHEAD + (size + 2 * max(size, count * PAGE) >> 20) + 1
         if needed <= memory:  # else it is only to be told how much would be
             pack_member(output, member, capabilities)
+        if len(capabilities) > CAPABLE_MAX:
+            raise Error(f"the rootfs has more than {CAPABLE_MAX} programs with capabilities: use org.runx.rootfs=9p")
     if needed > memory:
         raise Error(
             f"the rootfs and its mounts need a VM of {needed} MiB to be in its memory, and it has {memory}: raise the "

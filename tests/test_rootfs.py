@@ -506,6 +506,16 @@ def test_capabilities_of_programs_are_told(root):
     assert packed(root)[1] == {"tool": CAPABILITY, "others": CAPABILITY}
 
 
+def test_of_many_programs_with_capabilities_dom0_does_not_keep_the_paths(root, monkeypatch):
+    monkeypatch.setattr(runx, "capability_of", lambda file: CAPABILITY)
+    monkeypatch.setattr(runx, "CAPABLE_MAX", 2)
+    for name in ("one", "two", "three"):
+        assert len(packed(root)[1]) < 3
+        (root / name).touch(0o755)
+    with pytest.raises(runx.Error, match="^the rootfs has more than 2 programs with capabilities: use"):
+        packed(root)
+
+
 def test_a_file_system_without_capabilities_has_none_and_other_errors_count(root, monkeypatch):
     (root / "tool").write_text("x")
     (root / "tool").chmod(0o755)
