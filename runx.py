@@ -1934,19 +1934,23 @@ def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
         if machine.rootfs not in ("block", "auto"):
             raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")
     rootfs = os.path.realpath(path)
-    check_links(spec.section("vm").values, {rootfs, os.path.join(bundle, root)})
+    folder = os.path.join(bundle, root)
+    if root and os.path.isdir(folder):
+        check_links(spec.section("vm").values, bundle, folder)
     return rootfs
 
 
-def check_links(vm: JsonObject, roots: set[str]) -> None:
-    """Raise Error if a file that vm names in the rootfs, one of roots, is elsewhere, by a link of the image's."""
+def check_links(vm: JsonObject, bundle: str, root: str) -> None:
+    """Raise Error if a file that vm names in the rootfs, a folder, is elsewhere, by a link of the image's."""
     for name, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
         section = Section(vm, "config.json: vm").section(name)
-        path = section.text(key, "") or "/"
-        for root in roots:
-            is_inside = os.path.realpath(path).startswith(f"{os.path.realpath(root)}/")
-            if os.path.abspath(path).startswith(f"{root}/") and not is_inside:
-                raise Error(f"{section.place(key)}: a link leads from {path} out of the rootfs")
+        base = bundle if name == "image" else os.getcwd()
+        path = os.path.join(base, section.text(key, "") or "/")
+        above = os.path.dirname(path)
+        while above.strip("/") and not os.path.samefile(above, root):  # whatever the name is by which it leads there
+            above = os.path.dirname(above)
+        if above.strip("/") and not os.path.realpath(path).startswith(f"{os.path.realpath(root)}/"):
+            raise Error(f"{section.place(key)}: a link leads from {path} out of the rootfs")
 
 
 # in the order of a container's life; runtime-spec config.md "POSIX-platform Hooks"

@@ -864,6 +864,24 @@ def test_a_file_that_vm_names_in_the_rootfs_is_there(load, tmp_path, section, ke
         words = f"config.json: vm.{section}.{key}: a link leads from {tmp_path}/{folder}/out out of the rootfs"
         assert refused(load, vm(folder, "out")) == words
     load(vm(".", "secret"))
+    (tmp_path / "alias").symlink_to(tmp_path)
+    for root in ("link", "./link", "rootfs/"):  # by whatever names the rootfs is
+        spec["root"] = {"path": root}
+        load(vm("alias/rootfs", "kernel"))
+        words = f"config.json: vm.{section}.{key}: a link leads from {tmp_path}/alias/rootfs/out out of the rootfs"
+        assert refused(load, vm("alias/rootfs", "out")) == words
+
+
+def test_an_image_that_vm_names_by_its_place_in_the_bundle_is_there(load, tmp_path, monkeypatch):
+    for name in ("secret", "rootfs/disk"):
+        (tmp_path / name).write_bytes(bytes(512))
+    (tmp_path / "rootfs/out").symlink_to(tmp_path / "secret")
+    monkeypatch.chdir("/")
+    spec = {**config("true"), "root": {"path": "rootfs"}, "vm": {"image": {"path": "rootfs/disk"}}}
+    assert load(spec).rootfs == str(tmp_path / "rootfs/disk")
+    spec["vm"]["image"]["path"] = "rootfs/out"
+    words = f"config.json: vm.image.path: a link leads from {tmp_path}/rootfs/out out of the rootfs"
+    assert refused(load, spec) == words
 
 
 @pytest.mark.parametrize(
