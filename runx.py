@@ -2848,18 +2848,16 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
     sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.  capabilities:
     of files, by path below the share."""
     process = config.process
-    parts = [guest_base(config, capabilities), guest_files(config, iter(sources)), guest_seals(config)]
+    parts = [guest_files(config, iter(sources), capabilities), guest_seals(config)]
     if process:
-        hooks = parse_hooks(config.hooks, "startContainer")
-        parts += [guest_process(config.linux, process), guest_program(process, hooks, state)]
+        parts.append(guest_process(config.linux, process, parse_hooks(config.hooks, "startContainer"), state))
     return encode_words(*parts)
 
 
 def exec_config(linux: Linux, process: Process) -> bytes:
     """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there.  Raise
     Error, in runc's words."""
-    parts = guest_place(process), guest_process(linux, process), guest_program(process, [], "")
-    content = encode_words([(0,)], *parts)
+    content = encode_words([(0,)], guest_place(process), guest_process(linux, process, [], ""))
     if len(content) > EXEC_WORDS_MAX:
         raise Error(f'unable to start container process: exec: "{process.args[0]}": argument list too long')
     return struct.pack("<I", len(content)) + content
@@ -2870,18 +2868,14 @@ def encode_words(*parts: Words) -> bytes:
     return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
 
 
-def guest_base(config: Config, capabilities: dict[str, bytes]) -> Words:
-    """Yield what comes before all mounts."""
+def guest_files(config: Config, sources: Iterator[str], capabilities: dict[str, bytes]) -> Words:
+    """Yield what makes the mounts, and what comes before them and is in them."""
     yield (CLONE_NEWPID if config.linux.pid_namespace else 0,)
     for path, value in capabilities.items():
         yield "file_capability", path, len(value), *value
     cgroup = config.linux.cgroup
     if cgroup or any(entry.type in ("cgroup", "cgroup2") for entry in config.mounts):
         yield "cgroup", len(cgroup), *(word for item in cgroup for word in item)
-
-
-def guest_files(config: Config, sources: Iterator[str]) -> Words:
-    """Yield what makes the mounts, and what is in them."""
     over_dev = [entry for entry in config.mounts if os.path.normpath(entry.destination) == "/dev"]
     if not over_dev:
         yield from guest_devices(config.linux)
@@ -2955,8 +2949,8 @@ def guest_place(process: Process) -> Words:
     yield "cwd", process.cwd
 
 
-def guest_process(linux: Linux, process: Process) -> Words:
-    """Yield what a process of the container gets, up to its user."""
+def guest_process(linux: Linux, process: Process, hooks: list[Hook], state: str) -> Words:
+    """Yield what a process of the container gets, and what is executed before it."""
     for limit in process.rlimits:
         yield "rlimit", *limit
     yield "oom", process.oom_score_adj
@@ -2974,9 +2968,6 @@ def guest_process(linux: Linux, process: Process) -> Words:
         flags, program = seccomp
         yield "seccomp", flags, len(program), *(word for instruction in program for word in instruction)
     yield "user", process.uid, process.gid, process.umask
-
-
-def guest_program(process: Process, hooks: list[Hook], state: str) -> Words:
     if hooks:
         yield "state", state
     for hook in hooks:

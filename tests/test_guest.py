@@ -78,8 +78,10 @@ def test_without_a_name_it_has_dom0s(guest):
 
 
 def test_names_and_arguments_that_are_no_utf_8_arrive_as_they_are(tmp_path):
-    process = record(runx.Process, args=["a\udcff"], env=[], groups=[])  # JSON cannot have them
-    assert runx.encode_words(runx.guest_program(process, [], "")) == b"arg\0a\xff\0"
+    process = runx.Process(runx.Section({"args": ["a"], "cwd": "/"}, "the process"))
+    process.args = ["a\udcff"]  # JSON cannot have them
+    words = runx.guest_process(record(runx.Linux, personality=None, seccomp=None), process, [], "")
+    assert runx.encode_words(words).endswith(b"\0arg\0a\xff\0")
 
 
 # what config.json has besides, the words for it, and the word that they stand before
