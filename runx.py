@@ -2195,6 +2195,12 @@ DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could 
 class Resources:
     """What Xen can give a VM, of linux.resources (config-linux.md); 0 or "": not said."""
 
+    default_memory = DEFAULT_MEMORY  # MiB
+    minimum_memory = MINIMUM_MEMORY  # MiB
+    default_vcpus = 1
+    fixed_vcpus = 0  # whatever the quota is
+    most_vcpus = VCPUS_MAX  # whatever is asked for
+
     def __init__(self, spec: JsonObject, where: str, base: dict[str, int]) -> None:
         """base: what is not said there; an older runX has not kept all of it."""
         resources = Section(spec, where)
@@ -2207,11 +2213,7 @@ class Resources:
         self.cpus = cpu.text("cpus", "")  # physical processors, such as 0-3,7
         if self.cpus.strip("0123456789,-"):
             cpu.refuse("must be a list such as 0-3,7", "cpus")
-        self.default_memory = base.get("default_memory", DEFAULT_MEMORY)  # MiB
-        self.minimum_memory = base.get("minimum_memory", MINIMUM_MEMORY)  # MiB
-        self.default_vcpus = base.get("default_vcpus", 1)
-        self.fixed_vcpus = base.get("fixed_vcpus", 0)  # whatever the quota is
-        self.most_vcpus = base.get("most_vcpus", VCPUS_MAX)  # whatever is asked for
+        vars(self).update(base)
 
     def mebibytes(self, unlimited: int) -> int:
         """Return the memory of the VM; unlimited: what it gets where there is no limit."""
