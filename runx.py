@@ -2700,7 +2700,6 @@ SECCOMP_OPERATORS = {
     "GT": (IF_GREATER, True),
     "MASKED_EQ": (IF_EQUAL, True),
 }
-NEXT, PASS, FAIL = 0, -1, -2  # where a test jumps to: on, to the code behind it and past that
 
 
 def compile_seccomp(spec: JsonObject, machine: str) -> tuple[int, list[Instruction]] | None:
@@ -2803,18 +2802,12 @@ def seccomp_test(condition: Condition, code: list[Instruction]) -> list[Instruct
     high_mask, low_mask = divmod(mask, 1 << 32)
     offset = ARGUMENTS_OFFSET + 8 * index
     compare, passes = SECCOMP_OPERATORS[operator]
-    holds, fails = (PASS, FAIL) if passes else (FAIL, PASS)
-    test = seccomp_load(offset + 4, high_mask)
+    holds, fails = (0, len(code)) if passes else (len(code), 0)  # instructions to jump over where it compares so
+    low = [*seccomp_load(offset, low_mask), (compare, holds, fails, low_value)]
+    high = seccomp_load(offset + 4, high_mask)
     if compare != IF_EQUAL:
-        test.append((IF_GREATER, holds, NEXT, high_value))
-    test.append((IF_EQUAL, NEXT, fails, high_value))
-    test += seccomp_load(offset, low_mask)
-    test.append((compare, holds, fails, low_value))
-    behind = len(code)
-    for operation, jump_true, jump_false, operand in reversed(test):
-        distance = {NEXT: 0, PASS: len(code) - behind, FAIL: len(code)}
-        code = [(operation, distance[jump_true], distance[jump_false], operand), *code]
-    return code
+        high.append((IF_GREATER, 1 + len(low) + holds, 0, high_value))
+    return [*high, (IF_EQUAL, 0, len(low) + fails, high_value), *low, *code]
 
 
 def seccomp_load(offset: int, mask: int) -> list[Instruction]:
