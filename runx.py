@@ -1123,11 +1123,11 @@ class Device:
         ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
         back = {"frontend": self.frontend, "frontend-id": str(domid), "online": "1", "state": state, **backend}
         front = {"backend": self.backend, "backend-id": "0", **frontend, "state": state}
-        steps: list[Step] = [(self.backend, ""), (self.backend, ours)]
-        steps += [(f"{self.backend}/{key}", value) for key, value in back.items()]
+        steps: list[Step] = []
         # what the guest is told is not the guest's to change, though it adds more there
-        steps += [(self.frontend, ""), (self.frontend, ours)]
-        steps += [(f"{self.frontend}/{key}", value) for key, value in front.items()]
+        for folder, nodes in ((self.backend, back), (self.frontend, front)):
+            steps += [(folder, ""), (folder, ours)]
+            steps += [(f"{folder}/{key}", value) for key, value in nodes.items()]
         steps += [(f"{self.frontend}/state", theirs), (self.frontend, theirs)]
         if listed:
             steps += [(f"{self.listed}/{key}", value) for key, value in {**back, "backend": self.backend}.items()]
