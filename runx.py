@@ -1024,15 +1024,12 @@ def find_domain(xenstore: Xenstore, uuid: str) -> Domain | None:
 
 
 def find_half_built(xenstore: Xenstore, uuid: str) -> Domain | None:
-    """As find_domain(), by the hypervisor's own word: xenstore may not have it yet."""
+    """As find_domain(), by the hypervisor's own word, a line of uuid and domid: xenstore may not have it yet."""
     status, output = xl("vm-list")
     if status != 0:
         raise Error(f"xl vm-list failed: {xl_errors(output)}")
-    for line in output.splitlines():
-        words = line.split()
-        if words and words[0] == uuid:
-            return Domain(xenstore, int(words[1]), uuid)
-    return None
+    _, found, rest = output.partition(uuid)
+    return Domain(xenstore, int(rest.split()[0]), uuid) if found else None
 
 
 def seen_alive(domid: int) -> bool:
