@@ -1933,14 +1933,14 @@ def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
     rootfs = os.path.realpath(path)
     folder = os.path.join(bundle, root)
     if root and os.path.isdir(folder):
-        check_links(spec.section("vm").values, bundle, folder)
+        check_links(spec.section("vm"), bundle, folder)
     return rootfs
 
 
-def check_links(vm: JsonObject, bundle: str, root: str) -> None:
+def check_links(vm: Section, bundle: str, root: str) -> None:
     """Raise Error if a file that vm names in the rootfs, a folder, is elsewhere, by a link of the image's."""
     for name, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
-        section = Section(vm, "config.json: vm").section(name)
+        section = vm.section(name)
         base = bundle if name == "image" else os.getcwd()
         path = os.path.join(base, section.text(key, "") or "/")
         above = os.path.dirname(path)
