@@ -2144,26 +2144,19 @@ def check_references(path: str, kind: str) -> None:
     """Raise Error if an image names another file, which dom0's QEMU would give to the VM: it is not trusted."""
     with Attempt(f"read the image {path}"), open(path, "rb") as file:
         head = file.read(512)
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - 512))
-        tail = file.read(512)
-    reference = reference_in(kind, head, tail)
-    if reference is None:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 512))
+        # the footer of vhd has the type of the disk, fixed, dynamic or with a parent, and a copy of it may come first
+        footers = [part for part in (head, file.read(512)) if part.startswith(b"conectix")]
+    reference = ""
+    if kind == "qcow2" and len(head) >= 80 and head.startswith(b"QFI\xfb"):  # docs/interop/qcow2.rst of QEMU's sources
+        version, backing, features = struct.unpack_from(">IQ56xQ", head, 4)
+        reference = "a backing file" if backing else "a data file outside" if version > 2 and features & 4 else ""
+    elif kind == "vhd" and footers:
+        reference = "a parent" if {part[60:64] for part in footers} - {b"\0\0\0\2", b"\0\0\0\3"} else ""
+    elif kind != "raw":
         raise Error(f"the image {path} is not in the format {kind}")
     if reference:
         raise Error(f"cannot give the image {path} to a VM, for it has {reference}: make it one that stands alone")
-
-
-def reference_in(kind: str, head: bytes, tail: bytes) -> str | None:
-    """Return what an image names, by its first and last 512 bytes; None if it is not of that kind."""
-    if kind == "qcow2" and len(head) >= 80 and head.startswith(b"QFI\xfb"):  # docs/interop/qcow2.rst of QEMU's sources
-        version, backing, features = struct.unpack_from(">IQ56xQ", head, 4)
-        return "a backing file" if backing else "a data file outside" if version > 2 and features & 4 else ""
-    # the footer has the type of the disk, and a copy of it may come first
-    types = {part[60:64] for part in (head, tail) if part.startswith(b"conectix")}
-    if kind == "vhd" and types:
-        return "a parent" if types - {b"\0\0\0\2", b"\0\0\0\3"} else ""  # fixed, dynamic; 4 has a parent
-    return "" if kind == "raw" else None
 
 
 def check_line(line: str) -> str:
