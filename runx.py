@@ -1820,10 +1820,8 @@ class Config:
         for kind in HOOK_KINDS:
             parse_hooks(self.hooks, kind)
         # None: such a container can be created but not started
-        self.process = Process(spec.section("process")) if "process" in spec else None
+        self.process = Process(spec.section("process"), spec) if "process" in spec else None
         self.mounts = [Mount(bundle, mount) for mount in spec.sections("mounts")]
-        if self.process and self.process.terminal and not any(mount.type == "devpts" for mount in self.mounts):
-            spec.refuse("needs a mount of the type devpts at /dev/pts", "process.terminal")
         host = load_host_config()
         hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
         annotations = parse_annotations(spec, linux.section("resources"), host)
@@ -2379,9 +2377,12 @@ SCHEDULER_FLAGS = "RESET_ON_FORK RECLAIM DL_OVERRUN KEEP_POLICY KEEP_PARAMS UTIL
 
 
 class Process:
-    def __init__(self, spec: Section) -> None:
+    def __init__(self, spec: Section, config: Section) -> None:
+        """config: the whole config.json."""
         user = spec.section("user")
         self.terminal = spec.flag("terminal")
+        if self.terminal and not any(mount.text("type", "") == "devpts" for mount in config.sections("mounts")):
+            spec.refuse("needs a mount of the type devpts at /dev/pts", "terminal")
         console = spec.section("consoleSize") if self.terminal else Section({}, "")
         self.console_size = console.unsigned("height", 16), console.unsigned("width", 16)  # 0, 0: not said
         self.args = spec.texts("args")
@@ -2420,10 +2421,7 @@ def parse_exec(spec: Section, asked: JsonObject, where: str) -> tuple[Process, L
     user = section.section("user").values
     if user.get("umask") is None:
         values["user"] = {**user, "umask": own.section("user").values.get("umask")}
-    process = Process(section)
-    if process.terminal and not any(mount.text("type", "") == "devpts" for mount in spec.sections("mounts")):
-        section.refuse("needs a mount of the type devpts at /dev/pts", "terminal")
-    return process, Linux(spec.section("linux"), {}), section.warnings
+    return Process(section, spec), Linux(spec.section("linux"), {}), section.warnings
 
 
 def parse_capabilities(spec: Section) -> dict[str, int]:

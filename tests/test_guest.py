@@ -78,7 +78,7 @@ def test_without_a_name_it_has_dom0s(guest):
 
 
 def test_names_and_arguments_that_are_no_utf_8_arrive_as_they_are(tmp_path):
-    process = runx.Process(runx.Section({"args": ["a"], "cwd": "/"}, "the process"))
+    process = runx.Process(runx.Section({"args": ["a"], "cwd": "/"}, "the process"), runx.Section({}, "config.json"))
     process.args = ["a\udcff"]  # JSON cannot have them
     words = runx.guest_process(record(runx.Linux, personality=None, seccomp=None), process, [], "")
     assert runx.encode_words(words).endswith(b"\0arg\0a\xff\0")
