@@ -55,7 +55,9 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class Error(Exception):
     """What went wrong with which object and, where there is one, the remedy, in one sentence."""
 
-    exit_status = 1
+    def __init__(self, sentence: str, exit_status: int = 1) -> None:
+        super().__init__(sentence)
+        self.exit_status = exit_status
 
 
 class NoContainer(Error):
@@ -70,15 +72,6 @@ class NotRunning(Error):
 
     def __init__(self) -> None:
         super().__init__("container not running")
-
-
-class ExecError(Error):
-    """`exec` has not executed its command: runc's words and exit status."""
-
-    exit_status = 255
-
-    def __init__(self, reason: object) -> None:
-        super().__init__(f"exec failed: {reason}")
 
 
 class Log:
@@ -7826,6 +7819,7 @@ def destroy(container: Container, log: Log) -> None:
 # and reaps it.  It is in dom0's namespaces, where nobody looks for the container's, and carries the streams itself.
 
 EXECS_MAX = 27  # of a container at a time: of the 64 consoles that its kernel has each takes two
+EXEC_FAILED = 255  # the exit status, as runc's
 EXEC_TIME_LIMIT = 60.0  # seconds until the VM has executed the program, or told why it cannot
 # all that can be caught, but for those that the C library has for itself, and those of faults, which return to them
 CARRIED = set(range(1, 65)) - {4, 7, 8, SIGKILL, 11, 19, 32, 33}
@@ -7929,7 +7923,7 @@ class Carrier(Loop):
 
 def run_carrier(order: Order, report: int) -> NoReturn:
     """The carrier's whole life."""
-    status, failure, carrier, lock = ExecError.exit_status, "", None, order.container.lock_fd
+    status, failure, carrier, lock = EXEC_FAILED, "", None, order.container.lock_fd
     try:
         os.setsid()
         os.chdir("/")
@@ -8370,7 +8364,7 @@ def command_exec(call: Invocation) -> int:
     try:
         return execute(call)
     except (Error, OSError) as error:
-        raise ExecError(error) from None
+        raise Error(f"exec failed: {error}", EXEC_FAILED) from None
 
 
 def execute(call: Invocation) -> int:
@@ -9101,9 +9095,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
     if command in UNSUPPORTED:
         raise Error(f"runX does not support {command}")
     if command not in COMMANDS:
-        unknown = Error(f"unknown command {command!r}: see runX --help")
-        unknown.exit_status = 3  # runc's
-        raise unknown
+        raise Error(f"unknown command {command!r}: see runX --help", 3)  # runc's exit status
     command_options, arguments = parse_options(command, words)
     if "help" in command_options:
         print(usage_of(command))
