@@ -1448,8 +1448,6 @@ def parse_state(text: str) -> State:
 def fill_up(found: JsonObject) -> None:
     """Give the state of a runX before 0.2 today's keys, as far as their defaults would not do."""
     found["oci_version"] = found.pop("ociVersion", State.oci_version)
-    found.setdefault("boot", boot_id())
-    found.setdefault("monitor", [found.get("pid"), found.get("pid_start_time")])
     found["devices"] = STANDARD_DEVICES + [["vif", number] for number in found.pop("vifs", [])]
     found["devices"] += [["vbd", number] for number in found.pop("vbds", [])]
     namespace = found.get("namespace") or f"/proc/{found.get('pid')}/ns/net"

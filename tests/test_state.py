@@ -357,7 +357,7 @@ def older(dom0, *missing):
 
 
 @pytest.mark.parametrize(
-    "missing", [(), ("monitor", "cgroups", "boot"), ("networks", "namespace", "rate"), ("resources", "base", "disk")]
+    "missing", [(), ("cgroups",), ("networks", "namespace", "rate"), ("resources", "base", "disk")]
 )
 def test_a_container_of_an_older_runx_goes_on(dom0, missing, capsys):
     older(dom0, *missing)
