@@ -1415,7 +1415,10 @@ class State(Record):
     def __init__(self, **fields: Any) -> None:
         kind = type(self)
         defaults = {name: getattr(kind, name) for name in kind.__annotations__}
-        super().__init__(**{n: v.copy() if isinstance(v, (dict, list)) else v for n, v in defaults.items()} | fields)
+        for name, value in defaults.items():
+            if isinstance(value, (dict, list)):
+                defaults[name] = value.copy()
+        super().__init__(**{**defaults, **fields})
 
     def may_run(self) -> bool:
         """Whether its VM runs unless it is paused: one that boots a system of its own does so from `start` on."""
