@@ -584,12 +584,13 @@ class XenstoreError(Error):
 
 
 class Xenstore:
-    """A connection.  Watch events that come between request and reply wait in `events`."""
+    """A connection.  Watch events that have come wait in `events`."""
 
     def __init__(self) -> None:
         socket = import_core("socket")
-        self.received = b""  # no more than a part of a message, between our methods
+        self.received = b""  # no more than a part of a message, for poll(2) tells nothing of what is here
         self.events: list[bytes] = []
+        self.replies: list[tuple[int, bytes]] = []  # type and body of each
         self.number = 0  # of the transaction that all requests belong to; 0: none
         try:
             self.socket = socket.socket(socket.AF_UNIX)
@@ -612,50 +613,38 @@ class Xenstore:
             return [self.request(*each) for each in requests]
         message = b""
         for operation, _, body in requests:
-            message += struct.pack(XS_HEADER, XS_REQUESTS[operation], 0, self.number, len(body)) + body
+            header = struct.pack(XS_HEADER, XS_REQUESTS[operation], 0, self.number, len(body))
+            message += header + body
         with Attempt("write to xenstored"):
             while message:
                 message = message[os.write(self.fd, message) :]
-        replies, failure = [], None
-        for operation, path, _ in requests:
-            kind, body = self.receive()
-            while kind == XS_WATCH_EVENT:
-                self.events.append(body)
-                kind, body = self.receive()
+        while len(self.replies) < len(requests):
+            self.receive()
+        replies, self.replies = self.replies, []
+        for (operation, path, _), (kind, body) in zip(requests, replies):
             if kind == XS_ERROR:
                 code = body.rstrip(b"\0").decode("ascii", "replace")
-                failure = failure or XenstoreError(operation, path, code)
-            replies.append(body)
-        self.take_received_events()
-        if failure:
-            raise failure
-        return replies
+                raise XenstoreError(operation, path, code)
+        return [body for _, body in replies]
 
-    def take_received(self) -> tuple[int, bytes] | None:
-        """Type and body of a message that has been received, None if no whole one has."""
-        if len(self.received) < XS_HEADER_SIZE:
-            return None
-        kind, _, _, length = struct.unpack_from(XS_HEADER, self.received)
-        end = XS_HEADER_SIZE + length
-        if len(self.received) < end:
-            return None
-        body, self.received = self.received[XS_HEADER_SIZE:end], self.received[end:]
-        return kind, body
-
-    def receive(self) -> tuple[int, bytes]:
-        """The next message."""
-        while not (message := self.take_received()):
-            with Attempt("read from xenstored"):
-                chunk = os.read(self.fd, 1 << 16)
-            if not chunk:
-                raise Error("xenstored has closed the connection")
-            self.received += chunk
-        return message
-
-    def take_received_events(self) -> None:
-        """What came with replies: poll(2) tells nothing of it any more."""
-        while message := self.take_received():
-            self.events.append(message[1])
+    def receive(self) -> None:
+        """Take what has come, at least a part of a message."""
+        with Attempt("read from xenstored"):
+            chunk = os.read(self.fd, 1 << 16)
+        if not chunk:
+            raise Error("xenstored has closed the connection")
+        self.received += chunk
+        while len(self.received) >= XS_HEADER_SIZE:
+            kind, _, _, length = struct.unpack_from(XS_HEADER, self.received)
+            end = XS_HEADER_SIZE + length
+            if len(self.received) < end:
+                break
+            body = self.received[XS_HEADER_SIZE:end]
+            self.received = self.received[end:]
+            if kind == XS_WATCH_EVENT:
+                self.events.append(body)
+            else:
+                self.replies.append((kind, body))
 
     def ask(self, operation: str, path: str) -> bytes | None:
         """Return what is said of a node, None where there is none."""
@@ -672,7 +661,8 @@ class Xenstore:
 
     def read_numbers(self, *paths: str) -> list[int]:
         """Return what is in these nodes, in one round trip.  Raise Error, also where one is missing, and ValueError."""
-        return [int(body) for body in self.exchange([("read", path, path.encode() + b"\0") for path in paths])]
+        requests = [("read", path, path.encode() + b"\0") for path in paths]
+        return [int(body) for body in self.exchange(requests)]
 
     def write(self, path: str, value: str) -> None:
         self.write_all([(path, value)])
@@ -685,7 +675,8 @@ class Xenstore:
             if isinstance(value, str):
                 requests.append(("write", path, f"{path}\0{value}".encode()))
             else:
-                requests.append(("set the permissions of", path, "\0".join((path, *value, "")).encode()))
+                words = "\0".join((path, *value, ""))
+                requests.append(("set the permissions of", path, words.encode()))
         self.exchange(requests)
 
     def remove(self, path: str) -> None:
@@ -708,11 +699,11 @@ class Xenstore:
 
     def take_events(self) -> list[str]:
         """The tokens of the watches that have fired, each once; block if there is none yet."""
-        if not self.events:
-            self.events.append(self.receive()[1])
-        self.take_received_events()
+        while not self.events:
+            self.receive()
         events, self.events = self.events, []
-        return list(dict.fromkeys(event.split(b"\0")[1].decode("ascii", "replace") for event in events))
+        tokens = dict.fromkeys(event.split(b"\0")[1] for event in events)
+        return [token.decode("ascii", "replace") for token in tokens]
 
     def transaction(self, work: Callable[[], object]) -> None:
         """Run work(), whose requests are one transaction, again if somebody else's change came between."""
