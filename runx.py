@@ -2748,24 +2748,19 @@ def seccomp_block(rules: dict[str, list[Rule]], default: int, prefix: str) -> li
         not_there = SECCOMP_ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS
         block += [(IF_GREATER, 0, 1, prefix + "max"), statement(RETURN, not_there)]
     for name in sorted(rules):
-        code = seccomp_code(rules[name], default) if rules[name] else []
+        # the default stands behind conditions, of which none may hold
+        code = [statement(RETURN, default)] if rules[name] and rules[name][0][0] else []
+        for conditions, action in reversed(rules[name]):
+            rule = [statement(RETURN, action)]
+            for condition in reversed(conditions):
+                rule = seccomp_test(condition, rule)
+            code = rule + code
         if len(code) > BRANCH_MAX:
             block += [(IF_EQUAL, 1, 0, prefix + name), statement(JUMP, len(code))]
         else:
             block.append((IF_EQUAL, 0, len(code), prefix + name))
         block += code
     return [*block, statement(RETURN, default)]
-
-
-def seccomp_code(rules: list[Rule], default: int) -> list[Instruction]:
-    """Return the instructions for one system call."""
-    code = [statement(RETURN, default)]
-    for conditions, action in reversed(rules):
-        rule = [statement(RETURN, action)]
-        for condition in reversed(conditions):
-            rule = seccomp_test(condition, rule)
-        code = rule + code
-    return code if rules[0][0] else code[:-1]
 
 
 def seccomp_test(condition: Condition, code: list[Instruction]) -> list[Instruction]:
