@@ -1668,7 +1668,8 @@ def carriers_of(container: Container) -> dict[int, list[int]]:
         kind, _, number = name.partition("-")
         if kind == "process" and number.isdecimal():
             try:
-                found[int(number)] = [*map(int, read_file(container.path(name)).split()), 0, 0][:2]
+                words = read_file(container.path(name)).split()
+                found[int(number)] = [*map(int, words), 0, 0][:2]
             except FileNotFoundError:
                 pass  # it has just ended
     return found
