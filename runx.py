@@ -2679,7 +2679,8 @@ def compile_seccomp(spec: JsonObject, machine: str) -> tuple[int, list[Instructi
     section = Section(spec, "config.json: linux.seccomp")
     if not section.text("defaultAction", "") and not section.sections("syscalls"):
         return None  # Go's empty object, as by runc
-    flags, wanted = 0, section.each("architectures", Section.choice, SECCOMP_NAMES)
+    flags = 0
+    wanted = section.each("architectures", Section.choice, SECCOMP_NAMES)
     default = seccomp_action(section, "defaultAction", "defaultErrnoRet")
     for flag in section.each("flags", Section.choice, SECCOMP_FLAGS):
         flags |= SECCOMP_FLAGS[flag]
@@ -5228,7 +5229,8 @@ def find_cgroups(path: str, scope: bool) -> Cgroups:
             raise Error(f"cannot make the cgroup {path}: others are in it; {remedy}")
         while folder != entry.target:  # who is put into one that is frozen, or below it, stops
             frozen = cgroup_lines(folder, "cgroup.freeze") == ["1"]
-            if frozen or cgroup_lines(folder, "freezer.state") not in ([], ["THAWED"]):
+            state = cgroup_lines(folder, "freezer.state")  # of version 1
+            if frozen or state not in ([], ["THAWED"]):
                 at = folder[len(entry.target) :]
                 raise Error(f"cannot make the cgroup {path}: container's cgroup unexpectedly frozen at {at}; {remedy}")
             folder = os.path.dirname(folder)
@@ -6080,12 +6082,17 @@ def use_result(attachment: Attachment, result: JsonObject, network: Network) -> 
             destination = ipaddress.ip_network(route["dst"], strict=False)
             if destination.version in versions and route.get("table") in (None, 0, RT_TABLE_MAIN):
                 section = Section(route, f"network {network.name}: the route to {destination}", ": ")
-                found = {key: section.unsigned(key, bits) for key, bits in ROUTE_NUMBERS.items() if route.get(key)}
+                found = {}
+                for key, bits in ROUTE_NUMBERS.items():
+                    if route.get(key):
+                        found[key] = section.unsigned(key, bits)
                 gateway = route.get("gw")
                 if found.get("scope", 0) < RT_SCOPE_LINK:  # else it goes by none
                     gateway = gateway or first.get(destination.version)
                 way = str(ipaddress.ip_address(gateway)) if gateway else ""
-                attachment.routes.append([str(destination), way, found] if found else [str(destination), way])
+                attachment.routes.append([str(destination), way])
+                if found:
+                    attachment.routes[-1].append(found)
     attachment.dns = attachment.dns or result_dns(result, network)
     if network.plugins[0].get("isDefaultGateway"):
         attachment.gateways += first.values()
@@ -6133,8 +6140,13 @@ def route_message(
     destination: Subnet, gateway: Address | None, addresses: Sequence[Prefixed], numbers: Mapping[str, int] = {}
 ) -> Message:
     """gateway: None, or one that is on the link even if it is in no network of addresses.  numbers: ROUTE_NUMBERS."""
-    found: Attributes = {RTA_PRIORITY: numbers["priority"]} if "priority" in numbers else {}
-    metrics = {kind: numbers[key] for key, kind in (("mtu", RTAX_MTU), ("advmss", RTAX_ADVMSS)) if key in numbers}
+    found: Attributes = {}
+    if "priority" in numbers:
+        found[RTA_PRIORITY] = numbers["priority"]
+    metrics = {}
+    for key, metric in (("mtu", RTAX_MTU), ("advmss", RTAX_ADVMSS)):
+        if key in numbers:
+            metrics[metric] = numbers[key]
     if metrics:
         found[RTA_METRICS] = metrics
     scope, flags = RT_SCOPE_LINK, 0
@@ -6514,7 +6526,8 @@ def guest_nodes(state: State, interfaces: list[Interface]) -> dict[str, str]:
         told.update({"data/hostname": state.hostname, "data/dhcp": " ".join(dhcp)})
     dns = "".join(resolv_conf(fields["dns"]) for fields in state.networks).encode()
     if dns:  # whole lines: half an address is another one's
-        told["data/dns"] = dns[: dns.rfind(b"\n", 0, DNS_MAX) + 1].decode()
+        end = dns.rfind(b"\n", 0, DNS_MAX) + 1
+        told["data/dns"] = dns[:end].decode()
     return told
 
 
@@ -6530,8 +6543,10 @@ def split_words(mac: str, words: Iterable[str]) -> list[str]:
 
 def guest_words(interface: Interface) -> Iterator[str]:
     """Yield what the guest does with its interface, in order: messages and settings."""
-    found: Attributes = {IFLA_ADDRESS: bytes.fromhex(interface.own_mac)} if interface.own_mac else {}
-    yield link_message(0, {IFLA_IFNAME: interface.name, IFLA_MTU: interface.mtu, **found}).for_guest(0)
+    found: Attributes = {IFLA_IFNAME: interface.name, IFLA_MTU: interface.mtu}
+    if interface.own_mac:
+        found[IFLA_ADDRESS] = bytes.fromhex(interface.own_mac)
+    yield link_message(0, found).for_guest(0)
     for key, value in {**interface.ipv6, "accept_dad": "0"}.items():
         yield f"sys/net/ipv6/conf/{interface.name}/{key}={value}"
     yield link_message(0, {}, up=True).for_guest(0)
@@ -8109,7 +8124,8 @@ def commit(container: Container, pid: int, monitor: int, options: JsonObject, wr
     """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error."""
     pid_file = options.get("pid-file")
     with Attempt("keep config.json", ValueError):  # for `exec`, as it is now
-        write_file(container.path("config.json"), read_text(os.path.join(container.state.bundle, "config.json")))
+        text = read_text(os.path.join(container.state.bundle, "config.json"))
+        write_file(container.path("config.json"), text)
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
@@ -8232,7 +8248,8 @@ def await_process(container: Container, domain: Domain) -> None:
             limit = BOOT_TIME_LIMIT
         else:
             # without any, if it lives: init has time limits of its own
-            limit = max(0, container.state.switched + BOOT_TIME_LIMIT - time.monotonic()) or None
+            rest = container.state.switched + BOOT_TIME_LIMIT - time.monotonic()
+            limit = rest if rest > 0 else None
             if not limit and xenstore.read(f"{domain.path}/device/console/1/state") == XENBUS_INITIALISING:
                 container.tell_monitor(f"mute {BOOT_TIME_LIMIT:.0f}")
         error = domain.told("process/0/error")
@@ -8384,7 +8401,8 @@ def make_order(call: Invocation, attached: bool) -> Order:
     bundle, path = container.state.bundle, call.options.get("process", "")
     asked = read_object(path, "the process") if path else ask_process(call, read_config(bundle).section("process"))
     # what the container has, as `create` has found it, if its runX has kept that
-    spec = read_config(container.folder if os.path.exists(container.path("config.json")) else bundle)
+    is_kept = os.path.exists(container.path("config.json"))
+    spec = read_config(container.folder if is_kept else bundle)
     process, linux, warnings = parse_exec(spec, asked, path or "the process")
     for warning in warnings:
         call.log.about(container.id).warn(warning)
