@@ -3428,6 +3428,9 @@ class Disk(Record):
     writable: bool  # else the VM writes into its memory
     mounted: list[Any]  # target, flags, options of dom0's mount that must go before; [] if none must
 
+    def for_guest(self) -> bytes:
+        return f"{self.kind} {'rw' if self.writable else 'ro'}\n".encode()
+
 
 def find_disk(config: Config) -> Disk:
     """Return the Disk that config.rootfs is, or is mounted from."""
@@ -3614,67 +3617,41 @@ def await_blkback(vbd: Device, disk: Disk) -> None:
 # ---- the ways: over 9p, in the VM's memory, on a block device
 
 
-class Rootfs:
-    """How a VM comes to what is in the share; to the rootfs perhaps by a disk, which `start` gives to it.
+class Rootfs(Record):
+    """How a VM comes to what is in the share: in neither way where it boots a system of its own."""
 
-    This way is that of a VM that boots a system of its own: not at all.
-    """
+    is_served: bool = False  # over 9p, or FUSE where the kernel is runX's own, from a process that the monitor forks
+    in_memory: bool = False  # in the ramdisk, and so in the VM's memory
+    disk: Disk | None = None  # that has the rootfs, and comes with `start`
 
-    modules: tuple[str, ...] = ()  # of Linux, by which the guest gets it
-    is_served = False  # whether dom0 serves it as long as the VM runs
-
-    def __init__(self, share: str, disk: Disk | None = None) -> None:
-        self.share, self.disk = share, disk
-        if disk:
-            self.modules += ("xen_blkfront", disk.kind, "overlay")
-
-    def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
-        """Return the container's ramdisk, to be written, and the path that xl gets.  Raise OSError."""
-        path = container.path("ramdisk")
-        return open(path, "wb"), path
-
-    def pack(self, ramdisk: BinaryIO, memory: int) -> dict[str, bytes]:
-        """Write what the VM gets so.  Return as pack_share()."""
-        return {}
-
-    def entries(self) -> list[Entry]:
-        """Return what else is in its ramdisk."""
-        if not self.disk:
-            return []
-        mode = "rw" if self.disk.writable else "ro"
-        return [("container/disk", stat.S_IFREG | 0o600, f"{self.disk.kind} {mode}\n".encode())]
-
-
-class Share(Rootfs):
-    """Over 9p, or over FUSE where the kernel is runX's own, from a process that the monitor forks."""
-
-    modules = ("9pnet_xen", "9p")
-    is_served = True
-
-
-class InMemory(Rootfs):
-    """In the ramdisk, and so in the VM's memory."""
+    def modules(self) -> tuple[str, ...]:
+        """Return those of Linux by which the guest gets it."""
+        modules: tuple[str, ...] = ()
+        if self.is_served:
+            modules += ("9pnet_xen", "9p")
+        if self.disk:
+            modules += ("xen_blkfront", self.disk.kind, "overlay")
+        return modules
 
     def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
-        """It has no place in /run, which is dom0's memory, and no name for longer than a moment: see remove_files()."""
-        name = f"/var/tmp/{container.state.name}"
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.unlink(name)
+        """Return the container's ramdisk, to be written, and the path that xl gets; it has a name only for a moment,
+        see remove_files().  With all files in it, it has no place in /run, which is dom0's memory.  Raise OSError."""
+        path = f"/var/tmp/{container.state.name}" if self.in_memory else container.path("ramdisk")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.unlink(path)
         return os.fdopen(fd, "wb"), f"/proc/{os.getpid()}/fd/{fd}"
 
-    def pack(self, ramdisk: BinaryIO, memory: int) -> dict[str, bytes]:
-        return pack_share(ramdisk, self.share, memory)
 
-
-def choose_rootfs(config: Config, share: str) -> Rootfs:
+def choose_rootfs(config: Config) -> Rootfs:
     """Return the way that is asked for (docs/machine.md)."""
-    wanted = config.machine.rootfs
-    if wanted == "block" or not os.path.isdir(config.rootfs):
+    way = config.machine.rootfs
+    disk = None
+    if way == "block" or not os.path.isdir(config.rootfs):
         # volumes are served; the files that engines mount, such as /etc/hosts, are not worth a server
         has_volumes = any(each.on_host() and each.is_folder() for each in config.mounts)
-        return (Share if has_volumes else InMemory)(share, find_disk(config))
-    ways = {"none": Rootfs, "ramdisk": InMemory}
-    return ways.get(wanted, Share)(share)
+        way = "9p" if has_volumes else "ramdisk"
+        disk = find_disk(config)
+    return Rootfs(is_served=way not in ("none", "ramdisk"), in_memory=way == "ramdisk", disk=disk)
 
 
 # ==== file server ========================================================================================
@@ -6909,7 +6886,7 @@ class Builder:
         self.share = container.path("share")
         self.sizes = replace_sizes(vm_sizes(config), config.machine.lines)
         self.populated = self.sizes["memory" if on_x86() else "maxmem"]  # MiB; see Domain.set_memory()
-        self.rootfs = Rootfs(self.share)
+        self.rootfs = Rootfs()
         self.sources: list[str] = []  # paths in the share
         self.ramdisk: BinaryIO | None = None
 
@@ -6920,7 +6897,7 @@ class Builder:
         os.close(self.container.lock_fd)  # who comes when create has died knows whom to wait for
         self.enter_cgroup(systemd)
         self.attach_networks()
-        self.rootfs = choose_rootfs(self.config, self.share)
+        self.rootfs = choose_rootfs(self.config)
         self.sources = build_share(self.share, self.config)
         try:
             xl_cfg = self.write_settings(*self.write_boot_files())
@@ -7022,14 +6999,17 @@ class Builder:
         state = json_text({**self.container.public_state("created"), "pid": 1})  # for startContainer hooks, in the VM
         with Attempt("write the container's ramdisk"):
             self.ramdisk, path = self.rootfs.open_ramdisk(self.container)
-            capabilities = self.rootfs.pack(self.ramdisk, self.sizes["memory"])
+            capabilities: dict[str, bytes] = {}
+            if self.rootfs.in_memory:
+                capabilities = pack_share(self.ramdisk, self.share, self.sizes["memory"])
             guest = guest_config(config, self.sources, state, capabilities)
             entries: list[Entry] = [
                 ("container", stat.S_IFDIR | 0o700, b""),
                 ("container/config", stat.S_IFREG | 0o600, guest),
-                *self.rootfs.entries(),
             ]
-            kernel, wanted = config.machine.kernel, self.rootfs.modules  # to reach the container's files
+            if self.rootfs.disk:
+                entries.append(("container/disk", stat.S_IFREG | 0o600, self.rootfs.disk.for_guest()))
+            kernel, wanted = config.machine.kernel, self.rootfs.modules()  # to reach the container's files
             modules = kernel_modules(config.rootfs, kernel[0], wanted) if kernel and wanted else []
             entries += [("modules", stat.S_IFDIR | 0o700, b"")] if modules else []
             for number, (name, content) in enumerate(modules):
@@ -7068,7 +7048,7 @@ class Builder:
                 self.ramdisk.close()
         except OSError:
             pass  # that it could not be written has been said
-        for name in ("ramdisk", "kernel", "initrd"):
+        for name in ("kernel", "initrd"):
             discard(self.container.path(name))
 
 

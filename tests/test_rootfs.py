@@ -1107,14 +1107,14 @@ def disks(monkeypatch):
 @pytest.mark.parametrize(
     "wanted, is_folder, volume, way",
     [
-        ("9p", True, False, (runx.Share, False)),
-        ("auto", True, False, (runx.Share, False)),
-        ("auto", False, False, (runx.InMemory, True)),
-        ("auto", False, True, (runx.Share, True)),
-        ("block", True, True, (runx.Share, True)),
-        ("block", True, False, (runx.InMemory, True)),
-        ("ramdisk", True, True, (runx.InMemory, False)),
-        ("none", True, True, (runx.Rootfs, False)),
+        ("9p", True, False, (True, False, False)),
+        ("auto", True, False, (True, False, False)),
+        ("auto", False, False, (False, True, True)),
+        ("auto", False, True, (True, False, True)),
+        ("block", True, True, (True, False, True)),
+        ("block", True, False, (False, True, True)),
+        ("ramdisk", True, True, (False, True, False)),
+        ("none", True, True, (False, False, False)),
     ],
 )  # fmt: skip
 def test_the_way_is_the_one_that_is_asked_for(tmp_path, disks, wanted, is_folder, volume, way):
@@ -1124,52 +1124,36 @@ def test_the_way_is_the_one_that_is_asked_for(tmp_path, disks, wanted, is_folder
         mounts.append(mount_entry("/volume", source=tmp_path))
     rootfs = str(tmp_path if is_folder else tmp_path / "hosts")
     config = SimpleNamespace(rootfs=rootfs, mounts=mounts, machine=SimpleNamespace(rootfs=wanted))
-    chosen = runx.choose_rootfs(config, "/share")
-    assert (type(chosen), bool(chosen.disk)) == way
-    assert chosen.share == "/share"
+    chosen = runx.choose_rootfs(config)
+    assert (chosen.is_served, chosen.in_memory, bool(chosen.disk)) == way
 
 
 def test_a_block_device_that_is_asked_for_must_be_there(tmp_path, disks):
     disks.clear()
     config = SimpleNamespace(rootfs=str(tmp_path), mounts=[], machine=SimpleNamespace(rootfs="block"))
     with pytest.raises(runx.Error, match="no disk"):
-        runx.choose_rootfs(config, "/share")
+        runx.choose_rootfs(config)
 
 
-def test_what_a_share_needs_of_the_guest():
-    share = runx.Share("/run/c/share")
-    assert (share.modules, share.is_served) == (("9pnet_xen", "9p"), True)
-    assert (share.entries(), share.pack(None, 64)) == ([], {})
-
-
-def test_a_disk_needs_modules_and_a_word_for_the_guest():
+def test_share_and_disk_need_modules_and_a_disk_a_word_for_the_guest():
     disk = make_disk(writable=True)
-    for way, modules in ((runx.Share, ("9pnet_xen", "9p")), (runx.InMemory, ()), (runx.Rootfs, ())):
-        rootfs = way("/share", disk)
-        assert rootfs.modules == (*modules, "xen_blkfront", "ext4", "overlay")
-        assert rootfs.entries() == [("container/disk", 0o100600, b"ext4 rw\n")]
+    assert runx.Rootfs().modules() == runx.Rootfs(in_memory=True).modules() == ()
+    assert runx.Rootfs(is_served=True).modules() == ("9pnet_xen", "9p")
+    assert runx.Rootfs(in_memory=True, disk=disk).modules() == ("xen_blkfront", "ext4", "overlay")
+    assert runx.Rootfs(is_served=True, disk=disk).modules() == ("9pnet_xen", "9p", "xen_blkfront", "ext4", "overlay")
+    assert disk.for_guest() == b"ext4 rw\n"
     disk.writable = False
-    assert rootfs.entries() == [("container/disk", 0o100600, b"ext4 ro\n")]
-    assert not way.modules and not rootfs.is_served
+    assert disk.for_guest() == b"ext4 ro\n"
 
 
-def test_a_ramdisk_with_the_files_has_no_name_and_takes_none_of_run(tmp_path):
+def test_a_ramdisk_has_no_name_and_with_the_files_takes_none_of_run(tmp_path):
     container = SimpleNamespace(path=lambda name: str(tmp_path / name), state=SimpleNamespace(name="runx-test-of-name"))
-    for way in (runx.Share, runx.Rootfs):
-        ramdisk, path = way("/share").open_ramdisk(container)
-        ramdisk.close()
-        assert path == str(tmp_path / "ramdisk") and os.path.exists(path)
-    ramdisk, path = runx.InMemory("/share").open_ramdisk(container)
-    with ramdisk:
-        ramdisk.write(b"content")
-        ramdisk.flush()
-        assert path == f"/proc/{os.getpid()}/fd/{ramdisk.fileno()}"
-        assert pathlib.Path(path).read_bytes() == b"content"
-        assert os.readlink(path) == "/var/tmp/runx-test-of-name (deleted)"
-        assert os.fstat(ramdisk.fileno()).st_mode & 0o777 == 0o600
-
-
-def test_the_files_are_packed_for_a_vm_that_has_them_in_memory(root):
-    output = io.BytesIO()
-    assert runx.InMemory(str(root)).pack(output, 64) == {}
-    assert output.getvalue() == packed(root)[0]
+    for in_memory, name in ((False, tmp_path / "ramdisk"), (True, "/var/tmp/runx-test-of-name")):
+        ramdisk, path = runx.Rootfs(in_memory=in_memory).open_ramdisk(container)
+        with ramdisk:
+            ramdisk.write(b"content")
+            ramdisk.flush()
+            assert path == f"/proc/{os.getpid()}/fd/{ramdisk.fileno()}"
+            assert pathlib.Path(path).read_bytes() == b"content"
+            assert os.readlink(path) == f"{name} (deleted)"
+            assert os.fstat(ramdisk.fileno()).st_mode & 0o777 == 0o600
