@@ -4007,37 +4007,12 @@ RINGS_MAX = {"fuse": 1, "9pfs": 2}  # of a device of that kind; Linux's 9p takes
 HEAD_MAX = 80  # bytes of a request that are copied at once
 
 
-class Broken(Error):
-    """The guest does not keep to the protocol."""
-
-
-class Request:
-    """A message that the guest has put into a ring, of which only the length has been checked: a copy of its first
-    HEAD_MAX bytes, or of all, and copies and views of parts of it."""
-
-    __slots__ = ("head", "length", "ring")
-
-    def __init__(self, ring: Ring, head: bytes, length: int) -> None:
-        self.ring, self.head, self.length = ring, head, length
-
-    def bytes(self, start: int, end: int) -> bytes:
-        """Return a copy of a part."""
-        end, known = min(end, self.length), len(self.head)
-        if end <= known:
-            return self.head[start:end]
-        return self.head[start:] + self.ring.take(max(start, known), end)
-
-    def content(self, start: int, count: int) -> list[memoryview]:
-        """Return a part where it lies, which the guest may change at any time."""
-        return self.ring.views(self.ring.requests, self.ring.out_cons + start, count)
-
-    def room(self, start: int, count: int) -> list[memoryview]:
-        """Return a part of the reply where it will lie, from its byte `start` on."""
-        return self.ring.views(self.ring.replies, self.ring.in_prod + start, count)
-
-
 class Ring:
-    """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so."""
+    """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so.
+
+    A request is what has been found last: only its length has been checked, and head is a copy of its first HEAD_MAX
+    bytes, or of all.  What a guest does that does not keep to the protocol is an Error.
+    """
 
     def __init__(self, indexes: memoryview, data: memoryview, channels: EventChannels, port: int) -> None:
         self.indexes = indexes
@@ -4049,7 +4024,27 @@ class Ring:
         self.out_cons = self.in_prod = 0
         self.in_cons = 0  # as last seen, for it is the guest's
         self.barrier, self.is_stuck = Barrier(), False
+        self.head, self.length = b"", 0
         self.other: Ring | None = None  # of the same guest
+
+    # ---- the request
+
+    def copy(self, start: int, end: int) -> bytes:
+        """Return a copy of a part."""
+        end, known = min(end, self.length), len(self.head)
+        if end <= known:
+            return self.head[start:end]
+        return self.head[start:] + self.take(max(start, known), end)
+
+    def content(self, start: int, count: int) -> list[memoryview]:
+        """Return a part where it lies, which the guest may change at any time."""
+        return self.views(self.requests, self.out_cons + start, count)
+
+    def room(self, start: int, count: int) -> list[memoryview]:
+        """Return a part of the reply where it will lie, from its byte `start` on."""
+        return self.views(self.replies, self.in_prod + start, count)
+
+    # ---- the ring
 
     def views(self, half: memoryview, index: int, count: int) -> list[memoryview]:
         """Return the count bytes of a half that begin at an index, without a copy."""
@@ -4058,46 +4053,43 @@ class Ring:
         return [half[start:end]] if end <= self.size else [half[start:], half[: end - self.size]]
 
     def take(self, start: int, end: int) -> bytes:
-        """Return a copy of a part of the first request."""
-        return b"".join(self.views(self.requests, self.out_cons + start, end - start))
+        """Return a copy of what is there."""
+        return b"".join(self.content(start, end - start))
 
     def serve(self, protocol: Protocol, in_order: bool = True) -> bool:
         """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
-        none.  Return whether anything was answered.  in_order: between two rings too.  Raise Broken."""
+        none.  Return whether anything was answered.  in_order: between two rings too.  Raise Error."""
         begun, end, is_told = self.out_cons, self.indexes[OUT_PROD], True
         if end != begun:
             self.in_cons = self.indexes[IN_CONS]
             self.barrier()  # an index is read before what it counts, and before what it frees is overwritten
         while self.out_cons != end:
-            request = self.first(protocol, end)
-            if request is None or in_order and not self.is_next(protocol, request):
+            if not self.find(protocol, end) or in_order and not self.is_next(protocol):
                 break
-            is_told = self.finish(request.length, *protocol.answer(request))
+            is_told = self.finish(*protocol.answer(self))
         self.is_stuck = self.out_cons != end
         if not is_told:
             self.channels.notify(self.port)  # it may wait for room for a request
         return self.out_cons != begun
 
-    def first(self, protocol: Protocol, end: int) -> Request | None:
-        """Return the first request before the index end, None if it is not whole or its reply may have no room yet."""
+    def find(self, protocol: Protocol, end: int) -> bool:
+        """Return whether there is a request before the index end that is whole, and room for its reply."""
         waiting = (end - self.out_cons) & 0xFFFFFFFF
         if waiting > self.size:
-            raise Broken("the indexes of its ring are impossible")
+            raise Error("the indexes of its ring are impossible")
         if waiting < protocol.shortest:
-            return None
+            return False
         head = self.take(0, min(waiting, HEAD_MAX))
-        length: int = struct.unpack_from("<I", head)[0]
+        (length,) = struct.unpack_from("<I", head)
         if not protocol.shortest <= length <= min(protocol.longest, self.size):
-            raise Broken(f"a request of it is {length} bytes long")
-        if length > waiting:
-            return None
-        request = Request(self, head[:length], length)
-        return request if self.has_room(protocol.reply_room(request)) else None
+            raise Error(f"a request of it is {length} bytes long")
+        self.head, self.length = head[:length], length
+        return length <= waiting and self.has_room(protocol.reply_room(self))
 
     def has_room(self, count: int) -> bool:
         """Return whether a reply of so many bytes has room; if not, the guest sees that, and tells of more."""
         if count > self.size:
-            raise Broken(f"its ring has no room for a reply of {count} bytes")
+            raise Error(f"its ring has no room for a reply of {count} bytes")
         for again in (False, True):
             if again:
                 self.barrier()  # our last index is there before we look at the guest's
@@ -4105,20 +4097,20 @@ class Ring:
                 self.barrier()
             used = (self.in_prod - self.in_cons) & 0xFFFFFFFF
             if used > self.size:
-                raise Broken("the indexes of its ring are impossible")
+                raise Error("the indexes of its ring are impossible")
             if count <= self.size - used:
                 return True
         return False
 
-    def is_next(self, protocol: Protocol, request: Request) -> bool:
+    def is_next(self, protocol: Protocol) -> bool:
         """Return whether it may be answered now.  What must come behind all that the guest has asked before, such as a
         change of size behind writes, waits until the other ring is empty."""
-        if not self.other or not protocol.is_ordered(request):
+        if not self.other or not protocol.is_ordered(self):
             return True
         self.other.serve(protocol, in_order=False)
         return not self.other.is_stuck
 
-    def finish(self, length: int, beginning: bytes, count: int) -> bool:
+    def finish(self, beginning: bytes, count: int) -> bool:
         """Give the request's place back, and its reply to the guest: the beginning, with count bytes behind it that are
         there already; b"": there is none.  Return whether the guest knows."""
         if beginning:
@@ -4127,7 +4119,7 @@ class Ring:
                 view[:] = beginning[at : at + len(view)]
                 at += len(view)
         self.barrier()  # the indexes are written after all that they stand for has been read and written
-        self.out_cons = (self.out_cons + length) & 0xFFFFFFFF
+        self.out_cons = (self.out_cons + self.length) & 0xFFFFFFFF
         self.indexes[OUT_CONS] = self.out_cons
         if not beginning:
             return False
@@ -4138,19 +4130,17 @@ class Ring:
 
 
 def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventChannels, grants: Grants) -> list[Ring]:
-    """Return a device's rings.  ends: of each, the reference of its indexes and the guest's port.  Raise Broken."""
+    """Return a device's rings.  ends: of each, the reference of its indexes and the guest's port.  Raise Error."""
     rings = []
     for reference, channel in ends:
-        try:
+        with Attempt(f"connect to a ring of domain {domid}"):
             port = channels.bind(domid, channel)
             indexes = grants.map(domid, [reference]).cast("I")
             order = indexes[RING_ORDER]
             if not 1 <= order <= RING_ORDER_MAX:
-                raise Broken("the size of its ring is impossible")
+                raise Error("the size of its ring is impossible")
             references = indexes[REFERENCES : REFERENCES + (1 << order)].tolist()
             rings.append(Ring(indexes, grants.map(domid, references), channels, port))
-        except OSError as error:
-            raise Broken(f"cannot connect to a ring of domain {domid}: {error.strerror}") from None
     if len(rings) == 2:
         rings[0].other, rings[1].other = rings[1], rings[0]
     return rings
@@ -4173,13 +4163,13 @@ class Protocol:
         """root, capabilities: as for Files."""
         self.files = Files(root, capabilities)
         self.most = CONTENT_MAX  # bytes of content in a reply
-        self.request: Request  # that is being answered
+        self.request: Ring  # that is being answered
         self.handlers: dict[int, tuple[Any, ...]] = {}  # by kind, with what they take
 
-    def is_ordered(self, request: Request) -> bool:
+    def is_ordered(self, request: Ring) -> bool:
         return self.code.unpack_from(request.head, 4)[0] in self.ordered
 
-    def reply_room(self, request: Request) -> int:
+    def reply_room(self, request: Ring) -> int:
         """Return the most bytes that its reply can have."""
         (kind,) = self.code.unpack_from(request.head, 4)
         at, most = self.sized.get(kind), 4096
@@ -4188,7 +4178,7 @@ class Protocol:
             most = max(most, min(size, self.most))
         return self.reply_head + most
 
-    def answer(self, request: Request) -> tuple[bytes, int]:
+    def answer(self, request: Ring) -> tuple[bytes, int]:
         """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
         raise NotImplementedError
 
@@ -4397,7 +4387,7 @@ class FuseNames(Protocol):
             structure = struct.Struct("<" + numbers.replace("H", "Q"))
             self.handlers[opcode] = getattr(self, name), structure, form[len(numbers) :], "H" in form
 
-    def answer(self, request: Request) -> tuple[bytes, int]:
+    def answer(self, request: Ring) -> tuple[bytes, int]:
         _, opcode, unique, number, uid, gid = IN_HEADER.unpack_from(request.head)
         self.request, self.asker = request, (uid, gid)
         number = number or FUSE_ROOT_ID  # some are about no file
@@ -4415,12 +4405,12 @@ class FuseNames(Protocol):
         handler, structure, kinds, is_open = self.handlers.get(opcode) or refuse(errno.ENOSYS)
         node = self.known.node(number)
         request, end = self.request, IN_HEADER.size + structure.size
-        data = request.head if end <= HEAD_MAX else request.bytes(0, end)
+        data = request.head if end <= HEAD_MAX else request.copy(0, end)
         fields = structure.unpack_from(data, IN_HEADER.size)
         if is_open:
             fields = (self.known.handle(fields[0], node), *fields[1:])
         if kinds:
-            fields = (*fields, *split_strings(request.bytes(end, request.length), kinds))
+            fields = (*fields, *split_strings(request.copy(end, request.length), kinds))
         if node.sizeless:  # dom0's kernel looks at who asks
             return self.files.as_asker(self.asker, handler, node, *fields)
         return handler(node, *fields)
@@ -4787,7 +4777,7 @@ class NinePFids(Protocol):
         for name, (kind, form) in NINEP_REQUESTS.items():
             self.handlers[kind] = getattr(self, name), form
 
-    def answer(self, request: Request) -> tuple[bytes, int]:
+    def answer(self, request: Ring) -> tuple[bytes, int]:
         _, kind, tag = NINEP_HEADER.unpack_from(request.head)
         self.request = request
         error, body, content = self.attempt(self.handle, kind)
@@ -4799,7 +4789,7 @@ class NinePFids(Protocol):
         """Return what the handler does.  Raise OSError and struct.error."""
         handler, form = self.handlers.get(kind) or refuse(errno.EOPNOTSUPP)
         # what is written stays where it lies
-        data = self.request.bytes(NINEP_HEADER.size, WRITTEN_DATA if kind == TWRITE else self.request.length)
+        data = self.request.copy(NINEP_HEADER.size, WRITTEN_DATA if kind == TWRITE else self.request.length)
         fields = [self.fid(each) if of == "F" else each for of, each in zip(form, ninep_fields(data, form))]
         fid = fields[0] if form.startswith("F") else None
         if fid and fid.node.sizeless:  # dom0's kernel looks at who asks
@@ -4822,7 +4812,7 @@ class NinePFids(Protocol):
             return U32.pack(os.pwritev(fid.handle().fd, self.request.content(WRITTEN_DATA, size), offset))
         if offset != len(fid.value) or offset + size > fid.size:
             refuse(errno.EINVAL)
-        fid.value += self.request.bytes(WRITTEN_DATA, WRITTEN_DATA + size)
+        fid.value += self.request.copy(WRITTEN_DATA, WRITTEN_DATA + size)
         return U32.pack(size)
 
     # ---- fids
@@ -5164,7 +5154,7 @@ def give_up_rights(capabilities: int) -> None:
 
 
 def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, link: int) -> None:
-    """Serve them until something is said on the link, or its other end is closed.  Raise Broken."""
+    """Serve them until something is said on the link, or its other end is closed.  Raise Error."""
     poll = select.poll()
     for fd in (channels.fd, link):
         poll.register(fd, select.POLLIN)

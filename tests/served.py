@@ -13,14 +13,14 @@ MESSAGE_MAX = runx.Fuse.longest + 4096
 UNIQUE = 7  # by which requests know their replies
 
 
-class Message(runx.Request):
-    """A request in memory of ours, and room for its reply."""
+class Message:
+    """A request in memory of ours, and room for its reply, as a runx.Ring has them."""
 
     def __init__(self, request, reply):
         self.head, self.length, self.request = bytes(request[:80]), len(request), memoryview(request)
         self.reply = memoryview(reply)
 
-    def bytes(self, start, end):
+    def copy(self, start, end):
         return bytes(self.request[start:end])
 
     def content(self, start, count):

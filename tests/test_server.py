@@ -33,10 +33,10 @@ class Echo:
     def reply_room(self, message):
         if self.meanwhile:
             self.meanwhile()
-        return int(message.bytes(5, message.length)) if message.head[4:5] == b"r" else message.length
+        return int(message.copy(5, message.length)) if message.head[4:5] == b"r" else message.length
 
     def answer(self, message):
-        rest = message.bytes(5, message.length)
+        rest = message.copy(5, message.length)
         self.seen.append(message.head[4:5] + rest)
         if message.head[4:5] == b"n":
             return b"", 0
@@ -148,7 +148,7 @@ def test_a_head_that_the_guest_changes_meanwhile_is_as_it_was_checked():
 def test_an_impossible_length_ends_it(length):
     guest = Guest()
     guest.write(struct.pack("<I", length) + b"12345678")
-    with pytest.raises(runx.Broken, match=f"a request of it is {length} bytes long"):
+    with pytest.raises(runx.Error, match=f"a request of it is {length} bytes long"):
         guest.ring.serve(Echo())
 
 
@@ -159,7 +159,7 @@ def test_impossible_indexes_end_it(index, value):
     guest = Guest()
     guest.ask("text")
     guest.page[index] = value
-    with pytest.raises(runx.Broken, match="the indexes of its ring are impossible"):
+    with pytest.raises(runx.Error, match="the indexes of its ring are impossible"):
         guest.ring.serve(Echo())
 
 
@@ -176,7 +176,7 @@ def test_our_own_indexes_are_not_the_guests_to_change():
 def test_a_ring_that_is_too_small_for_a_reply_ends_it():
     guest = Guest()
     guest.ask("r4097")
-    with pytest.raises(runx.Broken, match="no room for a reply of 4097 bytes"):
+    with pytest.raises(runx.Error, match="no room for a reply of 4097 bytes"):
         guest.ring.serve(Echo())
 
 
