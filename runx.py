@@ -4214,9 +4214,8 @@ FUSE_REQUESTS = request_table(
 FUSE_SILENT = {2, 36, 42}  # have no reply, unless they have a number for it: forget, interrupt, batch_forget
 FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says how long its reply may be
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO,
-# PARALLEL_DIROPS, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
-FUSE_FLAGS = sum(1 << bit for bit in (0, 3, 5, 6, 12, 13, 14, 15, 18, 20, 22, 23, 28, 29, 30))
-WRITEBACK_CACHE, POSIX_ACL = 1 << 16, 1 << 20
+# PARALLEL_DIROPS, WRITEBACK_CACHE, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
+FUSE_FLAGS = sum(1 << bit for bit in (0, 3, 5, 6, 12, 13, 14, 15, 16, 18, 20, 22, 23, 28, 29, 30))
 FATTR_KILL_SUIDGID = 1 << 11
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
@@ -4342,11 +4341,13 @@ class Known:
         if len(self.nodes) + nodes > NODES_MAX or len(self.handles) >= HANDLES_MAX:
             refuse(errno.ENFILE)
 
-    def open(self, handle: Handle, flags: int = 0) -> bytes:
-        """Return struct fuse_open_out.  Whoever opens a file, checks that there is room before."""
+    def open(self, handle: Handle, flags: int, keeps: int = 0) -> bytes:
+        """Return struct fuse_open_out.  Whoever opens a file, checks that there is room before.  flags: of open(2)."""
         self.last += 1
         self.handles[self.last] = handle
-        return OPEN_OUT.pack(self.last, flags, 0)
+        # of what is open to append, dom0 knows where the end is, and the guest keeps no page
+        direct = flags & os.O_APPEND or handle.node.sizeless
+        return OPEN_OUT.pack(self.last, keeps | (FOPEN_DIRECT_IO if direct else 0), 0)
 
     def handle(self, number: int, node: Node) -> Handle:
         """Return what the guest has open of a file, number 0: to read it without.  Raise OSError."""
@@ -4376,11 +4377,9 @@ class FuseNames(Protocol):
     shortest, longest = IN_HEADER.size, WRITE_DATA + CONTENT_MAX
     code, sized, reply_head = U32, FUSE_SIZED, OUT_HEADER.size
 
-    def __init__(self, root: int, capabilities: int, writeback: bool = False) -> None:
-        """writeback: whether the guest may keep for a while what is written."""
+    def __init__(self, root: int, capabilities: int) -> None:
         super().__init__(root, capabilities)
         self.known = Known(self.files)
-        self.writeback = writeback
         self.asker: Ids = NO_USER, NO_USER  # whose request is being answered
         for name, (opcode, form) in FUSE_REQUESTS.items():
             numbers = form.rstrip("nsb")
@@ -4421,10 +4420,9 @@ class FuseNames(Protocol):
         if (major, minor) < (FUSE_VERSION, FUSE_MINOR_LEAST):
             refuse(errno.EPROTO)
         self.known.forget_all()
-        flags &= FUSE_FLAGS | (WRITEBACK_CACHE if self.writeback else 0)
         return INIT_OUT.pack(
-            FUSE_VERSION, FUSE_MINOR, readahead, flags, FUSE_BACKGROUND, FUSE_BACKGROUND * 3 // 4, CONTENT_MAX,
-            1, CONTENT_MAX // 4096, 0, DIRECT_IO_ALLOW_MMAP >> 32, 0, b"",
+            FUSE_VERSION, FUSE_MINOR, readahead, flags & FUSE_FLAGS, FUSE_BACKGROUND, FUSE_BACKGROUND * 3 // 4,
+            CONTENT_MAX, 1, CONTENT_MAX // 4096, 0, DIRECT_IO_ALLOW_MMAP >> 32, 0, b"",
         )  # fmt: skip
 
     def destroy(self, node: Node) -> None:
@@ -4473,7 +4471,7 @@ class FuseNames(Protocol):
             # the guest does not know of it and has checked no permission: it looks the name up and tries again
             refuse(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
         handle.node.told = handle.node.seen = content_state(os.fstat(handle.fd))
-        return self.entry(handle.node, folder, name) + self.known.open(handle, self.appends(flags))
+        return self.entry(handle.node, folder, name) + self.known.open(handle, flags)
 
     def make(self, folder: Node, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
         self.known.check_room()
@@ -4536,12 +4534,8 @@ class FuseNames(Protocol):
             node.seen = node.told if same else ()
 
     def access(self, flags: int) -> int:
-        """Return flags of open(2): who keeps what is written must read the rest of its page."""
-        return flags ^ os.O_WRONLY ^ os.O_RDWR if self.writeback and flags & os.O_ACCMODE == os.O_WRONLY else flags
-
-    def appends(self, flags: int) -> int:
-        """Return flags for what is open to append: where the end is, dom0 knows, and the guest keeps no page of it."""
-        return FOPEN_DIRECT_IO if flags & os.O_APPEND else 0
+        """Return flags of open(2): the guest keeps what is written, and must read the rest of its page."""
+        return flags ^ os.O_WRONLY ^ os.O_RDWR if flags & os.O_ACCMODE == os.O_WRONLY else flags
 
 
 class Fuse(FuseNames):
@@ -4553,13 +4547,13 @@ class Fuse(FuseNames):
         self.known.check_room(0)  # before it is truncated
         drop_privileges(node, more & OPEN_KILL_SUIDGID)
         if node.sizeless:
-            return self.known.open(self.files.open(node, flags), FOPEN_DIRECT_IO)
+            return self.known.open(self.files.open(node, flags), flags)
         handle = self.files.open(node, self.access(flags))
         state = self.known.state(node)
         keeps = node.seen == state
         # what was changed just now by others may be changed once more, and look the same
         node.seen = state if keeps or flags & os.O_TRUNC or is_settled(state) else ()
-        return self.known.open(handle, self.appends(flags) | (FOPEN_KEEP_CACHE if keeps else 0))
+        return self.known.open(handle, flags, FOPEN_KEEP_CACHE if keeps else 0)
 
     def readlink(self, node: Node) -> bytes:
         return os.readlink(b"", dir_fd=node.fd)
@@ -4577,8 +4571,9 @@ class Fuse(FuseNames):
             refuse(errno.EINVAL)
         if flags & WRITE_KILL_SUIDGID:
             drop_privileges(node, True)
-        how = RWF_APPEND if self.appends(opened) and not node.sizeless else 0
-        how |= RWF_SYNC if opened & os.O_DSYNC and not node.sizeless else 0  # what the guest does where it keeps pages
+        opened = 0 if node.sizeless else opened
+        how = RWF_APPEND if opened & os.O_APPEND else 0
+        how |= RWF_SYNC if opened & os.O_DSYNC else 0  # what the guest does where it keeps pages
         done = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
         while 0 < done < size and flags & WRITE_CACHE:  # pages, which the guest's kernel does not count
             rest = self.request.content(WRITE_DATA + done, size - done)
@@ -4638,7 +4633,7 @@ class Fuse(FuseNames):
         if node.kind != stat.S_IFDIR:
             refuse(errno.ENOTDIR)
         self.known.check_room(0)
-        return self.known.open(self.files.open(node, os.O_RDONLY))
+        return self.known.open(self.files.open(node, os.O_RDONLY), os.O_RDONLY)
 
     def readdir(self, node: Node, handle: Handle, offset: int, size: int, plus: int = 0) -> bytes:
         room, least, parts = min(size, self.most), plus + FUSE_DIRENT.size, []
@@ -5083,7 +5078,7 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
         rights = int(read_file("/proc/self/status").partition("CapPrm:")[2].split()[0], 16)
         enter_share(share)
         share_fd = os.open("/share", os.O_PATH | os.O_DIRECTORY)
-        protocol: Protocol = NineP(share_fd, capabilities) if kind == "9pfs" else Fuse(share_fd, capabilities, True)
+        protocol: Protocol = NineP(share_fd, capabilities) if kind == "9pfs" else Fuse(share_fd, capabilities)
         give_up_rights(capabilities & rights)
         link.send(b"+")
         if isinstance(protocol, Fuse):  # what the guest asks first, for a forked process copies what memory it uses

@@ -11,6 +11,7 @@ import runx
 
 MESSAGE_MAX = runx.Fuse.longest + 4096
 UNIQUE = 7  # by which requests know their replies
+WRITEBACK_CACHE = 1 << 16
 
 
 class Message:
@@ -96,8 +97,8 @@ class Mounted:
         return self.counts[runx.FUSE_REQUESTS[name][0]]
 
 
-def serve(device, fuse, counts):
-    """Answer what the kernel asks, until the file system is unmounted."""
+def serve(device, fuse, counts, writeback):
+    """Answer what the kernel asks, until the file system is unmounted.  writeback: it may keep what is written."""
     request, reply = bytearray(MESSAGE_MAX), bytearray(MESSAGE_MAX)
     view = memoryview(request)
     while True:
@@ -105,8 +106,11 @@ def serve(device, fuse, counts):
             length = os.readv(device, [view])
         except OSError:  # ENODEV: unmounted
             return
+        (opcode,) = struct.unpack_from("<I", request, 4)
+        if opcode == runx.FUSE_REQUESTS["init"][0] and not writeback:  # as a kernel begins that cannot
+            flags = runx.IN_HEADER.size + 12
+            struct.pack_into("<I", request, flags, struct.unpack_from("<I", request, flags)[0] & ~WRITEBACK_CACHE)
         message = Message(view[:length], reply)
-        opcode = struct.unpack_from("<I", message.head, 4)[0]
         counts[opcode if opcode < len(counts) else 0] += 1
         beginning, content = fuse.answer(message)
         if beginning:
@@ -115,8 +119,8 @@ def serve(device, fuse, counts):
 
 
 @contextlib.contextmanager
-def mounted(host, guest, **options):
-    """A share, Mounted in our own mount namespace and served by a process of its own.  options: of runx.Fuse."""
+def mounted(host, guest, capabilities, writeback):
+    """A share, Mounted in our own mount namespace and served by a process of its own."""
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     how = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={runx.CONTENT_MAX}"
     runx.mount("share", str(guest), runx.MS_NOSUID | runx.MS_NODEV, "fuse", how)
@@ -124,7 +128,7 @@ def mounted(host, guest, **options):
     pid = os.fork()
     if not pid:
         try:
-            serve(device, runx.Fuse(os.open(host, os.O_PATH), **options), counts)
+            serve(device, runx.Fuse(os.open(host, os.O_PATH), capabilities), counts, writeback)
         except BaseException:
             traceback.print_exc()
             os._exit(1)

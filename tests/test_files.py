@@ -97,8 +97,7 @@ def mounts():
             folders = [pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2)]
             for folder in folders:
                 folder.chmod(0o755)  # pytest's own are not for other users
-            mount = served.mounted(*folders, capabilities=CAPABILITIES, writeback=writeback)
-            found[writeback] = stack.enter_context(mount)
+            found[writeback] = stack.enter_context(served.mounted(*folders, CAPABILITIES, writeback))
         yield found
 
 
@@ -758,6 +757,17 @@ def test_dom0s_device_is_changed_by_who_may_and_errors_arrive(special):
     assert guest.read(node, handle) == (0, b"1400\n")
 
 
+def test_what_is_made_without_a_size_is_not_kept_by_the_guest(shared):
+    path = make_folder(shared.host / "queues")
+    runx.mount("mqueue", path, 0, "mqueue")
+    guest = served.Guest(runx.Fuse(os.open(path, os.O_PATH), CAPABILITIES))
+    made = guest.done("create", 1, struct.pack("<IIII", os.O_RDWR, 0o600, 0, 0) + b"made\0")
+    os.unlink(f"{path}/made")
+    assert runx.OPEN_OUT.unpack(made[-runx.OPEN_OUT.size :])[1] == runx.FOPEN_DIRECT_IO
+    del guest
+    runx.detach(path)
+
+
 def test_what_is_mounted_later_is_not_taken_for_what_had_its_number(shared):
     path, seen = make_folder(shared.host / "folder"), {}
     guest = served.Guest(runx.Fuse(os.open(shared.host, os.O_PATH), CAPABILITIES))
@@ -1144,14 +1154,15 @@ def test_what_has_not_changed_is_read_without_being_opened(guest, tmp_path, monk
 
 
 def test_a_kernel_of_another_version_is_told_ours_or_refused(guest):
-    def init(major, minor):
-        return guest.request("init", 0, struct.pack("<IIII44s", major, minor, 1 << 17, NONE, b""))
+    def init(major, minor, offered=NONE):
+        return guest.request("init", 0, struct.pack("<IIII44s", major, minor, 1 << 17, offered, b""))
 
     error, body = init(7, 40)
     assert error == 0 and len(body) == 64
     major, minor, readahead, flags, _, _, most, granularity, pages, *_ = struct.unpack("<IIIIHHIIHHII24s", body)
     assert (major, minor, readahead, most, granularity, pages) == (7, 40, 1 << 17, 1 << 17, 1, 32)
-    assert flags & (runx.WRITEBACK_CACHE | runx.POSIX_ACL) == runx.POSIX_ACL
+    assert flags == runx.FUSE_FLAGS
+    assert struct.unpack_from("<I", init(7, 40, served.WRITEBACK_CACHE)[1], 12) == (served.WRITEBACK_CACHE,)
     assert init(8, 0)[0] == 0 and init(7, 20)[0] == errno.EPROTO and init(6, 0)[0] == errno.EPROTO
 
 
