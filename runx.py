@@ -3977,15 +3977,15 @@ class Files:
             refuse(errno.EPERM)
         header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
         system_call("capget", header, self.memory)
-        own = bytes(memoryview(self.memory).cast("B")[:24])  # effective, permitted, inheritable: 32 bits of each, twice
-        _, permitted_low, kept_low, _, permitted_high, kept_high = struct.unpack("=6I", own)
+        own = bytes(memoryview(self.memory).cast("B")[:24])
+        rights = memoryview(bytearray(own)).cast("I")  # effective, permitted, inheritable: 32 bits of each, twice
         allowed = 0 if uid else self.capabilities
-        low, high = allowed & permitted_low, allowed >> 32 & permitted_high
+        rights[0] = allowed & rights[1]
+        rights[3] = allowed >> 32 & rights[4]
         try:
             os.setresgid(-1, gid, -1)
             os.setresuid(-1, uid, -1)  # not setfsuid(2): /proc/sys looks at this one
-            rights = struct.pack("=6I", low, permitted_low, kept_low, high, permitted_high, kept_high)
-            system_call("capset", header, rights)
+            system_call("capset", header, bytes(rights))
             return work(*args)
         finally:
             os.setresuid(-1, 0, -1)
