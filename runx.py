@@ -4206,7 +4206,7 @@ FUSE_REQUESTS = request_table(
     lookup 1 n, forget 2 Q, getattr 3 -, setattr 4 I12xQ8xqq8xII4xI4xII4x, readlink 5 -, symlink 6 ns, mknod 8 III4xn,
     mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 HQI, write 16 HQII8xI,
     statfs 17 -, release 18 Q, fsync 20 HI, setxattr 21 III4xsb, getxattr 22 I4xs, listxattr 23 I, removexattr 24 s,
-    init 26 IIII, opendir 27 -, readdir 28 HQI, releasedir 29 Q, fsyncdir 30 HI, create 35 III4xn, destroy 38 -,
+    init 26 IIII, opendir 27 -, readdir 28 HQI, releasedir 29 Q, fsyncdir 30 HI, create 35 III4xn,
     batch_forget 42 I4xb, fallocate 43 HQQI, readdirplus 44 HQI, rename2 45 QI4xnn, lseek 46 HqI,
     copy_file_range 47 HQQQQQQ, syncfs 50 -, tmpfile 51 III
     """
@@ -4424,9 +4424,6 @@ class FuseNames(Protocol):
             FUSE_VERSION, FUSE_MINOR, readahead, flags & FUSE_FLAGS, FUSE_BACKGROUND, FUSE_BACKGROUND * 3 // 4,
             CONTENT_MAX, 1, CONTENT_MAX // 4096, 0, DIRECT_IO_ALLOW_MMAP >> 32, 0, b"",
         )  # fmt: skip
-
-    def destroy(self, node: Node) -> None:
-        self.known.forget_all()
 
     def forget(self, node: Node, count: int) -> None:
         self.known.forget(node.number, count)
@@ -5121,11 +5118,10 @@ def enter_share(share: str) -> None:
 
 def hide_ourselves(share: str) -> None:
     """Cover our own folder in each /proc of dom0's below the share: a process can always write its own memory."""
-    if read_file("/proc/self/mountinfo").count(" - proc ") == 1:
-        return  # dom0's own; to look closer would take memory
-    for entry in list(host_mounts()):
-        if entry.kind == "proc" and entry.root == "/" and entry.target.startswith(f"{share}/"):
-            itself = f"{entry.target}/" + os.readlink(f"{entry.target}/self")
+    targets = [entry.target for entry in host_mounts() if entry.kind == "proc" and entry.root == "/"]
+    for target in targets:
+        if target.startswith(f"{share}/"):
+            itself = f"{target}/" + os.readlink(f"{target}/self")
             mount("tmpfs", itself, MS_RDONLY, "tmpfs", "size=4k")
 
 

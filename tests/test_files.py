@@ -1010,7 +1010,7 @@ def test_what_the_guest_knows_and_opens_has_a_bound(guest, tmp_path, monkeypatch
     assert not (tmp_path / "share/new").exists()  # nothing is made that the guest cannot be told of
     node = runx.ENTRY_OUT.unpack(results[0][1])[0]
     assert [guest.open(node, os.O_RDONLY)[0] for _ in range(25)] == [0] * 20 + [errno.ENFILE] * 5
-    guest.request("destroy", 0)
+    guest.done("init", 0, struct.pack("<IIII44s", 7, 40, 1 << 17, NONE, b""))
     assert guest.look_up(b"59") and len(guest.fuse.known.nodes) == 2 and not guest.fuse.known.handles
 
 
