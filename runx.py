@@ -4034,7 +4034,8 @@ class Ring:
         end, known = min(end, self.length), len(self.head)
         if end <= known:
             return self.head[start:end]
-        return self.head[start:] + self.take(max(start, known), end)
+        rest = max(start, known)
+        return b"".join([self.head[start:], *self.content(rest, end - rest)])
 
     def content(self, start: int, count: int) -> list[memoryview]:
         """Return a part where it lies, which the guest may change at any time."""
@@ -4051,10 +4052,6 @@ class Ring:
         start = index & (self.size - 1)
         end = start + count
         return [half[start:end]] if end <= self.size else [half[start:], half[: end - self.size]]
-
-    def take(self, start: int, end: int) -> bytes:
-        """Return a copy of what is there."""
-        return b"".join(self.content(start, end - start))
 
     def serve(self, protocol: Protocol, in_order: bool = True) -> bool:
         """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
@@ -4079,7 +4076,7 @@ class Ring:
             raise Error("the indexes of its ring are impossible")
         if waiting < protocol.shortest:
             return False
-        head = self.take(0, min(waiting, HEAD_MAX))
+        head = b"".join(self.content(0, min(waiting, HEAD_MAX)))
         (length,) = struct.unpack_from("<I", head)
         if not protocol.shortest <= length <= min(protocol.longest, self.size):
             raise Error(f"a request of it is {length} bytes long")
@@ -4984,8 +4981,8 @@ LOOK_EACH = 256  # rounds in which a guest does not pause: the monitor may have 
 class FileServer:
     """The monitor's side of the process that serves a container's files: its pid, 0 if there is none, and a socket.
 
-    It says "+" when it can begin, is sent domid and where the rings are, and says "+" again when it has them.  All else
-    that it says is why it ends.
+    It says "+" when it can begin, is sent domid and of each ring grant and event channel, and says "+" again when it
+    has them.  All else that it says is why it ends.
     """
 
     def __init__(self) -> None:
@@ -5001,10 +4998,6 @@ class FileServer:
         if self.pid == 0:
             run_file_server(kind, share, capabilities, theirs)
         theirs.close()
-
-    def connect(self, domid: int, ends: list[int]) -> None:
-        """Tell it where the rings are.  ends: grant and event channel of each in turn.  Raise struct.error."""
-        tell(self.link.fileno(), struct.pack(f"={1 + len(ends)}I", domid, *ends))
 
     def hear(self) -> str:
         """Wait for its next word.  Return "" for "+", else why it has ended."""
@@ -5052,8 +5045,8 @@ class ShareDevice(Device):
             if not 1 <= count <= RINGS_MAX[self.kind]:
                 raise ValueError(f"it has {count} rings")
             keys = [f"{name}{number}" for number in range(count) for name in ("ring-ref", "event-channel-")]
-            numbers = self.xenstore.read_numbers(*(f"{self.frontend}/{key}" for key in keys))
-            self.server.connect(domid, numbers)
+            ends = self.xenstore.read_numbers(*(f"{self.frontend}/{key}" for key in keys))
+            tell(self.server.link.fileno(), struct.pack(f"={1 + len(ends)}I", domid, *ends))
 
     def confirm(self) -> None:
         self.xenstore.write(f"{self.backend}/state", XENBUS_CONNECTED)
