@@ -3245,20 +3245,14 @@ def padding(size: int) -> bytes:
     return b"\0" * (-size % 4)
 
 
-def cpio_entry(inode: int, name: str, mode: int, data: bytes = b"", rdev: int = 0) -> bytes:
-    """Return one member.  Owner root, time 0: the same input gives the same bytes."""
-    return cpio_header(name, mode, len(data), inode, rdev) + data + padding(len(data))
-
-
 def cpio_members(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """Yield the members of an archive and its end.  entries: folders before what is in them."""
+    """Yield the members of an archive and its end.  entries: folders before what is in them.  Owner root, time 0: the
+    same input gives the same bytes."""
     for inode, entry in enumerate(entries, 1):
-        yield cpio_entry(inode, *entry)
-    yield cpio_entry(0, "TRAILER!!!", 0)
-
-
-def cpio_archive(entries: Iterable[Entry]) -> bytes:
-    return b"".join(cpio_members(entries))
+        name, mode, content = entry[:3]
+        rdev = entry[3] if len(entry) == 4 else 0
+        yield cpio_header(name, mode, len(content), inode, rdev) + content + padding(len(content))
+    yield cpio_header("TRAILER!!!", 0, 0)
 
 
 class Member(Record):
@@ -3339,7 +3333,7 @@ def pack_initrd(folder: str, output: str) -> None:
             with member.open() as file:
                 content = read_all(file)
         entries.append((member.path, member.status.st_mode, content, member.status.st_rdev))
-    packed = gzip.compress(cpio_archive(sorted(entries)), 9, mtime=0)
+    packed = gzip.compress(b"".join(cpio_members(sorted(entries))), 9, mtime=0)
     temporary = f"{output}.{os.getpid()}"
     with open(temporary, "wb") as archive:
         archive.write(packed)
@@ -3368,7 +3362,7 @@ def pack_share(output: BinaryIO, share: str, memory: int) -> dict[str, bytes]:
             f"the rootfs and its mounts need a VM of {needed} MiB to be in its memory, and it has {memory}: raise the "
             f"container's memory limit or the annotation org.runx.memory, or use org.runx.rootfs=9p"
         )
-    output.write(cpio_entry(0, "TRAILER!!!", 0))
+    output.write(cpio_header("TRAILER!!!", 0, 0))
     return capabilities
 
 

@@ -70,7 +70,9 @@ def ramdisk(tmp_path_factory):
         for parent in list(pathlib.PurePath(path).parents)[:-1]:
             entries[str(parent)[1:]] = (stat.S_IFDIR | 0o755, b"")
         entries[path[1:]] = (stat.S_IFREG | 0o755, pathlib.Path(source).read_bytes())
-    archive = runx.cpio_archive([(name, mode, content, 0) for name, (mode, content) in sorted(entries.items())])
+    archive = b"".join(
+        runx.cpio_members([(name, mode, content, 0) for name, (mode, content) in sorted(entries.items())])
+    )
     path = tmp_path_factory.mktemp("hostile") / "ramdisk"
     path.write_bytes(archive)
     return path
