@@ -2960,11 +2960,6 @@ PATH_MAX = 4096  # bytes with the NUL, <linux/limits.h>
 MNT_DETACH = 2  # <sys/mount.h>
 
 
-def mount_of(fd: int) -> str:
-    """Return a path that leads to what a descriptor is open for, also where something else is mounted on its name."""
-    return f"/proc/self/fd/{fd}"
-
-
 def mount(source: str | None, target: str, flags: int, kind: str | None = None, data: str | None = None) -> None:
     """mount(2).  kind: the file system's type, data: its options."""
     try:
@@ -3070,8 +3065,9 @@ def open_file_in_root(root: str, path: str, purpose: str) -> Descriptor:
 
 def read_in_root(root: str, path: str, limit: int) -> bytes:
     """Return the content of a regular file, up to limit bytes.  Raise Error."""
-    with open_file_in_root(root, path, f"cannot read {path} of the container") as fd, open(mount_of(fd), "rb") as file:
-        return file.read(limit)
+    with open_file_in_root(root, path, f"cannot read {path} of the container") as fd:
+        with open(f"/proc/self/fd/{fd}", "rb") as file:
+            return file.read(limit)
 
 
 def find_in_root(root: str, path: str, folder: bool, make: bool) -> Descriptor:
@@ -3191,7 +3187,7 @@ def mount_in_root(root: str, mounts: list[Mount], sources: list[int]) -> None:
             continue  # it is in a file system of the guest's, for which nothing is made here
         try:
             with find_in_root(root, entry.destination, entry.is_folder(), make=entry.on_host()) as target:
-                mount(mount_of(source), mount_of(target), MS_BIND | MS_REC)
+                mount(f"/proc/self/fd/{source}", f"/proc/self/fd/{target}", MS_BIND | MS_REC)
         except OSError:
             missing += [] if entry.on_host() else [entry.destination.rstrip("/") + "/"]
         except Error:
@@ -5095,7 +5091,7 @@ def enter_share(share: str) -> None:
     with Descriptor(os.open(share, os.O_PATH)) as source:
         mount("tmpfs", root, MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=64k")
         os.mkdir(f"{root}/share")
-        mount(mount_of(source), f"{root}/share", MS_BIND | MS_REC)
+        mount(f"/proc/self/fd/{source}", f"{root}/share", MS_BIND | MS_REC)
     for folder in ("/proc/self/fd", "/proc/self/fdinfo"):
         os.makedirs(f"{root}{folder}")
         mount(folder, f"{root}{folder}", MS_BIND)
@@ -6725,7 +6721,7 @@ XZ_MEMORY = 64 << 20  # bytes that `xz -9` needs, and an image may ask for 4 GiB
 def check_boot_file(fd: int, name: str, memory: int, purpose: str) -> None:
     """Raise Error, that begins with purpose, if a kernel or ramdisk does not fit into a VM, or the former into dom0:
     xl has all of it in memory before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked."""
-    with open(mount_of(fd), "rb") as file:
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
         unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0
     size = max(os.fstat(fd).st_size >> 20, unpacked)
     if size >= memory:
@@ -6954,7 +6950,7 @@ class Builder:
         with open_file_in_root(self.config.rootfs, path, purpose) as fd:
             check_boot_file(fd, name, self.sizes["memory"], purpose)
             make_empty(target, folder=False)
-            mount(mount_of(fd), target, MS_BIND)
+            mount(f"/proc/self/fd/{fd}", target, MS_BIND)
         return target
 
     def write_ramdisk(self, base: str) -> str:
