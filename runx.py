@@ -409,6 +409,7 @@ RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # also INT, QUIT, USR1, USR2, TERM: for th
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80  # <linux/sched.h>
 OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
+SENTENCE_MAX = 4000  # bytes that processes of ours say at once
 
 
 def read_file(path: str) -> str:
@@ -541,12 +542,53 @@ def unblock_standard(fd: int) -> None:
         pass
 
 
-def tell(fd: int, words: bytes) -> None:
-    """Write to another process; that it has ended is seen elsewhere."""
+def fork_linked(name: str, keep: Collection[object], life: Callable[..., int], *args: Any) -> tuple[int, Any]:
+    """Fork a process that ends with what life(*args, link) returns, link being a socket to us, or tells us there why it
+    fails.  It has those of our descriptors that it keeps, and 0, 1, 2.  Return its pid, and our end.  Raise OSError."""
+    socket = import_core("socket")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid, status = os.fork(), 255
+    if pid == 0:
+        try:
+            os.setsid()
+            os.chdir("/")
+            close_other_descriptors({0, 1, 2, theirs.fileno(), *keep})
+            status = life(*args, theirs)
+        except BaseException as error:
+            tell(theirs, reason_of(error, name))
+        finally:
+            os._exit(status)
+    theirs.close()
+    return pid, ours
+
+
+def tell(link: Any, words: bytes | str) -> None:
+    """Say something to another process of ours; that it has ended is seen elsewhere."""
     try:
-        os.write(fd, words)
+        link.send(words if isinstance(words, bytes) else words.encode("utf-8", "replace")[:SENTENCE_MAX])
     except OSError:
         pass
+
+
+def receive(link: Any) -> bytes:
+    """Wait for what the other process says next; b"" if it has ended."""
+    try:
+        words: bytes = link.recv(SENTENCE_MAX)
+    except ConnectionResetError:  # told once, before its last words, where it has left something unread
+        words = link.recv(SENTENCE_MAX)
+    return words
+
+
+def hear(link: Any, lost: str = "its process was killed") -> str:
+    """Wait for its next word.  Return "" for "+", else why it fails; lost: where it has ended without a word."""
+    word = receive(link)
+    return "" if word == b"+" else word.decode("utf-8", "replace") or lost
+
+
+def reason_of(error: BaseException, process: str) -> str:
+    """What is said of a failure that ends a process of ours."""
+    foreseen = isinstance(error, (Error, OSError))  # the latter such as a full disk
+    return str(error) if foreseen else f"internal error of the {process}: {error!r}"
 
 
 def read_all(fd: int) -> bytes:
@@ -4964,7 +5006,6 @@ class NineP(NinePFids):
 SERVING_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 6, 7, 27, 31))
 PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 4, 15, 38  # <linux/prctl.h>
 SERVING_DATA = 128 << 20  # bytes of memory that it may write, most of it for what the guest has opened
-SENTENCE_MAX = 4000  # bytes
 LOOK_EACH = 256  # rounds in which a guest does not pause: the monitor may have ended within as_asker()
 
 
@@ -4982,20 +5023,7 @@ class FileServer:
     def start(self, kind: str, share: str, capabilities: int) -> None:
         """Have it begin, in our mount namespace and cgroup.  kind: of the device.  capabilities: a bit for each that
         the container's processes may have.  Raise OSError."""
-        socket = import_core("socket")
-        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = os.fork()
-        if self.pid == 0:
-            run_file_server(kind, share, capabilities, theirs)
-        theirs.close()
-
-    def hear(self) -> str:
-        """Wait for its next word.  Return "" for "+", else why it has ended."""
-        try:
-            word: bytes = self.link.recv(SENTENCE_MAX)
-        except OSError:
-            word = b""
-        return "" if word == b"+" else word.decode("utf-8", "replace") or "its process was killed"
+        self.pid, self.link = fork_linked("file server", (), run_file_server, kind, share, capabilities)
 
     def stop(self) -> None:
         """End it, wherever it is."""
@@ -5036,14 +5064,14 @@ class ShareDevice(Device):
                 raise ValueError(f"it has {count} rings")
             keys = [f"{name}{number}" for number in range(count) for name in ("ring-ref", "event-channel-")]
             ends = self.xenstore.read_numbers(*(f"{self.frontend}/{key}" for key in keys))
-            tell(self.server.link.fileno(), struct.pack(f"={1 + len(ends)}I", domid, *ends))
+            tell(self.server.link, struct.pack(f"={1 + len(ends)}I", domid, *ends))
 
     def confirm(self) -> None:
         self.xenstore.write(f"{self.backend}/state", XENBUS_CONNECTED)
 
 
-def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoReturn:
-    """The process's whole life: until the monitor is gone, or the guest does what it must not."""
+def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> int:
+    """The process's whole life: until the monitor is gone.  Raise Error if the guest does what it must not."""
     try:
         system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)
         system_call("prctl", PR_SET_NAME, "runX files")  # for ps
@@ -5051,10 +5079,9 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
         for number in RELAYED:  # who signals all of a cgroup: the container's process still needs its files
             signal.signal(number, signal.SIG_IGN)
         gc.disable()  # nothing here refers to itself, and what is shared with the monitor stays so
+        for fd in (0, 1, 2):
+            close_standard(fd)
         channels, grants = EventChannels(), Grants()
-        close_other_descriptors({link.fileno(), channels.fd, grants.fd, grants.null})
-        for _ in range(3):
-            os.open("/dev/null", os.O_RDWR)
         rights = int(read_file("/proc/self/status").partition("CapPrm:")[2].split()[0], 16)
         enter_share(share)
         share_fd = os.open("/share", os.O_PATH | os.O_DIRECTORY)
@@ -5071,14 +5098,9 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> NoRe
             grants.close()
             link.send(b"+")
             serve_rings(protocol, rings, channels, link.fileno())
-    except Exception as error:
-        foreseen = isinstance(error, (Error, OSError))  # the latter such as a kernel without something
-        reason = str(error) if foreseen else f"internal error of the file server: {error!r}"
-        if isinstance(error, MemoryError):
-            reason = f"what it has open and remembers takes more than {SERVING_DATA >> 20} MiB"
-        link.send(reason.encode("utf-8", "replace")[:SENTENCE_MAX])
-    finally:
-        os._exit(0)
+    except MemoryError:
+        raise Error(f"what it has open and remembers takes more than {SERVING_DATA >> 20} MiB") from None
+    return 0
 
 
 def enter_share(share: str) -> None:
@@ -6574,18 +6596,10 @@ class Holder:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("ii", *fds))
             try:
                 self.link.sendmsg([b"9p" if exported else b"-"], [rights])
-                answer = self.link.recv(4096)
             except OSError:
-                answer = b""
-        if answer != b"+":
-            raise Error(answer.decode() or "the process that holds its namespaces was killed")
-
-    def take_signals(self) -> bytes:
-        """The numbers of signals that the holder has got; none if it is gone."""
-        try:
-            return bytes(self.link.recv(64))
-        except OSError:
-            return b""
+                pass  # it was killed
+        if reason := hear(self.link, "the process that holds its namespaces was killed"):
+            raise Error(reason)
 
 
 def run_holder(config: Config, share: str, link: Any) -> NoReturn:
@@ -6604,7 +6618,7 @@ def run_holder(config: Config, share: str, link: Any) -> NoReturn:
                 enter_namespaces(config, share, namespace, message == b"9p")
                 link.send(b"+")
             except Exception as error:
-                link.send(str(error).encode("utf-8", "replace")[:4000])
+                tell(link, str(error))
             while message:
                 if signals in select.select([link, signals], [], [])[0]:
                     link.send(os.read(signals, 64))
@@ -7382,20 +7396,20 @@ class BootConsole(FirstConsole):
 
 
 class Commit:
-    """create's words on a pipe: the holder's pid, and a byte when it has done its part.  An end without that means that
-    create is gone, and all goes with it.
+    """create's words: the holder's pid, and "+" when it has done its part.  An end without that means that create is
+    gone, and all goes with it.
 
     Until then the monitor is where the share is, in a mount namespace of its own, for createContainer hooks.
     """
 
     def __init__(self) -> None:
-        self.fd, self.writer = os.pipe()
+        self.link: Any = None  # to create
         self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.given: bool | None = None  # not known yet
 
     def take_pid(self) -> int:
         """Wait for the holder's.  Raise Error."""
-        word = os.read(self.fd, 4)
+        word = receive(self.link)
         if not word:
             raise Error("the process that creates the container was killed")
         return int.from_bytes(word, "little")
@@ -7404,7 +7418,7 @@ class Commit:
         """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
         Return whether all was done.  Raise Error."""
         if self.given is None:
-            self.given = bool(os.read(self.fd, 1))
+            self.given = bool(receive(self.link))
             self.return_home()
         return self.given
 
@@ -7494,7 +7508,7 @@ class Monitor(Loop):
         return self.run(signals)
 
     def handlers(self) -> dict[int, Callable[[], None]]:
-        found = {self.commit.fd: self.handle_commit} if self.commit.given is None else {}
+        found = {self.commit.link.fileno(): self.handle_commit} if self.commit.given is None else {}
         found.update(super().handlers())
         found[self.control] = self.handle_control
         found[self.holder.link.fileno()] = self.handle_holder
@@ -7576,7 +7590,7 @@ class Monitor(Loop):
             self.share.follow()
 
     def handle_server(self) -> None:
-        reason = self.server.hear()
+        reason = hear(self.server.link)
         if not reason:
             return self.share.confirm()
         self.server.stop()
@@ -7601,7 +7615,7 @@ class Monitor(Loop):
                 self.ask(f"kill 0 {number}")
 
     def handle_holder(self) -> None:
-        self.handle_signals(signals := self.holder.take_signals())
+        self.handle_signals(signals := receive(self.holder.link))
         if not signals:
             self.end(128 + SIGKILL, abandon=True)  # for the engine the container is killed
 
@@ -7640,23 +7654,17 @@ class Plan(Record):
     log: Log
 
 
-def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoReturn:
-    """The monitor's whole life.  report: a pipe to create, that gets "=" when there is a domain, and a holder is to be
-    made; then "+" or an error."""
+def run_monitor(plan: Plan, holder: Holder, commit: Commit, link: Any) -> int:
+    """The monitor's whole life.  link: to create, that gets "=" when there is a domain, and a holder is to be made;
+    then "+" or an error.  Return the container's exit status."""
     container, monitor, committed, status, failure = plan.container, None, False, 255, ""
-    server = FileServer()
+    server, commit.link = FileServer(), link
     try:
-        os.setsid()
-        os.chdir("/")
-        ours = {report, commit.fd, commit.home, plan.console_socket, holder.link.fileno(), container.lock_fd}
-        close_other_descriptors({0, 1, 2, *ours})
-        monitor = build(plan, holder, server, report, commit)
-        os.write(report, b"+")
-        os.close(report)
+        monitor = build(plan, holder, server, commit)
+        link.send(b"+")
         status = monitor.serve()
     except BaseException as error:
-        foreseen = isinstance(error, (Error, OSError))  # the latter such as a full disk
-        failure = str(error) if foreseen else f"internal error of the monitor: {error!r}"
+        failure = reason_of(error, "monitor")
     try:
         for fd in (0, 1, 2):
             close_standard(fd)  # who reads the streams sees the end at once
@@ -7676,16 +7684,16 @@ def run_monitor(plan: Plan, holder: Holder, report: int, commit: Commit) -> NoRe
     if committed and failure:
         plan.log.write("error", failure)
     elif failure:
-        tell(report, failure.encode("utf-8", "replace"))
-    tell(holder.link.fileno(), bytes([status]))
-    os._exit(status)
+        tell(link, failure)
+    tell(holder.link, bytes([status]))
+    return status
 
 
-def build(plan: Plan, holder: Holder, server: FileServer, report: int, commit: Commit) -> Monitor:
+def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Monitor:
     """Have the domain built; return what serves it.  Raise Error.  The holder comes when the VM boots already."""
     builder = Builder(plan.container, plan.config, plan.networks, plan.log)
     domain = builder.build(plan.bundle, plan.systemd)
-    os.write(report, b"=")
+    commit.link.send(b"=")
     if builder.rootfs.is_served:
         capabilities = plan.config.process.capabilities["bounding"] if plan.config.process else 0
         server.start(plan.config.machine.share_device(), builder.share, capabilities)
@@ -7699,7 +7707,7 @@ def build(plan: Plan, holder: Holder, server: FileServer, report: int, commit: C
     plan.container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)
     join_cgroups(plan.container.state.cgroups, holder.pid)
     holder.enter(builder.rootfs.is_served and not builder.rootfs.disk)
-    if server.pid and (reason := server.hear()):
+    if server.pid and (reason := hear(server.link)):
         raise Error(f"cannot serve the container's files: {reason}")
     monitor.log.debug(f"domain {domain.domid} ({plan.container.state.name}) is built")
     return monitor
@@ -7786,12 +7794,12 @@ class Order(Record):
 class Carrier(Loop):
     """Has a VM execute one more process, and carries its streams."""
 
-    def __init__(self, order: Order, report: int) -> None:
-        """report: a pipe to `exec`, that gets "+" when the program is executed."""
+    def __init__(self, order: Order, link: Any) -> None:
+        """link: to `exec`, that gets "+" when the program is executed."""
         container, process = order.container, order.process
         consoles, log = 1 if process.terminal else 2, order.log.about(container.id)
         super().__init__(container.domain(), order.number, consoles, process.terminal, log)
-        self.order, self.report, self.is_greeted = order, report, False
+        self.order, self.link, self.is_greeted, self.is_told = order, link, False, False
         holder = container.open_pidfd()
         if holder is None:
             raise NotRunning()
@@ -7848,44 +7856,34 @@ class Carrier(Loop):
 
     def begin(self) -> None:
         self.deadline = 0
-        os.write(self.report, b"+")
-        os.close(self.report)
-        self.report = -1
+        self.link.send(b"+")
+        self.is_told = True
 
     def hear(self, token: str) -> None:
         if token == "exit":
             super().hear("ready")  # which it has told before
         super().hear(token)
-        if self.report >= 0 and not self.is_open():
+        if not (self.is_told or self.is_open()):
             reason = printable(self.told("error")) or "the VM does not tell why"
             raise Error(f"unable to start container process: {reason}")
 
     def lose_container(self) -> None:
         self.end(128 + SIGKILL, abandon=True)
-        if self.report >= 0:
+        if not self.is_told:
             raise NotRunning()
 
 
-def run_carrier(order: Order, report: int) -> NoReturn:
-    """The carrier's whole life."""
-    status, failure, carrier, lock = EXEC_FAILED, "", None, order.container.lock_fd
+def run_carrier(order: Order, link: Any) -> int:
+    """The carrier's whole life.  link: to `exec`.  Return the process's exit status."""
+    signals, carrier = relay_signals(CARRIED), Carrier(order, link)
     try:
-        os.setsid()
-        os.chdir("/")
-        close_other_descriptors({0, 1, 2, report, lock, order.console_socket})
-        signals = relay_signals(CARRIED)
-        carrier = Carrier(order, report)
         carrier.prepare()
-        os.close(lock)
-        status = carrier.run(signals)
+        os.close(order.container.lock_fd)
+        return carrier.run(signals)
     except BaseException as error:
-        foreseen = isinstance(error, (Error, OSError))
-        failure = str(error) if foreseen else f"internal error of the carrier: {error!r}"
-    if failure and carrier and carrier.report < 0:
-        carrier.log.write("error", failure)
-    elif failure:
-        tell(report, failure.encode("utf-8", "replace"))
-    os._exit(status)
+        if carrier.is_told:  # `exec` does not listen any more
+            carrier.log.write("error", reason_of(error, "carrier"))
+        raise
 
 
 # ==== commands ===========================================================================================
@@ -7897,6 +7895,7 @@ SIGNALS = (
     "URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"
 ).split()
 MONITOR_END = 60.0  # seconds that delete gives a monitor to take its domain down
+MONITOR_LOST = "its monitor was killed"
 
 # What a command answers where it can do nothing, by the container's status, in runc's words.
 NOT_RUNNING, NOT_PAUSED = "container not running", "container not paused"
@@ -8035,26 +8034,22 @@ def create(plan: Plan, options: JsonObject) -> int:
         for module in ("mmap", "resource"):  # here, so that what we fork shares the half a megabyte that each takes
             __import__(module)
         holder, word = Holder(), Commit()
-        report_reader, report_writer = os.pipe()
-        monitor = os.fork()
-        if monitor == 0:
-            run_monitor(plan, holder, report_writer, word)
-        for fd in (report_writer, word.fd, word.home):
-            os.close(fd)
+        kept = word.home, plan.console_socket, holder.link.fileno(), container.lock_fd
+        monitor, link = fork_linked("monitor", kept, run_monitor, plan, holder, word)
+        os.close(word.home)
         holder.link.close()
         children = [monitor]
         undo.add("wait for its processes", lambda: [os.waitpid(child, 0) for child in children])
-        undo.add("end the monitor", os.close, word.writer)  # it takes all down when it sees this
-        report = os.read(report_reader, 1)
-        if report == b"=":
+        undo.add("end the monitor", link.close)  # it takes all down when it sees this
+        reason = hear(link, MONITOR_LOST)
+        if reason == "=":
             holder.start(plan.config, container.path("share"))
             children.append(holder.pid)
-            tell(word.writer, holder.pid.to_bytes(4, "little"))
-            report = b""
-        report += read_all(report_reader)
-        if report != b"+":
-            raise Error(f"cannot create container {container.id}: {report.decode() or 'its monitor was killed'}")
-        commit(container.load(), holder.pid, monitor, options, word.writer, log)
+            tell(link, holder.pid.to_bytes(4, "little"))
+            reason = hear(link, MONITOR_LOST)
+        if reason:
+            raise Error(f"cannot create container {container.id}: {reason}")
+        commit(container.load(), holder.pid, monitor, options, link, log)
         return holder.pid
 
 
@@ -8064,8 +8059,9 @@ def remove_unmade(container: Container, log: Log) -> None:
         destroy(container.load(), log)
 
 
-def commit(container: Container, pid: int, monitor: int, options: JsonObject, writer: int, log: Log) -> None:
-    """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error."""
+def commit(container: Container, pid: int, monitor: int, options: JsonObject, link: Any, log: Log) -> None:
+    """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error.  link: to the
+    monitor."""
     pid_file = options.get("pid-file")
     with Attempt("keep config.json", ValueError):  # for `exec`, as it is now
         text = read_text(os.path.join(container.state.bundle, "config.json"))
@@ -8080,12 +8076,12 @@ def commit(container: Container, pid: int, monitor: int, options: JsonObject, wr
         write_pid_file(pid_file, pid)
     try:
         container.save(status="created")
-        os.write(writer, b"+")
+        link.send(b"+")
     except BaseException as error:
         if pid_file:
             os.unlink(pid_file)
-        if isinstance(error, BrokenPipeError):
-            raise Error(f"cannot create container {container.id}: its monitor was killed") from None
+        if isinstance(error, ConnectionError):
+            raise Error(f"cannot create container {container.id}: {MONITOR_LOST}") from None
         raise
 
 
@@ -8412,18 +8408,15 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
         order.number = next((number for number in range(1, EXECS_MAX + 1) if number not in taken), 0)
         if not order.number:
             raise Error(f"{EXECS_MAX} processes run there besides its own, and its VM has consoles for no more")
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            run_carrier(order, writer)
-        os.close(writer)
+        kept = container.lock_fd, order.console_socket
+        pid, link = fork_linked("carrier", kept, run_carrier, order)
     if attached:
         forward_signals(pid)
-    report = read_all(reader)
-    os.close(reader)
-    if report != b"+":
+    reason = hear(link, "the process that carries its streams was killed")
+    link.close()
+    if reason:
         os.waitpid(pid, 0)
-        raise Error(report.decode("utf-8", "replace") or "the process that carries its streams was killed")
+        raise Error(reason)
     return pid
 
 
