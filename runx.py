@@ -6565,8 +6565,8 @@ ENDING_SIGNALS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 31}
 class Holder:
     """The holder's pid, and the monitor's end of a socket to it, which is there first.
 
-    The monitor sends two descriptors and whether the container's files are exported, and gets "+" or an error; later
-    one byte, the exit status.  The holder sends signals, a byte each.
+    The monitor sends whether the container's files are exported, and gets "+" or an error; later one byte, the exit
+    status.  The holder sends signals, a byte each.
     """
 
     def __init__(self) -> None:
@@ -6574,9 +6574,11 @@ class Holder:
         self.pid = 0
         self.link, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
-    def start(self, config: Config, share: str) -> None:
-        """Make it, as the first process of a new pid namespace.  Raise Error."""
+    def start(self, config: Config, share: str, monitor: int) -> None:
+        """Make it, as the first process of a new pid namespace, with the share that the monitor, a pid, has mounted.
+        Raise Error."""
         with Attempt("make a pid namespace"), Descriptor(os.open("/proc/self/ns/pid", os.O_RDONLY)) as home:
+            pidfd = os.pidfd_open(monitor)
             system_call("unshare", CLONE_NEWPID)
             self.pid = -1
             try:
@@ -6585,35 +6587,27 @@ class Holder:
                 if self.pid:
                     system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
         if self.pid == 0:
-            run_holder(config, share, self.other)
+            run_holder(config, share, pidfd, f"/proc/{monitor}/ns/mnt", self.other)
+        os.close(pidfd)
         self.other.close()
 
     def enter(self, exported: bool) -> None:
         """Have the holder take our mount namespace's files as its own.  Raise Error."""
-        socket = import_core("socket")
-        fds = Descriptor(os.pidfd_open(os.getpid())), Descriptor(os.open("/proc/self/ns/mnt", os.O_RDONLY))
-        with fds[0], fds[1]:
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("ii", *fds))
-            try:
-                self.link.sendmsg([b"9p" if exported else b"-"], [rights])
-            except OSError:
-                pass  # it was killed
+        tell(self.link, "9p" if exported else "-")
         if reason := hear(self.link, "the process that holds its namespaces was killed"):
             raise Error(reason)
 
 
-def run_holder(config: Config, share: str, link: Any) -> NoReturn:
-    """The holder's whole life."""
-    socket = import_core("socket")
+def run_holder(config: Config, share: str, monitor: int, mounts: str, link: Any) -> NoReturn:
+    """The holder's whole life.  monitor: a pidfd.  mounts: path of its mount namespace."""
     status = 128 + SIGKILL  # if the monitor is killed
     try:
         os.setsid()
         os.umask(0o022)
-        close_other_descriptors({link.fileno()})
-        signals = relay_signals(RELAYED)
-        message, rights, _, _ = link.recvmsg(16, socket.CMSG_SPACE(8))
-        if rights:  # else the monitor has failed before
-            monitor, namespace = struct.unpack("ii", rights[0][2])
+        close_other_descriptors({link.fileno(), monitor})
+        namespace, signals = os.open(mounts, os.O_RDONLY), relay_signals(RELAYED)
+        message = link.recv(16)
+        if message:  # else the monitor has failed before
             try:
                 enter_namespaces(config, share, namespace, message == b"9p")
                 link.send(b"+")
@@ -8043,7 +8037,7 @@ def create(plan: Plan, options: JsonObject) -> int:
         undo.add("end the monitor", link.close)  # it takes all down when it sees this
         reason = hear(link, MONITOR_LOST)
         if reason == "=":
-            holder.start(plan.config, container.path("share"))
+            holder.start(plan.config, container.path("share"), monitor)
             children.append(holder.pid)
             tell(link, holder.pid.to_bytes(4, "little"))
             reason = hear(link, MONITOR_LOST)
