@@ -6606,7 +6606,7 @@ def run_holder(config: Config, share: str, monitor: int, mounts: str, link: Any)
         os.umask(0o022)
         close_other_descriptors({link.fileno(), monitor})
         namespace, signals = os.open(mounts, os.O_RDONLY), relay_signals(RELAYED)
-        message = link.recv(16)
+        message = receive(link)
         if message:  # else the monitor has failed before
             try:
                 enter_namespaces(config, share, namespace, message == b"9p")
@@ -6615,9 +6615,9 @@ def run_holder(config: Config, share: str, monitor: int, mounts: str, link: Any)
                 tell(link, str(error))
             while message:
                 if signals in select.select([link, signals], [], [])[0]:
-                    link.send(os.read(signals, 64))
+                    tell(link, os.read(signals, 64))
                 else:
-                    message = link.recv(1)
+                    message = receive(link)
                     status = message[0] if message else status
             select.select([monitor], [], [])  # who hears that we have ended finds nothing of ours
     finally:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import pathlib
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,24 @@ def test_while_create_runs_it_is_creating_and_what_would_change_it_waits(dom0):
     start = container.start_runx("start")
     dom0.ask("release")
     assert (create.wait().returncode, start.wait().returncode, container.wait()) == (0, 0, 6)
+    remove(container)
+
+
+def test_a_signal_that_comes_while_the_vm_is_taken_down_leaves_the_exit_status(dom0):
+    """The monitor does not listen any more, and ends without having read it; the holder reads the status late."""
+    container = dom0.container("exit:3").created()
+    monitor, holder = container.stored()["monitor"][0], container.pid()
+    dom0.fail("xl", 1, "slow", match="destroy")
+    assert container.runx("start").returncode == 0
+    dom0.ask("await_calls", "xl", "destroy")
+    dom0.signal(holder, 15)
+    status = pathlib.Path(f"{dom0.inside}/proc/{holder}/status")
+    wait_until(lambda: {"State:\tS (sleeping)", f"ShdPnd:\t{0:016x}"} <= set(status.read_text().splitlines()), "TERM")
+    dom0.signal(holder, 19)
+    dom0.ask("release")
+    wait_until(lambda: monitor not in dom0.processes(), "the monitor's end")
+    dom0.signal(holder, 18)
+    assert container.wait() == 3
     remove(container)
 
 
