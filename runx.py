@@ -8952,68 +8952,50 @@ def usage_of(command: str) -> str:
     return "\n".join([f"usage: runX {line.strip()}", *(["", "options:"] if options else []), *options])
 
 
-def split_option(word: str) -> tuple[str, str | None]:
-    """("bundle", None) of --bundle, -bundle or -b; ("bundle", "x") of --bundle=x."""
-    name, equals, value = word.lstrip("-").partition("=")
-    return SHORT.get(name, name), value if equals else None
-
-
-def is_set(name: str, value: str | None) -> bool:
-    """Whether a flag, such as --debug or --debug=true, is: Go's strconv.ParseBool.  Raise Error."""
-    if value is None or value in ("1", "t", "T", "true", "TRUE", "True"):
+def is_set(name: str, value: str) -> bool:
+    """Whether a flag, such as --debug=true, is: Go's strconv.ParseBool.  Raise Error."""
+    if value in ("1", "t", "T", "true", "TRUE", "True"):
         return True
     if value in ("0", "f", "F", "false", "FALSE", "False"):
         return False
     raise Error(f"option --{name} is true or false, not {value!r}")
 
 
-def parse_globals(words: list[str], options: dict[str, Any]) -> None:
-    """Take the options before the command off words, into options.  Raise Error."""
-    while words and words[0].startswith("-"):
-        name, value = split_option(word := words.pop(0))
-        if word == "--":
-            break
-        if name not in GLOBAL_FLAGS | GLOBAL_VALUES:
-            raise Error(f"there is no option {printable(word)} before the command: see runX --help")
-        if value is None and name in GLOBAL_VALUES:
-            if not words:
-                raise Error(f"option --{name} needs a value")
-            value = words.pop(0)
-        if name not in GLOBAL_FLAGS or is_set(name, value):
-            options[name] = True if value is None else value
-
-
-def parse_options(command: str, words: list[str]) -> tuple[JsonObject, list[str]]:
-    """Options and arguments of a command, in any order; what follows -- are arguments."""
-    _, flags, values, most = COMMANDS[command]
-    options: dict[str, Any] = {}
-    arguments = []
+def parse_options(command: str, words: list[str], options: JsonObject) -> list[str]:
+    """Take a command's options, in any order, into options, or for "" those before a command, as far as they can be
+    understood.  Return the other words, and what follows --.  Raise Error."""
+    flags, values, most = COMMANDS[command][1:] if command else (GLOBAL_FLAGS, GLOBAL_VALUES, len(words))
+    arguments: list[str] = []
     while words:
-        word = words.pop(0)
+        word, *words = words
         if word == "--":
             arguments += words
             break
         if len(word) < 2 or not word.startswith("-"):
             arguments.append(word)
-            if command in ("ps", "exec"):
-                return options, arguments + words  # ps(1)'s own, or the program's
+            if command in ("", "ps", "exec"):
+                return arguments + words  # the command's, ps(1)'s own, or the program's
             continue
-        name, value = split_option(word)
+        name, equals, value = word.lstrip("-").partition("=")
+        name = SHORT.get(name, name)
         if command in ("list", "ps") and name == "force":
             name = "format"
         if name in flags or name == "help":
-            if is_set(name, value):
+            if not equals or is_set(name, value):
                 options[name] = True
         elif name in values:
-            if value is None and not words:
-                raise Error(f"option --{name} of {command} needs a value")
-            value = words.pop(0) if value is None else value
+            if not (equals or words):
+                raise Error(f"option --{name}{command and f' of {command}'} needs a value")
+            if not equals:
+                value, *words = words
             options[name] = [*options.get(name, []), value] if name in REPEATED else value
-        else:
+        elif command:
             raise Error(f"{command} has no option {word}: see runX --help")
+        else:
+            raise Error(f"there is no option {printable(word)} before the command: see runX --help")
     if len(arguments) > most and "help" not in options:
         raise Error(f"{command} takes no more than {most} arguments, and {printable(arguments[most])} is one more")
-    return options, arguments
+    return arguments
 
 
 def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invocation | None:
@@ -9031,7 +9013,8 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
         raise Error(f"runX does not support {command}")
     if command not in COMMANDS:
         raise Error(f"unknown command {command!r}: see runX --help", 3)  # runc's exit status
-    command_options, arguments = parse_options(command, words)
+    command_options: JsonObject = {}
+    arguments = parse_options(command, words, command_options)
     if "help" in command_options:
         print(usage_of(command))
         return None
@@ -9047,7 +9030,7 @@ def main(words: list[str]) -> int:
     options: dict[str, Any] = {}
     try:
         try:
-            parse_globals(words, options)
+            words = parse_options("", words, options)
         finally:
             log = Log(options.get("log"), options.get("log-format") == "json", "debug" in options)
         call = parse_command(words, options, log)

@@ -849,10 +849,15 @@ def test_id_mapped_mounts_are_refused(bundle, tmp_path):
 
 
 def parse(*words):
-    words, options = list(words), {}
-    runx.parse_globals(words, options)
-    command = words.pop(0)
-    return options, command, *runx.parse_options(command, words)
+    options = {}
+    command, *words = runx.parse_options("", words, options)
+    return options, command, *parse_options(command, words)
+
+
+def parse_options(command, words):
+    options = {}
+    arguments = runx.parse_options(command, words, options)
+    return options, arguments
 
 
 def test_what_containerd_writes():
@@ -1100,7 +1105,7 @@ def test_an_update_that_is_not_possible_changes_nothing(applied, changes, words)
 
 def test_the_options_of_update_are_fields_of_resources(tmp_path):
     words = ["--memory=64m", "--cpu-quota", "-1", "--cpuset-cpus=0-1", "--resources=", "id"]
-    options, arguments = runx.parse_options("update", words)
+    options, arguments = parse_options("update", words)
     assert arguments == ["id"]
     assert runx.read_update(options) == {"memory": {"limit": 64 << 20}, "cpu": {"quota": -1, "cpus": "0-1"}}
     with pytest.raises(runx.Error, match="--memory of update needs a number"):
@@ -1108,7 +1113,7 @@ def test_the_options_of_update_are_fields_of_resources(tmp_path):
     document = {"memory": {"limit": 1}, "cpu": {"shares": 2}}
     (tmp_path / "resources").write_text(json.dumps(document))
     words = ["--memory=much", "--cpu-quota", "-1", "-r", str(tmp_path / "resources"), "id"]
-    options, _ = runx.parse_options("update", words)
+    options, _ = parse_options("update", words)
     assert runx.read_update(options) == document  # as by runc, which takes these beside it:
     assert runx.read_update({**options, "mem-bw-schema": "x"}) == {**document, "intelRdt": {"memBwSchema": "x"}}
     (tmp_path / "resources").write_text("{")
@@ -1117,14 +1122,12 @@ def test_the_options_of_update_are_fields_of_resources(tmp_path):
 
 
 def test_what_follows_the_id_of_ps_is_for_ps():
-    assert runx.parse_options("ps", ["--format", "json", "id"]) == ({"format": "json"}, ["id"])
-    assert runx.parse_options("ps", ["id", "-o", "pid"]) == ({}, ["id", "-o", "pid"])
+    assert parse_options("ps", ["--format", "json", "id"]) == ({"format": "json"}, ["id"])
+    assert parse_options("ps", ["id", "-o", "pid"]) == ({}, ["id", "-o", "pid"])
 
 
 def test_what_follows_the_id_of_exec_is_the_command_and_its_own():
-    options, arguments = runx.parse_options(
-        "exec", ["-t", "--env=A=1", "-e", "B=-d", "id", "ls", "-d", "--", "--env", "C"]
-    )
+    options, arguments = parse_options("exec", ["-t", "--env=A=1", "-e", "B=-d", "id", "ls", "-d", "--", "--env", "C"])
     assert options == {"tty": True, "env": ["A=1", "B=-d"]}
     assert arguments == ["id", "ls", "-d", "--", "--env", "C"]
 
