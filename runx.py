@@ -6926,17 +6926,15 @@ class Builder:
     def attach_networks(self) -> None:
         """Have each network of NETCONF made or reserved, by its plugins; kept in the state before it is done."""
         container = self.container
-        attachments = []
         for number, network in enumerate(self.networks):
             attachment = plan_attachment(network, number, container, self.config.rate, self.log)
-            attachments.append(attachment)
-            container.save(networks=[each.__dict__ for each in attachments])
+            container.save(networks=[*container.state.networks, attachment.__dict__])
             if attachment.calls and not attachment.bridge and not os.path.exists(attachment.namespace):
                 make_namespace(attachment.namespace)
             try:
                 attach_network(attachment, network)
             finally:  # some plugins give back only what the result names, also that of half a chain
-                container.save(networks=[each.__dict__ for each in attachments])
+                container.save()  # the attachment that is there already
 
     def write_boot_files(self) -> tuple[str, str]:
         """Return the paths of kernel and ramdisk; the latter is "" where a system of the VM's own needs none."""
