@@ -523,10 +523,11 @@ def close_other_descriptors(keep: Collection[object]) -> None:
             os.closerange(fd, fd + 1)  # the one that listdir had open is no error
 
 
-def close_standard(fd: int) -> None:
-    """Close one of 0, 1, 2, so that the other end sees it, and keep the number taken."""
+def close_standard(*fds: int) -> None:
+    """Close some of 0, 1, 2, so that the other end sees it, and keep the numbers taken."""
     with Descriptor(os.open("/dev/null", os.O_RDWR)) as null:
-        os.dup2(null, fd)
+        for fd in fds:
+            os.dup2(null, fd)
 
 
 def unblock_standard(fd: int) -> None:
@@ -5079,8 +5080,7 @@ def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> int:
         for number in RELAYED:  # who signals all of a cgroup: the container's process still needs its files
             signal.signal(number, signal.SIG_IGN)
         gc.disable()  # nothing here refers to itself, and what is shared with the monitor stays so
-        for fd in (0, 1, 2):
-            close_standard(fd)
+        close_standard(0, 1, 2)
         channels, grants = EventChannels(), Grants()
         rights = int(read_file("/proc/self/status").partition("CapPrm:")[2].split()[0], 16)
         enter_share(share)
@@ -7658,8 +7658,7 @@ def run_monitor(plan: Plan, holder: Holder, commit: Commit, link: Any) -> int:
     except BaseException as error:
         failure = reason_of(error, "monitor")
     try:
-        for fd in (0, 1, 2):
-            close_standard(fd)  # who reads the streams sees the end at once
+        close_standard(0, 1, 2)  # who reads the streams sees the end at once
         if monitor:
             if failure:
                 monitor.leave("error", failure)
@@ -8318,8 +8317,7 @@ def execute(call: Invocation) -> int:
     if not attached:
         return 0
     if order.engine is None:  # the carrier alone has them now, so that it can end them one by one
-        for fd in (0, 1, 2):
-            close_standard(fd)
+        close_standard(0, 1, 2)
     return await_child(pid, order.engine)
 
 
