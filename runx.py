@@ -7399,13 +7399,6 @@ class Commit:
         self.home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.given: bool | None = None  # not known yet
 
-    def take_pid(self) -> int:
-        """Wait for the holder's.  Raise Error."""
-        word = receive(self.link)
-        if not word:
-            raise Error("the process that creates the container was killed")
-        return int.from_bytes(word, "little")
-
     def take(self) -> bool:
         """Wait for it, and go back to dom0's mount namespace: the share is the holder's now, and the file server's.
         Return whether all was done.  Raise Error."""
@@ -7694,7 +7687,10 @@ def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Mon
         signal = import_core("signal")
         signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up before we serve it, create's end decides
         take_terminal(plan.console_socket, plan.config.process.console_size)
-    holder.pid = commit.take_pid()
+    word = receive(commit.link)
+    if not word:
+        raise Error("the process that creates the container was killed")
+    holder.pid = int.from_bytes(word, "little")
     plan.container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)
     join_cgroups(plan.container.state.cgroups, holder.pid)
     holder.enter(builder.rootfs.is_served and not builder.rootfs.disk)
