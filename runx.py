@@ -8725,14 +8725,14 @@ def merge_resources(container: Container, changes: JsonObject) -> JsonObject:
 
 def apply_resources(container: Container, new: Resources, old: Resources | None) -> None:
     """Have Xen change what is new in the Resources, or all of them where the old ones are None."""
-    domain, maxmem, maxvcpus = container.domain(), container.state.maxmem, container.state.maxvcpus
-    domid = domain.domid
-    if not old or new.mebibytes(maxmem) != old.mebibytes(maxmem):
-        domain.set_memory(new.mebibytes(maxmem))
-    if not old or new.vcpus(maxvcpus) != old.vcpus(maxvcpus):
-        change_domain("vcpu-set", domid, new.vcpus(maxvcpus))
-        # the kernel finds one more; that it is used is userspace's to say
-        if not old or new.vcpus(maxvcpus) > old.vcpus(maxvcpus):
+    domain, state = container.domain(), container.state
+    domid, memory, vcpus = domain.domid, new.mebibytes(state.maxmem), new.vcpus(state.maxvcpus)
+    if not old or memory != old.mebibytes(state.maxmem):
+        domain.set_memory(memory)
+    had = old.vcpus(state.maxvcpus) if old else 0
+    if vcpus != had:
+        change_domain("vcpu-set", domid, vcpus)
+        if vcpus > had:  # the kernel finds one more; that it is used is userspace's to say
             domain.request("cpus", "cpus")
     if not old or (new.shares, new.cap()) != (old.shares, old.cap()):
         scheduler = "sched-credit" if xl_info("xen_scheduler") == "credit" else "sched-credit2"
