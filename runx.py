@@ -5644,7 +5644,8 @@ def end_redirect(netlink: Rtnetlink, index: int) -> None:
 # Networks that NETCONF names: configuration files and plugins of the CNI specification, SPEC.md 0.1.0 to 1.1.0.
 
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
-CNI_PATH = "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni"
+# the folders of the plugins: the engine's word, or the usual ones
+CNI_PATH = os.environ.get("CNI_PATH", "/opt/cni/bin:/usr/lib/cni:/usr/libexec/cni")
 CNI_TIME_LIMIT = 30  # seconds that a plugin has
 DNS_MAX = 3500  # bytes; see GUEST_NODE_MAX
 MTU_MAX = 65535  # of Linux's
@@ -5855,7 +5856,7 @@ def plan_calls(attachment: Attachment, network: Network, log: Log) -> None:
     if network.ipam and find_plugin(network.ipam):  # which reserves an address
         attachment.calls = [[network.ipam, plugin_configuration(network, first)]]
     elif not network.addresses:
-        remedy = f"install it in {cni_path()}"
+        remedy = f"install it in {CNI_PATH}"
         raise Error(f"network {network.name}: no address without the CNI plugin {network.ipam}: {remedy}")
     else:
         log.warn(f"network {network.name}: no CNI plugin reserves {', '.join(attachment.addresses)}")
@@ -5943,14 +5944,9 @@ def gateway_addresses(network: Network) -> list[Prefixed]:
 # ---- plugins
 
 
-def cni_path() -> str:
-    """Return the folders of the plugins: the engine's word, or the usual ones."""
-    return os.environ.get("CNI_PATH", CNI_PATH)
-
-
 def find_plugin(name: str) -> str | None:
     """Return the path of a CNI plugin."""
-    paths = (os.path.join(folder, name) for folder in cni_path().split(":"))
+    paths = (os.path.join(folder, name) for folder in CNI_PATH.split(":"))
     return next((path for path in paths if os.access(path, os.X_OK)), None)
 
 
@@ -5994,13 +5990,13 @@ def call_plugin(command: str, attachment: Attachment, plugin: str, configuration
     with the plugin's own reason."""
     what, path = f"network {attachment.network}: CNI plugin {plugin}", find_plugin(plugin)
     if not path:
-        raise Error(f"{what} is not installed in {cni_path()}")
+        raise Error(f"{what} is not installed in {CNI_PATH}")
     if attachment.result is not None:
         configuration = {**configuration, "prevResult": attachment.result}
     env = {
         **os.environ,
         "PATH": PATH,
-        "CNI_PATH": cni_path(),
+        "CNI_PATH": CNI_PATH,
         "CNI_COMMAND": command,
         "CNI_CONTAINERID": attachment.identity,
         "CNI_NETNS": attachment.namespace,

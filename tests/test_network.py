@@ -169,7 +169,7 @@ def attachment(**changes):
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """A function that installs a shell script as the CNI plugin "plugin"."""
-    monkeypatch.setenv("CNI_PATH", str(tmp_path))
+    monkeypatch.setattr(runx, "CNI_PATH", str(tmp_path))
 
     def install(script):
         (tmp_path / "plugin").write_text(f"#!/bin/sh\n{script}\n")
