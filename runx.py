@@ -8655,18 +8655,16 @@ def read_update(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_quantity(name: str, text: str) -> int | str:
-    """An integer, with k, m, g, t or p behind a number of bytes, as in 64m, 0.5g, 64MB or 64MiB; what is no number for
-    runc either is text."""
+    """An integer, or a number of bytes such as 64m, 0.5g, 64MB or 64MiB; what is no number for runc either is text."""
+    import re
+
     if name in TEXTS:
         return text
-    digits, scale = text.lower().removesuffix("b").removesuffix("i"), 1
-    is_size = "memory" in name and text != "-1"
-    if is_size and digits and digits[-1] in "kmgtp":
-        digits, scale = digits[:-1], 1024 ** (1 + "kmgtp".index(digits[-1]))
-    if is_size and digits.strip("0123456789. "):
-        digits = "none"  # of a size runc takes no sign and no exponent
     try:
-        return int(float(digits) * scale) if is_size else int(digits)
+        if "memory" in name and text != "-1":
+            [(digits, unit)] = re.findall(r"\A([0-9.]+) ?([kmgtp]?)i?b?\Z", text.lower())
+            return int(float(digits) * 1024 ** " kmgtp".index(unit))
+        return int(text)
     except (ValueError, OverflowError):
         raise Error(f"option --{name} of update needs a number, not {text!r}") from None
 

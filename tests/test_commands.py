@@ -462,6 +462,7 @@ def test_an_update_is_all_or_nothing(dom0):
         (["--memory", "-5"], "option --memory of update needs a number, not '-5'"),
         (["--memory", "9" * 400], "option --memory of update needs a number, not '999"),
         (["--cpu-quota", "0.5"], "option --cpu-quota of update needs a number, not '0.5'"),
+        (["--cpu-quota", "5b"], "option --cpu-quota of update needs a number, not '5b'"),
     ):
         assert words in container.runx("update", *options).stderr
         assert dom0.domains() == before
