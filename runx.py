@@ -8045,7 +8045,6 @@ def remove_unmade(container: Container, log: Log) -> None:
 def commit(container: Container, pid: int, monitor: int, options: JsonObject, link: Any, log: Log) -> None:
     """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error.  link: to the
     monitor."""
-    pid_file = options.get("pid-file")
     with Attempt("keep config.json", ValueError):  # for `exec`, as it is now
         text = read_text(os.path.join(container.state.bundle, "config.json"))
         write_file(container.path("config.json"), text)
@@ -8053,16 +8052,13 @@ def commit(container: Container, pid: int, monitor: int, options: JsonObject, li
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
     plug_early(container, log)
-    if options.get("pidfd-socket"):
-        send_pidfd(options["pidfd-socket"], pid, b"standard")
-    if pid_file:
-        write_pid_file(pid_file, pid)
+    hand_out(pid, options, b"standard")
     try:
         container.save(status="created")
         link.send(b"+")
     except BaseException as error:
-        if pid_file:
-            os.unlink(pid_file)
+        if path := options.get("pid-file"):
+            os.unlink(path)
         if isinstance(error, ConnectionError):
             raise Error(f"cannot create container {container.id}: {MONITOR_LOST}") from None
         raise
@@ -8079,6 +8075,15 @@ def plug_early(container: Container, log: Log) -> None:
             domain.check()
     except NotRunning:
         pass  # it has ended: `start` says why
+
+
+def hand_out(pid: int, options: JsonObject, kind: bytes) -> None:
+    """Give who asks for it a pidfd of a process, as runc does, and its pid.  kind: runc's word for it.  Raise Error."""
+    if path := options.get("pidfd-socket"):
+        with Attempt(f"send a pidfd to the socket {path}"), Descriptor(os.pidfd_open(pid)) as pidfd:
+            send_descriptor(path, kind, pidfd)
+    if path := options.get("pid-file"):
+        write_pid_file(path, pid)
 
 
 def write_pid_file(path: str, pid: int) -> None:
@@ -8294,14 +8299,11 @@ def command_exec(call: Invocation) -> int:
 
 
 def execute(call: Invocation) -> int:
-    attached, options = "detach" not in call.options, call.options
+    attached = "detach" not in call.options
     order = make_order(call, attached)
     pid = start_carrier(call, order, attached)
     try:
-        if options.get("pidfd-socket"):
-            send_pidfd(options["pidfd-socket"], pid, b"setns")
-        if options.get("pid-file"):
-            write_pid_file(options["pid-file"], pid)
+        hand_out(pid, call.options, b"setns")
     except BaseException:
         os.kill(pid, SIGKILL)
         os.waitpid(pid, 0)
@@ -8400,12 +8402,6 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
         os.waitpid(pid, 0)
         raise Error(reason)
     return pid
-
-
-def send_pidfd(path: str, pid: int, kind: bytes) -> None:
-    """Send a descriptor of the process, as runc does it.  kind: runc's word for its init.  Raise Error."""
-    with Attempt(f"send a pidfd to the socket {path}"), Descriptor(os.pidfd_open(pid)) as pidfd:
-        send_descriptor(path, kind, pidfd)
 
 
 # ---- state, kill, delete

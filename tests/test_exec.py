@@ -461,7 +461,7 @@ def test_a_terminal_needs_a_console_socket_where_exec_does_not_stay(dom0):
 )
 def test_why_a_pidfd_cannot_be_sent(path, reason):
     with pytest.raises(runx.Error, match=f"^cannot send a pidfd to the socket {path}: {reason}$"):
-        runx.send_pidfd(path, os.getpid(), b"setns")
+        runx.hand_out(os.getpid(), {"pidfd-socket": path}, b"setns")
 
 
 def test_a_terminal_is_joined_to_ours(dom0):
