@@ -6090,10 +6090,6 @@ class Interface:
         self.device, self.index = "", 0  # link, and its number, it is joined to
         self.filters = False  # see Link: what groups the guest is in, dom0 does not know
 
-    def place(self) -> tuple[bool, int, str]:
-        """Among others: eth0, eth1, …, and then those with other names."""
-        return not self.name.startswith("eth"), len(self.name), self.name
-
 
 def route_message(
     destination: Subnet, gateway: Address | None, addresses: Sequence[Prefixed], numbers: Mapping[str, int] = {}
@@ -6218,7 +6214,8 @@ def find_interfaces(container: Container, taken: int, log: Log) -> list[Interfac
         interface = attachment_interface(Attachment(**fields), log)
         interface.name = name
         found.append(interface)
-    found.sort(key=Interface.place)
+    # eth0, eth1, …, and then those with other names
+    found.sort(key=lambda each: (not each.name.startswith("eth"), len(each.name), each.name))
     by_mac: dict[str, str] = {}
     for interface in found:
         if other := by_mac.get(interface.mac):  # as vlan and ipvlan make them on one link
