@@ -402,7 +402,7 @@ def is_text(text: str) -> bool:
 
 # ==== programs ===========================================================================================
 # Files and processes of dom0's kernel: small files of /proc and /sys, programs that get JSON and have a time limit, and
-# the waiting for processes.
+# the waiting for processes, and for what those of ours say.
 
 SIGHUP, SIGKILL, SIGPIPE, SIGCHLD, SIGWINCH = 1, 9, 13, 17, 28  # <signal.h>
 RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # also INT, QUIT, USR1, USR2, TERM: for the container's process, whoever gets them
