@@ -9,6 +9,8 @@ As many pytests as there are processors take a file of tests at a time; --alone:
 numbers of the lines that are not reached.
 """
 
+import ast
+import marshal
 import os
 import pathlib
 import subprocess
@@ -44,6 +46,41 @@ def pytest_runtestloop(session):
     return True
 
 
+def marked(text):
+    """(The syntax tree of runx.py in which each statement first marks its line, those lines)"""
+    tree, numbers = ast.parse(text), set()
+    for node in ast.walk(tree):
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if isinstance(block, list):
+                setattr(node, name, [each for statement in block for each in with_mark(statement, numbers)])
+    return tree, numbers
+
+
+def with_mark(statement, numbers):
+    """The statement, and its mark before it if it does anything and need not be the first."""
+    is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    if is_text or isinstance(statement, (ast.Global, ast.Nonlocal)) or getattr(statement, "module", "") == "__future__":
+        return [statement]
+    numbers.add(statement.lineno)
+    (mark,) = ast.parse(lines.MARK.format(statement.lineno)).body
+    for node in ast.walk(mark):
+        node.lineno = node.end_lineno = statement.lineno
+    return [mark, statement]
+
+
+def prepare_page(path):
+    """Makes the file for lines.py, with no line marked, and the code beside it; returns the lines that can be."""
+    tree, numbers = marked(pathlib.Path(lines.MODULE).read_text(encoding="utf-8"))
+    pathlib.Path(path).write_bytes(bytes(lines.LINES_MAX))
+    pathlib.Path(f"{path}.code").write_bytes(marshal.dumps(compile(tree, lines.MODULE, "exec", dont_inherit=True)))
+    return numbers
+
+
+def test_files():
+    return sorted(str(path) for path in TESTS.glob("test_*.py") if "_xen_" not in path.name)
+
+
 def ranges(numbers):
     """ "1-3, 7" """
     found = []
@@ -55,15 +92,17 @@ def ranges(numbers):
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
-def run_tests(options, seen, workers):
-    """Has pytest run them; returns its exit status, or that of one that has failed."""
+def run_tests(options, pages):
+    """Has a pytest run them for each of the pages; returns its exit status, or that of one that has failed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fast", *options]
+    search = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as claims:
-        search = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "FILE_CLAIMS": claims, "RUNX_LINES": seen, "PYTHONPATH": search}
-        outputs = [tempfile.TemporaryFile() for _ in range(workers)]
-        running = [subprocess.Popen(command, env=env, stdout=output, stderr=output) for output in outputs[1:]]
-        running.insert(0, subprocess.Popen(command, env=env))
+        env = {**os.environ, "FILE_CLAIMS": claims, "PYTHONPATH": search}
+        outputs = [None, *(tempfile.TemporaryFile() for _ in pages[1:])]
+        running = [
+            subprocess.Popen(command, env={**env, "RUNX_LINES": page}, stdout=output, stderr=output)
+            for page, output in zip(pages, outputs)
+        ]
         statuses = [process.wait() for process in running]
     for output in outputs[1:]:
         output.seek(0)
@@ -74,12 +113,14 @@ def run_tests(options, seen, workers):
 def main(words):
     options = [word for word in words if word not in FLAGS]
     some = any(not option.startswith("-") for option in options)
-    paths = [] if some else sorted(str(path) for path in TESTS.glob("test_*.py") if "_xen_" not in path.name)
-    with tempfile.NamedTemporaryFile() as file:
-        file.truncate(lines.LINES_MAX)
-        workers = 1 if "--alone" in words else os.cpu_count() or 1
-        status = run_tests([*options, *paths], file.name, workers)
-        share, missed = lines.report(file.name)
+    workers = 1 if "--alone" in words else os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        page = f"{folder}/page"
+        numbers = prepare_page(page)
+        status = run_tests([*options, *([] if some else test_files())], [page] * workers)
+        seen = pathlib.Path(page).read_bytes()
+    missed = sorted(number for number in numbers if not seen[number])
+    share = 1 - len(missed) / len(numbers)
     print(f"runx.py: {share:.1%} of its lines are reached without Xen")
     if "--missed" in words:
         print(f"not reached: {ranges(missed)}")
