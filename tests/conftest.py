@@ -118,9 +118,16 @@ def call(*args, **options):
     return subprocess.run(args, **{"capture_output": True, "timeout": 120, **options})
 
 
+# this working tree's runX, which python3 would compile each time if it were told the file
+PROGRAM = (
+    f"import sys; sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / 'tests')]}; "
+    "import lines; lines.start_if_asked(); import runx; runx.run()"
+)
+
+
 def runx_command(*args):
     """Return the argv of a runX command: of the one that is installed on a dom0, elsewhere of this working tree's."""
-    return ["runX", *args] if on_xen() else [sys.executable, "-IS", runx.__file__, *args]
+    return ["runX", *args] if on_xen() else [sys.executable, "-ISc", PROGRAM, *args]
 
 
 # ---- bundles

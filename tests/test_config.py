@@ -10,12 +10,12 @@ import struct
 
 import pytest
 import spec as runtime_spec
-from conftest import call, config, namespaces
+from conftest import call, config, namespaces, runx_command
 from spec import check_guest_words, guest_words
 
 import runx
 
-RUNX = ["python3", "-IS", runx.__file__]
+RUNX = runx_command()
 
 
 def check_refused(result, words):
