@@ -1,33 +1,38 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the fast tests would see it: a one-line fault in runx.py at a time, and the tests run against each.
+"""Whether the fast tests would see it: a one-line fault in runx.py at a time, and tests run against each.
 
-    tests/mutate.py [--seed N] [--count N] [--line N] [PYTEST OPTIONS]
+    tests/mutate.py [--seed N] [--count N] [--line N]
 
 Faults are found by what the source is like (comparisons, arithmetic, constants, flags, calls, records), so that they
 need no care when it changes; which of them are taken, the seed says.  It fails if less than CAUGHT of them are caught.
-Not part of CI: it takes as long as some sixty runs of the fast tests that stop at the first failure.
+
+All tests run once without a fault, to learn which lines each reaches.  A fault in a function then needs only the tests
+that reach its statement, one in a table all; the quickest come first, and the first that fails is enough.
 """
 
 import argparse
 import ast
 import concurrent.futures
+import json
 import os
 import pathlib
+import queue
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+
+import fast
+import lines
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 COUNT, CAUGHT = 60, 0.9
-TIME_LIMIT = 300  # seconds until a run is stopped: a fault that makes runX hang is seen, too
-# what is quick and likely to see a fault comes first, and what takes long last
-FIRST = ("test_formats", "test_config", "test_life", "test_commands", "test_streams", "test_state", "test_network")
-LAST = "test_failures"
 # what is none of runX's, or sees only what has no sense at all
 WITHOUT = ("test_lab.py", "test_initrd.py", "test_fake.py", "test_mutations.py", "test_shape.py")
+OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "mutate", "--rootdir")
 
 COMPARISONS = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
@@ -38,8 +43,11 @@ OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.BitOr: ast.BitAnd, ast.LShi
 
 
 class Fault:
+    """statement: what it is in; names: what that defines, if it runs when the module is loaded, else None."""
+
     def __init__(self, kind, node, replacement):
         self.kind, self.node, self.replacement = kind, node, replacement
+        self.statement, self.names = None, None
 
     def apply(self, source):
         """The source with the fault in it; all else, and all line numbers, are as they were."""
@@ -90,16 +98,28 @@ def faults_of(node, parent):
 
 def find_faults(source):
     """All Faults in functions and tables; none in what is only said (annotations, messages, raise, docstrings)."""
-    faults, todo = [], [(ast.parse(source), None)]
+    faults, todo = [], [(ast.parse(source), None, None, False)]
     while todo:
-        node, parent = todo.pop()
+        node, parent, statement, is_inside = todo.pop()
         if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)) or is_immaterial(node):
             continue
-        faults += faults_of(node, parent)
+        statement = node if isinstance(node, ast.stmt) else statement
+        for fault in faults_of(node, parent):
+            fault.statement, fault.names = statement.lineno, None if is_inside else defined(statement)
+            faults.append(fault)
         for name, value in ast.iter_fields(node):
+            inside = is_inside or isinstance(node, ast.FunctionDef) and name == "body"
             if name not in ("annotation", "returns", "decorator_list", "bases"):
-                todo += [(each, node) for each in (value if isinstance(value, list) else [value]) if is_node(each)]
+                each = value if isinstance(value, list) else [value]
+                todo += [(child, node, statement, inside) for child in each if isinstance(child, ast.AST)]
     return sorted(faults, key=lambda fault: (fault.node.lineno, fault.node.col_offset, fault.kind))
+
+
+def defined(statement):
+    """The names that a statement of the module's or a class's defines."""
+    targets = getattr(statement, "targets", None) or [getattr(statement, "target", statement)]
+    names = {getattr(each, "id", None) for target in targets for each in ast.walk(target)}
+    return names - {None} if not isinstance(statement, ast.FunctionDef) else {statement.name}
 
 
 def is_immaterial(node):
@@ -111,10 +131,6 @@ def is_immaterial(node):
     if isinstance(node, ast.Subscript):
         return ast.unparse(node.value) in TYPES
     return isinstance(node, ast.Expr) and any(word in ast.unparse(node) for word in (".debug(", "os.close("))
-
-
-def is_node(value):
-    return isinstance(value, ast.AST)
 
 
 def choose(faults, count, seed):
@@ -139,38 +155,132 @@ def is_sound(text):
         return False
 
 
-def test_files(folder):
-    names = sorted(path.name for path in (folder / "tests").glob("test_*.py") if "_xen_" not in path.name)
-    names = [name for name in names if name not in WITHOUT]
-    return sorted(names, key=lambda name: (*rank(name[:-3]), name))
+# ---- as a plugin of pytest
 
 
-def rank(name):
-    return (FIRST.index(name) if name in FIRST else len(FIRST), name == LAST)
+def pytest_runtest_logstart(nodeid):
+    """Which lines a test reaches: none yet.  A test runs for RUNX_LINES, with which it is noted, or for a fault."""
+    if "RUNX_LINES" in os.environ:
+        sys.modules["runx"].lines_seen[:] = bytes(lines.LINES_MAX)
+        began[nodeid] = time.monotonic()
 
 
-def is_caught(text, options):
-    """Whether the tests fail with this runx.py.  Returns the first that does, "" if none does."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy = pathlib.Path(folder) / "copy"
-        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", "__pycache__"), symlinks=True)
-        (copy / "runx.py").write_text(text, encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--basetemp",
-                   f"{folder}/tests", *options, *(f"tests/{name}" for name in test_files(copy))]  # fmt: skip
-        process = subprocess.Popen(
-            command, cwd=copy, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            output = process.communicate(timeout=TIME_LIMIT)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.communicate()
-            return f"nothing within {TIME_LIMIT} s"
-    if process.returncode == 0:
+def pytest_runtest_logfinish(nodeid):
+    if "RUNX_LINES" in os.environ:
+        reached = [number for number, seen in enumerate(bytes(sys.modules["runx"].lines_seen)) if seen]
+        with open(os.environ["RUNX_LINES"] + ".tests", "a", encoding="utf-8") as file:
+            file.write(json.dumps([nodeid, time.monotonic() - began[nodeid], reached]) + "\n")
+
+
+def pytest_collection_modifyitems(items):
+    """Those that the fault needs, in their order; first what is a test with this fault alone."""
+    if "MUTATE_RANKS" in os.environ:
+        ranks = json.loads(pathlib.Path(os.environ["MUTATE_RANKS"]).read_text())
+        needed = [item for item in items if ranks.get(item.nodeid, -1) is not None]
+        items[:] = sorted(needed, key=lambda item: ranks.get(item.nodeid, -1))
+
+
+began = {}  # id of a test: when
+
+
+# ---- which tests a fault needs
+
+
+def look_without_fault(workers):
+    """{id of a test: (seconds, lines that it reaches)}, or None if one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        pages = [f"{folder}/{number}" for number in range(workers)]
+        for page in pages:
+            fast.prepare_page(page)
+        files = [path for path in fast.test_files() if pathlib.Path(path).name not in WITHOUT]
+        if fast.run_tests([*OPTIONS, str(fast.TESTS), *files], pages):
+            return None
+        notes = [json.loads(note) for page in pages for note in open(f"{page}.tests", encoding="utf-8")]
+    return {name: (seconds, set(reached)) for name, seconds, reached in notes}
+
+
+def ranked(fault, found, tree):
+    """{id of a test: its rank, the first is 0, None if it is not needed}."""
+    if fault.names is None:
+        needed = [name for name, (_, reached) in found.items() if fault.statement in reached]
+        related = set(needed)
+    else:
+        users = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt) and mentions(node, fault.names)}
+        needed, related = list(found), {name for name, (_, reached) in found.items() if reached & users}
+    needed.sort(key=lambda name: (name not in related, found[name][0]))
+    return {**dict.fromkeys(found), **{name: rank for rank, name in enumerate(needed)}}
+
+
+def mentions(statement, names):
+    """Whether it does by itself, not what is in its blocks."""
+    todo = [child for child in ast.iter_child_nodes(statement) if not isinstance(child, ast.stmt)]
+    while todo:
+        node = todo.pop()
+        if getattr(node, "id", None) in names or getattr(node, "attr", None) in names:
+            return True
+        todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+    return False
+
+
+# ---- the runs
+
+
+def copy_of_tree(folder):
+    """A working tree in which runx.py can be replaced, with all that is compiled already."""
+    ignored = shutil.ignore_patterns(".git", ".*_cache", "runx.*.pyc")
+    return shutil.copytree(REPOSITORY, folder / "copy", ignore=ignored, symlinks=True)
+
+
+def is_caught(text, ranks, seconds, folder):
+    """Whether tests fail with this runx.py in the folder's tree.  Returns the first that does, "" if none does."""
+    tests = sorted({name.partition("::")[0] for name, rank in ranks.items() if rank is not None})
+    if not tests:
+        return ""
+    copy = folder / "copy"
+    for compiled in copy.glob("__pycache__/runx.*"):
+        compiled.unlink()
+    (copy / "runx.py").write_text(text, encoding="utf-8")
+    (folder / "ranks").write_text(json.dumps(ranks))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-x", "--tb=no", "--basetemp", f"{folder}/tests", *OPTIONS, f"{copy}/tests",
+         *(f"tests/{name}" for name in tests)],
+        cwd=copy, env={**os.environ, "MUTATE_RANKS": f"{folder}/ranks", "PYTHONPATH": f"{copy}/tests"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    limit = 60 + 3 * seconds  # a fault that makes runX hang is seen, too
+    try:
+        output = process.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.communicate()
+        return f"nothing within {limit:.0f} s"
+    if process.returncode in (0, 5):  # 5: none is a test with this fault
         return ""
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0][:150] if failed else f"pytest ends with {process.returncode}"
+
+
+def try_all(faults, found, source, jobs):
+    """Yield (Fault, who has caught it), in the order in which that is known."""
+    tree, folders = ast.parse(source), queue.SimpleQueue()
+
+    def run(fault):
+        folder, ranks = folders.get(), ranked(fault, found, tree)
+        try:
+            seconds = sum(found[name][0] for name, rank in ranks.items() if rank is not None)
+            return is_caught(fault.apply(source), ranks, seconds, folder)
+        finally:
+            folders.put(folder)
+
+    with tempfile.TemporaryDirectory(prefix="mutants-") as top, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for number in range(jobs):
+            folder = pathlib.Path(top, str(number))
+            folder.mkdir()
+            copy_of_tree(folder)
+            folders.put(folder)
+        runs = {pool.submit(run, fault): fault for fault in faults}
+        for each in concurrent.futures.as_completed(runs):
+            yield runs[each], each.result()
 
 
 def main():
@@ -179,23 +289,20 @@ def main():
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--line", type=int, help="only the faults of this line")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    arguments, options = parser.parse_known_args()
+    arguments = parser.parse_args()
     source = (REPOSITORY / "runx.py").read_text(encoding="utf-8")
     faults = [fault for fault in find_faults(source) if arguments.line in (None, fault.node.lineno)]
     chosen = [fault for fault in choose(faults, 2 * arguments.count, arguments.seed) if is_sound(fault.apply(source))]
     chosen = chosen[: arguments.count]
-    print(f"seed {arguments.seed}: {len(chosen)} of {len(faults)} faults", flush=True)
-    reason = is_caught(source, options)
-    if reason:
-        print(f"without any fault: {reason}")
+    found = look_without_fault(arguments.jobs)
+    if not found:
+        print("a test fails without any fault")
         return 2
+    print(f"seed {arguments.seed}: {len(chosen)} of {len(faults)} faults", flush=True)
     survivors = []
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = {pool.submit(is_caught, fault.apply(source), options): fault for fault in chosen}
-        for run in concurrent.futures.as_completed(runs):
-            fault, reason = runs[run], run.result()
-            print(f"{'caught  ' if reason else 'SURVIVED'} {fault.describe(source)}  [{reason}]", flush=True)
-            survivors += [] if reason else [fault]
+    for fault, reason in try_all(chosen, found, source, arguments.jobs):
+        print(f"{'caught  ' if reason else 'SURVIVED'} {fault.describe(source)}  [{reason}]", flush=True)
+        survivors += [] if reason else [fault]
     caught = 1 - len(survivors) / len(chosen)
     print(f"{caught:.0%} of {len(chosen)} faults are caught; seed {arguments.seed}")
     for fault in sorted(survivors, key=lambda fault: fault.node.lineno):
