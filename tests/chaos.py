@@ -220,8 +220,6 @@ def try_seeds(seeds):
                 print(f"seed {seed}: {error}", *life.done, *(each.log_text() for each in life.containers), sep="\n    ")
                 return False
             dom0.release()
-            for container in life.containers:
-                container.remove()
             if number % 100 == 0:
                 print(f"seed {seed}: nothing was left so far", flush=True)
     return True

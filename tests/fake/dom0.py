@@ -61,7 +61,7 @@ class Dom0:
                 pass_fds=(commands.fileno(), xen.fileno()),
                 start_new_session=True,  # it tidies up when we are killed
             )
-        self.ended, self.received, self.descriptors = {}, b"", []
+        self.ended, self.received, self.descriptors, self.bundles = {}, b"", [], []
         self.armed = self.spared = False
         self.constants, self.env = {}, {"PATH": os.environ["PATH"]}
         assert self.hear()[0] == "ready"
@@ -83,9 +83,11 @@ class Dom0:
         self.release()
 
     def release(self):
-        """Closes what processes have written into."""
+        """Closes what processes have written into, and removes bundles: sight() looks into each that there is."""
         while self.descriptors:
             os.close(self.descriptors.pop())
+        while self.bundles:
+            shutil.rmtree(self.bundles.pop(), ignore_errors=True)
 
     # ---- processes
 
@@ -285,6 +287,7 @@ class Container:
     def __init__(self, dom0, container_id, steps, changes):
         self.dom0, self.id = dom0, container_id
         self.bundle = dom0.folder / container_id
+        dom0.bundles.append(self.bundle)
         self.root, self.log = self.bundle / "root", self.bundle / "log"
         (self.bundle / "rootfs/bin").mkdir(parents=True)
         self.program = self.bundle / "rootfs/bin/guest"
@@ -368,7 +371,3 @@ class Container:
         """Its records, with their messages unquoted."""
         text = self.log.read_text() if self.log.exists() else ""
         return re.sub('msg=(".*")', lambda match: f"msg={json.loads(match[1])}", text)
-
-    def remove(self):
-        """Its bundle, when the dom0 has nothing of it any more."""
-        shutil.rmtree(self.bundle)
