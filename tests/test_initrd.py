@@ -78,14 +78,14 @@ def compile_part(tmp_path_factory):
     """Makes a program of a part, with a main() of the test's."""
     if not shutil.which("gcc"):
         pytest.skip("there is no gcc here")
-    folder = tmp_path_factory.mktemp("init")
+    folder, gcc = tmp_path_factory.mktemp("init"), ["gcc", "-O1", "-Dmain=main_of_init", "-I", INITRD]
+    subprocess.run([*gcc, "-c", *(INITRD / part for part in PARTS)], cwd=folder, check=True)
 
     def compile_part(part, main):
         program, source = folder / part.replace(".c", ""), folder / f"test_{part}"
         source.write_text(f'#include "{part}"\n#undef main\n{main}')
-        others = [INITRD / other for other in PARTS if other != part]
-        command = ["gcc", "-O1", "-static", "-Dmain=main_of_init", "-I", INITRD, "-o", program, source, *others]
-        subprocess.run(command, check=True)
+        others = [folder / other.replace(".c", ".o") for other in PARTS if other != part]
+        subprocess.run([*gcc, "-static", "-o", program, source, *others], check=True)
         return program
 
     return compile_part
