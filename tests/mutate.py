@@ -8,17 +8,20 @@ Faults are found by what the source is like (comparisons, arithmetic, constants,
 need no care when it changes; which of them are taken, the seed says.  It fails if less than CAUGHT of them are caught.
 
 All tests run once without a fault, to learn which lines each reaches.  A fault in a function then needs only the tests
-that reach its statement, one in a table all; the quickest come first, and the first that fails is enough.
+that reach its statement; one in a table those that reach a use of it, and the files that name it.  The quickest come
+first, and the first that fails is enough.
 """
 
 import argparse
 import ast
 import concurrent.futures
+import itertools
 import json
 import os
 import pathlib
 import queue
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -199,27 +202,40 @@ def look_without_fault(workers):
     return {name: (seconds, set(reached)) for name, seconds, reached in notes}
 
 
-def ranked(fault, found, tree):
-    """{id of a test: its rank, the first is 0, None if it is not needed}."""
-    if fault.names is None:
-        needed = [name for name, (_, reached) in found.items() if fault.statement in reached]
-        related = set(needed)
-    else:
-        users = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt) and mentions(node, fault.names)}
-        needed, related = list(found), {name for name, (_, reached) in found.items() if reached & users}
-    needed.sort(key=lambda name: (name not in related, found[name][0]))
-    return {**dict.fromkeys(found), **{name: rank for rank, name in enumerate(needed)}}
-
-
-def mentions(statement, names):
-    """Whether it does by itself, not what is in its blocks."""
-    todo = [child for child in ast.iter_child_nodes(statement) if not isinstance(child, ast.stmt)]
+def statements(node, is_inside=False):
+    """Yield (line, names that it mentions by itself, those that it defines or None if it is in a function) of each."""
+    todo, blocks, names = [node], [], set()
     while todo:
-        node = todo.pop()
-        if getattr(node, "id", None) in names or getattr(node, "attr", None) in names:
-            return True
-        todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
-    return False
+        part = todo.pop()
+        names |= {getattr(part, "id", None), getattr(part, "attr", None)}
+        for child in ast.iter_child_nodes(part):
+            (blocks if isinstance(child, ast.stmt) else todo).append(child)
+    if isinstance(node, ast.stmt):
+        yield node.lineno, names - {None}, None if is_inside else defined(node)
+    for block in blocks:
+        yield from statements(block, is_inside or isinstance(node, ast.FunctionDef))
+
+
+def users(names, parts):
+    """The lines in functions on which a name, or what is made of it when the module is loaded, is mentioned."""
+    names, known = set(names), 0
+    while known < len(names):
+        known = len(names)
+        for _, mentioned, made in parts:
+            names |= made if made and mentioned & names else set()
+    return {number for number, mentioned, made in parts if made is None and mentioned & names}
+
+
+def ranked(fault, found, parts):
+    """{id of a test: its rank, the first is 0, None if it is not needed}."""
+    wanted, files = {fault.statement}, set()
+    if fault.names is not None:
+        wanted, word = users(fault.names, parts), re.compile(rf"\b({'|'.join(fault.names)})\b")
+        files = {path.name for path in map(pathlib.Path, fast.test_files()) if word.search(path.read_text())}
+    needed = [name for name, (_, reached) in found.items() if reached & wanted or name.partition("::")[0] in files]
+    needed = needed if wanted else list(found)  # such as __slots__, which nothing mentions
+    needed.sort(key=lambda name: found[name][0])
+    return {**dict.fromkeys(found), **{name: rank for rank, name in enumerate(needed)}}
 
 
 # ---- the runs
@@ -262,10 +278,10 @@ def is_caught(text, ranks, seconds, folder):
 
 def try_all(faults, found, source, jobs):
     """Yield (Fault, who has caught it), in the order in which that is known."""
-    tree, folders = ast.parse(source), queue.SimpleQueue()
+    parts, folders = list(statements(ast.parse(source))), queue.SimpleQueue()
 
     def run(fault):
-        folder, ranks = folders.get(), ranked(fault, found, tree)
+        folder, ranks = folders.get(), ranked(fault, found, parts)
         try:
             seconds = sum(found[name][0] for name, rank in ranks.items() if rank is not None)
             return is_caught(fault.apply(source), ranks, seconds, folder)
@@ -292,8 +308,9 @@ def main():
     arguments = parser.parse_args()
     source = (REPOSITORY / "runx.py").read_text(encoding="utf-8")
     faults = [fault for fault in find_faults(source) if arguments.line in (None, fault.node.lineno)]
-    chosen = [fault for fault in choose(faults, 2 * arguments.count, arguments.seed) if is_sound(fault.apply(source))]
-    chosen = chosen[: arguments.count]
+    candidates = choose(faults, 2 * arguments.count, arguments.seed)
+    sound = (fault for fault in candidates if is_sound(fault.apply(source)))
+    chosen = list(itertools.islice(sound, arguments.count))
     found = look_without_fault(arguments.jobs)
     if not found:
         print("a test fails without any fault")
