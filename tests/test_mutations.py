@@ -77,10 +77,11 @@ RESULT = {
 
 
 def places(value, found):
-    """All (container, key) of a JSON value."""
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    """All (container, key) of a JSON object or array."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
         found.append((value, key))
-        places(value[key], found)
+        if isinstance(each, (dict, list)):
+            places(each, found)
     return found
 
 
