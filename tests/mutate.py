@@ -35,7 +35,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 COUNT, CAUGHT = 60, 0.9
 # what is none of runX's, or sees only what has no sense at all
 WITHOUT = ("test_lab.py", "test_initrd.py", "test_fake.py", "test_mutations.py", "test_shape.py")
-OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "mutate", "--rootdir")
+PLUGIN = ("-p", "mutate", "--rootdir")  # and the folder from which on it names tests
 
 COMPARISONS = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
@@ -196,7 +196,7 @@ def look_without_fault(workers):
         for page in pages:
             fast.prepare_page(page)
         files = [path for path in fast.test_files() if pathlib.Path(path).name not in WITHOUT]
-        if fast.run_tests([*OPTIONS, str(fast.TESTS), *files], pages):
+        if fast.run_tests([*PLUGIN, str(fast.TESTS), *files], pages):
             return None
         notes = [json.loads(note) for page in pages for note in open(f"{page}.tests", encoding="utf-8")]
     return {name: (seconds, set(reached)) for name, seconds, reached in notes}
@@ -258,8 +258,8 @@ def is_caught(text, ranks, seconds, folder):
     (copy / "runx.py").write_text(text, encoding="utf-8")
     (folder / "ranks").write_text(json.dumps(ranks))
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-x", "--tb=no", "--basetemp", f"{folder}/tests", *OPTIONS, f"{copy}/tests",
-         *(f"tests/{name}" for name in tests)],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--basetemp",
+         f"{folder}/tests", *PLUGIN, f"{copy}/tests", *(f"tests/{name}" for name in tests)],
         cwd=copy, env={**os.environ, "MUTATE_RANKS": f"{folder}/ranks", "PYTHONPATH": f"{copy}/tests"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
