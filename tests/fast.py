@@ -94,7 +94,7 @@ def ranges(numbers):
 
 def run_tests(options, pages):
     """Has a pytest run them for each of the pages; returns its exit status, or that of one that has failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fast", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "fast", *options]
     search = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as claims:
         env = {**os.environ, "FILE_CLAIMS": claims, "PYTHONPATH": search}
