@@ -14,7 +14,7 @@
 # x86_64, whose build checks the objects (objtool); gcc-aarch64-linux-gnu or gcc-arm-linux-gnueabihf to cross-compile.
 set -eu
 # what make(1) would take up, and the key of what is kept does not know
-unset KCFLAGS KCPPFLAGS KAFLAGS KBUILD_OUTPUT LLVM
+unset KCFLAGS KCPPFLAGS KAFLAGS KBUILD_OUTPUT KBUILD_BUILD_VERSION KCONFIG_CONFIG LLVM
 
 fail() {
     echo "kernel/build.sh: $1" >&2

@@ -239,6 +239,27 @@ def test_the_engine_hanging_up_is_a_hang_up_in_the_container(bundle, terminal):
     assert (bundle.rootfs / "tmp/hup").read_text() == "hung up\n"
 
 
+def test_a_signal_ends_the_wait_for_a_terminal_that_nobody_reads(bundle, terminal):
+    """The VM's only processor must not wait for it for ever."""
+    script = """
+        while :; do echo word; done & writer=$! times=0
+        while [ $times -lt 30 ]; do  # it is in write(2), and stays there
+            if busybox grep -q -e '^1 ' -e '^64 ' /proc/$writer/syscall; then times=$((times+1)); else times=0; fi
+        done
+        stty -echo </dev/tty & waiter=$!
+        until busybox grep -q -e 0x5403 -e 0x402c542c /proc/$waiter/syscall; do :; done  # TCSETSW or TCSETSW2
+        kill $waiter
+        wait $waiter
+        echo $? >/tmp/status
+    """
+    _, pidfd = terminal(terminal_config("sh", "-c", script))
+    status = bundle.rootfs / "tmp/status"
+    wait_in(status.parent, lambda: status.exists() and status.read_bytes(), "the end of what waits")
+    assert status.read_bytes() == b"143\n"
+    bundle.succeed("kill", "KILL")
+    wait_for(pidfd)
+
+
 def test_a_console_socket_is_there_when_and_only_when_needed(bundle, tmp_path):
     bundle.write_config(terminal_config("true"))
     assert b"cannot allocate tty if runX will detach without setting console socket" in bundle.create().stderr
