@@ -6600,7 +6600,7 @@ def run_holder(config: Config, share: str, monitor: int, mounts: str, link: Any)
         close_other_descriptors({link.fileno(), monitor})
         namespace, signals = os.open(mounts, os.O_RDONLY), relay_signals(RELAYED)
         message = receive(link)
-        if message:  # else the monitor has failed before
+        if message in (b"9p", b"-"):  # else the monitor has failed before, or has said how it has
             try:
                 enter_namespaces(config, share, namespace, message == b"9p")
                 link.send(b"+")
