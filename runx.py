@@ -1966,8 +1966,9 @@ def check_links(vm: Section, bundle: str, root: str) -> None:
     """Raise Error if a file that vm names in the rootfs, a folder, is elsewhere, by a link of the image's."""
     for name, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
         section = vm.section(name)
-        base = bundle if name == "image" else os.getcwd()
-        path = os.path.join(base, section.text(key, "") or "/")
+        path = section.text(key, "") or "/"
+        if not os.path.isabs(path):
+            path = os.path.join(bundle if name == "image" else os.getcwd(), path)
         above = os.path.dirname(path)
         while above.strip("/") and not os.path.samefile(above, root):  # whatever the name is by which it leads there
             above = os.path.dirname(above)

@@ -872,6 +872,14 @@ def test_a_file_that_vm_names_in_the_rootfs_is_there(load, tmp_path, section, ke
         assert refused(load, vm("alias/rootfs", "out")) == words
 
 
+def test_a_bundle_is_read_from_a_folder_that_is_gone(load, tmp_path, monkeypatch):
+    (tmp_path / "rootfs").mkdir(exist_ok=True)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert load({**config("true"), "root": {"path": "rootfs"}}).rootfs == str(tmp_path / "rootfs")
+
+
 def test_an_image_that_vm_names_by_its_place_in_the_bundle_is_there(load, tmp_path, monkeypatch):
     for name in ("secret", "rootfs/disk"):
         (tmp_path / name).write_bytes(bytes(512))
