@@ -1853,7 +1853,7 @@ class Config:
         hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
         annotations = parse_annotations(spec, linux.section("resources"), host)
         env = believed_variables(spec, self.process.env if self.process else [], host)
-        self.machine = Machine(vm, hardware, annotations, env, host)
+        self.machine = Machine(bundle, vm, hardware, annotations, env, host)
         if self.machine.own_init and self.hooks.get("startContainer"):
             spec.section("hooks").refuse("need runX's own init, and the VM boots another one", "startContainer")
         self.raw_resources = linux.section("resources").values  # linux.resources: what `update` must not change
@@ -2102,7 +2102,9 @@ def parse_iomem(spec: Section) -> str:
 class Machine:
     """What the VM is made of beside Resources, as config.json's vm object, an annotation or the host has it."""
 
-    def __init__(self, vm: Section, hardware: Section, annotations: Section, env: list[str], host: Host) -> None:
+    def __init__(
+        self, bundle: str, vm: Section, hardware: Section, annotations: Section, env: list[str], host: Host
+    ) -> None:
         """vm goes before annotations, these before env, what the image says in its environment."""
         boot = vm.section("kernel")
         disk = vm.section("image")
@@ -2114,7 +2116,7 @@ class Machine:
 
         self.kernel = find_boot_file(boot.text("path", ""), asked("kernel", "RUNX_KERNEL"))  # None: ours
         self.ramdisk = find_boot_file(boot.text("initrd", ""), asked("ramdisk", "RUNX_RAMDISK"))
-        image = disk.text("path", "")
+        image = disk.text("path", "") and os.path.join(bundle, disk.text("path"))
         kind = (disk.choice("format", IMAGE_FORMATS, "") or "raw") if image else ""
         # the VM boots a system of its own, and nothing of ours is in it
         self.own_init = bool(self.ramdisk or (image and self.kernel))

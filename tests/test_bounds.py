@@ -872,6 +872,16 @@ def test_a_file_that_vm_names_in_the_rootfs_is_there(load, tmp_path, section, ke
         assert refused(load, vm("alias/rootfs", "out")) == words
 
 
+def test_a_disk_that_vm_names_by_its_place_in_the_bundle_is_there(load, tmp_path, monkeypatch):
+    for name in ("kernel", "disks/own"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(512))
+    monkeypatch.chdir("/")
+    vm = {"kernel": {"path": str(tmp_path / "kernel")}, "image": {"path": "disks/own"}}
+    disk = f"format=raw,vdev=xvda,access=rw,target={tmp_path}/disks/own"
+    assert load({**config("true"), "vm": vm}).machine.options["disk"] == [disk]
+
+
 def test_a_bundle_is_read_from_a_folder_that_is_gone(load, tmp_path, monkeypatch):
     (tmp_path / "rootfs").mkdir(exist_ok=True)
     (tmp_path / "gone").mkdir()
