@@ -4,6 +4,7 @@
 import contextlib
 import os
 import select
+import struct
 import subprocess
 import types
 
@@ -155,10 +156,12 @@ def share_of(guest, folder):
     """A share, which the VM has not yet; yield its device, its ring, and what answers the guest's requests."""
     channels, grants, rings = runx.EventChannels(), runx.Grants(), []
 
-    def connect(domid, ends):
+    def connect(words):
+        domid, *ends = struct.unpack(f"={len(words) // 4}I", words)
         rings.extend(runx.connect_rings(domid, [ends], channels, grants))
 
-    share = runx.ShareDevice(guest.domain, "fuse", types.SimpleNamespace(connect=connect))
+    server = types.SimpleNamespace(link=types.SimpleNamespace(send=connect))
+    share = runx.ShareDevice(guest.domain, "fuse", server)
     guest.xenstore.watch((share.frontend, "share"))
     guest.xenstore.transaction(share.introduce)
     try:

@@ -56,6 +56,7 @@ def test_the_vm_has_the_memory_and_the_processors_of_linux_resources(bundle):
     assert more * 62 // 64 < totals[0] - totals[1] < more and totals[1] < 24 * 1024, totals
 
 
+@pytest.mark.processors
 def test_what_xl_is_told(bundle, tmp_path):
     """Annotations, the host's own file, and XLCONF."""
     host, folder = pathlib.Path(runx.HOST_CONFIG), tmp_path / "xl"
