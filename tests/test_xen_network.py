@@ -248,6 +248,7 @@ def test_a_point_to_point_network_and_a_second_one(bundle, network):
     assert result.returncode == 0 and "eth1    inet 10.78.0." in text and "hello from dom0" in text, result
 
 
+@pytest.mark.processors
 @pytest.mark.crowd
 def test_ten_at_once_get_ten_addresses_and_give_them_back(network, tmp_path):
     """Each connects to dom0, and lives until that hangs up: once all are there."""
