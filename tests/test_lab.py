@@ -430,7 +430,7 @@ def test_the_main_path_runs_on_each_machine_whose_dom0_can_be_made(broken, ran, 
             return 1
 
     def in_dom0(built, words, share, name, processors):
-        print("ran", image.machine_name(built.arch, built.release), *words)
+        print(f"ran {image.machine_name(built.arch, built.release)} {' '.join(words)}\n", end="")  # in one write
         return 0
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -449,7 +449,7 @@ def test_each_test_runs_in_one_of_two_dom0s_and_what_wants_two_processors_has_th
     image.cache_root().mkdir()
 
     def in_dom0(built, words, share, name, processors=2):
-        print("ran", name, processors, *words[:2])
+        print(f"ran {name} {processors} {' '.join(words[:2])}\n", end="")  # in one write
         return 0
 
     monkeypatch.setattr(suite, "in_dom0", in_dom0)
