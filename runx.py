@@ -3756,7 +3756,7 @@ def may_be_two(status: os.stat_result) -> bool:
 class Node:
     """A file by an O_PATH descriptor, closed when nobody has the Node any more."""
 
-    __slots__ = ("fd", "path", "kind", "inode", "sizeless", "key", "number", "lookups", "place", "told", "seen", "own")
+    __slots__ = ("fd", "path", "kind", "inode", "sizeless", "key", "number", "lookups", "place", "seen", "own")
 
     def __init__(self, fd: int, status: os.stat_result) -> None:
         """inode and sizeless are Files' to set."""
@@ -3765,20 +3765,18 @@ class Node:
         self.inode, self.sizeless = 0, False
         self.path = b"/proc/self/fd/%d" % fd  # leads to the file itself, also where that is a link
         # what Known keeps of it: where it finds it, its number for the guest, how often and, of a folder, where that
-        # has looked it up, in which state the guest has been told that it is, and that of the content it may have kept
+        # has looked it up, and in which state the content is that it may have kept
         self.key: int | tuple[int, Any] = 0
         self.number, self.lookups, self.place = 0, 0, NOWHERE
         self.own = False  # in the rootfs, which dom0 seldom changes, and not in a volume
-        self.told: tuple[int, ...] = ()
-        self.seen: tuple[int, ...] = ()
+        self.seen: tuple[int, ...] | None = None  # it has not been told of the file, and so keeps nothing
 
     def tell(self, status: os.stat_result) -> None:
-        """The guest gets these attributes.  Where time or size are others, it drops what it has of the content."""
+        """The guest gets these attributes.  Where time or size are others, it drops what it has of the content, but not
+        beside what it has not sent yet: so it is made to at its next opening."""
         state = content_state(status)
         if state != self.seen:
-            drops = state[1:] != self.told[1:] and is_settled(state)
-            self.seen = state if drops else ()
-        self.told = state
+            self.seen = state if self.seen is None and is_settled(state) else ()
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -4500,7 +4498,7 @@ class FuseNames(Protocol):
         except FileExistsError:
             # the guest does not know of it and has checked no permission: it looks the name up and tries again
             refuse(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-        handle.node.told = handle.node.seen = content_state(os.fstat(handle.fd))
+        handle.node.seen = content_state(os.fstat(handle.fd))
         return self.entry(handle.node, folder, name) + self.known.open(handle, flags)
 
     def make(self, folder: Node, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
@@ -4560,8 +4558,7 @@ class FuseNames(Protocol):
         try:
             return work(*args)
         finally:
-            node.told = self.known.state(node)
-            node.seen = node.told if same else ()
+            node.seen = self.known.state(node) if same else ()
 
     def access(self, flags: int) -> int:
         """Return flags of open(2): the guest keeps what is written, and must read the rest of its page."""

@@ -1153,6 +1153,25 @@ def test_what_has_not_changed_is_read_without_being_opened(guest, tmp_path, monk
     assert node not in guest.fuse.known.readers
 
 
+def test_what_dom0_changes_beside_the_guest_s_own_changes_is_dropped_at_the_next_opening(guest, tmp_path, monkeypatch):
+    """Where it has not sent all of its own yet, the guest passes over the time that it is told."""
+    monkeypatch.setattr(runx, "SETTLED", -(10**12))  # whatever the clock says
+    node, size = guest.look_up(b"file"), (tmp_path / "share/file").stat().st_size
+
+    def keeps():
+        error, _, flags = guest.open(node, os.O_RDWR)
+        assert not error
+        return bool(flags & runx.FOPEN_KEEP_CACHE)
+
+    keeps()
+    assert keeps()
+    (tmp_path / "share/file").write_bytes(b"x" * size)
+    guest.done("getattr", node, bytes(16))
+    times = struct.pack("<I12xQ8xqq8xII4xI4xII4x", runx.SET_MTIME, 0, 0, 5, 0, 0, 0, 0, 0)
+    guest.done("setattr", node, times)  # that of what it has written
+    assert [keeps(), keeps()] == [False, True]
+
+
 def test_a_kernel_of_another_version_is_told_ours_or_refused(guest):
     def init(major, minor, offered=NONE):
         return guest.request("init", 0, struct.pack("<IIII44s", major, minor, 1 << 17, offered, b""))
