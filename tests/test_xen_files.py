@@ -4,6 +4,7 @@
 import ast
 import concurrent.futures
 import contextlib
+import ctypes
 import inspect
 import json
 import mmap
@@ -129,9 +130,21 @@ def brief(content):
     return f"{len(content)} bytes, {content.count(0)} of them NUL, {zlib.crc32(content):08x}"
 
 
+def kept(fd):
+    """Return how many pages of a file the kernel has at hand, after a look at what the server says of it."""
+    size = os.fstat(fd).st_size
+    pages = ctypes.create_string_buffer(-(-size // 4096))
+    with mmap.mmap(fd, size) as memory:
+        place = ctypes.c_char.from_buffer(memory)
+        error = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(place)), ctypes.c_size_t(size), pages)
+        del place
+    return -1 if error else sum(page & 1 for page in pages.raw)
+
+
 INTERPRETER = f"""
-import zlib
+import ctypes, mmap, os, zlib
 {inspect.getsource(brief)}
+{inspect.getsource(kept)}
 import ast, errno, mmap, os, signal, socket, subprocess, sys
 def get(path):
     with open(path, "rb", 0) as file:
@@ -335,6 +348,53 @@ def changed_in_place_beside_what_is_unsent(both):
     both.becomes(new, old, "read(fd)")
     both.guest("os.close(fd)")
     assert (both.host / "f").read_bytes() == new
+
+
+def opened_and_read(both):
+    """A file of 13 pages, which the guest has open as fd, and all of it at hand."""
+    both.set("f", LONG)
+    both.guest("fd = os.open({path}, os.O_RDWR)", path=both.at("f"))
+    assert both.guest("(read(fd), kept(fd))") == (brief(LONG), 13)
+
+
+def synchronized_twice_within_a_tick(both):
+    """The guest's clock gives both writes one time, and dom0's another one: what is at hand is right nevertheless."""
+    opened_and_read(both)
+    both.guest("""if True:
+        found = []
+        for number in range(100):
+            for _ in range(2):
+                os.pwrite(fd, b"x", number)
+                os.close(os.dup(fd))
+            found.append(kept(fd))
+        os.close(fd)""")
+    assert both.guest("set(found)") == {13}
+
+
+def allocated_beside_looks(both):
+    """By which the time changes that dom0 tells before the guest has sent its own."""
+    opened_and_read(both)
+    both.guest("""if True:
+        pid, found = os.fork(), []
+        while not pid:
+            os.fstat(fd)
+        for number in range(200):
+            done = ctypes.CDLL(None).fallocate(fd, 1, ctypes.c_long(100_000 + number), ctypes.c_long(1))
+            found.append((done, kept(fd)))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(fd)""")
+    assert both.guest("set(found)") == {(0, 13)}
+
+
+def written_where_times_are_coarse(both):
+    """What the guest has set the time to, dom0 tells it otherwise."""
+    opened_and_read(both)
+    stamps = "(kept(fd), os.fstat(fd).st_mtime_ns % 10**9)"
+    for sending in ("os.fsync(fd)", "os.close(os.dup(fd))", "os.utime(fd, ns=(5, 10**18 + 5))", "os.sync()"):
+        both.guest(f"os.pwrite(fd, b'x', 0); {sending}")
+        assert both.guest(stamps) == (13, 0), sending
+    both.guest("os.close(fd)")
 
 
 def changed_in_place_before_its_mode(both):
@@ -542,7 +602,9 @@ CASES = [
     appended, appended_by_both, rotated, swapped, attributes, folders, turned_inside_out, read_while_it_grows,
     seen_on_dom0, owners,
 ]  # fmt: skip
-ALONE = [changed_in_place_beside_what_is_unsent]  # others drop the caches
+ALONE = [  # others drop the caches
+    changed_in_place_beside_what_is_unsent, synchronized_twice_within_a_tick, allocated_beside_looks,
+]  # fmt: skip
 ON_THE_ROOTFS = [replaced, made, truncated, appended, appended_by_both, attributes, owners]  # the same server serves it
 
 
@@ -607,14 +669,28 @@ def tmpfs(folder):
         call("umount", str(folder))
 
 
+@contextlib.contextmanager
+def coarse_times(folder):
+    """An ext4 as old as has no room for parts of seconds."""
+    folder.mkdir()
+    image = folder.with_suffix(".image")
+    command = ["mkfs.ext4", "-q", "-I", "128", str(image), "4m"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert call("mount", "-o", "loop", str(image), str(folder)).returncode == 0
+    try:
+        yield folder
+    finally:
+        call("umount", str(folder))
+
+
 def test_what_one_side_changes_the_other_one_sees(stored):
     work, volume, file = stored.rootfs / "work", stored.folder / "volume", stored.folder / "one"
     work.mkdir()
     volume.mkdir()
     file.write_bytes(OLD)
-    with tmpfs(stored.folder / "small") as small:
+    with tmpfs(stored.folder / "small") as small, coarse_times(stored.folder / "coarse") as coarse:
         spec = python_config("-ISc", INTERPRETER)
-        spec["mounts"] += [bind(volume, "/volume"), bind(file, "/one"), bind(small, "/small")]
+        spec["mounts"] += [bind(volume, "/volume"), bind(file, "/one"), bind(small, "/small"), bind(coarse, "/coarse")]
         with guest_of(stored, spec) as guest:
             # most of a case is waiting for the second that the guest may believe what it knows
             with concurrent.futures.ThreadPoolExecutor(5) as pool:
@@ -622,6 +698,7 @@ def test_what_one_side_changes_the_other_one_sees(stored):
                 jobs += [pool.submit(what_is_wrong, case, guest, work, "/work") for case in ON_THE_ROOTFS]
                 wrong = [job.result() for job in jobs]
             wrong += [what_is_wrong(case, guest, volume, "/volume") for case in ALONE]
+            wrong.append(what_is_wrong(written_where_times_are_coarse, guest, coarse, "/coarse"))
             wrong += [on_a_small_disk(case, guest, small, "/small") for case in ON_A_SMALL_DISK]
             # a single file that is bound: what is written into it, as an engine does to resolv.conf
             one = Both(guest, stored.folder, "")
