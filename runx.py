@@ -1798,14 +1798,11 @@ class Section:
             self.refuse("must be an absolute path", key)
         return path
 
-    def choice(self, key: str, known: Collection[str], default: str = REQUIRED, prefix: str = "") -> str:
-        """Return the one of known that it names, with the prefix or without."""
+    def choice(self, key: str, known: Collection[str], default: str = REQUIRED) -> str:
         text = self.text(key, default)
-        name = text.removeprefix(prefix)
-        if name not in known:
-            names = ", ".join(prefix + name for name in known if name)
-            self.refuse(f"must be one of {names}, not {printable(text)}", key)
-        return name
+        if text not in known:
+            self.refuse(f"must be one of {', '.join(filter(None, known))}, not {printable(text)}", key)
+        return text
 
     def section(self, key: str) -> Section:
         """Return an empty one where it is missing."""
@@ -2403,7 +2400,9 @@ RLIMITS = (
 IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}  # <linux/ioprio.h>
 # <linux/sched.h>
 POLICIES = "SCHED_OTHER SCHED_FIFO SCHED_RR SCHED_BATCH SCHED_ISO SCHED_IDLE SCHED_DEADLINE".split()
-SCHEDULER_FLAGS = "RESET_ON_FORK RECLAIM DL_OVERRUN KEEP_POLICY KEEP_PARAMS UTIL_CLAMP_MIN UTIL_CLAMP_MAX".split()
+SCHEDULER_FLAGS = [f"SCHED_FLAG_{name}" for name in (
+    "RESET_ON_FORK RECLAIM DL_OVERRUN KEEP_POLICY KEEP_PARAMS UTIL_CLAMP_MIN UTIL_CLAMP_MAX"
+).split()]  # fmt: skip
 
 
 class Process:
@@ -2505,7 +2504,7 @@ def parse_scheduler(spec: Section) -> tuple[int, ...]:
     """Return the fields of struct sched_attr, sched_setattr(2)."""
     policy = POLICIES.index(spec.choice("policy", POLICIES))
     flags = 0
-    for name in spec.each("flags", Section.choice, SCHEDULER_FLAGS, REQUIRED, "SCHED_FLAG_"):
+    for name in spec.each("flags", Section.choice, SCHEDULER_FLAGS):
         flags |= 1 << SCHEDULER_FLAGS.index(name)
     nice = spec.number("nice", 0, -20, 19)
     numbers = [spec.unsigned(key, 63) for key in ("priority", "runtime", "deadline", "period")]
@@ -2710,13 +2709,13 @@ NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # struct seccom
 FILTER_MAX, BRANCH_MAX = 4096, 255  # instructions: BPF_MAXINSNS, and what jt and jf pass over
 # how a test compares, and whether it passes if so
 SECCOMP_OPERATORS = {
-    "NE": (IF_EQUAL, False),
-    "LT": (IF_NOT_LESS, False),
-    "LE": (IF_GREATER, False),
-    "EQ": (IF_EQUAL, True),
-    "GE": (IF_NOT_LESS, True),
-    "GT": (IF_GREATER, True),
-    "MASKED_EQ": (IF_EQUAL, True),
+    "SCMP_CMP_NE": (IF_EQUAL, False),
+    "SCMP_CMP_LT": (IF_NOT_LESS, False),
+    "SCMP_CMP_LE": (IF_GREATER, False),
+    "SCMP_CMP_EQ": (IF_EQUAL, True),
+    "SCMP_CMP_GE": (IF_NOT_LESS, True),
+    "SCMP_CMP_GT": (IF_GREATER, True),
+    "SCMP_CMP_MASKED_EQ": (IF_EQUAL, True),
 }
 
 
@@ -2777,11 +2776,11 @@ def seccomp_rules(spec: Section, default: int) -> dict[str, list[Rule]]:
 
 def seccomp_condition(spec: Section) -> Condition:
     """Return an entry of args."""
-    operator = spec.choice("op", SECCOMP_OPERATORS, prefix="SCMP_CMP_")
+    operator = spec.choice("op", SECCOMP_OPERATORS)
     index = spec.number("index", 0, 0, 5)
     value = spec.unsigned("value", 64)
     second = spec.unsigned("valueTwo", 64)
-    if operator == "MASKED_EQ":
+    if operator == "SCMP_CMP_MASKED_EQ":
         return index, operator, second & value, value
     return index, operator, value, 2**64 - 1
 
@@ -8784,7 +8783,7 @@ def command_features(call: Invocation) -> None:
             "seccomp": {
                 "enabled": os.uname().machine in SECCOMP_ARCHITECTURES,
                 "actions": list(SECCOMP_ACTIONS),
-                "operators": [f"SCMP_CMP_{name}" for name in SECCOMP_OPERATORS],
+                "operators": list(SECCOMP_OPERATORS),
                 "archs": [name for pairs in SECCOMP_ARCHITECTURES.values() for name, _ in pairs],
                 "knownFlags": list(SECCOMP_FLAGS),
                 "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],

@@ -98,11 +98,8 @@ def test_a_path_is_absolute():
 def test_a_choice_is_one_of_those_that_are_known():
     known = ("", "A", "B")
     assert section(x="A").choice("x", known) == "A" and section().choice("x", known, "") == ""
-    assert section(x="P_B").choice("x", known, prefix="P_") == section(x="B").choice("x", known, prefix="P_") == "B"
     with pytest.raises(runx.Error, match="^file: x must be one of A, B, not a b$"):
         section(x="a\nb").choice("x", known)
-    with pytest.raises(runx.Error, match="^file: x must be one of P_A, P_B, not P_C$"):
-        section(x="P_C").choice("x", known, prefix="P_")
 
 
 def test_an_error_says_where_it_is():
@@ -291,8 +288,8 @@ def test_every_field_of_a_process(load):
         rlimits=[{"type": "RLIMIT_NOFILE", "soft": 11, "hard": 12}, {"type": "RLIMIT_CPU", "soft": 13, "hard": 13}],
         ioPriority={"class": "IOPRIO_CLASS_IDLE", "priority": 1},
         scheduler={
-            "policy": "SCHED_DEADLINE", "flags": ["SCHED_FLAG_RECLAIM", "DL_OVERRUN"], "nice": -2, "priority": 14,
-            "runtime": 15, "deadline": 16, "period": 17,
+            "policy": "SCHED_DEADLINE", "flags": ["SCHED_FLAG_RECLAIM", "SCHED_FLAG_DL_OVERRUN"], "nice": -2,
+            "priority": 14, "runtime": 15, "deadline": 16, "period": 17,
         },
     )  # fmt: skip
     spec["mounts"].append({"destination": "/dev/pts", "type": "devpts", "source": "devpts"})
@@ -631,7 +628,7 @@ def test_capabilities_rlimits_and_policies():
         assert runx.parse_scheduler(section(policy=f"SCHED_{name}")) == (policy, 0, 0, 0, 0, 0, 0)
     assert runx.parse_scheduler(section(policy="SCHED_ISO"))[0] == 4  # reserved in <linux/sched.h>
     for name in [name for name in LINUX if name.startswith("SCHED_FLAG_")]:
-        spec = section(policy="SCHED_OTHER", flags=[name, name.removeprefix("SCHED_FLAG_")])
+        spec = section(policy="SCHED_OTHER", flags=[name])
         assert runx.parse_scheduler(spec)[1] == LINUX[name]
     for name in ("IOPRIO_CLASS_RT", "IOPRIO_CLASS_BE", "IOPRIO_CLASS_IDLE"):
         expected = LINUX[name] << LINUX["IOPRIO_CLASS_SHIFT"]
@@ -708,7 +705,7 @@ def test_numbers_of_a_condition_have_bounds(key, most):
         numbers = {**usual, key: number}
         expected = (numbers["index"], numbers["value"] & numbers["valueTwo"], numbers["value"])
         index, operator, value, mask = condition(number)
-        assert (index, value, mask) == expected and operator == "MASKED_EQ"
+        assert (index, value, mask) == expected and operator == "SCMP_CMP_MASKED_EQ"
     for number in (-1, most + 1):
         with pytest.raises(runx.Error, match=f"{key} must be from 0 to {most}"):
             condition(number)

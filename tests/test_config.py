@@ -710,6 +710,10 @@ def test_a_seccomp_filter_that_allows_by_default():
             {"syscalls": [rule("read", args=[{"index": 0, "op": "SCMP_CMP_IN"}])]},
             r"args\[0\].op must be one of SCMP_CMP_NE, .*, not SCMP_CMP_IN",
         ),
+        (
+            {"syscalls": [rule("read", args=[{"index": 0, "op": "EQ"}])]},
+            r"args\[0\].op must be one of SCMP_CMP_NE, .*, not EQ",
+        ),
         ({"syscalls": [rule(f"call{n}") for n in range(3000)]}, "has too many rules"),
     ],
 )
@@ -1197,8 +1201,8 @@ def test_capabilities_that_cannot_be_granted_are_left_out(lacking, left_out):
         ("process", {"scheduler": {"policy": "SCHED_OTHER", "nice": 20}}, "nice must be from -20 to 19"),
         (
             "process",
-            {"scheduler": {"policy": "SCHED_OTHER", "flags": ["NEW"]}},
-            r"flags\[0\] must be one of SCHED_FLAG_",
+            {"scheduler": {"policy": "SCHED_OTHER", "flags": ["RECLAIM"]}},
+            r"flags\[0\] must be one of SCHED_FLAG_RESET_ON_FORK, .*, not RECLAIM",
         ),
         ("linux", {"sysctl": {"../x": "1"}}, "linux.sysctl must hold names"),
         ("linux", {"sysctl": {"kernel.x": 1}}, "linux.sysctl.kernel.x must be a JSON string"),
