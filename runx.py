@@ -1053,8 +1053,8 @@ def find_half_built(xenstore: Xenstore, uuid: str) -> Domain | None:
     status, output = xl("vm-list")
     if status != 0:
         raise Error(f"xl vm-list failed: {xl_errors(output)}")
-    _, found, rest = output.partition(uuid)
-    return Domain(xenstore, int(rest.split()[0]), uuid) if found else None
+    found = next((words for words in map(str.split, output.splitlines()) if words[:1] == [uuid]), None)
+    return Domain(xenstore, int(found[1]), uuid) if found else None
 
 
 def seen_alive(domid: int) -> bool:

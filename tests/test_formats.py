@@ -205,6 +205,15 @@ def test_without_a_look_no_domain_is_taken_for_alive(looks, tmp_path, monkeypatc
     assert not runx.seen_alive(5)
 
 
+def test_a_half_built_domain_is_the_one_whose_line_begins_with_the_uuid(monkeypatch):
+    uuid, other = "11111111-2222-4333-8444-555555555555", "66666666-2222-4333-8444-555555555555"
+    lines = ["", "UUID                                  ID    name", f"{other}    7    {uuid} 9", f"{uuid}    8    x"]
+    for count, domid in ((2, None), (3, None), (4, 8)):
+        monkeypatch.setattr(runx, "xl", lambda *_, shown=lines[:count]: (0, "\n".join(shown) + "\n"))
+        found = runx.find_half_built(None, uuid)
+        assert (found and found.domid) == domid
+
+
 class Interface(ctypes.Structure):
     """struct xencons_interface of xen/include/public/io/console.h, as far as it is used; `in` is a word of Python."""
 
