@@ -3757,11 +3757,10 @@ class Node:
 
     __slots__ = ("fd", "path", "kind", "inode", "sizeless", "key", "number", "lookups", "place", "seen", "own")
 
-    def __init__(self, fd: int, status: os.stat_result) -> None:
-        """inode and sizeless are Files' to set."""
+    def __init__(self, fd: int) -> None:
+        """kind, inode and sizeless are Files' to set."""
         self.fd = fd
-        self.kind = stat.S_IFMT(status.st_mode)
-        self.inode, self.sizeless = 0, False
+        self.kind, self.inode, self.sizeless = 0, 0, False
         self.path = b"/proc/self/fd/%d" % fd  # leads to the file itself, also where that is a link
         # what Known keeps of it: where it finds it, its number for the guest, how often and, of a folder, where that
         # has looked it up, and in which state the content is that it may have kept
@@ -3846,8 +3845,9 @@ class Files:
         self.root = self.node(root)
 
     def node(self, fd: int) -> Node:
-        """fd: O_PATH, the Node's from now on."""
-        node, device = Node(fd, status := os.fstat(fd)), status.st_dev
+        """fd: O_PATH, the Node's from now on, also if this fails."""
+        node, status = Node(fd), os.fstat(fd)
+        node.kind, device = stat.S_IFMT(status.st_mode), status.st_dev
         node.sizeless = self.sizeless if device == self.device else self.is_sizeless(fd, device)
         node.inode = node.key = self.inode(device, status.st_ino)
         return node

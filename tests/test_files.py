@@ -1025,6 +1025,16 @@ def test_a_file_for_which_there_is_no_number_leaves_no_descriptor(guest, monkeyp
     assert len(conftest.open_descriptors()) == before
 
 
+def test_a_file_that_has_just_gone_from_nfs_leaves_no_descriptor(guest, monkeypatch):
+    """It can be opened still, and fstat(2) of it fails."""
+    files, before = guest.fuse.files, len(conftest.open_descriptors())
+    monkeypatch.setattr(os, "fstat", lambda fd: runx.refuse(errno.ESTALE))
+    with refused(errno.ESTALE):
+        files.find(files.root, b"file")
+    monkeypatch.undo()
+    assert len(conftest.open_descriptors()) == before
+
+
 def test_dom0s_kernel_has_to_keep_the_names_of_few_folders(guest, tmp_path, monkeypatch):
     """An overlay's are in its memory from when they are first read until that descriptor is closed."""
     monkeypatch.setattr(runx, "LISTS_MAX", 6)
