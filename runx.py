@@ -1003,7 +1003,7 @@ class Domain:
 
         request: "kill N SIGNAL", "killall 0 SIGNAL", "look N", "run N" or "cpus", of process N: 0 is the container's.
         key: of two requests with one key the guest gets the last.  data: nodes to be written with it, below data/.
-        more: what else belongs to the transaction.
+        more: what else belongs to the transaction.  Raise NotRunning and Error.
         """
         xenstore, queue = self.xenstore, f"{self.path}/data/request"
         verb, *operands = request.split()
@@ -1015,12 +1015,16 @@ class Domain:
             xenstore.write_all([(f"{self.path}/data/{name}", text) for name, text in (data or {}).items()])
             # one reply must hold all their names, or the guest cannot list them any more (XENSTORE_PAYLOAD_MAX)
             if len(xenstore.list(queue)) >= MOST_REQUESTS:
-                raise Error("the container's VM does not take its signals: kill it with SIGKILL")
+                raise XenstoreError("list", queue, "E2BIG")
             xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request)
             if xenstore.read(f"{self.path}/data/process/{number}/ready"):
                 xenstore.write(f"{self.path}/control/shutdown", "poweroff")
 
-        self.transaction(write)
+        try:
+            self.transaction(write)
+        except XenstoreError as error:
+            what = f'takes no more requests, here "{request}" ({error.code})'
+            raise Error(f"the container's VM {what}: kill it with SIGKILL if it stays so") from None
 
 
 def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int, paused: bool) -> Domain:
@@ -7796,10 +7800,7 @@ class Carrier(Loop):
         if self.terminal and (size := self.streams.window_size()):
             data[f"process/{number}/winsize"] = size
         self.watch()
-        try:
-            self.domain.request(f"run {number}", f"run-{number}", data, self.introduce)
-        except XenstoreError as error:
-            raise Error(f"the container's VM has no room for another process: {error}") from None
+        self.domain.request(f"run {number}", f"run-{number}", data, self.introduce)
         show_arguments(self.order.process.args)  # the VM works meanwhile
         for each in container.state.cgroups:  # as far as it is possible
             try:

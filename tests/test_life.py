@@ -237,6 +237,22 @@ def test_kill_all_reaches_every_process(dom0):
     remove(container)
 
 
+@pytest.mark.parametrize("count, width, code", [(runx.MOST_REQUESTS, 1, "E2BIG"), (25, 200, "E2BIG"), (0, 0, "ENOSPC")])
+def test_a_vm_that_takes_no_requests_is_told_and_killed(dom0, count, width, code):
+    """It may write what it likes where they are queued."""
+    container = bring(dom0, "running", "wait")
+    for number in range(count):
+        dom0.ask("write", f"/local/domain/{container.domid()}/data/request/{number:0{width}}", "look 0")
+    if not count:
+        dom0.fail("xenstore", 1, code, match="data/request")
+    what = f'takes no more requests, here "kill 0 15" ({code})'
+    words = f"the container's VM {what}: kill it with SIGKILL if it stays so"
+    assert kill(container, "TERM").stderr == f"runX: {words}\n"
+    assert kill(container, "KILL").returncode == 0
+    assert container.wait() == 137
+    remove(container)
+
+
 @pytest.mark.parametrize("signal", ["nonsense", "65", "-1", "RTMIN+99", "SIGSIG"])
 def test_a_signal_that_is_none(dom0, signal):
     container = bring(dom0, "created")
