@@ -410,6 +410,7 @@ CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x0200000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80  # <linux/sched.h>
 OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
 SENTENCE_MAX = 4000  # bytes that processes of ours say at once
+FAILED = 255  # the exit status where a process has none of its own, as runc's exec
 
 
 def read_file(path: str) -> str:
@@ -548,7 +549,7 @@ def fork_linked(name: str, keep: Collection[object], life: Callable[..., int], *
     fails.  It has those of our descriptors that it keeps, and 0, 1, 2.  Return its pid, and our end.  Raise OSError."""
     socket = import_core("socket")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid, status = os.fork(), 255
+    pid, status = os.fork(), FAILED
     if pid == 0:
         try:
             os.setsid()
@@ -7174,7 +7175,7 @@ class Loop:
         self.log = log
         self.phase = "serving"
         self.deadline = self.look_at = 0.0
-        self.status = 255
+        self.status = FAILED
         self.channels = EventChannels()
         devices = consoles_of(domain, number)[:consoles]
         self.consoles = [Console(domain, device.number, self.channels) for device in devices]
@@ -7255,7 +7256,7 @@ class Loop:
             self.end(int(text))
         else:
             self.log.warn("the VM told no valid exit status")
-            self.end(255)
+            self.end(FAILED)
         return True
 
     def handle_xenstore(self) -> None:
@@ -7565,7 +7566,7 @@ class Monitor(Loop):
 
     def handle_commit(self) -> None:
         if not self.commit.take():
-            self.end(255, abandon=True)
+            self.end(FAILED, abandon=True)
         elif self.share.waits:
             self.share.waits = False
             self.share.follow()
@@ -7578,7 +7579,7 @@ class Monitor(Loop):
         self.take_exit_status()  # which the guest may have told just before
         if self.is_open():
             self.explain(f"its files are not served any more: {printable(reason)}")
-            self.end(255, abandon=True)
+            self.end(FAILED, abandon=True)
 
     def handle_control(self) -> None:
         """Lines of other runX processes: "kill N", "destroy N" (signals), "mute N" (seconds), "exec N PID"."""
@@ -7588,7 +7589,7 @@ class Monitor(Loop):
                 self.execs.take(int(number), int(pid[0]))
             elif verb == "mute" and self.is_open():
                 self.explain(f"the VM has not found its devices within {number} s: does its kernel boot?")
-                self.end(255, abandon=True)
+                self.end(FAILED, abandon=True)
             elif verb == "destroy" or not self.is_open():
                 self.end(128 + int(number), abandon=True)
             elif not self.deadline:
@@ -7638,7 +7639,7 @@ class Plan(Record):
 def run_monitor(plan: Plan, holder: Holder, commit: Commit, link: Any) -> int:
     """The monitor's whole life.  link: to create, that gets "=" when there is a domain, and a holder is to be made;
     then "+" or an error.  Return the container's exit status."""
-    container, monitor, committed, status, failure = plan.container, None, False, 255, ""
+    container, monitor, committed, status, failure = plan.container, None, False, FAILED, ""
     server, commit.link = FileServer(), link
     try:
         monitor = build(plan, holder, server, commit)
@@ -7755,7 +7756,6 @@ def destroy(container: Container, log: Log) -> None:
 # and reaps it.  It is in dom0's namespaces, where nobody looks for the container's, and carries the streams itself.
 
 EXECS_MAX = 27  # of a container at a time: of the 64 consoles that its kernel has each takes two
-EXEC_FAILED = 255  # the exit status, as runc's
 EXEC_TIME_LIMIT = 60.0  # seconds until the VM has executed the program, or told why it cannot
 # all that can be caught, but for those that the C library has for itself, and those of faults, which return to them
 CARRIED = set(range(1, 65)) - {4, 7, 8, SIGKILL, 11, 19, 32, 33}
@@ -8292,7 +8292,7 @@ def command_exec(call: Invocation) -> int:
     try:
         return execute(call)
     except (Error, OSError) as error:
-        raise Error(f"exec failed: {error}", EXEC_FAILED) from None
+        raise Error(f"exec failed: {error}", FAILED) from None
 
 
 def execute(call: Invocation) -> int:
