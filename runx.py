@@ -1843,7 +1843,7 @@ class Config:
         linux, vm = spec.section("linux"), spec.section("vm")
         namespaces = parse_namespaces(linux)
         warn_of_no_effect(spec)
-        self.warnings = spec.warnings  # what is asked for and cannot be had in a VM, a sentence each
+        self.document, self.warnings = spec.values, spec.warnings  # all of it; what a VM cannot have, a sentence each
         self.hostname, self.domainname = parse_names(spec, namespaces)
         self.hooks = spec.section("hooks").values  # as there: parse_hooks() accepts them
         for kind in HOOK_KINDS:
@@ -8029,7 +8029,7 @@ def create(plan: Plan, options: JsonObject) -> int:
             reason = hear(link, MONITOR_LOST)
         if reason:
             raise Error(f"cannot create container {container.id}: {reason}")
-        commit(container.load(), holder.pid, monitor, options, link, log)
+        commit(plan, holder.pid, monitor, options, link)
         return holder.pid
 
 
@@ -8039,16 +8039,16 @@ def remove_unmade(container: Container, log: Log) -> None:
         destroy(container.load(), log)
 
 
-def commit(container: Container, pid: int, monitor: int, options: JsonObject, link: Any, log: Log) -> None:
+def commit(plan: Plan, pid: int, monitor: int, options: JsonObject, link: Any) -> None:
     """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error.  link: to the
     monitor."""
-    with Attempt("keep config.json", ValueError):  # for `exec`, as it is now
-        text = read_text(os.path.join(container.state.bundle, "config.json"))
-        write_file(container.path("config.json"), text)
+    container = plan.container.load()
+    with Attempt("keep config.json"):  # for `exec`, as it was read
+        write_file(container.path("config.json"), json_text(plan.config.document))
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
-    plug_early(container, log)
+    plug_early(container, plan.log)
     hand_out(pid, options, b"standard")
     try:
         container.save(status="created")

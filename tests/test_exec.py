@@ -289,9 +289,14 @@ def test_what_the_container_has_is_what_create_has_found(dom0, tmp_path, is_kept
     changed = json.loads(json.dumps(spec))
     spec["linux"] = {"personality": {"domain": "LINUX32"}}
     container.write(spec)
-    container.started().ready()
     changed["process"]["cwd"] = "/tmp"
-    container.write(changed)
+    dom0.fail("xl", 1, "slow", match="create")
+    create = container.start_runx("create", "--bundle", str(container.bundle), "--pid-file", str(container.pid_file))
+    dom0.ask("await_calls", "xl", "create")
+    container.write(changed)  # while `create` is at work, so what counts is what it has read
+    dom0.ask("release")
+    assert create.wait().returncode == container.runx("start").returncode == 0
+    container.ready()
     if not is_kept:  # by the runX that has created it
         (container.root / container.id / "config.json").unlink()
     process = execute(container, "wait")
