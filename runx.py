@@ -1843,7 +1843,8 @@ class Config:
         linux, vm = spec.section("linux"), spec.section("vm")
         namespaces = parse_namespaces(linux)
         warn_of_no_effect(spec)
-        self.document, self.warnings = spec.values, spec.warnings  # all of it; what a VM cannot have, a sentence each
+        self.document = spec.values  # all of it
+        self.warnings = spec.warnings  # what is asked for and cannot be had in a VM, a sentence each
         self.hostname, self.domainname = parse_names(spec, namespaces)
         self.hooks = spec.section("hooks").values  # as there: parse_hooks() accepts them
         for kind in HOOK_KINDS:
@@ -3101,21 +3102,19 @@ def open_in_root(root: str, path: str, flags: int = os.O_PATH) -> Descriptor:
     refuse(errno.EAGAIN)
 
 
-def open_file_in_root(root: str, path: str, purpose: str) -> Descriptor:
-    """Return a descriptor, O_PATH, of a regular file.  Raise Error, that begins with purpose."""
-    try:
+def open_file_in_root(root: str, path: str, what: str) -> Descriptor:
+    """Return a descriptor, O_PATH, of a regular file.  what: as of an Attempt.  Raise Error."""
+    with Attempt(what):
         fd = open_in_root(root, path)
-    except OSError as error:
-        raise Error(f"{purpose}: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
         os.close(fd)
-        raise Error(f"{purpose}: it is not a regular file")
-    return fd
+        raise OSError(0, "it is not a regular file")
 
 
 def read_in_root(root: str, path: str, limit: int) -> bytes:
     """Return the content of a regular file, up to limit bytes.  Raise Error."""
-    with open_file_in_root(root, path, f"cannot read {path} of the container") as fd:
+    with open_file_in_root(root, path, f"read {path} of the container") as fd:
         with open(f"/proc/self/fd/{fd}", "rb") as file:
             return file.read(limit)
 
@@ -3666,12 +3665,9 @@ class Rootfs(Record):
 
     def modules(self) -> tuple[str, ...]:
         """Return those of Linux by which the guest gets it."""
-        modules: tuple[str, ...] = ()
-        if self.is_served:
-            modules += ("9pnet_xen", "9p")
-        if self.disk:
-            modules += ("xen_blkfront", self.disk.kind, "overlay")
-        return modules
+        served = ("9pnet_xen", "9p") if self.is_served else ()
+        of_disk = ("xen_blkfront", self.disk.kind, "overlay") if self.disk else ()
+        return served + of_disk
 
     def open_ramdisk(self, container: Container) -> tuple[BinaryIO, str]:
         """Return the container's ramdisk, to be written, and the path that xl gets; it has a name only for a moment,
@@ -3852,7 +3848,7 @@ class Files:
     def node(self, fd: int) -> Node:
         """fd: O_PATH, the Node's from now on, also if this fails."""
         node, status = Node(fd), os.fstat(fd)
-        node.kind, device = stat.S_IFMT(status.st_mode), status.st_dev
+        device, node.kind = status.st_dev, stat.S_IFMT(status.st_mode)
         node.sizeless = self.sizeless if device == self.device else self.is_sizeless(fd, device)
         node.inode = node.key = self.inode(device, status.st_ino)
         return node
@@ -4734,7 +4730,7 @@ NINEP_REQUESTS = request_table(
     attach 104 IIssI, flush 108 -, walk 110 IIHb, read 116 FQI, write 118 FQI, clunk 120 I
     """
 )
-RLERROR, TREAD, TWRITE = 7, 116, 118
+RLERROR, TWRITE = 7, 118
 NINEP_SIZED = {40: 19, 116: 19}  # where a request says how long its reply may be: Treaddir, Tread
 # v9fs truncates a file, or opens it to do so, while what it has written before is still on its way in the other ring
 NINEP_ORDERED = {12, 26, 50, 108}  # Tlopen, Tsetattr, Tfsync, Tflush
@@ -6723,16 +6719,16 @@ FOLDERS_MAX = 100  # in PATH, to be looked into; in /lib/modules
 XZ_MEMORY = 64 << 20  # bytes that `xz -9` needs, and an image may ask for 4 GiB
 
 
-def check_boot_file(fd: int, name: str, memory: int, purpose: str) -> None:
-    """Raise Error, that begins with purpose, if a kernel or ramdisk does not fit into a VM, or the former into dom0:
-    xl has all of it in memory before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked."""
+def check_boot_file(fd: int, name: str, memory: int, what: str) -> None:
+    """Raise Error if a kernel or ramdisk does not fit into a VM, or the former into dom0: xl has all of it in memory
+    before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked.  what: as of an Attempt."""
     with open(f"/proc/self/fd/{fd}", "rb") as file:
         unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0
     size = max(os.fstat(fd).st_size >> 20, unpacked)
     if size >= memory:
-        raise Error(f"{purpose}: {size} MiB do not fit into a VM of {memory} MiB")
+        raise Error(f"cannot {what}: {size} MiB do not fit into a VM of {memory} MiB")
     if unpacked > KERNEL_MAX:
-        raise Error(f"{purpose}: unpacked it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
+        raise Error(f"cannot {what}: unpacked it has {unpacked} MiB, and dom0 has {KERNEL_MAX} for that")
 
 
 def unpacked_size(file: BinaryIO) -> int:
@@ -6948,10 +6944,10 @@ class Builder:
         path, in_rootfs = source
         if not in_rootfs:
             return path
-        purpose = f"cannot boot {path} of the container"
+        what = f"boot {path} of the container"
         target = self.container.path(name)
-        with open_file_in_root(self.config.rootfs, path, purpose) as fd:
-            check_boot_file(fd, name, self.sizes["memory"], purpose)
+        with open_file_in_root(self.config.rootfs, path, what) as fd:
+            check_boot_file(fd, name, self.sizes["memory"], what)
             make_empty(target, folder=False)
             mount(f"/proc/self/fd/{fd}", target, MS_BIND)
         return target

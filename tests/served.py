@@ -184,7 +184,7 @@ class NinePGuest:
 
     def read(self, fid, offset=0, size=4096):
         """(errno, content)"""
-        error, body = self.send(runx.TREAD, struct.pack("<IQI", fid, offset, size))
+        error, body = self.send(runx.NINEP_REQUESTS["read"][0], struct.pack("<IQI", fid, offset, size))
         return error, body[4:]
 
     def write(self, fid, data, offset=0):

@@ -476,11 +476,11 @@ def test_what_a_kernel_unpacks_to_is_bounded(tmp_path, name):
     content, size = KERNELS[name]
     (tmp_path / "kernel").write_bytes(content)
     fd = os.open(tmp_path / "kernel", os.O_PATH)
-    with pytest.raises(runx.Error, match=f"^no: {size} MiB do not fit into a VM of 64 MiB"):
-        runx.check_boot_file(fd, "kernel", 64, "no")
-    with pytest.raises(runx.Error, match=f"^no: unpacked it has {size} MiB, and dom0 has 128 for that"):
-        runx.check_boot_file(fd, "kernel", 4096, "no")
-    runx.check_boot_file(fd, "initrd", 64, "no")
+    with pytest.raises(runx.Error, match=f"^cannot boot: {size} MiB do not fit into a VM of 64 MiB"):
+        runx.check_boot_file(fd, "kernel", 64, "boot")
+    with pytest.raises(runx.Error, match=f"^cannot boot: unpacked it has {size} MiB, and dom0 has 128 for that"):
+        runx.check_boot_file(fd, "kernel", 4096, "boot")
+    runx.check_boot_file(fd, "initrd", 64, "boot")
     os.close(fd)
 
 
@@ -492,7 +492,7 @@ def test_what_a_kernel_unpacks_to_is_bounded(tmp_path, name):
 def test_a_kernel_that_fits_is_left_to_xl(tmp_path, content):
     (tmp_path / "kernel").write_bytes(content)
     fd = os.open(tmp_path / "kernel", os.O_PATH)
-    runx.check_boot_file(fd, "kernel", 64, "no")
+    runx.check_boot_file(fd, "kernel", 64, "boot")
     os.close(fd)
 
 
