@@ -2250,15 +2250,13 @@ class Resources:
             wanted = unlimited if self.quota < 0 else -(-self.quota // self.period)
         return min(wanted, self.most_vcpus)
 
-    def cap(self) -> int:
-        """Return the most that all vcpus may use together, in percent of one processor; 0: no limit."""
+    def share(self) -> tuple[int, int]:
+        """Return the weight for Xen's scheduler, where 256 is the usual one, and its cap: the most that all vcpus may
+        use together, in percent of one processor; 0: no limit."""
+        weight = min(65535, max(1, (self.shares or 1024) * 256 // 1024))
         if self.quota <= 0:
-            return 0
-        return min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0))
-
-    def weight(self) -> int:
-        """Return the weight for Xen's scheduler, where 256 is the usual one."""
-        return min(65535, max(1, self.shares * 256 // 1024))
+            return weight, 0
+        return weight, min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0))
 
 
 def parse_cgroup(resources: Section) -> list[tuple[str, str]]:
@@ -6989,15 +6987,16 @@ class Builder:
         state = self.container.state
         machine = self.config.machine
         resources = self.config.resources
+        weight, cap = resources.share()
         settings: dict[str, str | int | list[str]] = {
             "name": state.name, "uuid": state.uuid, "type": machine.type or host_guest_type(),
             "kernel": kernel, "cmdline": command_line(machine), **vm_sizes(self.config), "memory": self.populated,
-            "cap": resources.cap(), **machine.options,
+            "cap": cap, **machine.options,
         }  # fmt: skip
         if ramdisk:
             settings["ramdisk"] = ramdisk
         if resources.shares:
-            settings["cpu_weight"] = resources.weight()
+            settings["cpu_weight"] = weight
         if resources.cpus:
             settings["cpus"] = resources.cpus
         path = self.container.path("xl.cfg")
@@ -8618,6 +8617,7 @@ UPDATE_OPTIONS = {
     "l3-cache-schema": "intelRdt.l3CacheSchema", "mem-bw-schema": "intelRdt.memBwSchema",
 }  # fmt: skip
 TEXTS = ("cpuset-cpus", "cpuset-mems", "l3-cache-schema", "mem-bw-schema")  # all others are numbers
+SHARELESS = ("null", "rtds", "arinc653")  # schedulers of Xen's without weight and cap
 # what is not refused.  A VM has no swap, so any limit of it is kept; a reservation is a wish.
 UPDATABLE = "memory.limit memory.swap memory.reservation cpu.quota cpu.period cpu.shares cpu.cpus".split()
 
@@ -8669,6 +8669,10 @@ def update(container: Container, changes: JsonObject) -> None:
                 f"cannot update container {container.id} to {wanted} {what}: its VM was made for {most} at most, "
                 f"see the annotations org.runx.maxmem and org.runx.maxvcpus"
             )
+    scheduler = "" if new.share() == old.share() else xl_info("xen_scheduler")
+    if scheduler in SHARELESS:
+        reason = f"Xen's scheduler, {scheduler}, knows neither shares nor quotas: boot Xen with sched=credit2"
+        raise Error(f"cannot update container {container.id}: {reason}")
     known = None if state.updating else old  # an `update` that was killed has left nobody knows what
     container.save(updating=True)
     try:
@@ -8717,9 +8721,10 @@ def apply_resources(container: Container, new: Resources, old: Resources | None)
         change_domain("vcpu-set", domid, vcpus)
         if vcpus > had:  # the kernel finds one more; that it is used is userspace's to say
             domain.request("cpus", "cpus")
-    if not old or (new.shares, new.cap()) != (old.shares, old.cap()):
-        scheduler = "sched-credit" if xl_info("xen_scheduler") == "credit" else "sched-credit2"
-        change_domain(scheduler, "-d", domid, "-w", new.weight() if new.shares else 256, "-c", new.cap())
+    if not old or new.share() != old.share():
+        (weight, cap), scheduler = new.share(), xl_info("xen_scheduler")
+        if scheduler not in SHARELESS:
+            change_domain(f"sched-{scheduler or 'credit2'}", "-d", domid, "-w", weight, "-c", cap)
     if not old or new.cpus != old.cpus:
         change_domain("vcpu-pin", domid, "all", new.cpus or "all")
 

@@ -502,11 +502,11 @@ def test_how_many_vcpus_there_are():
 
 
 def test_what_a_quota_caps_and_a_share_weighs():
-    caps = [resources(quota=quota).cap() for quota in (-1, 0, 1, 999, 1000, 1999, 2000, 150000)]
+    caps = [resources(quota=quota).share()[1] for quota in (-1, 0, 1, 999, 1000, 1999, 2000, 150000)]
     assert caps == [0, 0, 1, 1, 1, 1, 2, 150]
-    assert resources(quota=300000, most_vcpus=2).cap() == 200
-    weights = [resources(shares=shares).weight() for shares in (0, 2, 8, 1024, 262143, 262144)]
-    assert weights == [1, 1, 2, 256, 65535, 65535]
+    assert resources(quota=300000, most_vcpus=2).share()[1] == 200
+    weights = [resources(shares=shares).share()[0] for shares in (0, 2, 8, 1024, 262143, 262144)]
+    assert weights == [256, 1, 2, 256, 65535, 65535]
 
 
 def test_resources_that_are_odd():

@@ -450,6 +450,27 @@ def test_no_limit_is_no_change_where_there_is_none(dom0):
     finish(container, 137)
 
 
+@pytest.mark.parametrize("scheduler", ["credit", "null", "rtds", "arinc653"])
+def test_a_share_is_updated_where_xens_scheduler_knows_any(dom0, scheduler):
+    dom0.ask("scheduler", scheduler)
+    container = limited(dom0)
+    for options in (["--cpu-share", "512"], ["--cpu-quota", "50000"]):
+        result = container.runx("update", "--memory", "96m", *options)
+        knows = scheduler == "credit"
+        words = f"cannot update container {container.id}: Xen's scheduler, {scheduler}, knows neither shares nor quotas"
+        assert result.stderr == ("" if knows else f"runX: {words}: boot Xen with sched=credit2\n")
+    domain = dom0.domains()[container.domid()]
+    assert (domain["memory"], domain["told"].get("scheduler")) == ((96, [128, 50]) if knows else (128, None))
+    assert container.runx("update", "--memory", "96m").stderr == ""
+    dom0.fail("xl", 1, "kill", after=True, match="mem-set")  # what there is of the next one, nobody knows
+    assert container.runx("update", "--memory", "64m").returncode == -9
+    dom0.forget()
+    assert container.runx("update", "--memory", "80m").stderr == ""
+    assert dom0.domains()[container.domid()]["memory"] == 80
+    kill(container)
+    finish(container, 137)
+
+
 def test_an_update_is_all_or_nothing(dom0):
     container = limited(dom0)
     before = dom0.domains()

@@ -93,17 +93,17 @@ BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_
 @pytest.mark.parametrize(
     "cpu, vcpus, cap, weight",
     [
-        ({}, 1, 0, 1),
+        ({}, 1, 0, 256),
         ({"quota": -1, "period": 100000, "shares": 1024}, 8, 0, 256),
-        ({"quota": 50000}, 1, 50, 1),
+        ({"quota": 50000}, 1, 50, 256),
         ({"quota": 150000, "shares": 2}, 2, 150, 1),
         ({"quota": 40000, "period": 10000, "shares": 1 << 20}, 4, 400, 65535),
-        ({"quota": 1000, "period": 1000000}, 1, 1, 1),
+        ({"quota": 1000, "period": 1000000}, 1, 1, 256),
     ],
 )
 def test_what_a_share_of_the_processors_is_in_xen(cpu, vcpus, cap, weight):
     resources = runx.Resources({"cpu": cpu}, "resources", BASE)
-    assert (resources.vcpus(8), resources.cap(), resources.weight()) == (vcpus, cap, weight)
+    assert (resources.vcpus(8), *resources.share()) == (vcpus, weight, cap)
 
 
 def test_a_list_of_processors_is_nothing_else(bundle):
@@ -192,7 +192,7 @@ def test_the_hosts_own_configuration(bundle, host_config):
     annotations = {"type": "pvh", "memory": "70", "vcpus": "3", "maxmem": "100", "cmdline": "c=d"}
     mine = load({f"org.runx.{key}": value for key, value in annotations.items()}, resources=asked)
     assert (mine.machine.type, mine.machine.cmdline, size(mine)) == ("pvh", ["a", "b", "c=d"], (70, 3))
-    assert (mine.machine.maxmem, mine.resources.cap()) == (100, 300)  # no more than the vcpus can use
+    assert (mine.machine.maxmem, mine.resources.share()[1]) == (100, 300)  # no more than the vcpus can use
 
 
 @pytest.mark.parametrize(
@@ -1054,6 +1054,7 @@ class Stored:
 def applied(monkeypatch):
     """What update applies to the VM: a list of (new, old) Resources."""
     applied = []
+    monkeypatch.setattr(runx, "xl_info", lambda key: "credit2")
     monkeypatch.setattr(runx, "apply_resources", lambda container, new, old: applied.append((new, old)))
     return applied
 
@@ -1069,7 +1070,7 @@ def test_an_update_keeps_what_it_does_not_name(applied):
     assert (applied[1][0].memory, applied[1][0].vcpus(2)) == (64 << 20, 2)
     runx.update(container, {"cpu": {"quota": -1}, "memory": {"limit": -1}})
     new = applied[2][0]
-    assert (new.mebibytes(256), new.vcpus(2), new.cap()) == (256, 2, 0)
+    assert (new.mebibytes(256), new.vcpus(2), new.share()[1]) == (256, 2, 0)
 
 
 def test_an_update_that_xen_refuses_is_undone(monkeypatch):

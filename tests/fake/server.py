@@ -93,7 +93,7 @@ class Xen:
         self.store, self.domains, self.next_domid = xenstored.Store(), {}, 1
         self.faults, self.calls, self.held, self.waiting = [], {"xenstore": [], "xl": []}, [], []
         self.slow = []  # what is done when the test has time
-        self.free_memory, self.ports = FREE_MEMORY, {}
+        self.free_memory, self.scheduler, self.ports = FREE_MEMORY, "credit2", {}
         self.selector, self.test, self.lines = selectors.DefaultSelector(), test, b""
         self.xl, self.backends = Xl(self), netback.Backends(self)
         self.selector.register(test, selectors.EVENT_READ, self.take_command)
@@ -372,6 +372,9 @@ class Xen:
     def test_memory(self, free):
         self.free_memory = free
 
+    def test_scheduler(self, name):
+        self.scheduler = name
+
     def test_features(self, features):
         """What xenstored can do: XENSTORE_SERVER_FEATURE_..."""
         self.store.features = features
@@ -381,7 +384,7 @@ class Xen:
 
     def test_reset(self):
         """An empty dom0, whatever was there."""
-        self.store.features = 0
+        self.store.features, self.scheduler = 0, "credit2"
         self.destroy_all()
         for path in ("/local/domain/0/backend", "/libxl", "/vm", "/local/domain/0/error"):
             for name in self.store.list(path) if path in self.store.nodes else ():

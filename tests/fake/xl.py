@@ -125,7 +125,8 @@ class Xl:
     # ---- looking
 
     def do_info(self):
-        return f"nr_cpus                : 4\nfree_memory            : {self.xen.free_memory}\nxen_scheduler : credit2\n"
+        told = {"nr_cpus": 4, "free_memory": self.xen.free_memory, "xen_scheduler": self.xen.scheduler}
+        return "".join(f"{key:23}: {value}\n" for key, value in told.items())
 
     def do_list(self, domid=None):
         if domid is not None and int(domid) not in self.xen.domains:
@@ -169,7 +170,17 @@ class Xl:
             raise Failure(f"xl: error: cannot set {count} vcpus\n")
         machine.vcpus = int(count)
 
+    def do_sched_credit(self, *words):
+        if self.xen.scheduler != "credit":
+            raise Failure("libxl: error: Invalid argument\n")
+        self.set_share(words)
+
     def do_sched_credit2(self, *words):
+        if self.xen.scheduler != "credit2":
+            raise Failure("libxl: error: Invalid argument\n")
+        self.set_share(words)
+
+    def set_share(self, words):
         options = dict(zip(words[::2], words[1::2]))
         self.machine(options["-d"]).told["scheduler"] = [int(options["-w"]), int(options["-c"])]
 
