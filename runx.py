@@ -374,21 +374,20 @@ def read_document(path: str | int) -> Any:
     return check_document(parse_json(read_text(path)))
 
 
-def check_document(document: Any) -> Any:
+def check_document(document: Any, place: str = "", depth: int = 0) -> Any:
     """The document, if all its strings can be handed to the kernel and be written again.  Raise ValueError."""
-    todo = [(document, "", 0)]
-    while todo:
-        value, place, depth = todo.pop()
-        if depth > DEPTH_MAX:
-            raise ValueError(f"it is nested too deeply at {printable(place[:100])}")
-        if isinstance(value, str) and not is_text(value):
-            raise ValueError(f"{printable(place[1:])} holds a NUL or half a character")
-        if isinstance(value, dict):
-            if not all(map(is_text, value)):
-                raise ValueError(f"a name in {printable(place[1:]) or 'it'} holds a NUL or half a character")
-            todo += [(inner, f"{place}.{key}", depth + 1) for key, inner in value.items()]
-        elif isinstance(value, list):
-            todo += [(inner, f"{place}[{number}]", depth + 1) for number, inner in enumerate(value)]
+    if depth > DEPTH_MAX:
+        raise ValueError(f"it is nested too deeply at {printable(place[:100])}")
+    if isinstance(document, str) and not is_text(document):
+        raise ValueError(f"{printable(place[1:])} holds a NUL or half a character")
+    if isinstance(document, dict):
+        if not all(map(is_text, document)):
+            raise ValueError(f"a name in {printable(place[1:]) or 'it'} holds a NUL or half a character")
+        for key, inner in document.items():
+            check_document(inner, f"{place}.{key}", depth + 1)
+    elif isinstance(document, list):
+        for number, inner in enumerate(document):
+            check_document(inner, f"{place}[{number}]", depth + 1)
     return document
 
 
@@ -2401,6 +2400,7 @@ RLIMITS = (
     "RLIMIT_CPU RLIMIT_FSIZE RLIMIT_DATA RLIMIT_STACK RLIMIT_CORE RLIMIT_RSS RLIMIT_NPROC RLIMIT_NOFILE "
     "RLIMIT_MEMLOCK RLIMIT_AS RLIMIT_LOCKS RLIMIT_SIGPENDING RLIMIT_MSGQUEUE RLIMIT_NICE RLIMIT_RTPRIO RLIMIT_RTTIME"
 ).split()
+EXEC_MAX = 6 << 20  # bytes of arguments, environment and pointers to them: execve(2) takes no more, whatever limits are
 IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}  # <linux/ioprio.h>
 # <linux/sched.h>
 POLICIES = "SCHED_OTHER SCHED_FIFO SCHED_RR SCHED_BATCH SCHED_ISO SCHED_IDLE SCHED_DEADLINE".split()
@@ -2418,6 +2418,10 @@ class Process:
             spec.refuse("needs a mount of the type devpts at /dev/pts", "terminal")
         console = spec.section("consoleSize") if self.terminal else Section({}, "")
         self.console_size = console.unsigned("height", 16), console.unsigned("width", 16)  # 0, 0: not said
+        words = spec.member("args", list, []) + spec.member("env", list, [])
+        size = sum(struct.calcsize("P") + len(word) for word in words if isinstance(word, str))
+        if size > EXEC_MAX:
+            raise Error(f'unable to start container process: exec: "{words[0]}": argument list too long')
         self.args = spec.texts("args")
         if not self.args:
             spec.refuse("must not be empty", "args")
@@ -2852,7 +2856,6 @@ DEVICE_LINKS = (
     ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
     ("/proc/self/fd/2", "stderr"), ("pts/ptmx", "ptmx"), ("/proc/kcore", "core"),
 )  # fmt: skip
-EXEC_WORDS_MAX = 8 << 20  # bytes, as in initrd/exec.c: execve(2) takes 6 MiB at most
 
 
 def guest_config(config: Config, sources: Iterable[str], state: str, capabilities: dict[str, bytes]) -> bytes:
@@ -2867,11 +2870,8 @@ def guest_config(config: Config, sources: Iterable[str], state: str, capabilitie
 
 
 def exec_config(linux: Linux, process: Process) -> bytes:
-    """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there.  Raise
-    Error, in runc's words."""
+    """Return what init gets by the console of a process of `exec`: the length in 4 bytes, and words as there."""
     content = encode_words([(0,)], guest_place(process), guest_process(linux, process, [], ""))
-    if len(content) > EXEC_WORDS_MAX:
-        raise Error(f'unable to start container process: exec: "{process.args[0]}": argument list too long')
     return struct.pack("<I", len(content)) + content
 
 
@@ -5528,7 +5528,7 @@ class Rtnetlink:
             for answer in self.receive():
                 if answer.kind in (NLMSG_ERROR, NLMSG_DONE):
                     if answer.head[0] < 0:
-                        raise OSError(-answer.head[0], os.strerror(-answer.head[0]))
+                        refuse(-answer.head[0])
                     return answers
                 answers.append(answer)
 

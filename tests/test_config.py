@@ -831,6 +831,14 @@ def test_the_last_of_two_variables_of_one_name_counts(bundle):
     assert words[words.index("env") :] == ["env", "A=3", "env", "B=2", "env", "HOME="]
 
 
+@pytest.mark.parametrize("env", [["A="] * 630_000, [f"{number}={'x' * (1 << 20)}" for number in range(6)]])
+def test_words_that_no_execve_takes_are_refused_before_they_are_read(bundle, env):
+    """Linux counts a pointer for each: an image's variables of a byte or two would take hundreds of MiB of dom0's."""
+    runx.load_config(bundle(config("true", env=env[: len(env) - 1 - len(env) // 10])))
+    with pytest.raises(runx.Error, match='^unable to start container process: exec: "true": argument list too long$'):
+        runx.load_config(bundle(config("true", env=env)))
+
+
 @pytest.mark.parametrize("option, flags", [("rshared", 1 << 20 | 16384), ("slave", 1 << 19), ("rprivate", None)])
 def test_propagation_of_a_mount(bundle, tmp_path, option, flags):
     mount = mount_of(bundle, source=str(tmp_path), options=["bind", option])
