@@ -264,11 +264,6 @@ def c_library() -> dict[str, Any]:
     return C_LIBRARY
 
 
-def c_memory(size: int) -> Any:
-    """Return memory of so many bytes that a system_call() may fill: an array of long."""
-    return (c_library()["long"] * (size // struct.calcsize("l")))()
-
-
 def system_call(name: str, *args: Any) -> int:
     """Call a function of the C library that takes numbers, as long, strings and memory.  Return its int.  Raise
     OSError, or what ctypes does where there is no such function."""
@@ -590,13 +585,6 @@ def reason_of(error: BaseException, process: str) -> str:
     """What is said of a failure that ends a process of ours."""
     foreseen = isinstance(error, (Error, OSError))  # the latter such as a full disk
     return str(error) if foreseen else f"internal error of the {process}: {error!r}"
-
-
-def read_all(fd: int) -> bytes:
-    data = b""
-    while chunk := os.read(fd, 65536):
-        data += chunk
-    return data
 
 
 # ==== xenstore ===========================================================================================
@@ -1057,8 +1045,10 @@ def find_half_built(xenstore: Xenstore, uuid: str) -> Domain | None:
     status, output = xl("vm-list")
     if status != 0:
         raise Error(f"xl vm-list failed: {xl_errors(output)}")
-    found = next((words for words in map(str.split, output.splitlines()) if words[:1] == [uuid]), None)
-    return Domain(xenstore, int(found[1]), uuid) if found else None
+    for words in map(str.split, output.splitlines()):
+        if words[:1] == [uuid]:
+            return Domain(xenstore, int(words[1]), uuid)
+    return None
 
 
 def seen_alive(domid: int) -> bool:
@@ -3373,8 +3363,8 @@ def pack_initrd(folder: str, output: str) -> None:
     for member in walk(folder):
         content = member.link()
         if stat.S_ISREG(member.status.st_mode):
-            with member.open() as file:
-                content = read_all(file)
+            with open(member.open(), "rb") as file:
+                content = file.read()
         entries.append((member.path, member.status.st_mode, content, member.status.st_rdev))
     packed = gzip.compress(b"".join(cpio_members(sorted(entries))), 9, mtime=0)
     temporary = f"{output}.{os.getpid()}"
@@ -3831,7 +3821,9 @@ class Files:
 
     def __init__(self, root: int, capabilities: int) -> None:
         """root: an O_PATH descriptor.  capabilities: of the guest's root where dom0 asks for some, a bit each."""
-        self.capabilities, self.memory, self.lists = capabilities, c_memory(ENTRIES_MAX), Lists()
+        self.capabilities, self.lists = capabilities, Lists()
+        # of ENTRIES_MAX bytes, which a system_call() may fill
+        self.memory: Any = (c_library()["long"] * (ENTRIES_MAX // struct.calcsize("l")))()
         try:
             home = os.open("rootfs", PATH_FLAGS, dir_fd=root)  # has most files; open, it keeps its number
         except OSError:
@@ -3845,7 +3837,8 @@ class Files:
 
     def node(self, fd: int) -> Node:
         """fd: O_PATH, the Node's from now on, also if this fails."""
-        node, status = Node(fd), os.fstat(fd)
+        node = Node(fd)
+        status = os.fstat(fd)
         device, node.kind = status.st_dev, stat.S_IFMT(status.st_mode)
         node.sizeless = self.sizeless if device == self.device else self.is_sizeless(fd, device)
         node.inode = node.key = self.inode(device, status.st_ino)
@@ -8722,7 +8715,8 @@ def apply_resources(container: Container, new: Resources, old: Resources | None)
         if vcpus > had:  # the kernel finds one more; that it is used is userspace's to say
             domain.request("cpus", "cpus")
     if not old or new.share() != old.share():
-        (weight, cap), scheduler = new.share(), xl_info("xen_scheduler")
+        weight, cap = new.share()
+        scheduler = xl_info("xen_scheduler")
         if scheduler not in SHARELESS:
             change_domain(f"sched-{scheduler or 'credit2'}", "-d", domid, "-w", weight, "-c", cap)
     if not old or new.cpus != old.cpus:
