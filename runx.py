@@ -5392,7 +5392,7 @@ IFF_UP, IFF_ALLMULTI, ARPHRD_ETHER = 1, 0x200, 1  # <linux/if.h>, <linux/if_arp.
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8  # <linux/if_addr.h>
 IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
 RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
-RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 6, 7, 8, 18
+RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS, RTA_MULTIPATH, RTA_VIA = 6, 7, 8, 9, 18
 RTAX_MTU, RTAX_ADVMSS = 2, 8
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
 RTPROT_STATIC, RTPROT_RA, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 4, 9, 0, 253
@@ -6115,6 +6115,8 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
     """Yield the Interfaces of a network namespace, as they are now.  Raise Error."""
     with Attempt(f"read the network namespace {path}"):
         netlink = Rtnetlink(path)
+        if any(RTA_MULTIPATH in route.attributes for route in netlink.dump(RTM_NEWROUTE)):
+            log.warn("a route by several gateways stays outside the VM: make it several routes of one gateway each")
         for link in netlink.links():
             interface = Interface(link.name, link.mac.hex(), link.mtu)
             interface.addresses = list(link_addresses(netlink, link.index))

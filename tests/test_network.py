@@ -689,6 +689,20 @@ def test_a_tunnel_stays_outside_with_a_warning(namespaces, tmp_path):
     assert "the interface tunnel0 is none of Ethernet and stays outside the VM" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("family, gateways", [("-4", ["10.7.0.1", "10.7.0.2"]), ("-6", ["fd77::1", "fd77::2"])])
+def test_a_route_by_several_gateways_stays_outside_with_a_warning(namespaces, tmp_path, family, gateways):
+    for line in ("link add eth3 type veth peer name peer3", "link set eth3 up", "link set peer3 up",
+                 "address add 10.7.0.3/24 dev eth3", "address add fd77::33/64 dev eth3 nodad"):  # fmt: skip
+        ip(line)
+    hops = [word for each in gateways for word in ("nexthop", "via", each, "dev", "eth3")]
+    if call("ip", family, "route", "add", "default", *hops).returncode:
+        pytest.skip("this kernel has no route by several gateways")
+    log = tmp_path / "log"
+    found = {each.name: each for each in runx.namespace_interfaces("/proc/self/ns/net", runx.Log(str(log)))}
+    kept = [route for route in found["eth3"].routes if not route.head[1]]
+    assert (kept, log.read_text().count("a route by several gateways stays outside the VM")) == ([], 1)
+
+
 def test_a_namespace_that_is_gone_is_an_error(tmp_path):
     with pytest.raises(runx.Error, match=f"cannot read the network namespace {tmp_path}/x: No such file"):
         list(runx.namespace_interfaces(f"{tmp_path}/x", None))
