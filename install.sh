@@ -72,6 +72,7 @@ mkdir -p "$sbin" "$lib" "$manual" "$completions"
 # module has on dom0, and no time: the same source and Python make the same file. Python takes it without a look at the
 # source, which would be an eighth of what it takes to load it, and it has no docstrings, which nobody reads there.
 # Containers may be created meanwhile: there always is a module, and never an older one compiled beside a new source.
+trap 'rm -f "$lib/runx.py.new"' EXIT
 put "$here/runx.py" "$lib/runx.py.new"
 compiled=''
 if command -v python3 >/dev/null; then
@@ -79,7 +80,8 @@ if command -v python3 >/dev/null; then
         sys.argv[1], dfile=sys.argv[2], doraise=True, optimize=2,
         cfile=sys.argv[3] + "/__pycache__/runx." + sys.implementation.cache_tag + ".pyc",
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH))' \
-        "$lib/runx.py.new" "$prefix/lib/runX/runx.py" "$lib")
+        "$lib/runx.py.new" "$prefix/lib/runX/runx.py" "$lib") ||
+        fail "$(python3 -V) cannot compile runX, which needs Python 3.9 or newer, and nothing was replaced"
 fi
 for file in "$lib/__pycache__"/*; do
     [ "$file" = "$compiled" ] || rm -f "$file"

@@ -161,6 +161,21 @@ def test_install_changes_nothing_where_a_file_that_it_is_given_is_not_there(tmp_
     assert not (tmp_path / "image").exists()
 
 
+def test_install_replaces_and_leaves_nothing_where_python_is_too_old(tmp_path):
+    old, lib = tmp_path / "bin/python3", tmp_path / "image/usr/lib/runX"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\n[ $1 != -V ] || exec echo Python 3.6.8\nexit 1\n")
+    old.chmod(0o755)
+    lib.mkdir(parents=True)
+    (lib / "runx.py").write_text("the one of before")
+    env = {"PATH": f"{old.parent}:{runx.PATH}", "DESTDIR": str(tmp_path / "image")}
+    result = call("sh", str(REPOSITORY / "install.sh"), *BOOT_FILES, env=env, cwd="/")
+    error = "install.sh: Python 3.6.8 cannot compile runX, which needs Python 3.9 or newer, and nothing was replaced\n"
+    assert (result.returncode, result.stderr.decode()) == (1, error)
+    assert [path.name for path in lib.iterdir()] == ["runx.py"]
+    assert (lib / "runx.py").read_text() == "the one of before"
+
+
 @pytest.mark.skipif(not shutil.which("busybox"), reason="there is no busybox here")
 def test_install_needs_no_tools_but_those_that_every_busybox_has(tmp_path):
     """Debian's and oe-core's have no install(1)."""
