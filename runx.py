@@ -8533,7 +8533,8 @@ def command_ps(call: Invocation) -> None:
     if form == "json":
         print_json(shown or None, None)
         return
-    command = ["ps", *(call.arguments[1:] or ["-ef"])]
+    asked = call.arguments[1:]
+    command = ["ps", *asked] if asked else ["sh", "-c", "ps -ef 2>/dev/null || ps"]  # oe-core's busybox has no options
     env = {**os.environ, "PATH": PATH}
     result = subprocess.run(command, stdout=subprocess.PIPE, env=env, encoding="utf-8", errors="replace", check=False)
     head, *rows = result.stdout.splitlines() or [""]

@@ -431,6 +431,22 @@ def test_ps_beside_a_process_whose_name_is_no_utf_8(dom0, monkeypatch, capsys):
     assert capsys.readouterr().out == f"PID COMMAND\n{os.getpid()} it\n"
 
 
+def test_ps_where_busybox_has_one_without_options(dom0, monkeypatch, capfd):
+    """As oe-core builds it: without options it shows all."""
+    dom0.call(
+        "ps",
+        f"""#!/bin/sh
+[ $# = 0 ] || {{ echo "ps: invalid option -- 'e'" >&2; exit 1; }}
+printf 'PID USER COMMAND\\n1 0 init\\n{os.getpid()} 0 it\\n'
+""",
+    )
+    monkeypatch.setattr(runx, "PATH", f"{dom0.folder}:{runx.PATH}")
+    assert dom0.run("ps", "c") == 0
+    assert capfd.readouterr() == (f"PID USER COMMAND\n{os.getpid()} 0 it\n", "")
+    assert dom0.run("ps", "c", "-e") == 1
+    assert "cannot tell a PID column in the output of ps -e: try --format json" in dom0.log()
+
+
 def test_a_poststart_hook_that_fails_leaves_nothing(dom0):
     """runtime-spec 1.3, lifecycle: the container is destroyed, and its poststop hooks run."""
     hooks = {"poststart": [{"path": "/bin/false"}], "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", "cat >$0"]}]}
