@@ -4611,11 +4611,17 @@ class Fuse(FuseNames):
     releasedir, fsyncdir = release, fsync
 
     def syncfs(self, node: Node) -> None:
-        """All file systems of which the guest knows a file."""
-        nodes = [each for each in self.known.nodes.values() if each.kind in (stat.S_IFDIR, stat.S_IFREG)]
-        for one in {each.inode >> 48: each for each in nodes}.values():
-            handle = self.files.open(one, os.O_RDONLY)
-            system_call("syncfs", handle.fd)
+        """All file systems of which the guest knows a file, also where one fails.  Those without sizes have nothing to
+        write, and not all of their files can be opened."""
+        kinds = stat.S_IFDIR, stat.S_IFREG
+        nodes = [each for each in self.known.nodes.values() if each.kind in kinds and not each.sizeless]
+        ones = {each.inode >> 48: each for each in nodes}.values()
+        if error := max((self.attempt(self.sync, each)[0] for each in ones), default=0):
+            refuse(error)
+
+    def sync(self, node: Node) -> None:
+        handle = self.files.open(node, os.O_RDONLY)
+        system_call("syncfs", handle.fd)
 
     def fallocate(self, node: Node, handle: Handle, offset: int, length: int, mode: int) -> None:
         if offset + length > LONG_MAX:

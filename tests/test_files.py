@@ -959,6 +959,23 @@ def test_every_request_that_is_cut_short_or_random_gets_an_answer(guest):
                     guest.look_up(b"file")  # a random request may have forgotten it
 
 
+def test_all_file_systems_are_synchronized_also_where_one_cannot_be(guest, monkeypatch):
+    nodes = [guest.fuse.known.nodes[guest.look_up(name)] for name in (b"file", b"folder")]
+    for number, node in enumerate(nodes, 1):
+        node.inode |= number << 48  # of a file system of its own
+    nodes[1].sizeless = True
+    tried = []
+
+    def system_call(name, *args):
+        assert name == "syncfs"
+        tried.append(os.readlink(f"/proc/self/fd/{args[0]}"))
+        runx.refuse(errno.EIO)
+
+    monkeypatch.setattr(runx, "system_call", system_call)
+    assert guest.request("syncfs", 1, bytes(8))[0] == errno.EIO
+    assert sorted(map(os.path.basename, tried)) == ["file", "share"]
+
+
 def test_what_is_unknown_is_refused(guest):
     assert guest.request("getattr", 77, bytes(16))[0] == errno.ESTALE
     node = guest.look_up(b"file")
