@@ -1827,12 +1827,12 @@ class Section:
 class Config:
     """<bundle>/config.json."""
 
-    def __init__(self, bundle: str, spec: Section) -> None:
+    def __init__(self, bundle: str, spec: Section, text: str) -> None:
         """Raise Error, in runc's words where engines show them."""
         linux, vm = spec.section("linux"), spec.section("vm")
         namespaces = parse_namespaces(linux)
         warn_of_no_effect(spec)
-        self.document = spec.values  # all of it
+        self.text = text  # all of it
         self.warnings = spec.warnings  # what is asked for and cannot be had in a VM, a sentence each
         self.hostname, self.domainname = parse_names(spec, namespaces)
         self.hooks = spec.section("hooks").values  # as there: parse_hooks() accepts them
@@ -1875,15 +1875,17 @@ class Config:
 
 
 def load_config(bundle: str) -> Config:
-    return Config(bundle, read_config(bundle))
+    return Config(bundle, *read_config(bundle))
 
 
-def read_config(bundle: str) -> Section:
+def read_config(bundle: str) -> tuple[Section, str]:
+    """Return it, and its text.  Raise Error."""
     path = os.path.join(bundle, "config.json")
     if not os.path.exists(path):
         raise Error(f"JSON specification file config.json not found in bundle {bundle}")
     with Attempt(f"read config.json of bundle {bundle}", ValueError):
-        return Section(read_document(path), "config.json", ": ")
+        text = read_text(path)
+        return Section(check_document(parse_json(text)), "config.json", ": "), text
 
 
 def check_version(version: str) -> str:
@@ -8054,7 +8056,7 @@ def commit(plan: Plan, pid: int, monitor: int, options: JsonObject, link: Any) -
     monitor."""
     container = plan.container.load()
     with Attempt("keep config.json"):  # for `exec`, as it was read
-        write_file(container.path("config.json"), json_text(plan.config.document))
+        write_file(container.path("config.json"), plan.config.text)
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
@@ -8330,10 +8332,10 @@ def make_order(call: Invocation, attached: bool) -> Order:
         if name.strip("/"):
             raise Error(f"cannot run it in the cgroup {printable(name)}: runX has only the container's own")
     bundle, path = container.state.bundle, call.options.get("process", "")
-    asked = read_object(path, "the process") if path else ask_process(call, read_config(bundle).section("process"))
+    asked = read_object(path, "the process") if path else ask_process(call, read_config(bundle)[0].section("process"))
     # what the container has, as `create` has found it, if its runX has kept that
     is_kept = os.path.exists(container.path("config.json"))
-    spec = read_config(container.folder if is_kept else bundle)
+    spec, _ = read_config(container.folder if is_kept else bundle)
     process, linux, warnings = parse_exec(spec, asked, path or "the process")
     for warning in warnings:
         call.log.about(container.id).warn(warning)
