@@ -449,7 +449,7 @@ def fork_program(
             signal.signal(SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would the program
             os.execve(path, argv, env)
         except BaseException as error:  # nothing may return into the caller's side
-            os.write(2, f"cannot execute {path}: {error}".encode())
+            os.write(2, f"cannot execute {path}: {getattr(error, 'strerror', None) or error}".encode())
         os._exit(127)
     return pid
 
