@@ -3824,8 +3824,7 @@ class Files:
     def __init__(self, root: int, capabilities: int) -> None:
         """root: an O_PATH descriptor.  capabilities: of the guest's root where dom0 asks for some, a bit each."""
         self.capabilities, self.lists = capabilities, Lists()
-        # of ENTRIES_MAX bytes, which a system_call() may fill
-        self.memory: Any = (c_library()["long"] * (ENTRIES_MAX // struct.calcsize("l")))()
+        self.memory: Any = (c_library()["long"] * (ENTRIES_MAX // struct.calcsize("l")))()  # that system calls fill
         try:
             home = os.open("rootfs", PATH_FLAGS, dir_fd=root)  # has most files; open, it keeps its number
         except OSError:
