@@ -4289,7 +4289,7 @@ class Known:
         self.by_key: dict[int | tuple[int, Any], Node] = {root.key: root}
         self.handles: dict[int, Handle] = {}
         self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
-        self.fixed = 0  # the inode of what is being looked up again, until it is open or was changed
+        self.fixed: tuple[int, int] | None = None  # file and read-only mount of what is being looked up again
 
     def node(self, number: int) -> Node:
         """Raise OSError."""
@@ -4335,20 +4335,14 @@ class Known:
             self.lose(node)
 
     def look_again(self, node: Node) -> None:
-        """Raise OSError, ESTALE, if the guest is to look a file up that it cannot change, or link: what it was found by
-        is read-only, or another mount than that of the new name, and the name that is used now may be in a mount that
-        is not.  Only once in succession, for the guest's kernel tries no third time."""
-        found = 0 if node.kind == stat.S_IFDIR else node.inode
-        self.fixed = 0 if self.fixed == found else found
+        """Raise OSError, ESTALE, if the guest is to look a file up that it cannot change: what it was found by is
+        read-only, and the name that is used now may be in a mount that is not.  Only once in succession."""
+        found = None if node.kind == stat.S_IFDIR else (node.inode, self.files.mount(node))
+        self.fixed = None if self.fixed == found else found
         if found:
             self.lose(node)
         if self.fixed:
             refuse(errno.ESTALE)
-
-    def is_found(self, node: Node) -> None:
-        """It was opened or changed: if it cannot be later, it may have been found by another mount again."""
-        if node.inode == self.fixed:
-            self.fixed = 0
 
     def state(self, node: Node) -> tuple[int, ...]:
         """Return the state of a file's content.  It is found by what it is now: an overlay may have copied it."""
@@ -4374,7 +4368,6 @@ class Known:
         """Return struct fuse_open_out.  Whoever opens a file, checks that there is room before.  flags: of open(2)."""
         self.last += 1
         self.handles[self.last] = handle
-        self.is_found(handle.node)
         # of what is open to append, dom0 knows where the end is, and the guest keeps no page
         direct = flags & os.O_APPEND or handle.node.sizeless
         return OPEN_OUT.pack(self.last, keeps | (FOPEN_DIRECT_IO if direct else 0), 0)
@@ -4517,12 +4510,7 @@ class FuseNames(Protocol):
 
     def link(self, folder: Node, number: int, name: bytes) -> bytes:
         node = self.known.node(number)
-        try:
-            self.change(node, self.files.link, node, folder, name)
-        except OSError as error:
-            if error.errno == errno.EXDEV:
-                self.known.look_again(node)
-            raise
+        self.change(node, self.files.link, node, folder, name)
         try:
             return self.find(folder, name)
         except OSError:
@@ -4560,9 +4548,7 @@ class FuseNames(Protocol):
         """Return work(*args), by which the guest changes a file: what it knows of the content stays true."""
         same = node.seen == content_state(os.fstat(node.fd))
         try:
-            result = work(*args)
-            self.known.is_found(node)
-            return result
+            return work(*args)
         finally:
             node.seen = self.known.state(node) if same else ()
 
