@@ -76,12 +76,14 @@ trap 'rm -f "$lib/runx.py.new"' EXIT
 put "$here/runx.py" "$lib/runx.py.new"
 compiled=''
 if command -v python3 >/dev/null; then
-    compiled=$(python3 -IS -c 'import py_compile, sys; print(py_compile.compile(
+    compiled=$(python3 -IS -c 'import py_compile, sys
+sys.version_info >= (3, 9) or sys.exit("runX needs Python 3.9 or newer")
+print(py_compile.compile(
         sys.argv[1], dfile=sys.argv[2], doraise=True, optimize=2,
         cfile=sys.argv[3] + "/__pycache__/runx." + sys.implementation.cache_tag + ".pyc",
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH))' \
         "$lib/runx.py.new" "$prefix/lib/runX/runx.py" "$lib") ||
-        fail "$(python3 -V) cannot compile runX, which needs Python 3.9 or newer, and nothing was replaced"
+        fail "$(python3 -V) cannot compile runX, and nothing was replaced"
 fi
 for file in "$lib/__pycache__"/*; do
     [ "$file" = "$compiled" ] || rm -f "$file"

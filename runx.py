@@ -2392,7 +2392,7 @@ RLIMITS = (
     "RLIMIT_CPU RLIMIT_FSIZE RLIMIT_DATA RLIMIT_STACK RLIMIT_CORE RLIMIT_RSS RLIMIT_NPROC RLIMIT_NOFILE "
     "RLIMIT_MEMLOCK RLIMIT_AS RLIMIT_LOCKS RLIMIT_SIGPENDING RLIMIT_MSGQUEUE RLIMIT_NICE RLIMIT_RTPRIO RLIMIT_RTTIME"
 ).split()
-EXEC_MAX = 6 << 20  # bytes of arguments, environment and pointers to them: execve(2) takes no more, whatever limits are
+EXEC_MAX = 6 << 20  # characters of arguments, environment and pointers to them: execve(2) takes no more, in any case
 IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}  # <linux/ioprio.h>
 # <linux/sched.h>
 POLICIES = "SCHED_OTHER SCHED_FIFO SCHED_RR SCHED_BATCH SCHED_ISO SCHED_IDLE SCHED_DEADLINE".split()
@@ -2410,13 +2410,13 @@ class Process:
             spec.refuse("needs a mount of the type devpts at /dev/pts", "terminal")
         console = spec.section("consoleSize") if self.terminal else Section({}, "")
         self.console_size = console.unsigned("height", 16), console.unsigned("width", 16)  # 0, 0: not said
-        words = spec.member("args", list, []) + spec.member("env", list, [])
-        size = sum(struct.calcsize("P") + len(word) for word in words if isinstance(word, str))
-        if size > EXEC_MAX:
-            raise Error(f'unable to start container process: exec: "{words[0]}": argument list too long')
         self.args = spec.texts("args")
         if not self.args:
             spec.refuse("must not be empty", "args")
+        words = self.args + spec.member("env", list, [])
+        if sum(struct.calcsize("P") + len(word) for word in words if isinstance(word, str)) > EXEC_MAX:
+            program = printable(self.args[0][:100])
+            raise Error(f'unable to start container process: exec: "{program}": argument list too long')
         env = {variable.partition("=")[0]: variable for variable in spec.texts("env")}  # the last counts
         self.env = list(env.values())
         for variable in self.env:
@@ -4614,10 +4614,11 @@ class Fuse(FuseNames):
     def syncfs(self, node: Node) -> None:
         """All file systems of which the guest knows a file, also where one fails.  Those without sizes have nothing to
         write, and not all of their files can be opened."""
-        kinds = stat.S_IFDIR, stat.S_IFREG
-        nodes = [each for each in self.known.nodes.values() if each.kind in kinds and not each.sizeless]
-        ones = {each.inode >> 48: each for each in nodes}.values()
-        if error := max((self.attempt(self.sync, each)[0] for each in ones), default=0):
+        known = self.known.nodes.values()
+        ones = {}
+        for kind in (stat.S_IFREG, stat.S_IFDIR):  # rather by a folder: it can be opened
+            ones.update({each.inode >> 48: each for each in known if each.kind == kind and not each.sizeless})
+        if error := max((self.attempt(self.sync, each)[0] for each in ones.values()), default=0):
             refuse(error)
 
     def sync(self, node: Node) -> None:
@@ -6122,7 +6123,8 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
     """Yield the Interfaces of a network namespace, as they are now.  Raise Error."""
     with Attempt(f"read the network namespace {path}"):
         netlink = Rtnetlink(path)
-        if any(RTA_MULTIPATH in route.attributes for route in netlink.dump(RTM_NEWROUTE)):
+        routes = [each for each in netlink.dump(RTM_NEWROUTE) if each.head[4] == RT_TABLE_MAIN]
+        if any(RTA_MULTIPATH in route.attributes for route in routes):
             log.warn("a route by several gateways stays outside the VM: make it several routes of one gateway each")
         for link in netlink.links():
             interface = Interface(link.name, link.mac.hex(), link.mtu)
