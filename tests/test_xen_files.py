@@ -351,10 +351,10 @@ def changed_in_place_beside_what_is_unsent(both):
 
 
 def opened_and_read(both):
-    """A file of 13 pages, which the guest has open as fd, and all of it at hand."""
+    """A file of 14 pages, which the guest has open as fd, and all of it at hand."""
     both.set("f", LONG)
     both.guest("fd = os.open({path}, os.O_RDWR)", path=both.at("f"))
-    assert both.guest("(read(fd), kept(fd))") == (brief(LONG), 13)
+    assert both.guest("(read(fd), kept(fd))") == (brief(LONG), 14)
 
 
 def synchronized_twice_within_a_tick(both):
@@ -368,7 +368,7 @@ def synchronized_twice_within_a_tick(both):
                 os.close(os.dup(fd))
             found.append(kept(fd))
         os.close(fd)""")
-    assert both.guest("set(found)") == {13}
+    assert both.guest("set(found)") == {14}
 
 
 def allocated_beside_looks(both):
@@ -384,7 +384,7 @@ def allocated_beside_looks(both):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(fd)""")
-    assert both.guest("set(found)") == {(0, 13)}
+    assert both.guest("set(found)") == {(0, 14)}
 
 
 def written_where_times_are_coarse(both):
@@ -393,7 +393,7 @@ def written_where_times_are_coarse(both):
     stamps = "(kept(fd), os.fstat(fd).st_mtime_ns % 10**9)"
     for sending in ("os.fsync(fd)", "os.close(os.dup(fd))", "os.utime(fd, ns=(5, 10**18 + 5))", "os.sync()"):
         both.guest(f"os.pwrite(fd, b'x', 0); {sending}")
-        assert both.guest(stamps) == (13, 0), sending
+        assert both.guest(stamps) == (14, 0), sending
     both.guest("os.close(fd)")
 
 
