@@ -93,10 +93,17 @@ def faults_of(node, parent):
         yield Fault("dropped change", node, "pass")
     elif isinstance(node, (ast.List, ast.Tuple)) and len(node.elts) > 1 and isinstance(node.ctx, ast.Load):
         yield Fault("dropped item", node, f"({replaced(node, elts=node.elts[:-1])})")
-        swapped = [node.elts[1], node.elts[0], *node.elts[2:]]
-        yield Fault("swapped items", node, f"({replaced(node, elts=swapped)})")
+        if not is_behind_in(node, parent):
+            swapped = [node.elts[1], node.elts[0], *node.elts[2:]]
+            yield Fault("swapped items", node, f"({replaced(node, elts=swapped)})")
     elif isinstance(node, ast.Dict) and len(node.keys) > 1:
         yield Fault("dropped entry", node, f"({replaced(node, keys=node.keys[:-1], values=node.values[:-1])})")
+
+
+def is_behind_in(node, parent):
+    """Whether the order of its items means nothing."""
+    is_in = isinstance(parent, ast.Compare) and isinstance(parent.ops[-1], (ast.In, ast.NotIn))
+    return is_in and node is not parent.left
 
 
 def find_faults(source):

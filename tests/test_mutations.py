@@ -12,6 +12,7 @@ import os
 import random
 import re
 
+import mutate
 import pytest
 from conftest import config
 from test_engines import CONFIGS
@@ -247,3 +248,13 @@ def test_mutated_command_lines(tmp_path, trial):
         words = [word for word in words if not re.match(r"-*(root|log|log-format|r|resources)\b", word)]
         statuses.add(trial(case, *words)[0])
     assert statuses == {0, 1, 3, 255}  # 3: an unknown command
+
+
+def test_faults_of_the_source_are_such_as_can_be_seen():
+    """tests/mutate.py: the order of what stands behind `in` is none."""
+
+    def swapped(text):
+        return [fault.replacement for fault in mutate.find_faults(text) if fault.kind == "swapped items"]
+
+    assert swapped("x in (1, 2)") == swapped("x not in [1, 2]") == []
+    assert swapped("(1, 2) in x") == swapped("(1, 2) == x") == swapped("for y in (1, 2): pass") == ["((2, 1))"]
