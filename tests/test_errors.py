@@ -69,6 +69,13 @@ def test_a_root_that_is_no_folder(dom0):
     container.root.unlink()
 
 
+def test_a_root_in_which_no_folder_can_be_made(dom0):
+    """Which is no other container, whatever the reason is."""
+    container = dom0.container()
+    result = dom0.run("--root", "/proc", "create", "--bundle", str(container.bundle), container.id)
+    assert result.stderr == f"runX: cannot make /proc/{container.id}: No such file or directory\n"
+
+
 @pytest.mark.parametrize("command", ["state", "start", "kill", "delete"])
 def test_unknown_id(bundle, command):
     bundle.check_refused("does not exist", command=command)

@@ -191,6 +191,14 @@ def test_a_rename_refuses_exchanges_or_leaves_a_whiteout(share):
     assert stat.S_ISCHR(os.lstat(share.host / "a").st_mode)
 
 
+def test_a_rename_that_dom0_cannot_do_is_none(guest, tmp_path):
+    """Where runX does not know the system call's number."""
+    guest.fuse.files.sys_renameat2 = 0
+    head = struct.pack("<QII", 1, RENAME_NOREPLACE, 0)
+    assert guest.request("rename2", 1, head + b"file\0new\0") == (errno.EINVAL, b"")
+    assert (tmp_path / "share/file").exists()
+
+
 def test_special_files_are_made_and_work(share):
     os.mknod(share.guest / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     os.mknod(share.guest / "large", stat.S_IFBLK | 0o600, os.makedev(259, 70000))
@@ -1324,6 +1332,20 @@ def test_ninep_makes_files_without_a_size_as_the_makers(shared):
     status = os.stat(f"{path}/queue")
     runx.detach(path)
     assert (status.st_uid, status.st_gid) == (1000, 1001)
+
+
+@needs_root
+def test_ninep_makes_all_in_such_a_folder_as_the_makers(ninep, tmp_path):
+    (tmp_path / "share").chmod(0o777)
+    ninep.ninep.files.root.sizeless = True
+    ninep.done("attach", 1, runx.NO_USER, b"", b"", 1000)
+    ninep.done("mkdir", 1, b"new", 0o750, 1001)
+    ninep.done("mknod", 1, b"fifo", stat.S_IFIFO | 0o640, 0, 0, 1001)
+    ninep.done("symlink", 1, b"target", b"target", 1001)
+    ninep.done("lcreate", 1, b"made", os.O_RDWR, 0o640, 1001)
+    for name in ("new", "fifo", "target", "made"):
+        status = os.lstat(tmp_path / "share" / name)
+        assert (status.st_uid, status.st_gid) == (1000, 1001), name
 
 
 def test_ninep_follows_no_name_out_of_the_share(ninep, tmp_path):

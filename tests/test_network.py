@@ -928,13 +928,25 @@ def test_ports_of_a_bridge_reach_it(namespaces, plugged):
 
 
 @pytest.mark.parametrize("address, broadcast", [("10.9.0.4/30", "10.9.0.7"), ("10.9.0.4/31", None),
-                                                ("10.9.0.4/32", None)])  # fmt: skip
-def test_a_subnet_of_two_has_no_broadcast(address, broadcast):
+                                                ("10.9.0.4/32", None), ("fd09::4/16", None)])  # fmt: skip
+def test_a_subnet_of_two_and_ipv6_have_no_broadcast(address, broadcast):
     import ipaddress
 
     message = runx.address_message(ipaddress.ip_interface(address), 9)
     found = message.attributes.get(runx.IFA_BROADCAST)
     assert found == (broadcast and ipaddress.ip_address(broadcast).packed) and message.head[-1] == 9
+
+
+def test_a_link_is_up_only_where_that_is_asked_for(namespaces):
+    """Before it has its settings, it would take what a router advertises."""
+    pair("vif7.0", "02:00:00:00:09:05", namespaces)
+    netlink = runx.Rtnetlink()
+    index = netlink.find_link("vif7.0").index
+    seen = []
+    for up in (False, True, False):
+        netlink.set_link(index, {runx.IFLA_MTU: 1400}, up)
+        seen.append("UP" in ip("link show dev vif7.0")[0]["flags"])
+    assert seen == [False, True, True]
 
 
 def test_a_port_that_cannot_be_leaves_nothing(namespaces, plugged, monkeypatch):
