@@ -254,7 +254,7 @@ def test_a_signal_ends_the_wait_for_a_terminal_that_nobody_reads(bundle, termina
     """
     _, pidfd = terminal(terminal_config("sh", "-c", script))
     status = bundle.rootfs / "tmp/status"
-    wait_in(status.parent, lambda: status.exists() and status.read_bytes(), "the end of what waits")
+    wait_in(status.parent, lambda: status.exists() and status.read_bytes(), "the end of what waits", 180)
     assert status.read_bytes() == b"143\n"
     bundle.succeed("kill", "KILL")
     wait_for(pidfd)
