@@ -3,7 +3,7 @@
 """runX: an OCI runtime that runs each container as a Xen VM of its own.
 
 An engine (containerd, Podman, Docker) calls it as it would call runc.  `create` forks a monitor, which builds a domain
-with `xl create`, and then a holder, whose pid is the container's pid and whose namespaces are the container's.  The
+with `xl create`, and forks a holder, whose pid is the container's pid and whose namespaces are the container's.  The
 domain boots meanwhile, and waits until `start` lets it execute the process.  The monitor carries the standard streams
 over PV consoles, waits for the domain to end and destroys it; the holder exits with the container's exit status.  In
 the VM there is an init and no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore,
@@ -402,6 +402,7 @@ SIGHUP, SIGKILL, SIGPIPE, SIGCHLD, SIGWINCH = 1, 9, 13, 17, 28  # <signal.h>
 RELAYED = (SIGHUP, 2, 3, 10, 12, 15)  # also INT, QUIT, USR1, USR2, TERM: for the container's process, whoever gets them
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80  # <linux/sched.h>
+CLONE_PARENT, SYS_CLONE3 = 0x8000, 435  # the number in <asm-generic/unistd.h>, the same on each machine
 OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
 SENTENCE_MAX = 4000  # bytes that processes of ours say at once
 FAILED = 255  # the exit status where a process has none of its own, as runc's exec
@@ -538,12 +539,14 @@ def unblock_standard(fd: int) -> None:
         pass
 
 
-def fork_linked(name: str, keep: Collection[object], life: Callable[..., int], *args: Any) -> tuple[int, Any]:
+def fork_linked(
+    name: str, keep: Collection[object], life: Callable[..., int], *args: Any, fork: Callable[[], int] = os.fork
+) -> tuple[int, Any]:
     """Fork a process that ends with what life(*args, link) returns, link being a socket to us, or tells us there why it
     fails.  It has those of our descriptors that it keeps, and 0, 1, 2.  Return its pid, and our end.  Raise OSError."""
     socket = import_core("socket")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid, status = os.fork(), FAILED
+    pid, status = fork(), FAILED
     if pid == 0:
         try:
             os.setsid()
@@ -556,6 +559,13 @@ def fork_linked(name: str, keep: Collection[object], life: Callable[..., int], *
             os._exit(status)
     theirs.close()
     return pid, ours
+
+
+def fork_sibling() -> int:
+    """Fork a child of our parent's, who gets its exit status, as the first process of a new pid namespace.  Return its
+    pid, and 0 in it.  Raise OSError."""
+    # os.fork() would do more for a child of several threads, and we have one
+    return system_call("syscall", SYS_CLONE3, struct.pack("=8Q", CLONE_PARENT | CLONE_NEWPID, *[0] * 7), 64)
 
 
 def tell(link: Any, words: bytes | str) -> None:
@@ -6558,69 +6568,53 @@ ENDING_SIGNALS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 31}
 
 
 class Holder:
-    """The holder's pid, and the monitor's end of a socket to it, which is there first.
+    """The holder's pid, and the monitor's end of a socket to it.
 
-    The monitor sends whether the container's files are exported, and gets "+" or an error; later one byte, the exit
-    status.  The holder sends signals, a byte each.
+    The holder says "+" or an error, and then the signals that it gets, a byte each.  It is told the exit status, one.
     """
 
     def __init__(self) -> None:
-        socket = import_core("socket")
         self.pid = 0
-        self.link, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.link: Any = None
 
-    def start(self, config: Config, share: str, monitor: int) -> None:
-        """Make it, as the first process of a new pid namespace, with the share that the monitor, a pid, has mounted.
-        Raise Error."""
-        with Attempt("make a pid namespace"), Descriptor(os.open("/proc/self/ns/pid", os.O_RDONLY)) as home:
-            pidfd = os.pidfd_open(monitor)
-            system_call("unshare", CLONE_NEWPID)
-            self.pid = -1
-            try:
-                self.pid = os.fork()
-            finally:
-                if self.pid:
-                    system_call("setns", home, CLONE_NEWPID)  # what we start later is dom0's
-        if self.pid == 0:
-            run_holder(config, share, pidfd, f"/proc/{monitor}/ns/mnt", self.other)
-        os.close(pidfd)
-        self.other.close()
+    def start(self, config: Config, share: str, exported: bool) -> None:
+        """Make it, a child of our parent's: the engine, in the end.  It takes the files of our mount namespace, where
+        the share is, as its own.  Raise Error."""
+        with Attempt("make a pid namespace"), Descriptor(os.pidfd_open(os.getpid())) as monitor:
+            args = config, share, exported, monitor
+            self.pid, self.link = fork_linked("holder", (monitor,), run_holder, *args, fork=fork_sibling)
 
-    def enter(self, exported: bool) -> None:
-        """Have the holder take our mount namespace's files as its own.  Raise Error."""
-        tell(self.link, "9p" if exported else "-")
+    def check(self) -> None:
+        """Wait until it is in its namespaces.  Raise Error."""
         if reason := hear(self.link, "the process that holds its namespaces was killed"):
             raise Error(reason)
 
-
-def run_holder(config: Config, share: str, monitor: int, mounts: str, link: Any) -> NoReturn:
-    """The holder's whole life.  monitor: a pidfd.  mounts: path of its mount namespace."""
-    status = 128 + SIGKILL  # if the monitor is killed
-    try:
-        os.setsid()
-        os.umask(0o022)
-        close_other_descriptors({link.fileno(), monitor})
-        namespace, signals = os.open(mounts, os.O_RDONLY), relay_signals(RELAYED)
-        message = receive(link)
-        if message in (b"9p", b"-"):  # else the monitor has failed before, or has said how it has
-            try:
-                enter_namespaces(config, share, namespace, message == b"9p")
-                link.send(b"+")
-            except Exception as error:
-                tell(link, str(error))
-            while message:
-                if signals in select.select([link, signals], [], [])[0]:
-                    tell(link, os.read(signals, 64))
-                else:
-                    message = receive(link)
-                    status = message[0] if message else status
-            select.select([monitor], [], [])  # who hears that we have ended finds nothing of ours
-    finally:
-        os._exit(status)
+    def end(self, status: int) -> None:
+        """Have it exit with a status, once we have ended."""
+        if self.link:
+            tell(self.link, bytes([status]))
 
 
-def enter_namespaces(config: Config, share: str, namespace: int, exported: bool) -> None:
-    """Make the holder's namespaces the container's.  namespace: a mount namespace that has the share.  Raise Error."""
+def run_holder(config: Config, share: str, exported: bool, monitor: int, link: Any) -> int:
+    """The holder's whole life.  monitor: a pidfd.  Return its exit status."""
+    os.umask(0o022)
+    os.closerange(0, 3)
+    signals = relay_signals(RELAYED)
+    enter_namespaces(config, share, exported)
+    link.send(b"+")
+    status, message = 128 + SIGKILL, b"+"  # if the monitor is killed
+    while message:
+        if signals in select.select([link, signals], [], [])[0]:
+            tell(link, os.read(signals, 64))
+        else:
+            message = receive(link)
+            status = message[0] if message else status
+    select.select([monitor], [], [])  # who hears that we have ended finds nothing of ours
+    return status
+
+
+def enter_namespaces(config: Config, share: str, exported: bool) -> None:
+    """Make the holder's namespaces the container's.  Raise Error."""
     flags = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWUTS
     name, process = config.hostname or os.uname().nodename, config.process
     with Attempt("enter the container's namespaces"):
@@ -6632,8 +6626,6 @@ def enter_namespaces(config: Config, share: str, namespace: int, exported: bool)
         system_call("unshare", flags)
         mark_namespace().detach()  # open as long as we live
         system_call("sethostname", name, len(os.fsencode(name)))
-        system_call("setns", namespace, CLONE_NEWNS)
-        os.close(namespace)
     change_root(share, config, exported)
     show_arguments(process.args if process else ["runX"])
 
@@ -7384,8 +7376,8 @@ class BootConsole(FirstConsole):
 
 
 class Commit:
-    """create's words: the holder's pid, and "+" when it has done its part.  An end without that means that create is
-    gone, and all goes with it.
+    """create's word: "+" when it has done its part.  An end without that means that create is gone, and all goes with
+    it.
 
     Until then the monitor is where the share is, in a mount namespace of its own, for createContainer hooks.
     """
@@ -7635,11 +7627,11 @@ class Plan(Record):
     log: Log
 
 
-def run_monitor(plan: Plan, holder: Holder, commit: Commit, link: Any) -> int:
-    """The monitor's whole life.  link: to create, that gets "=" when there is a domain, and a holder is to be made;
-    then "+" or an error.  Return the container's exit status."""
+def run_monitor(plan: Plan, commit: Commit, link: Any) -> int:
+    """The monitor's whole life.  link: to create, that gets the holder's pid when there is one, and then "+" or an
+    error.  Return the container's exit status."""
     container, monitor, committed, status, failure = plan.container, None, False, FAILED, ""
-    server, commit.link = FileServer(), link
+    holder, server, commit.link = Holder(), FileServer(), link
     try:
         monitor = build(plan, holder, server, commit)
         link.send(b"+")
@@ -7665,34 +7657,32 @@ def run_monitor(plan: Plan, holder: Holder, commit: Commit, link: Any) -> int:
         plan.log.write("error", failure)
     elif failure:
         tell(link, failure)
-    tell(holder.link, bytes([status]))
+    holder.end(status)
     return status
 
 
 def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Monitor:
     """Have the domain built; return what serves it.  Raise Error.  The holder comes when the VM boots already."""
-    builder = Builder(plan.container, plan.config, plan.networks, plan.log)
+    container, config = plan.container, plan.config
+    builder = Builder(container, config, plan.networks, plan.log)
     domain = builder.build(plan.bundle, plan.systemd)
-    commit.link.send(b"=")
-    if builder.rootfs.is_served:
-        capabilities = plan.config.process.capabilities["bounding"] if plan.config.process else 0
-        server.start(plan.config.machine.share_device(), builder.share, capabilities)
+    is_served = builder.rootfs.is_served
+    holder.start(config, builder.share, is_served and not builder.rootfs.disk)
+    commit.link.send(str(holder.pid).encode())
+    container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)
+    if is_served:
+        capabilities = config.process.capabilities["bounding"] if config.process else 0
+        server.start(config.machine.share_device(), builder.share, capabilities)
     monitor = Monitor(plan, holder, server, commit, domain)
     monitor.prepare()
-    if monitor.terminal and plan.config.process and plan.console_socket is not None:
+    if monitor.terminal and config.process and plan.console_socket is not None:
         signal = import_core("signal")
         signal.signal(SIGHUP, signal.SIG_IGN)  # if it hangs up before we serve it, create's end decides
-        take_terminal(plan.console_socket, plan.config.process.console_size)
-    word = receive(commit.link)
-    if not word:
-        raise Error("the process that creates the container was killed")
-    holder.pid = int.from_bytes(word, "little")
-    plan.container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)
-    join_cgroups(plan.container.state.cgroups, holder.pid)
-    holder.enter(builder.rootfs.is_served and not builder.rootfs.disk)
+        take_terminal(plan.console_socket, config.process.console_size)
+    holder.check()
     if server.pid and (reason := hear(server.link)):
         raise Error(f"cannot serve the container's files: {reason}")
-    monitor.log.debug(f"domain {domain.domid} ({plan.container.state.name}) is built")
+    monitor.log.debug(f"domain {domain.domid} ({container.state.name}) is built")
     return monitor
 
 
@@ -8001,7 +7991,7 @@ def find_console(call: Invocation, process: Process | None, attached: bool) -> t
 
 
 def create(plan: Plan, options: JsonObject) -> int:
-    """Make the container: fork monitor and holder, and wait until the domain is built.  Return the holder's pid."""
+    """Make the container: fork the monitor, and wait until all is built.  Return the holder's pid."""
     container, log = plan.container, plan.log
     if plan.config.namespace:
         in_namespace(plan.config.namespace, mark_namespace)
@@ -8012,24 +8002,21 @@ def create(plan: Plan, options: JsonObject) -> int:
             log.about(container.id).warn(warning)
         for module in ("mmap", "resource"):  # here, so that what we fork shares the half a megabyte that each takes
             __import__(module)
-        holder, word = Holder(), Commit()
-        kept = word.home, plan.console_socket, holder.link.fileno(), container.lock_fd
-        monitor, link = fork_linked("monitor", kept, run_monitor, plan, holder, word)
+        word = Commit()
+        kept = word.home, plan.console_socket, container.lock_fd
+        monitor, link = fork_linked("monitor", kept, run_monitor, plan, word)
         os.close(word.home)
-        holder.link.close()
         children = [monitor]
         undo.add("wait for its processes", lambda: [os.waitpid(child, 0) for child in children])
         undo.add("end the monitor", link.close)  # it takes all down when it sees this
         reason = hear(link, MONITOR_LOST)
-        if reason == "=":
-            holder.start(plan.config, container.path("share"), monitor)
-            children.append(holder.pid)
-            tell(link, holder.pid.to_bytes(4, "little"))
+        if reason.isdecimal():
+            children.append(int(reason))
             reason = hear(link, MONITOR_LOST)
         if reason:
             raise Error(f"cannot create container {container.id}: {reason}")
-        commit(plan, holder.pid, monitor, options, link)
-        return holder.pid
+        commit(plan, children[1], monitor, options, link)
+        return children[1]
 
 
 def remove_unmade(container: Container, log: Log) -> None:

@@ -4,7 +4,6 @@
 import json
 import os
 import pathlib
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -161,23 +160,6 @@ def test_a_signal_that_comes_while_the_vm_is_taken_down_leaves_the_exit_status(d
     dom0.signal(holder, 18)
     assert container.wait() == 3
     remove(container)
-
-
-def test_a_holder_whose_monitor_has_failed_before_enters_nothing(monkeypatch, tmp_path):
-    """The monitor has asked for it, and told its exit status in place of what it is to enter."""
-    monkeypatch.setattr(runx, "enter_namespaces", lambda *_: (tmp_path / "entered").touch())
-    monitor, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ended, writer = os.pipe()  # what a pidfd is like
-    monitor.send(b"\xff")
-    pid = os.fork()
-    if pid == 0:
-        runx.run_holder(None, "", ended, "/proc/self/ns/mnt", other)
-    for end in (monitor, other):
-        end.close()
-    os.close(writer)
-    os.close(ended)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 137
-    assert not os.listdir(tmp_path)
 
 
 def test_a_forced_delete_waits_for_create(dom0):
