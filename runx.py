@@ -2212,6 +2212,7 @@ def quote_word(word: str) -> str:
 
 VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes 0.7
 DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
+NO_LIMIT = (1 << 63) - 4096  # bytes, the most that a cgroup can be given: as if there were none
 
 
 class Resources:
@@ -2227,7 +2228,8 @@ class Resources:
         """base: what is not said there; an older runX has not kept all of it."""
         resources = Section(spec, where)
         memory, cpu = resources.section("memory"), resources.section("cpu")
-        self.memory = max(-1, memory.number("limit", 0))  # bytes; -1: no limit
+        limit = memory.number("limit", 0)
+        self.memory = max(-1, limit) if limit < NO_LIMIT else -1  # bytes; -1: no limit
         # microseconds of processor time in each period, of all processors together; -1: no limit
         self.quota = max(-1, cpu.number("quota", 0))
         self.period = max(0, cpu.number("period", 0)) or 100000  # microseconds
@@ -6133,8 +6135,8 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
     """Yield the Interfaces of a network namespace, as they are now.  Raise Error."""
     with Attempt(f"read the network namespace {path}"):
         netlink = Rtnetlink(path)
-        routes = [each for each in netlink.dump(RTM_NEWROUTE) if each.head[4] == RT_TABLE_MAIN]
-        if any(RTA_MULTIPATH in route.attributes for route in routes):
+        routes = list(netlink.dump(RTM_NEWROUTE))
+        if any(each.head[4] == RT_TABLE_MAIN and RTA_MULTIPATH in each.attributes for each in routes):
             log.warn("a route by several gateways stays outside the VM: make it several routes of one gateway each")
         for link in netlink.links():
             interface = Interface(link.name, link.mac.hex(), link.mtu)
@@ -6144,7 +6146,7 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
             if link.type != ARPHRD_ETHER:
                 log.warn(f"the interface {link.name} is none of Ethernet and stays outside the VM")
                 continue
-            interface.routes = list(link_routes(netlink, link.index))
+            interface.routes = list(link_routes(routes, link.index))
             interface.neighbours = list(link_neighbours(netlink, link.index))
             interface.ipv6 = in_namespace(path, read_ipv6_settings, link.name)
             interface.namespace, interface.device, interface.index = path, link.name, link.index
@@ -6169,9 +6171,9 @@ def link_addresses(netlink: Rtnetlink, index: int) -> Iterator[Message]:
         yield Message(RTM_NEWADDR, (family, length, 0, scope, 0), kept)
 
 
-def link_routes(netlink: Rtnetlink, index: int) -> Iterator[Message]:
-    """Yield the routes through a link, without those that the guest's kernel has by itself."""
-    for message in netlink.dump(RTM_NEWROUTE):
+def link_routes(routes: list[Message], index: int) -> Iterator[Message]:
+    """Yield those through a link, without what the guest's kernel has by itself."""
+    for message in routes:
         family, *_, table, protocol, _, kind, flags = message.head
         values = message.attributes
         if values.get(RTA_OIF) != struct.pack("=I", index) or family not in (AF_INET, AF_INET6):

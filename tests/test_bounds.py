@@ -195,7 +195,7 @@ NUMBERS = [
     ("linux.devices.0.minor", 0, U32, device(3)),
     ("linux.devices.0.uid", 0, U32, device(4)),
     ("linux.devices.0.gid", 0, U32, device(5)),
-    ("vm.hwConfig.memory", 0, None, lambda parsed: parsed.resources.memory),
+    ("vm.hwConfig.memory", 0, None, lambda parsed: parsed.raw_resources.get("memory", {}).get("limit", 0)),
     ("vm.hwConfig.vcpus", 0, None, lambda parsed: parsed.resources.fixed_vcpus),
     ("vm.hwConfig.irqs.0", 0, None, lambda parsed: int(parsed.machine.options["irqs"][0])),
     ("vm.hwConfig.iomems.0.firstMFN", 0, None, iomem(0)),

@@ -248,6 +248,8 @@ def test_an_annotation_never_asks_for_more_than_the_resources(bundle, host_confi
     ]  # fmt: skip
     parsed = annotated(bundle, limits, memory="32", vcpus="1")
     assert (parsed.resources.mebibytes(0), parsed.resources.vcpus(8), parsed.warnings) == (32, 1, [])
+    for limit in (-1, (1 << 63) - 4096, (1 << 63) - 1):  # the last two as cgroups tell it, and some who ask them
+        assert runx.Resources({"memory": {"limit": limit}}, "resources", {}).memory == -1
     unlimited = {"memory": {"limit": -1}, "cpu": {"quota": -1}}
     for resources in ({}, unlimited):
         assert annotated(bundle, resources, memory="1500").resources.mebibytes(0) == 512
