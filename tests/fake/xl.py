@@ -171,16 +171,14 @@ class Xl:
         machine.vcpus = int(count)
 
     def do_sched_credit(self, *words):
-        if self.xen.scheduler != "credit":
-            raise Failure("libxl: error: Invalid argument\n")
-        self.set_share(words)
+        self.set_share("credit", words)
 
     def do_sched_credit2(self, *words):
-        if self.xen.scheduler != "credit2":
-            raise Failure("libxl: error: Invalid argument\n")
-        self.set_share(words)
+        self.set_share("credit2", words)
 
-    def set_share(self, words):
+    def set_share(self, scheduler, words):
+        if self.xen.scheduler != scheduler:
+            raise Failure("libxl: error: Invalid argument\n")
         options = dict(zip(words[::2], words[1::2]))
         self.machine(options["-d"]).told["scheduler"] = [int(options["-w"]), int(options["-c"])]
 
