@@ -3702,6 +3702,7 @@ if TYPE_CHECKING:
 PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW
 NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
 READERS_MAX = 128  # files that are kept open, as the guest reads them without opening
+FIXED_MAX = 1024  # processes that look up again, at a time, what they cannot change
 LISTS_MAX, LISTS_OF_ONE = 64, 4  # folders that dom0's kernel may have the names of, and of one as it was each time
 PREFIXES_MAX = 1 << 15  # of files' numbers: each file system in the share has one
 CONTENT_MAX = 1 << 17  # bytes of a file in a message
@@ -4256,7 +4257,7 @@ FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
 OPEN_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 1, 1
 WRITE_CACHE, WRITE_KILL_SUIDGID = 1, 4
-IN_HEADER, OUT_HEADER = struct.Struct("<IIQQII8x"), struct.Struct("<IiQ")  # 40 and 16 bytes
+IN_HEADER, OUT_HEADER = struct.Struct("<IIQQIII4x"), struct.Struct("<IiQ")  # 40 and 16 bytes
 RWF_SYNC, RWF_APPEND = 4, 16  # <linux/fs.h>; Python has the latter from 3.10 on
 WRITE_DATA = 80  # where a write has what is written
 ATTR = "QQQqqqIIIIIIIIII"
@@ -4301,7 +4302,8 @@ class Known:
         self.by_key: dict[int | tuple[int, Any], Node] = {root.key: root}
         self.handles: dict[int, Handle] = {}
         self.readers: dict[int, Handle] = {}  # those by which files are read that are not open, the latest last
-        self.fixed: tuple[int, int] | None = None  # file and read-only mount of what is being looked up again
+        # asking process, file and read-only mount of what is being looked up again, the latest last
+        self.fixed: dict[tuple[int, int, int], bool] = {}
 
     def node(self, number: int) -> Node:
         """Raise OSError."""
@@ -4346,15 +4348,20 @@ class Known:
             del self.nodes[number]
             self.lose(node)
 
-    def look_again(self, node: Node) -> None:
+    def look_again(self, node: Node, asker: int) -> None:
         """Raise OSError, ESTALE, if the guest is to look a file up that it cannot change: what it was found by is
-        read-only, and the name that is used now may be in a mount that is not.  Only once in succession."""
-        found = None if node.kind == stat.S_IFDIR else (node.inode, self.files.mount(node))
-        self.fixed = None if self.fixed == found else found
-        if found:
-            self.lose(node)
-        if self.fixed:
-            refuse(errno.ESTALE)
+        read-only, and the name that is used now may be in a mount that is not.  A process, asker, is told so once, for
+        its system call fails at the second time."""
+        if node.kind == stat.S_IFDIR:
+            return
+        found = asker, node.inode, self.files.mount(node)
+        self.lose(node)
+        if self.fixed.pop(found, False):
+            return
+        if len(self.fixed) >= FIXED_MAX:
+            del self.fixed[next(iter(self.fixed))]
+        self.fixed[found] = True
+        refuse(errno.ESTALE)
 
     def state(self, node: Node) -> tuple[int, ...]:
         """Return the state of a file's content.  It is found by what it is now: an overlay may have copied it."""
@@ -4422,12 +4429,12 @@ class FuseNames(Protocol):
             self.handlers[opcode] = getattr(self, name), structure, form[len(numbers) :], "H" in form
 
     def answer(self, request: Ring) -> tuple[bytes, int]:
-        _, opcode, unique, number, uid, gid = IN_HEADER.unpack_from(request.head)
+        _, opcode, unique, number, uid, gid, pid = IN_HEADER.unpack_from(request.head)
         self.request, self.asker = request, (uid, gid)
         number = number or FUSE_ROOT_ID  # some are about no file
         error, body, content = self.attempt(self.handle, opcode, number)
         if error == errno.EROFS:
-            error = self.attempt(self.known.look_again, self.known.node(number))[0] or error
+            error = self.attempt(self.known.look_again, self.known.node(number), pid)[0] or error
         if error == errno.EMFILE:
             error = errno.ENFILE  # at which the guest's kernel forgets files, and asks again
         if opcode in FUSE_SILENT and not unique:  # by readdirplus's way of forgetting, a process waits

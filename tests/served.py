@@ -40,10 +40,10 @@ def ask(protocol, request, reply=None):
     return beginning + bytes(message.reply[len(beginning) : len(beginning) + content])
 
 
-def fuse_request(opcode, node, body=b"", uid=0, gid=0, unique=UNIQUE):
+def fuse_request(opcode, node, body=b"", uid=0, gid=0, unique=UNIQUE, pid=1):
     """opcode: a name or a number."""
     number = runx.FUSE_REQUESTS[opcode][0] if isinstance(opcode, str) else opcode
-    return runx.IN_HEADER.pack(40 + len(body), number, unique, node, uid, gid) + body
+    return runx.IN_HEADER.pack(40 + len(body), number, unique, node, uid, gid, pid) + body
 
 
 class Guest:

@@ -1139,6 +1139,23 @@ def test_a_file_that_is_read_only_is_told_also_where_no_descriptor_is_left(guest
     assert guest.request("setattr", node, mode)[0] == errno.ENFILE
 
 
+def test_who_cannot_change_a_file_is_told_so_whoever_else_tries(guest, tmp_path, monkeypatch):
+    """A system call that is told ESTALE once more fails with that, and so did those of two processes by turns."""
+    (tmp_path / "share/other").touch()
+    mode = struct.pack("<I12xQ8xqq8xII4xI4xII4x", runx.SET_MODE, 0, 0, 0, 0, 0, 0o600, 0, 0)
+    monkeypatch.setattr(os, "chmod", lambda *args: runx.refuse(errno.EROFS))
+    monkeypatch.setattr(runx, "FIXED_MAX", 3)
+
+    def tried(name, pid):
+        return guest.request("setattr", guest.look_up(name), mode, pid=pid)[0]
+
+    for names in ((b"file", b"other", b"file"), (b"file", b"file", b"file")):
+        assert [tried(name, pid) for pid, name in enumerate(names)] == [errno.ESTALE] * 3
+        assert [tried(name, pid) for pid, name in enumerate(names)] == [errno.EROFS] * 3
+    assert [tried(b"file", pid) for pid in range(10)] == [errno.ESTALE] * 10
+    assert len(guest.fuse.known.fixed) == 3
+
+
 def test_a_name_that_the_guest_cannot_be_told_of_is_not_left(guest, tmp_path, monkeypatch):
     """It asks again when it has forgotten others, and must not find what it could not make."""
     monkeypatch.setattr(runx, "may_be_two", lambda status: True)  # as on an overlay
