@@ -3827,6 +3827,15 @@ def drop_privileges(node: Node, is_due: int) -> None:
         os.chmod(node.path, mode & ~taken)
 
 
+def mount_of(node: Node) -> int:
+    """Return the number of the mount by which it was found: proc(5); 0 where Linux before 5.14 does not let us look
+    with the rights of a process in the guest."""
+    try:
+        return int(read_file(f"/proc/self/fdinfo/{node.fd}").partition("mnt_id:")[2].split()[0])
+    except PermissionError:
+        return 0
+
+
 def list_xattrs(node: Node) -> bytes:
     return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(node.path))
 
@@ -3876,14 +3885,6 @@ class Files:
 
     def find(self, folder: Node, name: bytes) -> Node:
         return self.node(os.open(name, PATH_FLAGS, dir_fd=folder.fd))
-
-    def mount(self, node: Node) -> int:
-        """Return the number of the mount by which it was found: proc(5); 0 where Linux before 5.14 does not let
-        us look with the rights of a process in the guest."""
-        try:
-            return int(read_file(f"/proc/self/fdinfo/{node.fd}").partition("mnt_id:")[2].split()[0])
-        except PermissionError:
-            return 0
 
     # ---- making
 
@@ -3955,8 +3956,13 @@ class Files:
             return Handle(os.open(node.path, os.O_RDONLY | os.O_DIRECTORY), node)
         if node.kind != stat.S_IFREG:
             refuse(errno.ENXIO)
-        never_waits = os.O_NONBLOCK if node.sizeless else 0
-        return Handle(os.open(node.path, self.open_flags(flags) | never_waits), node)
+        wanted = self.open_flags(flags) | (os.O_NONBLOCK if node.sizeless else 0)
+        try:
+            return Handle(os.open(node.path, wanted), node)
+        except PermissionError:
+            if not flags & os.O_APPEND:
+                raise
+            return Handle(os.open(node.path, wanted | os.O_APPEND), node)  # chattr(1) lets it grow only
 
     def entries(
         self, handle: Handle, offset: int, room: int, least: int, unit: int = 1
@@ -4320,8 +4326,8 @@ class Known:
                 known = self.by_key.get(node.key)
         elif known and known.place != place:
             # it was moved, or is there by another mount: for Linux a folder is at one place
-            mount = self.files.mount(node)
-            if mount == self.files.mount(known):
+            mount = mount_of(node)
+            if mount == mount_of(known):
                 known.place = place
             else:
                 node.key = node.inode, mount
@@ -4354,14 +4360,13 @@ class Known:
         its system call fails at the second time."""
         if node.kind == stat.S_IFDIR:
             return
-        found = asker, node.inode, self.files.mount(node)
+        found = asker, node.inode, mount_of(node)
         self.lose(node)
-        if self.fixed.pop(found, False):
-            return
-        if len(self.fixed) >= FIXED_MAX:
-            del self.fixed[next(iter(self.fixed))]
-        self.fixed[found] = True
-        refuse(errno.ESTALE)
+        if not self.fixed.pop(found, False):
+            self.fixed[found] = True
+            if len(self.fixed) > FIXED_MAX:
+                del self.fixed[next(iter(self.fixed))]
+            refuse(errno.ESTALE)
 
     def state(self, node: Node) -> tuple[int, ...]:
         """Return the state of a file's content.  It is found by what it is now: an overlay may have copied it."""

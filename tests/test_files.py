@@ -462,7 +462,7 @@ def test_before_linux_5_14_a_folder_is_moved_where_its_mount_cannot_be_asked_for
 
     monkeypatch.setattr(runx, "read_file", read_file)
     node = types.SimpleNamespace(fd=3)
-    assert runx.Files.mount(None, node) == 0
+    assert runx.mount_of(node) == 0
 
 
 def test_files_of_several_file_systems_have_numbers_of_their_own(shared):
@@ -477,6 +477,31 @@ def test_files_of_several_file_systems_have_numbers_of_their_own(shared):
         assert os.stat(shared.guest / "file").st_ino == os.stat(shared.host / "file").st_ino
     finally:
         runx.detach(str(shared.host / "other"))
+
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_APPEND_FL = 0x80086601, 0x40086602, 0x20  # <linux/fs.h>: chattr(1)'s a
+
+
+def test_a_file_that_only_grows_can_be_appended_to(share):
+    path = share.host / "log"
+    path.write_text("one\n")
+    with opened(path, os.O_RDONLY) as fd:
+        try:
+            before = fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(4))
+            fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=L", struct.unpack("=L", before)[0] | FS_APPEND_FL))
+        except OSError as error:
+            pytest.skip(f"the file system of {path} has no such files: {error.strerror}")
+        try:
+            with open(share.guest / "log", "a") as file:
+                for line in ("two\n", "three\n"):
+                    file.write(line)
+                    file.flush()
+            assert path.read_text() == (share.guest / "log").read_text() == "one\ntwo\nthree\n"
+            for flags in (os.O_WRONLY, os.O_WRONLY | os.O_APPEND | os.O_TRUNC):
+                with refused(errno.EPERM):
+                    os.open(share.guest / "log", flags)
+        finally:
+            fcntl.ioctl(fd, FS_IOC_SETFLAGS, before)
 
 
 @pytest.fixture
@@ -1135,7 +1160,7 @@ def test_a_file_that_is_read_only_is_told_also_where_no_descriptor_is_left(guest
     mode = struct.pack("<I12xQ8xqq8xII4xI4xII4x", runx.SET_MODE, 0, 0, 0, 0, 0, 0o600, 0, 0)
     monkeypatch.setattr(os, "chmod", lambda *args: runx.refuse(errno.EROFS))
     assert [guest.request("setattr", node, mode)[0] for _ in range(2)] == [errno.ESTALE, errno.EROFS]
-    monkeypatch.setattr(guest.fuse.files, "mount", lambda node: runx.refuse(errno.EMFILE))
+    monkeypatch.setattr(runx, "mount_of", lambda node: runx.refuse(errno.EMFILE))
     assert guest.request("setattr", node, mode)[0] == errno.ENFILE
 
 
