@@ -7682,8 +7682,8 @@ def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Mon
     domain = builder.build(plan.bundle, plan.systemd)
     is_served = builder.rootfs.is_served
     holder.start(config, builder.share, is_served and not builder.rootfs.disk)
+    container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)  # it is in the cgroup already
     commit.link.send(str(holder.pid).encode())
-    container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)
     if is_served:
         capabilities = config.process.capabilities["bounding"] if config.process else 0
         server.start(config.machine.share_device(), builder.share, capabilities)

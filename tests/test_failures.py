@@ -178,6 +178,20 @@ def test_who_removes_what_a_killed_create_has_begun_waits_for_its_monitor(dom0):
     dom0.settle()
 
 
+def test_a_create_that_is_killed_while_the_vm_is_built_leaves_no_cgroup(dom0):
+    """The holder is in it, too, and ends after the monitor has removed it."""
+    container = dom0.container()
+    container.write(config(linux={"cgroupsPath": "/killed"}))
+    dom0.fail("xl", 1, "slow", match="create")
+    create = container.start_runx("create", "--bundle", str(container.bundle))
+    dom0.ask("await_calls", "xl", "create")
+    create.signal(9)
+    assert create.wait().returncode == -9
+    dom0.ask("release")
+    dom0.settle()
+    assert (dom0.left(), container.log_text()) == ({}, "")
+
+
 def test_the_ramdisk_of_a_monitor_that_was_killed_before_it_had_no_name_is_removed(dom0):
     container = dom0.container().created()
     ramdisk = pathlib.Path(f"{dom0.inside}/var/tmp/{container.stored()['name']}")
