@@ -7760,8 +7760,8 @@ def destroy(container: Container, log: Log) -> None:
 
 EXECS_MAX = 27  # of a container at a time: of the 64 consoles that its kernel has each takes two
 EXEC_TIME_LIMIT = 60.0  # seconds until the VM has executed the program, or told why it cannot
-# all that can be caught, but for those that the C library has for itself, and those of faults, which return to them
-CARRIED = set(range(1, 65)) - {4, 7, 8, SIGKILL, 11, 19, 32, 33}
+# what can be caught, but for the C library's own, faults', which return to them, and PIPE and XFSZ, of our own writes
+CARRIED = set(range(1, 65)) - {4, 7, 8, SIGKILL, 11, SIGPIPE, 19, 25, 32, 33}
 
 
 class Order(Record):

@@ -434,6 +434,20 @@ def test_a_terminal_is_the_engines_with_its_size_at_once_and_after_each_change(d
     finish(container)
 
 
+def test_a_reader_of_the_output_that_goes_ends_nobody_who_writes_no_more(dom0):
+    """The carrier's write raises SIGPIPE, which nobody has sent to the process: that may be a shell, and another has
+    written."""
+    container = running(dom0)
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = execute(container, "out:lost", "until:data/process/1/unread", "err:on", "exit:9", stdout=writer)
+    os.close(writer)
+    result = process.wait()
+    assert (result.returncode, result.stderr) == (9, "on")
+    assert "kill 1 13" not in container.guest()["asked"]
+    finish(container)
+
+
 def hang_up(engine):
     """An engine's end of a terminal that comes, when it has come."""
     with contextlib.closing(engine.socket):
