@@ -8244,6 +8244,7 @@ def attach(engine: int) -> None:
     except OSError:
         pass  # EIO from the master: the container's end is closed; or nobody is at ours any more
     finally:
+        signal.signal(signal.SIGWINCH, signal.SIG_DFL)
         os.close(master)  # which hangs up, if it has not ended
         try:
             if saved:

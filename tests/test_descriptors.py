@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 
 import pytest
@@ -164,8 +165,6 @@ def test_what_cannot_be_opened_again_stays_what_it_is():
 
 def test_an_output_that_nobody_reads_is_told_once():
     def work(_, out, errors):
-        import signal
-
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         os.close(errors)
         streams = runx.Streams([Console(b"out"), Console(b"x", b"y")], False)
@@ -243,6 +242,25 @@ def test_a_terminal_ends_by_hanging_up_alone():
         return [numbers, streams.input.open, [output.ended for output in streams.outputs], streams.newly_unread()]
 
     assert in_child(work) == [[1, 1], True, [False, False], "1"]
+
+
+def test_a_resize_after_the_containers_terminal_has_ended_is_no_error():
+    """The process is waited for then, and may run on for long."""
+
+    def work(*_):
+        master, ended = os.openpty()
+        os.close(ended)
+        _, ours = os.openpty()
+        for fd in (0, 1):
+            os.dup2(ours, fd)
+        theirs, engine = socket.socketpair()
+        socket.send_fds(theirs, [b"/dev/pts/1"], [master])
+        os.close(master)
+        runx.attach(engine.detach())
+        signal.raise_signal(signal.SIGWINCH)
+        return "goes on"
+
+    assert in_child(work) == "goes on"
 
 
 def test_the_first_console_is_read_as_fast_as_it_is_written():
