@@ -6147,31 +6147,32 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
     """Yield the Interfaces of a network namespace, as they are now.  Raise Error."""
     with Attempt(f"read the network namespace {path}"):
         netlink = Rtnetlink(path)
-        routes = list(netlink.dump(RTM_NEWROUTE))
+        links = netlink.links()  # first: what an engine adds now has its addresses and routes later
+        addresses, routes, neighbours = map(netlink.dump, (RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWNEIGH))
         if any(each.head[4] == RT_TABLE_MAIN and RTA_MULTIPATH in each.attributes for each in routes):
             log.warn("a route by several gateways stays outside the VM: make it several routes of one gateway each")
-        for link in netlink.links():
+        for link in links:
             interface = Interface(link.name, link.mac.hex(), link.mtu)
-            interface.addresses = list(link_addresses(netlink, link.index))
+            interface.addresses = list(link_addresses(addresses, link.index))
             if link.name == "lo" or not (link.up or interface.addresses):
                 continue
             if link.type != ARPHRD_ETHER:
                 log.warn(f"the interface {link.name} is none of Ethernet and stays outside the VM")
                 continue
             interface.routes = list(link_routes(routes, link.index))
-            interface.neighbours = list(link_neighbours(netlink, link.index))
+            interface.neighbours = list(link_neighbours(neighbours, link.index))
             interface.ipv6 = in_namespace(path, read_ipv6_settings, link.name)
             interface.namespace, interface.device, interface.index = path, link.name, link.index
             interface.filters = link.filters
             yield interface
 
 
-def link_addresses(netlink: Rtnetlink, index: int) -> Iterator[Message]:
-    """Yield the addresses of a link, without what a router has advertised: that the guest hears by itself.
+def link_addresses(addresses: list[Message], index: int) -> Iterator[Message]:
+    """Yield those of a link, without what a router has advertised: that the guest hears by itself.
 
     Their subnets are not routes by themselves: what is one, link_routes() says.
     """
-    for message in netlink.dump(RTM_NEWADDR):
+    for message in addresses:
         family, length, flags, scope, link = message.head
         is_ipv6 = family == AF_INET6
         if link != index or not (family == AF_INET or (is_ipv6 and flags & IFA_F_PERMANENT)):
@@ -6200,9 +6201,9 @@ def link_routes(routes: list[Message], index: int) -> Iterator[Message]:
         yield Message(RTM_NEWROUTE, head, kept_attributes(message, *kinds))
 
 
-def link_neighbours(netlink: Rtnetlink, index: int) -> Iterator[Message]:
-    """Yield the permanent neighbours on a link."""
-    for message in netlink.dump(RTM_NEWNEIGH):
+def link_neighbours(neighbours: list[Message], index: int) -> Iterator[Message]:
+    """Yield the permanent ones on a link."""
+    for message in neighbours:
         family, link, state, _, _ = message.head
         kept = kept_attributes(message, NDA_DST, NDA_LLADDR)
         if link == index and family in (AF_INET, AF_INET6) and state & NUD_PERMANENT and NDA_LLADDR in kept:
