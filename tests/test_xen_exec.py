@@ -412,7 +412,7 @@ class TestOfARunningContainer:
         others = set(folder.glob("process-*"))
         with stopped_file_server():
             box.begun.append(subprocess.Popen(box.exec_command("/unread/sleep", "4322"), stderr=subprocess.DEVNULL))
-            wait_until(lambda: pids() > before, "the process to be there")
+            wait_until(lambda: pids() - before, "the process to be there")
             (process,), (carrier,) = pids() - before, set(folder.glob("process-*")) - others
             os.kill(int(carrier.read_text().split()[0]), signal.SIGKILL)
             wait_in(folder, lambda: not carrier.exists(), "the monitor to forget it")
