@@ -3784,6 +3784,9 @@ class Node:
         os.close(self.fd)
 
 
+Found = tuple[Node, os.stat_result]  # a file, and its attributes just now
+
+
 class Handle:
     """An open file or folder, closed when nobody has the Handle any more."""
 
@@ -3856,16 +3859,16 @@ class Files:
         self.prefixes = {(self.device, 0): 0}
         self.getdents = "getdents64" if has_function("getdents64") else "getdents"  # as musl calls it
         self.sys_renameat2 = SYS_RENAMEAT2.get(os.uname().machine, 0) if LONG_MAX > 1 << 32 else 0
-        self.root = self.node(root)
+        self.root, _ = self.node(root)
 
-    def node(self, fd: int) -> Node:
+    def node(self, fd: int) -> Found:
         """fd: O_PATH, the Node's from now on, also if this fails."""
         node = Node(fd)
         status = os.fstat(fd)
         device, node.kind = status.st_dev, stat.S_IFMT(status.st_mode)
         node.sizeless = self.sizeless if device == self.device else self.is_sizeless(fd, device)
         node.inode = node.key = self.inode(device, status.st_ino)
-        return node
+        return node, status
 
     def is_sizeless(self, fd: int, device: int) -> bool:
         """Nothing is kept by a device's number: what is mounted later may get that of what was unmounted."""
@@ -3883,12 +3886,12 @@ class Files:
             refuse(errno.EOVERFLOW)
         return self.prefixes.setdefault(key, len(self.prefixes)) << 48 | number & (1 << 48) - 1
 
-    def find(self, folder: Node, name: bytes) -> Node:
+    def find(self, folder: Node, name: bytes) -> Found:
         return self.node(os.open(name, PATH_FLAGS, dir_fd=folder.fd))
 
     # ---- making
 
-    def create(self, folder: Node, name: bytes, flags: int, mode: int, owner: Ids) -> Handle:
+    def create(self, folder: Node, name: bytes, flags: int, mode: int, owner: Ids) -> tuple[Handle, os.stat_result]:
         """Return a new regular file, open.  name: b"" for none.  Raise FileExistsError, whatever flags say."""
         flags, mode = self.open_flags(flags) & ~os.O_TRUNC, mode & 0o7777
         if name:
@@ -3896,38 +3899,39 @@ class Files:
         else:
             fd = os.open(b".", flags | os.O_TMPFILE, mode, dir_fd=folder.fd)
         try:
-            node = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
-            self.give(node, folder, owner)
-            return Handle(fd, node)
+            node, status = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
+            status = self.give(node, status, folder, owner)
+            return Handle(fd, node), status
         except OSError:
             os.close(fd)
             if name:
                 os.unlink(name, dir_fd=folder.fd)
             raise
 
-    def make(self, folder: Node, name: bytes, owner: Ids, work: Callable[..., None], *args: Any) -> Node:
+    def make(self, folder: Node, name: bytes, owner: Ids, work: Callable[..., None], *args: Any) -> Found:
         """Return the new folder, link or special file that work(name, *args, dir_fd) makes."""
         work(name, *args, dir_fd=folder.fd)
         try:
-            node = self.find(folder, name)
-            self.give(node, folder, owner)
+            node, status = self.find(folder, name)
+            return node, self.give(node, status, folder, owner)
         except OSError:
             (os.rmdir if work is os.mkdir else os.unlink)(name, dir_fd=folder.fd)
             raise
-        return node
 
-    def give(self, node: Node, folder: Node, owner: Ids) -> None:
-        """Make a new file its maker's.  Its group is the folder's where that has set-group-ID."""
-        status, (uid, gid) = os.fstat(node.fd), owner
+    def give(self, node: Node, status: os.stat_result, folder: Node, owner: Ids) -> os.stat_result:
+        """Make a new file its maker's, of its folder's group where that has set-group-ID.  Return its attributes."""
+        uid, gid = owner
         if status.st_gid != gid and os.fstat(folder.fd).st_mode & stat.S_ISGID:
             gid = status.st_gid
         if (status.st_uid, status.st_gid) != (uid, gid):
             try:
                 os.chown(node.path, uid, gid)
             except PermissionError:  # a file system without owners, such as vfat, says itself whose it is
-                return
+                return status
             if status.st_mode & 0o6000:  # which chown(2) takes
                 os.chmod(node.path, stat.S_IMODE(status.st_mode))
+            status = os.fstat(node.fd)
+        return status
 
     @staticmethod
     def link(node: Node, folder: Node, name: bytes) -> None:
@@ -3995,14 +3999,16 @@ class Files:
     # ---- attributes
 
     @staticmethod
-    def set_attributes(node: Node, valid: int, mode: int, uid: int, gid: int, size: int, times: Sequence[int]) -> None:
-        """valid: which of them, SET_*.  times: of the last access and change, in nanoseconds."""
+    def set_attributes(node: Node, at: int | bytes, valid: int, mode: int, owner: Ids, size: int, *times: int) -> None:
+        """at: node's path, or a descriptor that it is open by, which is faster.  valid: which of the others, SET_*.
+        times: of the last access and change, in nanoseconds."""
         if valid & (SET_UID | SET_GID):
-            os.chown(node.path, uid if valid & SET_UID else -1, gid if valid & SET_GID else -1)
+            uid, gid = owner
+            os.chown(at, uid if valid & SET_UID else -1, gid if valid & SET_GID else -1)
         if valid & SET_MODE:
             if node.kind == stat.S_IFLNK:
                 refuse(errno.EOPNOTSUPP)
-            os.chmod(node.path, mode & 0o7777)
+            os.chmod(at, mode & 0o7777)
         if valid & SET_SIZE:
             if node.kind != stat.S_IFREG:
                 refuse(errno.EINVAL)
@@ -4013,7 +4019,7 @@ class Files:
             access, change = (now if valid & each << 3 else new for each, new in zip((SET_ATIME, SET_MTIME), times))
             access = access if valid & SET_ATIME else status.st_atime_ns
             change = change if valid & SET_MTIME else status.st_mtime_ns
-            os.utime(node.path, ns=(access, change))
+            os.utime(at, ns=(access, change))
 
     def as_asker(self, ids: Ids, work: Callable[..., T], *args: Any) -> T:
         """Return work(*args), done with the rights that the process in the guest would have on dom0."""
@@ -4245,7 +4251,7 @@ FUSE_BACKGROUND = 16  # requests at once that nobody in the guest waits for
 # b: the rest; -: nothing
 FUSE_REQUESTS = request_table(
     """
-    lookup 1 n, forget 2 Q, getattr 3 -, setattr 4 I12xQ8xqq8xII4xI4xII4x, readlink 5 -, symlink 6 ns, mknod 8 III4xn,
+    lookup 1 n, forget 2 Q, getattr 3 -, setattr 4 I4xQQ8xqq8xII4xI4xII4x, readlink 5 -, symlink 6 ns, mknod 8 III4xn,
     mkdir 9 IIn, unlink 10 n, rmdir 11 n, rename 12 Qnn, link 13 Qn, open 14 II, read 15 HQI, write 16 HQII8xI,
     statfs 17 -, release 18 Q, fsync 20 HI, setxattr 21 III4xsb, getxattr 22 I4xs, listxattr 23 I, removexattr 24 s,
     init 26 IIII, opendir 27 -, readdir 28 HQI, releasedir 29 Q, fsyncdir 30 HI, create 35 III4xn,
@@ -4258,7 +4264,7 @@ FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says ho
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO,
 # PARALLEL_DIROPS, WRITEBACK_CACHE, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
 FUSE_FLAGS = sum(1 << bit for bit in (0, 3, 5, 6, 12, 13, 14, 15, 16, 18, 20, 22, 23, 28, 29, 30))
-FATTR_KILL_SUIDGID = 1 << 11
+FATTR_FH, FATTR_KILL_SUIDGID = 1 << 6, 1 << 11
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
 OPEN_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 1, 1
@@ -4368,15 +4374,15 @@ class Known:
                 del self.fixed[next(iter(self.fixed))]
             refuse(errno.ESTALE)
 
-    def state(self, node: Node) -> tuple[int, ...]:
-        """Return the state of a file's content.  It is found by what it is now: an overlay may have copied it."""
+    def status(self, node: Node) -> os.stat_result:
+        """Return a file's attributes.  It is found by what it is now: an overlay may have copied it."""
         status = os.fstat(node.fd)
         inode = node.inode if node.inode == status.st_ino else self.files.inode(status.st_dev, status.st_ino)
         if inode != node.inode and node.kind != stat.S_IFDIR:
             self.lose(node)
             node.inode = node.key = inode
             self.by_key[inode] = node
-        return content_state(status)
+        return status
 
     def lose(self, node: Node) -> None:
         """Not find it any more by what it is."""
@@ -4428,6 +4434,7 @@ class FuseNames(Protocol):
         super().__init__(root, capabilities)
         self.known = Known(self.files)
         self.asker: Ids = NO_USER, NO_USER  # whose request is being answered
+        self.umask = -1  # as last used
         for name, (opcode, form) in FUSE_REQUESTS.items():
             numbers = form.rstrip("nsb")
             structure = struct.Struct("<" + numbers.replace("H", "Q"))
@@ -4481,10 +4488,9 @@ class FuseNames(Protocol):
 
     # ---- names
 
-    def entry(self, node: Node, folder: Node, name: bytes) -> bytes:
+    def entry(self, node: Node, status: os.stat_result, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what was found by a name in a folder, or made there.  Raise OSError."""
-        node = self.known.enter(node, folder, name)
-        return self.entry_out(node, os.fstat(node.fd))
+        return self.entry_out(self.known.enter(node, folder, name), status)
 
     def entry_out(self, node: Node, status: os.stat_result) -> bytes:
         fields = fuse_attr(node, status)
@@ -4496,7 +4502,7 @@ class FuseNames(Protocol):
         known = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino))
         is_elsewhere = known and known.kind == stat.S_IFDIR and known.place != (folder.number, name)
         if known is None or is_elsewhere or may_be_two(status):
-            return self.entry(self.files.find(folder, name), folder, name)
+            return self.entry(*self.files.find(folder, name), folder, name)
         known.lookups += 1
         return self.entry_out(known, status)
 
@@ -4508,20 +4514,25 @@ class FuseNames(Protocol):
 
     def create(self, folder: Node, flags: int, mode: int, umask: int, name: bytes) -> bytes:
         self.known.check_room()
-        os.umask(umask & 0o777)  # counts where no default access list does
+        self.use_umask(umask)
         try:
-            handle = self.files.create(folder, name, self.access(flags), mode, self.asker)
+            handle, status = self.files.create(folder, name, self.access(flags), mode, self.asker)
         except FileExistsError:
             # the guest does not know of it and has checked no permission: it looks the name up and tries again
             refuse(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-        handle.node.seen = content_state(os.fstat(handle.fd))
-        return self.entry(handle.node, folder, name) + self.known.open(handle, flags)
+        handle.node.seen = content_state(status)
+        return self.entry(handle.node, status, folder, name) + self.known.open(handle, flags)
+
+    def use_umask(self, umask: int) -> None:
+        """It counts where no default access list does."""
+        if umask != self.umask:
+            os.umask(umask & 0o777)
+            self.umask = umask
 
     def make(self, folder: Node, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
         self.known.check_room()
-        os.umask(umask & 0o777)
-        node = self.files.make(folder, name, self.asker, work, *args)
-        return self.entry(node, folder, name)
+        self.use_umask(umask)
+        return self.entry(*self.files.make(folder, name, self.asker, work, *args), folder, name)
 
     def mknod(self, folder: Node, mode: int, device: int, umask: int, name: bytes) -> bytes:
         return self.make(folder, name, umask, os.mknod, mode, device)
@@ -4558,23 +4569,31 @@ class FuseNames(Protocol):
     # ---- attributes
 
     def getattr(self, node: Node) -> bytes:
-        fields = fuse_attr(node, os.fstat(node.fd))
-        return ATTR_OUT.pack(FUSE_VALID, 0, 0, *fields)
+        return self.attr_out(node, os.fstat(node.fd))
 
-    def setattr(self, node: Node, valid: int, size: int, *fields: int) -> bytes:
+    @staticmethod
+    def attr_out(node: Node, status: os.stat_result) -> bytes:
+        return ATTR_OUT.pack(FUSE_VALID, 0, 0, *fuse_attr(node, status))
+
+    def setattr(self, node: Node, valid: int, number: int, size: int, *fields: int) -> bytes:
         atime, mtime, atime_ns, mtime_ns, mode, uid, gid = fields
         drop_privileges(node, valid & SET_SIZE and valid & FATTR_KILL_SUIDGID)
         times = atime * 10**9 + atime_ns, mtime * 10**9 + mtime_ns
-        self.change(node, self.files.set_attributes, node, valid, mode, uid, gid, size, times)
-        return self.getattr(node)
+        handle = self.known.handles.get(number) if valid & FATTR_FH else None
+        at = handle.fd if handle and handle.node is node else node.path
+        work = self.files.set_attributes, node, at, valid, mode, (uid, gid), size, *times
+        return self.attr_out(node, self.change(node, *work)[1])
 
-    def change(self, node: Node, work: Callable[..., T], *args: Any) -> T:
-        """Return work(*args), by which the guest changes a file: what it knows of the content stays true."""
+    def change(self, node: Node, work: Callable[..., T], *args: Any) -> tuple[T, os.stat_result]:
+        """Return work(*args), by which the guest changes a file, and its attributes then.  What the guest knows of the
+        content stays true."""
         same = node.seen == content_state(os.fstat(node.fd))
         try:
-            return work(*args)
+            done = work(*args)
         finally:
-            node.seen = self.known.state(node) if same else ()
+            status = self.known.status(node)
+            node.seen = content_state(status) if same else ()
+        return done, status
 
     def access(self, flags: int) -> int:
         """Return flags of open(2): the guest keeps what is written, and must read the rest of its page."""
@@ -4592,7 +4611,7 @@ class Fuse(FuseNames):
         if node.sizeless:
             return self.known.open(self.files.open(node, flags), flags)
         handle = self.files.open(node, self.access(flags))
-        state = self.known.state(node)
+        state = content_state(self.known.status(node))
         keeps = node.seen == state
         # what was changed just now by others may be changed once more, and look the same
         node.seen = state if keeps or flags & os.O_TRUNC or is_settled(state) else ()
@@ -4617,10 +4636,10 @@ class Fuse(FuseNames):
         opened = 0 if node.sizeless else opened
         how = RWF_APPEND if opened & os.O_APPEND else 0
         how |= RWF_SYNC if opened & os.O_DSYNC else 0  # what the guest does where it keeps pages
-        done = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
+        done, _ = self.change(node, os.pwritev, handle.fd, self.request.content(WRITE_DATA, size), offset, how)
         while 0 < done < size and flags & WRITE_CACHE:  # pages, which the guest's kernel does not count
             rest = self.request.content(WRITE_DATA + done, size - done)
-            done += self.change(node, os.pwritev, handle.fd, rest, offset + done, how) or refuse(errno.EIO)
+            done += self.change(node, os.pwritev, handle.fd, rest, offset + done, how)[0] or refuse(errno.EIO)
         return U32_PAIR.pack(done, 0)
 
     def tmpfile(self, node: Node, flags: int, mode: int, umask: int) -> bytes:
@@ -4668,7 +4687,8 @@ class Fuse(FuseNames):
             refuse(errno.EXDEV)  # the guest copies by reading and writing
         drop_privileges(changed, self.asker[0])
         size = min(size, COPY_MAX)
-        return U32_PAIR.pack(self.change(changed, os.copy_file_range, handle.fd, target.fd, size, offset, to_offset), 0)
+        done, _ = self.change(changed, os.copy_file_range, handle.fd, target.fd, size, offset, to_offset)
+        return U32_PAIR.pack(done, 0)
 
     def statfs(self, node: Node) -> bytes:
         found = os.statvfs(node.fd)
@@ -4902,7 +4922,7 @@ class NinePFids(Protocol):
         node = fid.node
         for name in ninep_fields(names, "n" * count):
             try:
-                node = self.files.find(node, name)
+                node, _ = self.files.find(node, name)
             except OSError:
                 if not found:
                     raise
@@ -4939,9 +4959,9 @@ class NineP(NinePFids):
     def lcreate(self, fid: Fid, name: bytes, flags: int, mode: int, gid: int) -> bytes:
         fid.check_unused()
         try:
-            handle = self.files.create(fid.node, name, flags, mode, (fid.uid, gid))
+            handle, _ = self.files.create(fid.node, name, flags, mode, (fid.uid, gid))
         except FileExistsError:
-            node = self.files.find(fid.node, name)
+            node, _ = self.files.find(fid.node, name)
             if flags & P9_EXCL or node.kind != stat.S_IFREG:
                 raise
             handle = self.files.open(node, flags)
@@ -4949,7 +4969,8 @@ class NineP(NinePFids):
         return self.qid(fid.node) + U32.pack(IOUNIT)
 
     def make(self, fid: Fid, name: bytes, gid: int, work: Callable[..., None], *args: Any) -> bytes:
-        return self.qid(self.files.make(fid.node, name, (fid.uid, gid), work, *args))
+        node, _ = self.files.make(fid.node, name, (fid.uid, gid), work, *args)
+        return self.qid(node)
 
     def mkdir(self, fid: Fid, name: bytes, mode: int, gid: int) -> bytes:
         return self.make(fid, name, gid, os.mkdir, mode)
@@ -4985,7 +5006,7 @@ class NineP(NinePFids):
     def setattr(self, fid: Fid, valid: int, mode: int, uid: int, gid: int, size: int, *times: int) -> None:
         valid ^= valid << 3 & (SET_ATIME_NOW | SET_MTIME_NOW)  # as they come, these say that a time is not now
         new = [seconds * 10**9 + fraction for seconds, fraction in zip(times[::2], times[1::2])]
-        self.files.set_attributes(fid.node, valid, mode, uid, gid, size, new)
+        self.files.set_attributes(fid.node, fid.node.path, valid, mode, (uid, gid), size, *new)
 
     def xattrwalk(self, fid: Fid, new: int, name: bytes) -> bytes:
         value = os.getxattr(fid.node.path, name) if name else list_xattrs(fid.node)
