@@ -4050,9 +4050,10 @@ class Files:
 #     indexes, 4 bytes each:  0 in_cons   1 in_prod   16 out_cons   17 out_prod   32 ring_order   33... references
 #     data, 2^ring_order pages: the first half has replies (in), the second requests (out)
 #
-# The indexes run freely modulo 2^32.  Ours are never read back from the page that the guest can write.
+# The indexes run freely modulo 2^32.  Ours are never read back from the page that the guest can write.  Word 18,
+# which 9P does not use, says that we look at out_prod all the time, and need no event.
 
-IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER, REFERENCES = 0, 1, 16, 17, 32, 33
+IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, OUT_LOOKS, RING_ORDER, REFERENCES = 0, 1, 16, 17, 18, 32, 33
 RING_ORDER_MAX = 7  # 256 KiB in each direction
 RINGS_MAX = {"fuse": 1, "9pfs": 2}  # of a device of that kind; Linux's 9p takes no backend with less than two
 HEAD_MAX = 80  # bytes of a request that are copied at once
@@ -4073,7 +4074,7 @@ class Ring:
         self.replies = data[: self.size]
         self.requests = data[self.size :]
         self.out_cons = self.in_prod = 0
-        self.in_cons = 0  # as last seen, for it is the guest's
+        self.in_cons = self.out_prod = 0  # as last seen, for they are the guest's
         self.barrier, self.is_stuck = Barrier(), False
         self.head, self.length = b"", 0
         self.other: Ring | None = None  # of the same guest
@@ -4107,7 +4108,8 @@ class Ring:
     def serve(self, protocol: Protocol, in_order: bool = True) -> bool:
         """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
         none.  Return whether anything was answered.  in_order: between two rings too.  Raise Error."""
-        begun, end, is_told = self.out_cons, self.indexes[OUT_PROD], True
+        begun, is_told = self.out_cons, True
+        end = self.out_prod = self.indexes[OUT_PROD]
         if end != begun:
             self.in_cons = self.indexes[IN_CONS]
             self.barrier()  # an index is read before what it counts, and before what it frees is overwritten
@@ -4117,7 +4119,9 @@ class Ring:
             is_told = self.finish(*protocol.answer(self))
         self.is_stuck = self.out_cons != end
         if not is_told:
-            self.channels.notify(self.port)  # it may wait for room for a request
+            self.barrier()  # either the guest sees the room, or we see all that it has put in before
+            if (self.indexes[OUT_PROD] - begun) & 0xFFFFFFFF > self.size - protocol.longest:
+                self.channels.notify(self.port)  # it may wait for room for a request
         return self.out_cons != begun
 
     def find(self, protocol: Protocol, end: int) -> bool:
@@ -4175,6 +4179,15 @@ class Ring:
         self.indexes[IN_PROD] = self.in_prod
         self.channels.notify(self.port)
         return True
+
+    def has_more(self) -> bool:
+        """Return whether there is more than when it was last served."""
+        return self.indexes[OUT_PROD] != self.out_prod
+
+    def set_looks(self, looks: bool) -> None:
+        """Tell the guest whether we look, and need no event."""
+        self.indexes[OUT_LOOKS] = looks
+        self.barrier()  # either the guest sees that, or we see what it has not told
 
 
 def connect_rings(domid: int, ends: Iterable[tuple[int, int]], channels: EventChannels, grants: Grants) -> list[Ring]:
@@ -5051,6 +5064,7 @@ class NineP(NinePFids):
 SERVING_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 6, 7, 27, 31))
 PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 4, 15, 38  # <linux/prctl.h>
 SERVING_DATA = 128 << 20  # bytes of memory that it may write, most of it for what the guest has opened
+LOOKS_MAX, UNLOOKED_MAX = 2048, 64  # looks take 0.1 ms
 LOOK_EACH = 256  # rounds in which a guest does not pause: the monitor may have ended within as_asker()
 
 
@@ -5193,18 +5207,47 @@ def give_up_rights(capabilities: int) -> None:
     system_call("prctl", PR_SET_DUMPABLE, 0)
 
 
+class Lookout:
+    """Looks for the next request for a while: it often comes sooner than we have gone to sleep and are woken again.
+    Not where that has been of no use lately, as where the guest shares our processor: then only now and then."""
+
+    def __init__(self, rings: list[Ring]) -> None:
+        self.rings, self.looks, self.unlooked = rings, LOOKS_MAX, 0
+
+    def sees_more(self) -> bool:
+        """Return whether there is more than when the rings were last served."""
+        if not self.looks:
+            self.unlooked += 1
+            if self.unlooked < UNLOOKED_MAX:
+                return False
+            self.looks, self.unlooked = LOOKS_MAX, 0
+        for _ in range(self.looks):
+            for ring in self.rings:
+                if ring.indexes[OUT_PROD] != ring.out_prod:  # has_more(), without a call
+                    self.looks = LOOKS_MAX
+                    return True
+        self.looks //= 2
+        return False
+
+
 def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, link: int) -> None:
     """Serve them until something is said on the link, or its other end is closed.  Raise Error."""
     poll = select.poll()
     for fd in (channels.fd, link):
         poll.register(fd, select.POLLIN)
-    rounds = 0
+    rounds, lookout, answered = 0, Lookout(rings), True
     while True:
-        waits, rounds = not any([ring.serve(protocol) for ring in rings]), rounds + 1
+        looks, answered, rounds = answered, any([ring.serve(protocol) for ring in rings]), rounds + 1
+        waits = not answered and not (looks and lookout.sees_more())
         if waits or rounds % LOOK_EACH == 0:
+            for ring in rings:
+                ring.set_looks(False)
+            waits = waits and not any([ring.has_more() for ring in rings])
             if poll.poll(None if waits else 0) not in ([], [(channels.fd, select.POLLIN)]):
                 return
             channels.acknowledge()  # before the rings are looked at, so no event is lost
+            for ring in rings:
+                ring.set_looks(True)
 
 
 # ==== cgroup =============================================================================================

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import struct
+import threading
 from types import SimpleNamespace
 
 import conftest
@@ -15,7 +16,7 @@ import pytest
 
 import runx
 
-IN_CONS, IN_PROD, OUT_CONS, OUT_PROD = 0, 1, 16, 17
+IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, OUT_LOOKS = 0, 1, 16, 17, 18
 
 
 class Echo:
@@ -114,6 +115,108 @@ def test_what_has_no_reply_is_taken_and_the_guest_told_once():
     assert (guest.replies(), guest.told) == ([b"some"], 2)
 
 
+def test_a_guest_is_not_told_that_cannot_wait_for_room():
+    guest, protocol = Guest(), Echo()
+    protocol.longest = 100
+    for size, told in ((10, 0), (45, 1)):
+        guest.ask(*["none"] * 3, *["n" + "x" * 85] * size)
+        guest.ring.serve(protocol)
+        assert (guest.page[OUT_CONS], guest.told) == (guest.page[OUT_PROD], told)
+
+
+def test_a_guest_is_told_that_found_no_room_while_others_were_answered():
+    """It has put in what is only answered by the next round, and has looked for room before this one."""
+    guest, protocol = Guest(), Echo()
+    protocol.longest = 100
+    guest.ask(*["n" + "x" * 85] * 25)
+    protocol.meanwhile = lambda: (setattr(protocol, "meanwhile", None), guest.ask(*["n" + "x" * 85] * 20))
+    for _ in range(2):
+        guest.ring.serve(protocol)
+    assert (guest.page[OUT_CONS], guest.told) == (guest.page[OUT_PROD], 1)
+
+
+def test_the_next_request_is_looked_for_as_long_as_that_is_of_use():
+    guest, protocol = Guest(), Echo()
+    lookout = runx.Lookout([guest.ring])
+    guest.ask("next")
+    assert lookout.sees_more()
+    guest.ring.serve(protocol)
+    tries = 0
+    while lookout.looks:
+        assert not lookout.sees_more()
+        tries += 1
+    assert 8 < tries < 16
+    guest.ask("next")
+    assert [lookout.sees_more() for _ in range(runx.UNLOOKED_MAX)].index(True) == runx.UNLOOKED_MAX - 1
+    guest.ring.serve(protocol)
+    assert [lookout.sees_more() for _ in range(2)] == [False, False]
+    guest.ask("next")
+    assert lookout.sees_more() and lookout.looks == runx.LOOKS_MAX
+
+
+def test_a_ring_without_room_for_replies_is_not_looked_at_for_ever():
+    guest, protocol = Guest(), Echo()
+    guest.ask("r4090", "r4090")
+    assert guest.ring.serve(protocol) and guest.ring.is_stuck
+    assert not guest.ring.serve(protocol) and not runx.Lookout([guest.ring]).sees_more()
+
+
+def serve_until_told(protocol, guests, events, acknowledge=lambda: None):
+    """Serve their rings until something is written to what is yielded, or for 30 s."""
+    link, monitor = os.pipe()
+    timer = threading.Timer(30, os.write, (monitor, b"end"))
+    timer.start()
+    channels = SimpleNamespace(fd=events, acknowledge=lambda: acknowledge(monitor))
+    runx.serve_rings(protocol, [guest.ring for guest in guests], channels, link)
+    timer.cancel()
+    os.close(link)
+    os.close(monitor)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_what_comes_untold_while_it_goes_to_sleep_is_answered(last):
+    guests, protocol, said = [Guest(), Guest()], Echo(), []
+    events, writer = os.pipe()
+
+    def set_looks(looks):
+        said.append(looks)
+        if said == [False]:
+            guests[last].ask("late")
+        runx.Ring.set_looks(guests[last].ring, looks)
+
+    def acknowledge(monitor):
+        said.append([guest.page[OUT_LOOKS] for guest in guests])
+        os.write(monitor, b"end")
+
+    guests[last].ring.set_looks = set_looks
+    serve_until_told(protocol, guests, events, acknowledge)
+    assert (protocol.seen, said) == ([b"late"], [False, [0, 0], True, False])
+    os.close(events)
+    os.close(writer)
+
+
+def test_what_comes_soon_is_found_without_an_event_and_without_sleep(monkeypatch):
+    guest, protocol = Guest(), Echo()
+    events, writer = os.pipe()
+    seen, sees_more = [], runx.Lookout.sees_more
+
+    def comes_soon(lookout):
+        if len(protocol.seen) < 3:
+            guest.ask("soon")
+        seen.append(sees_more(lookout))
+        return seen[-1]
+
+    monkeypatch.setattr(runx.Lookout, "sees_more", comes_soon)
+    guest.ask("first")
+    guest.ring.set_looks = lambda looks: seen.append(looks)
+    os.write(writer, b"event")
+    serve_until_told(protocol, [guest], events, lambda monitor: os.write(monitor, b"end"))
+    assert seen[:4] == [True, True, False, False], "found twice, not found, and only then said to sleep"
+    assert protocol.seen == [b"first", b"soon", b"soon"]
+    os.close(events)
+    os.close(writer)
+
+
 def test_no_reply_is_begun_that_may_have_no_room():
     guest, protocol = Guest(), Echo()
     guest.ask("x" * 3000, "r4090", "last")
@@ -210,7 +313,7 @@ def test_what_must_come_last_waits_while_the_other_ring_has_no_room():
 
 def test_a_guest_that_never_pauses_does_not_keep_the_process_beyond_its_monitor():
     served = iter(range(2 * runx.LOOK_EACH))
-    ring = SimpleNamespace(serve=lambda protocol: next(served) >= 0)
+    ring = SimpleNamespace(serve=lambda protocol: next(served) >= 0, set_looks=lambda looks: None)
     events, writer = os.pipe()
     link, monitor = os.pipe()
     os.close(monitor)
