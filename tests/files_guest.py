@@ -40,7 +40,7 @@ SEED = int(os.environ.get("SEED") or int.from_bytes(os.urandom(3), "big"))
 
 # <fcntl.h>, <linux/fs.h>, <linux/falloc.h>, <sched.h>, <sys/mount.h>
 AT_FDCWD, AT_SYMLINK_FOLLOW, AT_EMPTY_PATH = -100, 0x400, 0x1000
-AT_STATX_FORCE_SYNC, STATX_SIZE = 0x2000, 0x200
+AT_STATX_FORCE_SYNC, STATX_MODE, STATX_ATIME, STATX_MTIME, STATX_SIZE = 0x2000, 2, 0x20, 0x40, 0x200
 SYNC_FILE_RANGE_WRITE = 2
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE = 1, 2, 8, 16, 32
@@ -1155,6 +1155,93 @@ def times_now_and_omitted():
     same((seen.st_atime_ns, abs(seen.st_mtime - time.time()) < 60), (5 * 10**9 + 6, True))
     os.utime("f")
     same(abs(os.stat("f").st_mtime - time.time()) < 60, True)
+
+
+def seen_of(fd):
+    """Mode, atime and mtime in nanoseconds: what all who ask are told, also who has the file system look again."""
+    found, kinds = ctypes.create_string_buffer(256), STATX_MODE | STATX_ATIME | STATX_MTIME
+    system("statx", fd, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kinds, ctypes.addressof(found))
+    mode, atime, mtime = (struct.unpack_from(form, found, at) for form, at in (("H", 28), ("qI", 64), ("qI", 112)))
+    seen = os.fstat(fd)
+    told = (oct(mode[0] & 0o7777), atime[0] * 10**9 + atime[1], mtime[0] * 10**9 + mtime[1])
+    same(told, (oct(stat.S_IMODE(seen.st_mode)), seen.st_atime_ns, seen.st_mtime_ns), "with a look, without")
+    return told
+
+
+@check
+def attributes_of_a_new_file():
+    """They count at once, before it is closed and behind that, whoever sends what is written meanwhile."""
+    for pause in (lambda fd: None, os.fsync, lambda fd: os.sync()):
+        fd = os.open("f", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(fd, b"x" * 5000)
+        os.fchmod(fd, 0o644)
+        pause(fd)
+        os.utime(fd, ns=(10**18 + 7, 2 * 10**18 + 7))
+        os.fchown(fd, 0, 0)
+        same(seen_of(fd), ("0o644", 10**18 + 7, 2 * 10**18 + 7))
+        pause(fd)
+        same(seen_of(fd), ("0o644", 10**18 + 7, 2 * 10**18 + 7))
+        os.utime(fd)
+        now = time.time()
+        same([abs(each / 10**9 - now) < 60 for each in seen_of(fd)[1:]], [True, True], "touched")
+        os.utime(fd, ns=(3, 4))
+        os.pwrite(fd, b"y", 0)
+        pause(fd)
+        same((seen_of(fd)[1], abs(seen_of(fd)[2] / 10**9 - now) < 60), (3, True), "written behind")
+        os.utime(fd, ns=(5, 6))
+        os.fchmod(fd, 0o755)
+        os.fchmod(fd, 0o640)
+        pause(fd)
+        same(seen_of(fd), ("0o640", 5, 6), "less")
+        os.close(fd)
+        drop_caches()
+        seen = os.stat("f")
+        same((seen.st_atime_ns, seen.st_mtime_ns, mode_of("f")), (5, 6, "0o640"), "closed")
+        os.unlink("f")
+
+
+@check
+def modes_of_a_new_file_and_its_other_attributes():
+    """Each that depends on another comes behind it."""
+    os.mkdir("d")
+    os.setxattr("d", DEFAULT, acl((USER_OBJ, 7), (NAMED_USER, 7, USER), (GROUP_OBJ, 5), (MASK, 7), (EVERYBODY, 0)))
+    fd = os.open("d/f", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.fchmod(fd, 0o664)
+    wanted = acl((USER_OBJ, 6), (NAMED_USER, 7, USER), (GROUP_OBJ, 5), (MASK, 6), (EVERYBODY, 4))
+    same((os.getxattr(fd, ACCESS), seen_of(fd)[0]), (wanted, "0o664"), "a list with another mask")
+    user(put_at, "d/f")
+    fd = os.open("f", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.fchmod(fd, 0o666)
+    os.setxattr(fd, ACCESS, ONE_READER)
+    same((os.getxattr(fd, ACCESS), seen_of(fd)[0]), (ONE_READER, "0o660"), "a list behind a mode")
+    fd = os.open("g", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    refused(errno.ENODATA, os.getxattr, fd, "security.capability")
+    os.setxattr(fd, "security.capability", CAPABILITY)
+    same(os.getxattr(fd, "security.capability"), CAPABILITY)
+    os.fchown(fd, 0, 0)
+    refused(errno.ENODATA, os.getxattr, fd, "security.capability")
+    fd = os.open("h", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o755)
+    os.fchmod(fd, 0o4755)
+    for_user("h")
+    os.fchmod(fd, 0o6755)
+    user(put_at, "h")
+    same(mode_of("h"), "0o755", "written by another")
+
+
+@check
+def a_new_file_with_a_second_writer():
+    """What it has got is behind what was set before."""
+    for flags in (os.O_APPEND, os.O_TRUNC, 0):
+        fd = os.open("f", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(fd, b"some")
+        os.utime(fd, ns=(10**9, 10**9))
+        other = os.open("f", os.O_WRONLY | flags)
+        os.write(other, b"more")
+        os.close(other)
+        os.close(fd)
+        drop_caches()
+        same((abs(os.stat("f").st_mtime - time.time()) < 60, os.stat("f").st_atime), (True, 1), flags)
+        os.unlink("f")
 
 
 @check

@@ -576,6 +576,30 @@ def seen_on_dom0(both):
         assert memory[:] == b"MA"
 
 
+def attributes_of_a_new_file(both):
+    """They are there when it is closed, or gets a name; and what dom0 does with it meanwhile counts."""
+    both.guest("fd = os.open({path}, os.O_RDWR | os.O_CREAT, 0o600); os.write(fd, b'x')", path=both.at("f"))
+    both.guest("os.fchmod(fd, 0o644); os.utime(fd, ns=(10**18, 2 * 10**18)); os.link({path}, {other})",
+               path=both.at("f"), other=both.at("g"))  # fmt: skip
+    seen = (both.host / "g").stat()
+    assert (oct(seen.st_mode), seen.st_atime_ns, seen.st_mtime_ns) == ("0o100644", 10**18, 2 * 10**18)
+    both.guest("os.close(fd)")
+    for closed in ("os.close(fd)", "os.fsync(fd)", "os.close(os.dup(fd))"):
+        both.guest("fd = os.open({path}, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)", path=both.at("h"))
+        both.guest("os.write(fd, b'x'); os.fchmod(fd, 0o755); os.utime(fd, ns=(10**18, 2 * 10**18)); " + closed)
+        seen = (both.host / "h").stat()
+        assert (oct(seen.st_mode), seen.st_atime_ns, seen.st_mtime_ns) == ("0o100755", 10**18, 2 * 10**18), closed
+        (both.host / "h").unlink()
+    both.guest("fd = os.open({path}, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)", path=both.at("i"))
+    both.guest("os.fchmod(fd, 0o666)")
+    both.put("i", LONG)
+    os.utime(both.host / "i", ns=(10**18, 3 * 10**18))
+    both.guest("os.close(fd)")
+    seen = (both.host / "i").stat()
+    assert (oct(seen.st_mode), seen.st_mtime_ns) == ("0o100666", 3 * 10**18)
+    both.content_becomes(LONG, LONG, "i")
+
+
 def owners(both):
     """As under runc: ids and modes are the same on both sides."""
     os.chmod(both.host, 0o777)
@@ -600,7 +624,7 @@ def owners(both):
 CASES = [
     replaced, removed, made, made_anew, truncated, changed_in_place, changed_in_place_before_its_mode, grown_for_lseek,
     appended, appended_by_both, rotated, swapped, attributes, folders, turned_inside_out, read_while_it_grows,
-    seen_on_dom0, owners,
+    seen_on_dom0, attributes_of_a_new_file, owners,
 ]  # fmt: skip
 ALONE = [  # others drop the caches
     changed_in_place_beside_what_is_unsent, synchronized_twice_within_a_tick, allocated_beside_looks,
