@@ -161,8 +161,8 @@ def test_a_ring_without_room_for_replies_is_not_looked_at_for_ever():
     assert not guest.ring.serve(protocol) and not runx.Lookout([guest.ring]).sees_more()
 
 
-def serve_until_told(protocol, guests, events, acknowledge=lambda: None):
-    """Serve their rings until something is written to what is yielded, or for 30 s."""
+def serve_until_told(protocol, guests, events, acknowledge):
+    """Serve their rings until something is written to what acknowledge() is given, after 30 s by us."""
     link, monitor = os.pipe()
     timer = threading.Timer(30, os.write, (monitor, b"end"))
     timer.start()
