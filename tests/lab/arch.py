@@ -75,11 +75,13 @@ def machine_options(arch: Architecture, kernel_options: str) -> list[str]:
     # leak from one domain into another; with smap or smep dom0 crashes; with rdtscp PVH guests do.
     # Without erms memory is copied eight bytes at a time, not one: reading the disk is then three times
     # as fast.  There is nothing to protect from speculation.  A newer QEMU is no better: with 10.0 the tests take as
-    # long, and PVH guests end as they start, for to Xen each reads cr0 where it reads cr2.
+    # long, and PVH guests end as they start, for to Xen each reads cr0 where it reads cr2.  A dom0 that watches its TSC
+    # finds it wrong after some minutes, and from then on each look at the clock is a system call, of which Python alone
+    # makes three hundred until it has started.
     return [
         "qemu-system-x86_64", "-machine", "q35", "-cpu", "max,-smap,-smep,-rdtscp,-xsave,-erms",
         "-kernel", "xen", "-append", f"console=com1 com1=115200,8n1 {XEN_OPTIONS} spec-ctrl=no",
-        "-initrd", f"vmlinux {options} pmtmr=0,initrd.img",
+        "-initrd", f"vmlinux {options} pmtmr=0 tsc=nowatchdog,initrd.img",
         "-global", "virtio-net-pci.romfile=",
     ]
     # fmt: on
