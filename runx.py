@@ -504,13 +504,12 @@ def process_start_time(pid: int) -> int | None:
 def end_process(pid: int, start_time: int, timeout: float) -> None:
     """Wait for the end of a process, and kill it if that does not come in time, in seconds."""
     try:
-        pidfd = Descriptor(os.pidfd_open(pid))
+        with Descriptor(os.pidfd_open(pid)) as pidfd:
+            if process_start_time(pid) == start_time and not select.select([pidfd], [], [], timeout)[0]:
+                import_core("signal").pidfd_send_signal(pidfd, SIGKILL)
+                select.select([pidfd], [], [], timeout)
     except OSError:
-        return  # it has ended, and the number may be a thread's
-    with pidfd:
-        if process_start_time(pid) == start_time and not select.select([pidfd], [], [], timeout)[0]:
-            os.kill(pid, SIGKILL)
-            select.select([pidfd], [], [], timeout)
+        pass  # it has ended, and the number may be a thread's
 
 
 def close_other_descriptors(keep: Collection[object]) -> None:

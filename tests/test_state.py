@@ -596,6 +596,29 @@ def test_a_pid_that_is_a_threads_by_now_is_nobodys():
         runx.end_process(thread, runx.process_start_time(thread), 60)
 
 
+def test_a_process_that_is_reaped_before_it_is_killed_has_ended(monkeypatch):
+    """Nor is whoever has its pid by then killed in its place."""
+    pid, select = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {}), runx.select.select
+    start_time, killed = runx.process_start_time(pid), []
+
+    def late(readers, writers, errors, timeout):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        monkeypatch.setattr(runx.select, "select", select)
+        monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+        return [], [], []
+
+    monkeypatch.setattr(runx.select, "select", late)
+    runx.end_process(pid, start_time, 60)
+    assert not killed
+
+
+def test_a_process_that_does_not_end_in_time_is_killed():
+    pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
+    runx.end_process(pid, runx.process_start_time(pid), 0.01)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
 def test_a_delete_by_force_does_not_end_with_its_parent(tmp_path):
     """As containerd's shim, which is killed after five seconds, asks the kernel to have it."""
     prctl, found = ctypes.CDLL(None).prctl, ctypes.c_int()
