@@ -810,7 +810,7 @@ def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
             actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(streams)]
             pid = os.posix_spawn(path, argv, env, file_actions=actions, setsigdef=[SIGPIPE])
         ended, status = reap(pid, XL_TIME_LIMIT, os.kill)
-        text = os.pread(output, 1 << 16, 0).decode("utf-8", "replace")
+        text = os.pread(output, OUTPUT_MAX, 0).decode("utf-8", "replace")
     return status, text if ended else f"{text}\nxl has not ended in {XL_TIME_LIMIT} s: is xenstored stuck?"
 
 

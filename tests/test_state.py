@@ -619,6 +619,13 @@ def test_a_process_that_does_not_end_in_time_is_killed():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
+def test_all_of_what_xl_says_of_a_thousand_domains_is_read(dom0):
+    line = "echo 11111111-2222-4333-8444-$((100000000000 + i)) $i runx-" + "c" * 40
+    dom0.call("xl", f"#!/bin/sh\ni=0\nwhile [ $i -lt 1500 ]; do {line}; i=$((i + 1)); done\n")
+    found = runx.find_half_built(runx.Xenstore(), "11111111-2222-4333-8444-100000001499")
+    assert found and found.domid == 1499
+
+
 def test_a_delete_by_force_does_not_end_with_its_parent(tmp_path):
     """As containerd's shim, which is killed after five seconds, asks the kernel to have it."""
     prctl, found = ctypes.CDLL(None).prctl, ctypes.c_int()
