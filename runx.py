@@ -1900,7 +1900,7 @@ def read_config(bundle: str) -> tuple[Section, str]:
 def check_version(version: str) -> str:
     """Return any 1.x, pre-releases included: minor versions only add properties."""
     numbers = version.replace("-", "+").partition("+")[0].split(".")
-    is_known = len(numbers) == 3 and numbers[0] == "1" and is_number("".join(numbers), 60)
+    is_known = len(numbers) == 3 and numbers[0] == "1" and all(is_number(each, 60) for each in numbers)
     if not is_known or len(version) > 60:
         raise Error(f'config.json: ociVersion "{printable(version[:60])}" is not supported: runX knows 1.0.0 to 1.3.x')
     return version

@@ -274,6 +274,12 @@ def test_a_version_has_60_characters_at_most():
         runx.check_version("1.0.0-" + "x" * 55)
 
 
+@pytest.mark.parametrize("version", ["1..0", "1.0.", "1.0", "1.0.0.0", "01.0.0", "1.0.x", "1.-1.0", ""])
+def test_a_version_has_three_numbers(version):
+    with pytest.raises(runx.Error, match="is not supported"):
+        runx.check_version(version)
+
+
 # ---- every field of every record
 
 
