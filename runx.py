@@ -1927,7 +1927,8 @@ def warn_of_no_effect(spec: Section) -> None:
         section = spec
         for name in names:
             section = section.section(name)
-        if asks(section.values.get(key)):
+        asked = section.values.get(key)
+        if asks(asked) or asked and key == "netDevices":  # which are moved also if nothing is said of them
             spec.warnings.append(f"{path} has no effect on a container in a VM of its own")
 
 

@@ -997,6 +997,9 @@ def test_what_has_no_effect_is_said_of_each(load):
     names += [f"linux.resources.cpu.realtime{name}" for name in ("Period", "Runtime")]
     names += [f"linux.resources.memory.{name}" for name in ("kernelTCP", "swappiness", "disableOOMKiller", "kernel")]
     assert load(spec).warnings == [f"{name} has no effect on a container in a VM of its own" for name in names]
+    spec = config("true")
+    spec["linux"] = {"netDevices": {"eth0": {}}}  # which keeps its name
+    assert load(spec).warnings == ["linux.netDevices has no effect on a container in a VM of its own"]
     for empty in (None, "", {}, [], 0, -1, {"a": {"b": -1, "c": []}}):
         assert not runx.asks(empty)
     for asked in (1, -2, "x", [0], {"a": {"b": 1}}, True):
