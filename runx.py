@@ -2354,7 +2354,7 @@ def find_networks(
 
 def parse_netconf(env: list[str]) -> list[Netconf]:
     """Return (variable, file, name, address or "") of NETCONF, NETCONF1, NETCONF2, …, in that order."""
-    found = {}
+    found = []
     for variable in env:
         key, _, value = variable.partition("=")
         digits = key.removeprefix("NETCONF")
@@ -2367,10 +2367,10 @@ def parse_netconf(env: list[str]) -> list[Netconf]:
         count = 1 + address.count(";")
         if count > NETWORKS_MAX:
             raise Error(f"{key} gives {count} addresses: a network can have {NETWORKS_MAX}")
-        found[int(digits or 0)] = (key, path, name, address)
+        found.append((int(digits or 0), (key, path, name, address)))
     if len(found) > NETWORKS_MAX:
         raise Error(f"NETCONF asks for {len(found)} networks: a VM can have {NETWORKS_MAX}")
-    return [found[number] for number in sorted(found)]
+    return [network for _, network in sorted(found)]
 
 
 def parse_rate(text: str) -> str:

@@ -37,6 +37,8 @@ def test_netconf_variables_are_taken_in_order():
     assert runx.parse_netconf(env) == [
         ("NETCONF", "/a", "n", "10.0.0.1"), ("NETCONF1", "/b", "n", "auto"), ("NETCONF2", "/c", "n", ""),
     ]  # fmt: skip
+    same = ["NETCONF1=/b,n", "NETCONF01=/c,n", "NETCONF0=/d,n", "NETCONF=/a,n"]  # numbers: each is a network
+    assert [path for _, path, _, _ in runx.parse_netconf(same)] == ["/a", "/d", "/c", "/b"]
     for value in ("/a", "a,n", "/a,"):
         with pytest.raises(runx.Error, match="NETCONF must be"):
             runx.parse_netconf([f"NETCONF={value}"])
