@@ -1836,12 +1836,12 @@ class Section:
 class Config:
     """<bundle>/config.json."""
 
-    def __init__(self, bundle: str, spec: Section, text: str) -> None:
+    def __init__(self, bundle: str) -> None:
         """Raise Error, in runc's words where engines show them."""
+        spec, self.text = read_config(bundle)  # all of it
         linux, vm = spec.section("linux"), spec.section("vm")
         namespaces = parse_namespaces(linux)
         warn_of_no_effect(spec)
-        self.text = text  # all of it
         self.warnings = spec.warnings  # what is asked for and cannot be had in a VM, a sentence each
         self.hostname, self.domainname = parse_names(spec, namespaces)
         self.hooks = spec.section("hooks").values  # as there: parse_hooks() accepts them
@@ -1881,10 +1881,6 @@ class Config:
         self.cgroup = linux.text("cgroupsPath", "")
         rate = annotations.text("rate", "")
         self.rate = rate and parse_rate(rate)  # of the network interfaces, as netback wants it
-
-
-def load_config(bundle: str) -> Config:
-    return Config(bundle, *read_config(bundle))
 
 
 def read_config(bundle: str) -> tuple[Section, str]:
@@ -8019,7 +8015,7 @@ def make_plan(call: Invocation, attached: bool) -> Plan:
     container, bundle = call.container(), os.path.realpath(call.options.get("bundle", "."))
     if not is_text(bundle + call.root):
         raise Error(f"the paths of bundle and root must be UTF-8: {printable(bundle)}, {printable(call.root)}")
-    config = load_config(bundle)
+    config = Config(bundle)
     find_xl()
     fit_vcpus(config)
     take_ordinary_score()

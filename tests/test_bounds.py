@@ -30,7 +30,7 @@ def load(tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps(spec))
         if host is not None:
             (tmp_path / "host.json").write_text(json.dumps(host))
-        return runx.load_config(str(tmp_path))
+        return runx.Config(str(tmp_path))
 
     return load
 
@@ -826,7 +826,7 @@ def refused(load, spec, host=None):
 def test_a_bundle_without_a_config_that_can_be_read(tmp_path):
     def sentence():
         with pytest.raises(runx.Error) as caught:
-            runx.load_config(str(tmp_path))
+            runx.Config(str(tmp_path))
         return str(caught.value)
 
     assert sentence() == f"JSON specification file config.json not found in bundle {tmp_path}"

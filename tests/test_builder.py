@@ -101,7 +101,7 @@ class Dom0:
         self.container = runx.Container(str(self.folder / "root"), "c")
         self.container.reserve()
         self.container.lock_fd = os.open(self.container.folder, os.O_RDONLY)
-        parsed = runx.load_config(str(self.folder))
+        parsed = runx.Config(str(self.folder))
         log = SimpleNamespace(warn=self.warnings.append)
         return runx.Builder(self.container, parsed, self.networks, log)
 

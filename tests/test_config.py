@@ -40,7 +40,7 @@ def bundle(tmp_path):
 def test_a_config_is_parsed_once(bundle, tmp_path):
     spec = config("a", "b c", env=["X=1"], user={"uid": 1, "gid": 2, "additionalGids": [3]})
     spec.update(hostname="box", linux={"resources": {"memory": {"limit": 64 << 20}}}, unknownProperty=1)
-    parsed = runx.load_config(bundle(spec))
+    parsed = runx.Config(bundle(spec))
     assert parsed.rootfs == str(tmp_path / "rootfs")
     assert (parsed.hostname, parsed.resources.memory, parsed.process.args) == ("box", 64 << 20, ["a", "b c"])
     assert (parsed.process.uid, parsed.process.gid, parsed.process.groups, parsed.process.umask) == (1, 2, [3], 0o022)
@@ -71,20 +71,20 @@ def test_wrong_hooks_are_refused(bundle, hooks, words):
         runx.parse_hooks(hooks, "prestart")
     for kind in runx.HOOK_KINDS:  # and before anything is made
         with pytest.raises(runx.Error, match=f"^config.json: {words.replace('prestart', kind)}"):
-            runx.load_config(bundle({**config("true"), "hooks": {kind: hooks["prestart"]}}))
+            runx.Config(bundle({**config("true"), "hooks": {kind: hooks["prestart"]}}))
 
 
 def test_a_terminal_is_parsed_and_needs_a_devpts(bundle):
     spec = config("sh", terminal=True, consoleSize={"height": 24, "width": 80})
     with pytest.raises(runx.Error, match="devpts"):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
     spec["mounts"].append({"destination": "/dev/pts", "type": "devpts", "source": "devpts"})
-    assert runx.load_config(bundle(spec)).process.console_size == (24, 80)
+    assert runx.Config(bundle(spec)).process.console_size == (24, 80)
     spec["process"]["consoleSize"]["width"] = 1 << 16
     with pytest.raises(runx.Error, match="consoleSize"):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
     spec["process"]["terminal"] = False  # and the size of none is ignored
-    assert runx.load_config(bundle(spec)).process.console_size == (0, 0)
+    assert runx.Config(bundle(spec)).process.console_size == (0, 0)
 
 
 BASE = {"default_memory": 128, "minimum_memory": 48, "default_vcpus": 1, "fixed_vcpus": 0, "most_vcpus": 64}
@@ -110,7 +110,7 @@ def test_a_list_of_processors_is_nothing_else(bundle):
     spec = config("true")
     spec["linux"] = {"resources": {"cpu": {"cpus": '0-3,7"'}}}
     with pytest.raises(runx.Error, match="0-3,7"):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
 
 
 def test_mount_options_become_flags_and_data(bundle):
@@ -118,21 +118,21 @@ def test_mount_options_become_flags_and_data(bundle):
     spec["mounts"] = [
         {"destination": "/t", "type": "tmpfs", "source": "t", "options": ["nosuid", "ro", "rw", "size=1m", "mode=755"]}
     ]
-    mount = runx.load_config(bundle(spec)).mounts[0]
+    mount = runx.Config(bundle(spec)).mounts[0]
     assert (mount.flags, mount.data) == (runx.MS_NOSUID, "size=1m,mode=755")
 
 
 def test_a_bind_mount_has_no_other_options(bundle, tmp_path):
     spec = config("true")
     spec["mounts"] = [{"destination": "/t", "source": str(tmp_path), "options": ["rbind", "rro", "rnodev"]}]
-    mount = runx.load_config(bundle(spec)).mounts[0]
+    mount = runx.Config(bundle(spec)).mounts[0]
     flags = runx.MS_BIND | runx.MS_REC | runx.MS_RDONLY | runx.RECURSIVE_RO | runx.MS_NODEV
     assert mount.flags == flags
     _, options = runx.guest_mount(mount, iter(["mounts/0"]))
     assert options[4] == runx.MS_BIND | 32 | runx.MS_RDONLY | runx.MS_NODEV
     spec["mounts"][0]["options"].append("idmap")
     with pytest.raises(runx.Error, match="a bind mount has no option idmap here"):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.0.2-dev", "1.3.0", "1.9.9+x"])
@@ -149,7 +149,7 @@ def test_unsupported_versions(version):
 def test_a_config_without_process_is_valid(bundle):
     spec = config("true")
     del spec["process"]
-    assert runx.load_config(bundle(spec)).process is None
+    assert runx.Config(bundle(spec)).process is None
 
 
 def test_the_guests_config_keeps_the_order_of_mounts(bundle, tmp_path):
@@ -159,7 +159,7 @@ def test_the_guests_config_keeps_the_order_of_mounts(bundle, tmp_path):
         {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
         {"destination": "/run/x", "type": "bind", "source": "source", "options": ["ro"]},
     ]
-    words = guest_words(runx.load_config(bundle(spec)))
+    words = guest_words(runx.Config(bundle(spec)))
     words = words[:1] + words[words.index("mount") :]
     assert words[:7] == ["0", "mount", "tmpfs", "/run", "tmpfs", "0", ""]
     assert words[7:13] == ["mount", "mounts/0", "/run/x", "", str(runx.MS_BIND), ""]
@@ -178,7 +178,7 @@ def host_config(tmp_path, monkeypatch):
 
 def test_the_hosts_own_configuration(bundle, host_config):
     def load(annotations=None, **linux):
-        return runx.load_config(bundle({**config("true"), "annotations": annotations or {}, "linux": linux}))
+        return runx.Config(bundle({**config("true"), "annotations": annotations or {}, "linux": linux}))
 
     def size(config):
         return config.resources.mebibytes(1000), config.resources.vcpus(8)
@@ -215,7 +215,7 @@ def test_the_hosts_own_configuration(bundle, host_config):
 def test_a_wrong_configuration_of_the_host(bundle, host_config, text, words):
     host_config(text)
     with pytest.raises(runx.Error, match=words):
-        runx.load_config(bundle(config("true")))
+        runx.Config(bundle(config("true")))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_configuration_of_the_host_that_cannot_be_reached_is_not_taken_for_non
 ):
     (tmp_path / "host.json").symlink_to(target)
     with pytest.raises(runx.Error, match=f"^cannot read .*host.json: {reason}"):
-        runx.load_config(bundle(config("true")))
+        runx.Config(bundle(config("true")))
 
 
 # ---- what an image may have said
@@ -236,7 +236,7 @@ def annotated(bundle, resources=None, **annotations):
     spec = config("true")
     spec["annotations"] = {f"org.runx.{key}": value for key, value in annotations.items()}
     spec["linux"] = {"resources": resources or {}}
-    return runx.load_config(bundle(spec))
+    return runx.Config(bundle(spec))
 
 
 def test_an_annotation_never_asks_for_more_than_the_resources(bundle, host_config):
@@ -256,7 +256,7 @@ def test_an_annotation_never_asks_for_more_than_the_resources(bundle, host_confi
     host_config('{"maxmem": 2000}')
     assert annotated(bundle, memory="1500").resources.mebibytes(0) == 1500
     vm = {"hwConfig": {"memory": 1500 << 20}}  # the engine's own word
-    assert runx.load_config(bundle({**config("true"), "vm": vm})).resources.mebibytes(0) == 1500
+    assert runx.Config(bundle({**config("true"), "vm": vm})).resources.mebibytes(0) == 1500
 
 
 def test_an_annotation_that_the_host_does_not_believe_has_no_effect(bundle, host_config):
@@ -285,7 +285,7 @@ def test_a_rate_of_an_annotation_is_a_lower_one():
 def test_variables_that_the_host_does_not_believe_have_no_effect(bundle, host_config, believed, kernel, networks):
     host_config("{}" if believed is None else json.dumps({"environment": believed}))
     env = ["RUNX_KERNEL=/k", "NETCONF=/a,n", "NETCONF7=/b,n", "NETCONFIG=x", "XLCONF=/etc/passwd", "RUNX_RAMDISK="]
-    parsed = runx.load_config(bundle(config("true", env=env)))
+    parsed = runx.Config(bundle(config("true", env=env)))
     assert (parsed.machine.kernel, len(parsed.netconf), parsed.machine.lines) == (kernel, networks, [])
     dropped = [*["RUNX_KERNEL"][: not kernel], *["NETCONF", "NETCONF7"][: 2 - networks], "XLCONF"]
     assert [warning.split(": ")[1] for warning in parsed.warnings] == [", ".join(dropped)]
@@ -295,13 +295,13 @@ def test_variables_that_the_host_does_not_believe_have_no_effect(bundle, host_co
 def test_who_has_refused_a_network_gets_none_by_netconf(bundle):
     spec = config("true", env=["NETCONF=/a,n"])
     spec["linux"] = {"namespaces": namespaces()}
-    assert runx.load_config(bundle(spec)).netconf  # as ctr writes it by default
+    assert runx.Config(bundle(spec)).netconf  # as ctr writes it by default
     spec["mounts"].append({"destination": runx.PODMANS_MARK, "type": "bind", "source": "rootfs", "options": ["bind"]})
-    parsed = runx.load_config(bundle(spec))
+    parsed = runx.Config(bundle(spec))
     assert (parsed.netconf, parsed.namespace) == ([], "")
     assert parsed.warnings == ["NETCONF has no effect, for Podman was asked for no network"]
     del spec["linux"]["namespaces"][-1]  # network
-    assert runx.load_config(bundle(spec)).netconf
+    assert runx.Config(bundle(spec)).netconf
 
 
 # ---- namespaces
@@ -338,16 +338,16 @@ def test_who_has_refused_a_network_gets_none_by_netconf(bundle):
 )
 def test_a_namespace_that_a_vm_cannot_have_is_refused(bundle, entries, words):
     with pytest.raises(runx.Error, match=words):
-        runx.load_config(bundle({**config("true"), "linux": {"namespaces": entries}}))
+        runx.Config(bundle({**config("true"), "linux": {"namespaces": entries}}))
 
 
 def test_the_hosts_uts_namespace_gives_its_hostname(bundle):
     entries = [entry for entry in namespaces() if entry["type"] not in ("uts", "cgroup")]
     spec = {**config("true"), "linux": {"namespaces": [*entries, {"type": "time"}]}}
-    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {})
+    text = runx.guest_config(runx.Config(bundle(spec)), [], "{}", {})
     assert f"\0hostname\0{os.uname().nodename}\0".encode() in text
     with pytest.raises(runx.Error, match="need a uts namespace"):
-        runx.load_config(bundle({**spec, "hostname": "x"}))
+        runx.Config(bundle({**spec, "hostname": "x"}))
 
 
 # ---- JSON
@@ -420,7 +420,7 @@ def test_the_hardware_of_a_vm(bundle, spelling):
         "iomems": [{"firstGFN": 0x10, "firstMFN": 0xFF000, "nrMFNs": 16}, {"firstMFN": 1, "nrMFNs": 1}],
         "irqs": [54, 0x60],
     }  # fmt: skip
-    parsed = runx.load_config(bundle(machine_config({spelling: hardware, "kernel": {"path": ""}})))
+    parsed = runx.Config(bundle(machine_config({spelling: hardware, "kernel": {"path": ""}})))
     assert (parsed.resources.mebibytes(0), parsed.resources.vcpus(0), parsed.machine.kernel) == (256, 2, None)
     assert runx.xl_config(parsed.machine.options).splitlines() == [
         'device_tree = "/boot/passthrough.dtb"', 'dtdev = [ "/axi/uart@0", "/axi/can@1" ]',
@@ -433,23 +433,23 @@ def test_empty_strings_in_vm_are_absent(bundle):
         "hypervisor": {"path": "", "parameters": []}, "kernel": {"path": "", "parameters": None, "initrd": ""},
         "image": {"path": "", "format": ""}, "hwConfig": {"deviceTree": "", "memory": 0, "irqs": None},
     }  # fmt: skip
-    machine = runx.load_config(bundle(machine_config(vm))).machine
-    assert machine.__dict__ == runx.load_config(bundle(machine_config())).machine.__dict__
+    machine = runx.Config(bundle(machine_config(vm))).machine
+    assert machine.__dict__ == runx.Config(bundle(machine_config())).machine.__dict__
 
 
 def test_a_kernel_of_its_own(bundle, tmp_path, host_config):
     host_config(json.dumps({"annotations": list(runx.ANNOTATIONS)}))
     (tmp_path / "vmlinuz").touch()
     env = ["RUNX_KERNEL=/boot/kernel", "RUNX_RAMDISK="]
-    assert runx.load_config(bundle(machine_config(env=env))).machine.kernel == ("/boot/kernel", True)
+    assert runx.Config(bundle(machine_config(env=env))).machine.kernel == ("/boot/kernel", True)
     annotations = {"kernel": "/k", "ramdisk": "/r"}
-    machine = runx.load_config(bundle(machine_config(annotations=annotations, env=env))).machine
+    machine = runx.Config(bundle(machine_config(annotations=annotations, env=env))).machine
     assert (machine.kernel, machine.ramdisk, machine.own_init) == (("/k", True), ("/r", True), True)
     assert machine.rootfs == "none"
-    machine = runx.load_config(bundle(machine_config(annotations={**annotations, "rootfs": "9p"}))).machine
+    machine = runx.Config(bundle(machine_config(annotations={**annotations, "rootfs": "9p"}))).machine
     assert machine.rootfs == "9p"
     vm = {"kernel": {"path": str(tmp_path / "vmlinuz"), "parameters": ["a=b", "c=d e"]}}
-    machine = runx.load_config(bundle(machine_config(vm, {"cmdline": "x y"}, env))).machine
+    machine = runx.Config(bundle(machine_config(vm, {"cmdline": "x y"}, env))).machine
     assert machine.kernel == (str(tmp_path / "vmlinuz"), False)
     assert not machine.own_init
     assert runx.command_line(machine) == runx.KERNEL_PARAMETERS + ' x y a=b "c=d e"'
@@ -459,9 +459,9 @@ def test_an_image_of_vm_stands_for_root_path(bundle, tmp_path):
     (tmp_path / "image").write_bytes(bytes(4096))
     spec = {**config("true"), "vm": {"image": {"path": str(tmp_path / "image"), "format": "raw"}}}
     for root in ({}, {"path": ""}, None):
-        assert runx.load_config(bundle({**spec, "root": root})).rootfs == str(tmp_path / "image")
+        assert runx.Config(bundle({**spec, "root": root})).rootfs == str(tmp_path / "image")
     with pytest.raises(runx.Error, match="config.json: root.path must be a JSON string"):
-        runx.load_config(bundle({**spec, "root": {"path": 1}}))
+        runx.Config(bundle({**spec, "root": {"path": 1}}))
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_an_image_of_vm_stands_for_root_path(bundle, tmp_path):
 def test_a_vm_that_cannot_be_is_refused(bundle, vm, annotations, words, host_config):
     host_config(json.dumps({"annotations": list(runx.ANNOTATIONS)}))
     with pytest.raises(runx.Error, match=words):
-        runx.load_config(bundle(machine_config(vm, annotations)))
+        runx.Config(bundle(machine_config(vm, annotations)))
 
 
 def test_xlconf_is_taken_only_from_where_root_alone_writes(bundle, tmp_path, host_config):
@@ -507,24 +507,24 @@ def test_xlconf_is_taken_only_from_where_root_alone_writes(bundle, tmp_path, hos
     folder.mkdir(mode=0o755)
     (folder / "extra").write_text("nomigrate=1\n")
     spec = machine_config(env=[f"XLCONF={folder}/extra"])
-    assert runx.load_config(bundle(spec)).machine.lines == []
+    assert runx.Config(bundle(spec)).machine.lines == []
     host_config('{"environment": ["XLCONF"]}')
     with pytest.raises(runx.Error, match="is in none of the folders that .*host.json allows: /etc/runX/xl"):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
     host_config(json.dumps({"xlconf": [str(folder)], "environment": ["XLCONF"]}))
-    assert runx.load_config(bundle(spec)).machine.lines == ["nomigrate=1\n"]
+    assert runx.Config(bundle(spec)).machine.lines == ["nomigrate=1\n"]
     (tmp_path / "other").write_text("x=1\n")
     (folder / "link").symlink_to("../other")
     for name, reason in (("link", "in none of the folders"), ("../other", "in none of"), ("none", "cannot read")):
         with pytest.raises(runx.Error, match=reason):
-            runx.load_config(bundle(machine_config(env=[f"XLCONF={folder}/{name}"])))
+            runx.Config(bundle(machine_config(env=[f"XLCONF={folder}/{name}"])))
     (folder / "extra").chmod(0o664)
     with pytest.raises(runx.Error, match="others than root may write"):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
     (folder / "extra").chmod(0o600)
     folder.chmod(0o777)
     with pytest.raises(runx.Error, match="others than root may write"):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
 
 
 def test_the_modules_of_a_kernel_of_its_own(tmp_path):
@@ -746,7 +746,7 @@ def test_a_mount_over_the_rootfs_is_refused(bundle, tmp_path, destination, kind)
 def mount_of(bundle, **mount):
     spec = config("true")
     spec["mounts"] = [{"destination": "/t", **mount}]
-    return runx.load_config(bundle(spec)).mounts[0]
+    return runx.Config(bundle(spec)).mounts[0]
 
 
 def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
@@ -796,7 +796,7 @@ def test_memory_that_is_read_only_is_so_when_all_is_made_in_it(bundle):
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["ro"]},
     ]
     spec["linux"] = {"devices": [{"path": "/dev/pipe", "type": "p"}], "readonlyPaths": ["/dev/cwd"]}
-    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
+    text = runx.guest_config(runx.Config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
     seal = f"mount  /dev  {runx.MS_REMOUNT | runx.MS_BIND | runx.MS_RDONLY | runx.MS_NOSUID}  "
     made = [f"mount tmpfs /dev tmpfs {runx.MS_NOSUID}  ", "node /dev/null ", "mount devpts /dev/pts devpts 1  ",
             "node /dev/pipe ", "terminal ", "cwd /dev/cwd ", seal, "readonly /dev/cwd ", "mount  /  "]  # fmt: skip
@@ -820,7 +820,7 @@ def test_the_default_devices_are_there_whatever_is_mounted(bundle, mounts, found
     own = {"type": "c", "major": 5, "minor": 0}
     paths = ["/dev/f", "/dev/tty", "/dev/ptmx"]
     spec["linux"] = {"devices": [{"path": path, "fileMode": 0o600, **own} for path in paths]}
-    words = guest_words(runx.load_config(bundle(spec)))
+    words = guest_words(runx.Config(bundle(spec)))
     assert [word for word in words if word in ("mount", "/dev/null", "/dev/f", "/dev/tty")] == found
     if "/dev/tty" in words:
         assert words[words.index("/dev/tty") + 1] == str(stat.S_IFCHR | 0o600)
@@ -829,16 +829,16 @@ def test_the_default_devices_are_there_whatever_is_mounted(bundle, mounts, found
 
 def test_the_last_of_two_variables_of_one_name_counts(bundle):
     spec = config("sh", env=["A=1", "B=2", "A=3", "HOME="])
-    words = guest_words(runx.load_config(bundle(spec)))
+    words = guest_words(runx.Config(bundle(spec)))
     assert words[words.index("env") :] == ["env", "A=3", "env", "B=2", "env", "HOME="]
 
 
 @pytest.mark.parametrize("env", [["A="] * 630_000, [f"{number}={'x' * (1 << 20)}" for number in range(6)]])
 def test_words_that_no_execve_takes_are_refused_before_they_are_read(bundle, env):
     """Linux counts a pointer for each: an image's variables of a byte or two would take hundreds of MiB of dom0's."""
-    runx.load_config(bundle(config("true", env=env[: len(env) - 1 - len(env) // 10])))
+    runx.Config(bundle(config("true", env=env[: len(env) - 1 - len(env) // 10])))
     with pytest.raises(runx.Error, match='^unable to start container process: exec: "true": argument list too long$'):
-        runx.load_config(bundle(config("true", env=env)))
+        runx.Config(bundle(config("true", env=env)))
 
 
 @pytest.mark.parametrize("option, flags", [("rshared", 1 << 20 | 16384), ("slave", 1 << 19), ("rprivate", None)])
@@ -850,7 +850,7 @@ def test_propagation_of_a_mount(bundle, tmp_path, option, flags):
 
 def test_a_group_that_is_there_twice_counts_once(bundle):
     spec = config("true", user={"uid": 0, "gid": 0, "additionalGids": [6, 5, 6]})
-    assert runx.load_config(bundle(spec)).process.groups == [6, 5]
+    assert runx.Config(bundle(spec)).process.groups == [6, 5]
 
 
 def test_id_mapped_mounts_are_refused(bundle, tmp_path):
@@ -1039,7 +1039,7 @@ def test_no_more_vcpus_than_the_host_and_the_memory_carry(
     spec = config("true")
     spec["annotations"] = {"org.runx.maxvcpus": "99"} if maxvcpus else {}
     spec["linux"] = {"resources": {"memory": {"limit": memory << 20}, "cpu": {"quota": quota}}}
-    parsed = runx.load_config(bundle(spec))
+    parsed = runx.Config(bundle(spec))
     runx.fit_vcpus(parsed)
     assert (parsed.resources.vcpus(1), parsed.machine.maxvcpus) == (vcpus, maxvcpus)
     assert runx.Resources(spec["linux"]["resources"], "x", parsed.base).vcpus(1) == vcpus
@@ -1254,7 +1254,7 @@ def test_what_cannot_be_applied_is_refused(bundle, section, change, words):
     spec = config("true")
     spec.setdefault(section, {}).update(change)
     with pytest.raises(runx.Error, match=words):
-        runx.load_config(bundle(spec))
+        runx.Config(bundle(spec))
 
 
 def test_what_has_no_effect_is_a_warning(bundle):
@@ -1267,7 +1267,7 @@ def test_what_has_no_effect_is_a_warning(bundle):
             "memory": {"limit": 1 << 26, "swap": 1 << 27, "swappiness": 10, "disableOOMKiller": False},
         },
     }  # fmt: skip
-    named = [warning.split()[0] for warning in runx.load_config(bundle(spec)).warnings]
+    named = [warning.split()[0] for warning in runx.Config(bundle(spec)).warnings]
     assert named == [
         "process.apparmorProfile", "linux.personality.flags", "linux.mountLabel", "linux.resources.cpu.mems",
         "linux.resources.cpu.realtimeRuntime", "linux.resources.memory.swappiness",
@@ -1285,7 +1285,7 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
         },
         "devices": [{"path": "/dev/f", "type": "c", "major": 10, "minor": 229, "uid": 1, "gid": 2}],
     }  # fmt: skip
-    text = runx.guest_config(runx.load_config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
+    text = runx.guest_config(runx.Config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
     limits = "pids.max 7 hugetlb.2MB.max 4096 hugetlb.2MB.rsvd.max 4096 cpu.idle 1"
     assert text.startswith(f"{0x20000000} cgroup 4 {limits} ")
     for record in (
@@ -1312,7 +1312,7 @@ def test_the_default_configs_of_engines_are_accepted(bundle, monkeypatch, name):
     # the network namespaces are of another time
     monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
-    parsed = runx.load_config(bundle(spec))
+    parsed = runx.Config(bundle(spec))
     assert parsed.warnings == []
     check_guest_words(parsed, spec)
 

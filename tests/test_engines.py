@@ -27,7 +27,7 @@ def answer(spec, folder):
     spec["root"]["path"] = "rootfs"
     (folder / "config.json").write_text(json.dumps(spec))
     try:
-        config = runx.load_config(str(folder))
+        config = runx.Config(str(folder))
     except runx.Error as error:
         return f"no, {error}"
     check_guest_words(config, spec)

@@ -19,7 +19,7 @@ def guest(tmp_path):
 
     def words(spec, sources=("mounts/0", "mounts/1"), capabilities=None):
         (tmp_path / "config.json").write_text(json.dumps(spec))
-        parsed = runx.load_config(str(tmp_path))
+        parsed = runx.Config(str(tmp_path))
         found = runx.guest_config(parsed, sources, '{"a": 1}', capabilities or {}).decode().split("\0")[:-1]
         if "/dev" in [mount.destination for mount in parsed.mounts]:
             return found

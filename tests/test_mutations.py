@@ -181,7 +181,7 @@ def test_mutated_configs(tmp_path, trial):
         assert status == 1
         if sentence.endswith("accepted\n"):
             accepted += 1
-            parsed = runx.load_config(str(tmp_path))
+            parsed = runx.Config(str(tmp_path))
             for kept in (parsed.annotations, parsed.hooks, parsed.raw_resources, parsed.base, parsed.oci_version):
                 assert strictly(runx.json_text(kept)) == kept
             with contextlib.suppress(runx.Error):
