@@ -2387,13 +2387,13 @@ def parse_rate(text: str) -> str:
 
 # ---- the process
 
-# <linux/capability.h>: the number of each is its place
-CAPABILITIES = (
+# <linux/capability.h>: a bit for each
+CAPABILITIES = {f"CAP_{name}": 1 << number for number, name in enumerate((
     "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
     "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
     "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
     "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
-).split()
+).split())}  # fmt: skip
 CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 # <asm-generic/resource.h>: the same
 RLIMITS = (
@@ -2463,30 +2463,20 @@ def parse_exec(spec: Section, asked: JsonObject, where: str) -> tuple[Process, L
 
 def parse_capabilities(spec: Section) -> dict[str, int]:
     """Return a bit set for each of CAPABILITY_SETS; without any the process has no capability, as under runc."""
-    asked, unknown = dict.fromkeys(CAPABILITY_SETS, 0), []
-    for name in CAPABILITY_SETS:
-        for capability in spec.texts(name):
-            known = capability[4:]
-            if capability.startswith("CAP_") and known in CAPABILITIES:
-                asked[name] |= 1 << CAPABILITIES.index(known)
-            elif capability not in unknown:
-                unknown.append(capability)
+    asked = {name: frozenset(spec.texts(name)) for name in CAPABILITY_SETS}
+    unknown = frozenset().union(*asked.values()).difference(CAPABILITIES)
     if unknown:
-        spec.warnings.append(f"unknown capabilities are left out: {', '.join(unknown)}")
+        spec.warnings.append(f"unknown capabilities are left out: {', '.join(sorted(unknown))}")
     sets = dict(asked)  # the rules of capset(2) and prctl(2): the kernel refuses what goes beyond
     sets["effective"] &= sets["permitted"]
     sets["inheritable"] &= sets["bounding"]
     sets["ambient"] &= sets["permitted"] & sets["inheritable"]
-    left_out = []
-    for name, bits in sets.items():
-        beyond = asked[name] & ~bits
-        names = [f"CAP_{each}" for number, each in enumerate(CAPABILITIES) if beyond >> number & 1]
-        if names:
-            left_out.append(" ".join([name, *names]))
+    beyond = {name: sorted(asked[name] - sets[name] - unknown) for name in CAPABILITY_SETS}
+    left_out = [" ".join([name, *names]) for name, names in beyond.items() if names]
     if left_out:
         what = "capabilities that no process can have without others are left out of process.capabilities"
         spec.warnings.append(f"{what}: {', '.join(left_out)}")
-    return sets
+    return {name: sum(CAPABILITIES.get(each, 0) for each in kept) for name, kept in sets.items()}
 
 
 def parse_rlimits(process: Section) -> list[tuple[int, int, int]]:
@@ -8849,7 +8839,7 @@ def command_features(call: Invocation) -> None:
         "mountOptions": sorted({*MOUNT_OPTIONS, *filter(None, PROPAGATIONS), "tmpcopyup", "notmpcopyup"}),
         "linux": {
             "namespaces": OWN_NAMESPACES,
-            "capabilities": [f"CAP_{name}" for name in CAPABILITIES],
+            "capabilities": list(CAPABILITIES),
             "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
             "seccomp": {
                 "enabled": os.uname().machine in SECCOMP_ARCHITECTURES,

@@ -645,13 +645,12 @@ def prepare_programs(root):
 def programs_bundle(folder, way, root, *args):
     """A bundle of that Debian that runs bench_files.py."""
     folder.mkdir(exist_ok=True)
-    capabilities = [f"CAP_{name}" for name in runx.CAPABILITIES]
     spec = {
         "ociVersion": "1.0.2",
         "process": {
             "args": ["/usr/bin/python3", "-I", "/bench/bench_files.py", *args], "cwd": "/",
             "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "user": {"uid": 0, "gid": 0},
-            "capabilities": {name: capabilities for name in ("bounding", "effective", "permitted")},
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), list(runx.CAPABILITIES)),
         },
         "root": {"path": str(root)},
         "mounts": [

@@ -133,7 +133,7 @@ def runx_command(*args):
 # ---- bundles
 
 
-ALL_CAPABILITIES = [f"CAP_{name}" for name in runx.CAPABILITIES]
+ALL_CAPABILITIES = list(runx.CAPABILITIES)
 
 
 def config(*args, **process):
