@@ -186,17 +186,19 @@ class Descriptor(int):
 
 
 class Record:
-    """Base of plain records: the fields are the class's annotations, by name, all required that have no default.
-
-    The job of dataclasses, whose import alone would double the time that `state` takes.
-    """
+    """Base of plain records: the fields are the class's annotations, by name, all required that have no default.  To
+    import dataclasses would double the time that `state` takes."""
 
     def __init__(self, **fields: Any) -> None:
-        names = type(self).__annotations__
-        required = {name for name in names if not hasattr(type(self), name)}
-        if fields.keys() - names.keys() or required - fields.keys():
-            raise TypeError(f"{type(self).__name__} takes {', '.join(names)}")
-        self.__dict__.update(fields)
+        kind = type(self)
+        values = {name: getattr(kind, name) for name in kind.__annotations__ if hasattr(kind, name)}
+        for name, value in values.items():
+            if isinstance(value, (dict, list)):
+                values[name] = value.copy()
+        values.update(fields)
+        if values.keys() != kind.__annotations__.keys():
+            raise TypeError(f"{kind.__name__} takes {', '.join(kind.__annotations__)}")
+        self.__dict__.update(values)
 
 
 def refuse(number: int) -> NoReturn:
@@ -1446,14 +1448,6 @@ class State(Record):
     resources: JsonObject = {}  # linux.resources of config.json, as `update` has changed it
     base: dict[str, int] = {}  # what Resources has beside these
     updating: bool = False  # an `update` has begun, and Xen may have anything
-
-    def __init__(self, **fields: Any) -> None:
-        kind = type(self)
-        defaults = {name: getattr(kind, name) for name in kind.__annotations__}
-        for name, value in defaults.items():
-            if isinstance(value, (dict, list)):
-                defaults[name] = value.copy()
-        super().__init__(**{**defaults, **fields})
 
     def may_run(self) -> bool:
         """Whether its VM runs unless it is paused: one that boots a system of its own does so from `start` on."""
