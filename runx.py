@@ -1844,7 +1844,7 @@ class Config:
         # None: such a container can be created but not started
         self.process = Process(spec.section("process"), spec) if "process" in spec else None
         self.mounts = [Mount(bundle, mount) for mount in spec.sections("mounts")]
-        host = load_host_config()
+        host = Host()
         hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
         annotations = parse_annotations(spec, linux.section("resources"), host)
         env = believed_variables(spec, self.process.env if self.process else [], host)
@@ -1999,7 +1999,11 @@ VARIABLES = ("NETCONF", "RUNX_KERNEL", "RUNX_RAMDISK", "XLCONF")
 class Host:
     """The host's own settings (docs/machine.md)."""
 
-    def __init__(self, spec: Section) -> None:
+    def __init__(self) -> None:
+        """Read HOST_CONFIG; what is silent or absent there has its default."""
+        with Attempt(f"read {HOST_CONFIG}", ValueError):
+            document = read_document(HOST_CONFIG) if os.path.lexists(HOST_CONFIG) else {}
+        spec = Section(document, HOST_CONFIG, ": ")
         self.type = spec.choice("type", MACHINE_TYPES, "")
         self.memory = spec.number("memory", 0, 0)  # MiB, 0: not said
         self.vcpus = spec.number("vcpus", 0, 0)  # 0: not said
@@ -2013,13 +2017,6 @@ class Host:
         self.environment = spec.each("environment", Section.choice, VARIABLES, default=VARIABLES[:3])
         if spec.values.keys() - vars(self).keys():
             spec.refuse(f"must be a JSON object with no other members than {', '.join(vars(self))}")
-
-
-def load_host_config() -> Host:
-    """Read HOST_CONFIG; what is silent or absent there has its default."""
-    with Attempt(f"read {HOST_CONFIG}", ValueError):
-        document = read_document(HOST_CONFIG) if os.path.lexists(HOST_CONFIG) else {}
-    return Host(Section(document, HOST_CONFIG, ": "))
 
 
 def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:

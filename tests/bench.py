@@ -91,7 +91,7 @@ def make_bundle(folder, *args, env=(), namespace=None, programs=(), settings=())
 INSTALLED = pathlib.Path("/usr/lib/runX")
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 MEMORY = 64  # MiB of each VM
-TYPE = runx.load_host_config().type or runx.host_guest_type()
+TYPE = runx.Host().type or runx.host_guest_type()
 ROOTFS = ("ramdisk", "block", "9p")
 OTHERS = ("runc", "crun", "youki", "kata-runtime", "urunc")  # where they are installed
 

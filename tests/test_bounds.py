@@ -237,7 +237,7 @@ def test_a_soft_limit_is_no_higher_than_the_hard_one():
 def test_each_number_of_the_hosts_file_has_its_bound(load, key):
     for number in (0, 1, 2**40):
         load(config("true"), {key: number})
-        assert getattr(runx.load_host_config(), key) == number
+        assert getattr(runx.Host(), key) == number
     for wrong in (-1, "1", True, 0.5):
         with pytest.raises(runx.Error, match=f"host.json: {key} must"):
             load(config("true"), {key: wrong})
@@ -433,16 +433,16 @@ def test_every_field_of_the_hosts_file(load):
         "maxmem": 3, "annotations": ["rate"], "environment": ["XLCONF"],
     }  # fmt: skip
     load(config("true"), settings)
-    assert runx.load_host_config().__dict__ == settings
+    assert runx.Host().__dict__ == settings
     load(config("true"), dict.fromkeys(settings))
-    assert runx.load_host_config().__dict__ == {
+    assert runx.Host().__dict__ == {
         "type": "", "memory": 0, "vcpus": 0, "cmdline": "", "rootfs": "auto", "xlconf": ["/etc/runX/xl"],
         "netconf": ["/etc/cni/net.d"], "maxmem": 512,
         "annotations": ["memory", "vcpus", "maxmem", "maxvcpus", "rootfs", "rate"],
         "environment": ["NETCONF", "RUNX_KERNEL", "RUNX_RAMDISK"],
     }  # docs/security.md  # fmt: skip
     load(config("true"), {key: [] for key in ("xlconf", "netconf", "annotations", "environment")})
-    host = runx.load_host_config()
+    host = runx.Host()
     assert (host.xlconf, host.netconf, host.annotations, host.environment) == ([], [], [], [])
 
 
