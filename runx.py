@@ -838,19 +838,16 @@ def xl_errors(output: str) -> str:
     return "; ".join(dict.fromkeys(filter(None, sentences))) or "xl gave no reason"
 
 
-def quote(text: str) -> str:
-    """A string of xl.cfg: libxlu_cfg_l.l knows these escapes and no numeric ones."""
-    return f'"{text.translate(XL_ESCAPES)}"'
+def quote(value: str | int | list[str]) -> str:
+    """A value of xl.cfg: libxlu_cfg_l.l knows these escapes and no numeric ones."""
+    if isinstance(value, list):
+        return f"[ {', '.join(map(quote, value))} ]"
+    return f'"{value.translate(XL_ESCAPES)}"' if isinstance(value, str) else str(value)
 
 
-def xl_config(settings: dict[str, str | int | list[str]]) -> str:
-    lines = []
-    for key, value in settings.items():
-        if isinstance(value, list):
-            lines.append(f"{key} = [ {', '.join(map(quote, value))} ]")
-        else:
-            lines.append(f"{key} = {value if isinstance(value, int) else quote(value)}")
-    return "\n".join(lines) + "\n"
+def xl_config(settings: Mapping[str, str | int | list[str]]) -> str:
+    """A line for each, but where there is nothing to be said."""
+    return "".join(f"{key} = {quote(value)}\n" for key, value in settings.items() if value not in ("", []))
 
 
 def xl_info(key: str) -> str:
@@ -2112,13 +2109,12 @@ class Machine:
         # the VM boots a system of its own, and nothing of ours is in it
         self.own_init = bool(self.ramdisk or (image and self.kernel))
         self.image = "" if self.own_init else image  # of a disk that is the rootfs; "": root.path says where that is
-        options: Options = {
+        self.options: Options = {  # of xl.cfg
             "device_tree": hardware.text("deviceTree", ""),
             "dtdev": hardware.texts("dtdevs"),
             "iomem": [parse_iomem(entry) for entry in hardware.sections("iomems")],
             "irqs": [str(number) for number in hardware.each("irqs", Section.number, REQUIRED, 0)],
         }
-        self.options = {name: value for name, value in options.items() if value}  # of xl.cfg
         if image and self.own_init:
             check_references(image, kind)
             self.options["disk"] = [f"format={kind},vdev=xvda,access=rw,target={image}"]
@@ -2139,10 +2135,8 @@ class Machine:
         self.type = annotations.choice("type", MACHINE_TYPES, "") or host.type  # "": what the host offers
         self.maxmem = annotations.number("maxmem")  # MiB, 0: no more than memory
         self.maxvcpus = annotations.number("maxvcpus")  # 0: no more than vcpus
-
-    def share_device(self) -> str:
-        """Return the kind of device by which the kernel gets what dom0 serves: other kernels than ours have only 9p."""
-        return "9pfs" if self.kernel or self.own_init else "fuse"
+        # kind of the device by which the kernel gets what dom0 serves: other kernels than ours have only 9p
+        self.share_device = "9pfs" if self.kernel or self.own_init else "fuse"
 
 
 def find_boot_file(host_path: str, path: str) -> BootFile | None:
@@ -6936,7 +6930,7 @@ class Builder:
         """Write down what is to be given back, before there is any of it."""
         container, config, uuid = self.container, self.config, new_uuid()
         monitor = [os.getpid(), process_start_time(os.getpid())]
-        devices = [each for each in STANDARD_DEVICES if each[0] in ("console", config.machine.share_device())]
+        devices = [each for each in STANDARD_DEVICES if each[0] in ("console", config.machine.share_device)]
         container.save(
             oci_version=config.oci_version, bundle=bundle, rootfs=config.rootfs, created=timestamp(),
             annotations=config.annotations, hooks=config.hooks, hostname=config.hostname or container.id[:63],
@@ -7043,14 +7037,9 @@ class Builder:
         settings: dict[str, str | int | list[str]] = {
             "name": state.name, "uuid": state.uuid, "type": machine.type or host_guest_type(),
             "kernel": kernel, "cmdline": command_line(machine), **vm_sizes(self.config), "memory": self.populated,
-            "cap": cap, **machine.options,
+            "cap": cap, **machine.options, "ramdisk": ramdisk, "cpu_weight": weight if resources.shares else "",
+            "cpus": resources.cpus,
         }  # fmt: skip
-        if ramdisk:
-            settings["ramdisk"] = ramdisk
-        if resources.shares:
-            settings["cpu_weight"] = weight
-        if resources.cpus:
-            settings["cpus"] = resources.cpus
         path = self.container.path("xl.cfg")
         write_file(path, xl_config(settings) + "".join(line + "\n" for line in machine.lines))
         return path
@@ -7503,7 +7492,7 @@ class Monitor(Loop):
         self.container, self.holder, self.server, self.commit = plan.container, holder, server, commit
         terminal = bool(config.process and config.process.terminal)
         super().__init__(domain, 0, 0 if self.own_init else 2, terminal, plan.log.about(plan.container.id))
-        self.share = ShareDevice(domain, config.machine.share_device(), server)
+        self.share = ShareDevice(domain, config.machine.share_device, server)
         self.devices += [self.share] if server.pid else []
         # another kernel than ours runs whatever it likes before `start`, and hooks of dom0's go by names in the rootfs
         self.share.waits = self.share.kind != "fuse" and any(map(config.hooks.get, HOOK_KINDS[:3]))
@@ -7728,7 +7717,7 @@ def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Mon
     commit.link.send(str(holder.pid).encode())
     if is_served:
         capabilities = config.process.capabilities["bounding"] if config.process else 0
-        server.start(config.machine.share_device(), builder.share, capabilities)
+        server.start(config.machine.share_device, builder.share, capabilities)
     monitor = Monitor(plan, holder, server, commit, domain)
     monitor.prepare()
     if monitor.terminal and config.process and plan.console_socket is not None:

@@ -416,14 +416,18 @@ def test_every_field_of_a_machine(load, tmp_path):
         "type": "pv", "maxmem": 70, "maxvcpus": 6, "rootfs": "9p", "image": "", "own_init": True,
         "kernel": (str(tmp_path / "vmlinuz"), False), "ramdisk": (str(tmp_path / "initrd"), False),
         "cmdline": ["z", "a=1", "k=1"], "lines": ["h=1", "e=1\n"],
-        "options": {"device_tree": "/t", "disk": [f"format=raw,vdev=xvda,access=rw,target={tmp_path / 'disk'}"]},
+        "share_device": "9pfs", "options": {
+            "device_tree": "/t", "dtdev": [], "iomem": [], "irqs": [],
+            "disk": [f"format=raw,vdev=xvda,access=rw,target={tmp_path / 'disk'}"],
+        },
     }  # fmt: skip
     assert (parsed.resources.memory, parsed.resources.fixed_vcpus, parsed.base["minimum_memory"]) == (5 << 20, 2, 1)
     assert parsed.raw_resources == {"memory": {"limit": 5 << 20}}
     plain = load(config("true"), {}).machine
     assert plain.__dict__ == {
         "type": "", "maxmem": 0, "maxvcpus": 0, "rootfs": "auto", "image": "", "own_init": False, "kernel": None,
-        "ramdisk": None, "cmdline": [], "lines": [], "options": {},
+        "ramdisk": None, "cmdline": [], "lines": [], "share_device": "fuse",
+        "options": {"device_tree": "", "dtdev": [], "iomem": [], "irqs": []},
     }  # fmt: skip
 
 

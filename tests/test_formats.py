@@ -139,8 +139,8 @@ def test_strings_for_xl_are_quoted():
 
 
 def test_xl_config_has_one_setting_a_line():
-    text = runx.xl_config({"name": 'x"', "memory": 64, "p9": ["tag=a", "tag=b"]})
-    assert text == 'name = "x\\""\nmemory = 64\np9 = [ "tag=a", "tag=b" ]\n'
+    text = runx.xl_config({"name": 'x"', "memory": 64, "cpus": "", "irqs": [], "cap": 0, "p9": ["tag=a", "tag=b"]})
+    assert text == 'name = "x\\""\nmemory = 64\ncap = 0\np9 = [ "tag=a", "tag=b" ]\n'
 
 
 def test_xl_errors_are_told_without_their_position():
