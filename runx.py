@@ -2532,11 +2532,9 @@ def parse_device(spec: Section) -> tuple[str, int, int, int, int, int]:
 # ---- mounts
 
 # <sys/mount.h>; bind mounts are told from others by these, not by their type
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
-MS_REMOUNT, MS_MANDLOCK, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 32, 64, 128, 256, 1024, 2048
-MS_BIND, MS_MOVE, MS_REC, MS_SILENT, MS_UNBINDABLE = 4096, 8192, 16384, 1 << 15, 1 << 17
-MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
-MS_RELATIME, MS_I_VERSION, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 23, 1 << 24, 1 << 25
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 32, 4096, 8192, 16384
+MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 RECURSIVE_RO = 1 << 32  # not mount(2)'s: read-only with all that is mounted below
 
 # flag: an option that sets it and one that clears it, and those with an r, which are the same here: what is mounted
@@ -2546,16 +2544,16 @@ MOUNT_FLAGS = {
     MS_NOSUID: "nosuid suid rnosuid rsuid",
     MS_NODEV: "nodev dev rnodev rdev",
     MS_NOEXEC: "noexec exec rnoexec rexec",
-    MS_NOATIME: "noatime atime rnoatime ratime",
-    MS_NODIRATIME: "nodiratime diratime rnodiratime rdiratime",
-    MS_RELATIME: "relatime norelatime rrelatime rnorelatime",
-    MS_STRICTATIME: "strictatime nostrictatime rstrictatime rnostrictatime",
-    MS_NOSYMFOLLOW: "nosymfollow symfollow rnosymfollow rsymfollow",
-    MS_SYNCHRONOUS: "sync async",
-    MS_LAZYTIME: "lazytime nolazytime",
-    MS_I_VERSION: "iversion noiversion",
-    MS_MANDLOCK: "mand nomand",
-    MS_SILENT: "silent loud",
+    1024: "noatime atime rnoatime ratime",
+    2048: "nodiratime diratime rnodiratime rdiratime",
+    1 << 21: "relatime norelatime rrelatime rnorelatime",
+    1 << 24: "strictatime nostrictatime rstrictatime rnostrictatime",
+    256: "nosymfollow symfollow rnosymfollow rsymfollow",
+    16: "sync async",
+    1 << 25: "lazytime nolazytime",
+    1 << 23: "iversion noiversion",
+    64: "mand nomand",
+    1 << 15: "silent loud",
 }
 # option: (flags to set, flags to clear); runtime-spec config.md "Linux mount options"
 MOUNT_OPTIONS = {
@@ -2563,7 +2561,7 @@ MOUNT_OPTIONS = {
     **{name: (0, flag) for flag, names in MOUNT_FLAGS.items() for name in names.split()[1::2]},
     "bind": (MS_BIND, 0),
     "rbind": (MS_BIND | MS_REC, 0),
-    "dirsync": (MS_DIRSYNC, 0),
+    "dirsync": (128, 0),
     "remount": (MS_REMOUNT, 0),
     "rro": (MS_RDONLY | RECURSIVE_RO, 0),
     **dict.fromkeys(("defaults", "acl", "noacl"), (0, 0)),  # nothing to the file systems that a container gets

@@ -729,7 +729,7 @@ def host_mount(target, device=LOOP3, **others):
     "options, of_all, writable, mounted",
     [
         (["rw", "noatime", "nosuid"], ["rw", "seclabel", "commit=7", "x=y"], True,
-         [runx.MS_NOATIME | runx.MS_NOSUID, "commit=7,x=y"]),
+         [runx.MOUNT_OPTIONS["noatime"][0] | runx.MS_NOSUID, "commit=7,x=y"]),
         (["ro"], ["rw"], False, [runx.MS_RDONLY, ""]),
         (["ro"], ["ro"], False, []),
     ],
@@ -1034,7 +1034,7 @@ class Attachment:
         return [name for name, *_ in self.done]
 
 
-MOUNTED = ["/mnt", runx.MS_NOATIME, "commit=7"]
+MOUNTED = ["/mnt", runx.MOUNT_OPTIONS["noatime"][0], "commit=7"]
 
 
 def test_a_mounted_disk_is_taken_from_dom0_before_it_is_the_vms(monkeypatch):
@@ -1056,7 +1056,7 @@ def test_a_disk_that_the_vm_does_not_get_is_mounted_again(monkeypatch, failing, 
     with pytest.raises(runx.Error, match=failing):
         attachment.run()
     assert len(open_descriptors()) == before - 1
-    assert attachment.done[-1] == ("mount", "/dev/x", "/mnt", runx.MS_NOATIME, "ext4", "commit=7")
+    assert attachment.done[-1] == ("mount", "/dev/x", "/mnt", runx.MOUNT_OPTIONS["noatime"][0], "ext4", "commit=7")
 
 
 def test_a_disk_that_another_kernel_than_ours_has_seen_is_not_mounted_again(monkeypatch):
