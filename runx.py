@@ -96,7 +96,7 @@ class Log:
         if self.as_json:
             line = json_text({"level": level, "msg": message, "time": now})
         else:
-            line = f'time="{now}" level={level} msg={json_string(message)}'
+            line = f'time="{now}" level={level} msg={json_text(message)}'
         try:
             if self.path is None:
                 select.select([], [2], [], 1.0)  # see unblock_standard(): it may be full for a moment
@@ -138,10 +138,6 @@ class Undo:
     def add(self, what: str, work: Callable[..., Any], *args: Any) -> None:
         """what: the words behind "cannot" if that fails, which is a warning."""
         self.steps.append(lambda: self.log.attempt(what, work, *args))
-
-    def keep(self) -> None:
-        """Whatever happens, nothing is given back that has been acquired until now."""
-        self.steps.clear()
 
     def hold(self, fd: int) -> int:
         """Return fd, which is closed behind the block, and not before all has been given back."""
@@ -330,28 +326,25 @@ def parse_json(text: str) -> Any:
 def json_text(value: Any, indent: int | None = None, margin: str = "\n") -> str:
     """json.dumps, for the same reason; without indent as compact as Go's."""
     if isinstance(value, str):
-        return json_string(value)
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        try:
+            from _json import encode_basestring_ascii
+        except ImportError:
+            from json import dumps as encode_basestring_ascii
+        return encode_basestring_ascii(value)
+    if value is None:
+        return "null"
     if isinstance(value, (int, float)):
-        return repr(value)
+        return repr(value).lower()  # also True and False
     inner, colon = margin + " " * (indent or 0), ":" if indent is None else ": "
-    brackets = "{}" if isinstance(value, dict) else "[]"
+    brackets = "[]"
     if isinstance(value, dict):
-        parts = [json_string(str(key)) + colon + json_text(item, indent, inner) for key, item in value.items()]
+        brackets = "{}"
+        parts = [json_text(str(key)) + colon + json_text(item, indent, inner) for key, item in value.items()]
     else:
         parts = [json_text(item, indent, inner) for item in value]
     if not parts or indent is None:
         return ",".join(parts).join(brackets)
     return (inner + f",{inner}".join(parts) + margin).join(brackets)
-
-
-def json_string(text: str) -> str:
-    try:
-        from _json import encode_basestring_ascii
-    except ImportError:
-        from json import dumps as encode_basestring_ascii
-    return encode_basestring_ascii(text)
 
 
 DOCUMENT_MAX, DEPTH_MAX = 16 << 20, 64  # characters and levels of JSON that others have written
@@ -514,12 +507,6 @@ def end_process(pid: int, start_time: int, timeout: float) -> None:
         pass  # it has ended, and the number may be a thread's
 
 
-def close_other_descriptors(keep: Collection[object]) -> None:
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd not in keep:
-            os.closerange(fd, fd + 1)  # the one that listdir had open is no error
-
-
 def close_standard(*fds: int) -> None:
     """Close some of 0, 1, 2, so that the other end sees it, and keep the numbers taken."""
     with Descriptor(os.open("/dev/null", os.O_RDWR)) as null:
@@ -552,7 +539,8 @@ def fork_linked(
         try:
             os.setsid()
             os.chdir("/")
-            close_other_descriptors({0, 1, 2, theirs.fileno(), *keep})
+            for fd in set(map(int, os.listdir("/proc/self/fd"))).difference((0, 1, 2, theirs.fileno()), keep):
+                os.closerange(fd, fd + 1)  # the one that listdir had open is no error
             status = life(*args, theirs)
         except BaseException as error:
             tell(theirs, reason_of(error, name))
@@ -1484,13 +1472,6 @@ def fill_up(found: JsonObject) -> None:
     found["plugged"] = [{**unknown, "device": name} for name in found.pop("joined", [])]
 
 
-def check_id(container_id: str) -> str:
-    allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-."
-    if container_id in ("", ".", "..") or len(container_id) > 200 or container_id.strip(allowed):
-        raise Error(f"invalid container ID format: {container_id!r}: use up to 200 of A-Z a-z 0-9 _ + - .")
-    return container_id
-
-
 def told_to_xl(path: str) -> dict[str, str]:
     """name and uuid of the VM as xl.cfg has them, {} if it has not: for a container whose state is lost."""
     try:
@@ -1505,7 +1486,10 @@ class Container:
     """One container: its folder, its stored state, its lock."""
 
     def __init__(self, root: str, container_id: str) -> None:
-        self.id = check_id(container_id)
+        allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-."
+        if container_id in ("", ".", "..") or len(container_id) > 200 or container_id.strip(allowed):
+            raise Error(f"invalid container ID format: {container_id!r}: use up to 200 of A-Z a-z 0-9 _ + - .")
+        self.id = container_id
         self.folder = os.path.join(root, self.id)
         self.state = State()
         self.forgiving = False  # a state that cannot be read is an empty one
@@ -8179,7 +8163,7 @@ def begin(container: Container, log: Log) -> Domain:
             container.switch(going, status="running")
         except BaseException:
             if container.unsettled():  # it was asked for: the VM may go on, and needs its devices
-                undo.keep()
+                undo.steps.clear()
             raise
     return domain
 

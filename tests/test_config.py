@@ -986,7 +986,7 @@ def test_an_error_is_the_logs_only_record(tmp_path):
 
 @pytest.mark.parametrize("container_id", ["a", "A.b_c-d+e", "0" * 64])
 def test_ids(container_id):
-    assert runx.check_id(container_id) == container_id
+    assert runx.Container("/r", container_id).folder == f"/r/{container_id}"
 
 
 def test_an_empty_list(tmp_path):
