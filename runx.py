@@ -595,7 +595,7 @@ if TYPE_CHECKING:
 # types of requests, by what an error calls them
 XS_REQUESTS = {
     "list": 1, "read": 2, "watch": 4, "unwatch": 5, "start a transaction": 6, "end a transaction": 7,
-    "drop a transaction": 7, "write": 11, "remove": 13, "set the permissions of": 14, "ask for": 23,
+    "write": 11, "remove": 13, "set the permissions of": 14, "ask for": 23,
 }  # fmt: skip
 XS_WATCH_EVENT, XS_ERROR = 15, 16
 XS_WATCHDEPTH = 4  # XENSTORE_SERVER_FEATURE_WATCHDEPTH, from Xen 4.22 on
@@ -619,7 +619,7 @@ class Xenstore:
     def __init__(self) -> None:
         socket = import_core("socket")
         self.received = b""  # no more than a part of a message, for poll(2) tells nothing of what is here
-        self.events: list[bytes] = []
+        self.events: list[str] = []  # their tokens
         self.replies: list[tuple[int, bytes]] = []  # type and body of each
         self.number = 0  # of the transaction that all requests belong to; 0: none
         try:
@@ -643,8 +643,7 @@ class Xenstore:
             return [self.request(*each) for each in requests]
         message = b""
         for operation, _, body in requests:
-            header = struct.pack(XS_HEADER, XS_REQUESTS[operation], 0, self.number, len(body))
-            message += header + body
+            message += struct.pack(XS_HEADER, XS_REQUESTS[operation], 0, self.number, len(body)) + body
         with Attempt("write to xenstored"):
             while message:
                 message = message[os.write(self.fd, message) :]
@@ -672,7 +671,7 @@ class Xenstore:
             body = self.received[XS_HEADER_SIZE:end]
             self.received = self.received[end:]
             if kind == XS_WATCH_EVENT:
-                self.events.append(body)
+                self.events.append(body.split(b"\0")[1].decode("ascii", "replace"))
             else:
                 self.replies.append((kind, body))
 
@@ -732,20 +731,19 @@ class Xenstore:
         while not self.events:
             self.receive()
         events, self.events = self.events, []
-        tokens = dict.fromkeys(event.split(b"\0")[1] for event in events)
-        return [token.decode("ascii", "replace") for token in tokens]
+        return list(dict.fromkeys(events))
 
     def transaction(self, work: Callable[[], object]) -> None:
         """Run work(), whose requests are one transaction, again if somebody else's change came between."""
         for attempt in range(1, TRANSACTION_ATTEMPTS + 1):
             self.number = int(self.request("start a transaction", "", b"\0").rstrip(b"\0"))
+            end = b"F\0"  # it is dropped
             try:
                 try:
                     work()
-                except BaseException:
-                    self.request("drop a transaction", "", b"F\0")
-                    raise
-                self.request("end a transaction", "", b"T\0")
+                    end = b"T\0"
+                finally:
+                    self.request("end a transaction", "", end)
                 return
             except XenstoreError as error:
                 if error.code != "EAGAIN" or attempt == TRANSACTION_ATTEMPTS:
