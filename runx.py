@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # annotations are never evaluated
     from typing import Any, BinaryIO, NoReturn, TypeVar, Union
 
     JsonObject = dict[str, Any]
+    Work = Callable[[], object]
 
 VERSION = "0.2.0"
 DEFAULT_ROOT = "/run/runX"
@@ -132,7 +133,7 @@ class Undo:
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.steps: list[Callable[[], object]] = []
+        self.steps: list[Work] = []
         self.held: list[int] = []
 
     def add(self, what: str, work: Callable[..., Any], *args: Any) -> None:
@@ -431,9 +432,7 @@ def take_ordinary_score() -> None:
         pass  # where there is no /proc
 
 
-def fork_program(
-    path: str, argv: list[str], env: dict[str, str], streams: Sequence[int], prepare: Callable[[], None]
-) -> int:
+def fork_program(path: str, argv: list[str], env: dict[str, str], streams: Sequence[int], prepare: Work) -> int:
     """Start a program, with these standard streams; prepare() is called in its process before.  Return its pid."""
     pid = os.fork()
     if pid == 0:
@@ -733,7 +732,7 @@ class Xenstore:
         events, self.events = self.events, []
         return list(dict.fromkeys(events))
 
-    def transaction(self, work: Callable[[], object]) -> None:
+    def transaction(self, work: Work) -> None:
         """Run work(), whose requests are one transaction, again if somebody else's change came between."""
         for attempt in range(1, TRANSACTION_ATTEMPTS + 1):
             self.number = int(self.request("start a transaction", "", b"\0").rstrip(b"\0"))
@@ -946,7 +945,7 @@ class Domain:
     def unpause(self) -> None:
         change_domain("unpause", self.domid)
 
-    def transaction(self, work: Callable[[], object]) -> None:
+    def transaction(self, work: Work) -> None:
         """Xenstore.transaction() with the domain still there at its end.  Raise NotRunning."""
 
         def checked() -> None:
@@ -978,7 +977,7 @@ class Domain:
         self.write({**told, "data/process/0/start": " ".join(words) or "-"})
 
     def request(
-        self, request: str, key: str = "", data: dict[str, str] | None = None, more: Callable[[], object] | None = None
+        self, request: str, key: str = "", data: dict[str, str] | None = None, more: Work | None = None
     ) -> None:
         """Queue what the guest's init is asked for, and ring if the process that it is about is there: who comes up
         looks at the queue by itself, and a kernel that still boots takes the bell for the VM's end.
@@ -1419,7 +1418,7 @@ class State(Record):
     name: str = ""
     domid: int = 0  # 0 until it is built
     devices: list[list[Any]] = []  # [kind, number] of each that runX has announced
-    plugged: list[dict[str, Any]] = []  # a Vif each
+    plugged: list[JsonObject] = []  # a Vif each
     last_vif: int = -1  # the highest number that a vif of the VM has had
     # what the VM is made from
     namespace: str | None = None  # path of the engine's network namespace; "": one of its own, None: none
@@ -1613,12 +1612,10 @@ class Container:
         domain.check()
         return domain
 
-    def switch(self, work: Callable[[], None], **changes: Any) -> None:
-        """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.
-
-        A file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
-        disk has room for it, and there the rest can wait; its name tells whether the container has been started.
-        """
+    def switch(self, work: Work, **changes: Any) -> None:
+        """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.  A
+        file `unsettled` is there from before to after: whoever finds it asks how it is.  It is empty, so that a full
+        disk has room for it, and there the rest can wait; its name tells whether the container has been started."""
         mark = self.path(f"unsettled-{self.state.status}")
         with Attempt(f"make {mark}"):
             write_file(mark, "")
