@@ -5295,8 +5295,7 @@ def limit_cgroup(folder: str, resources: Resources) -> None:
 
 
 def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
-    """Return a process in a new scope of systemd's, which lasts until its standard input ends or others are there too,
-    and the scope's path.  Raise Error."""
+    """Return a process that keeps a new scope of systemd's until its standard input ends, and the scope's path."""
     import subprocess
 
     unit, command = scope_command(path, resources)
@@ -5309,19 +5308,18 @@ def start_scope(path: str, resources: Resources) -> tuple[Popen[bytes], str]:
             env={**os.environ, "PATH": PATH},
         )
     assert scope.stdout
-    lines = []
-    paths: list[str] = []
-    while not paths and select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]:
+    lines: list[str] = []
+    while select.select([scope.stdout], [], [], SCOPE_TIME_LIMIT)[0]:
         data = os.read(scope.stdout.fileno(), 1 << 16)  # of whole lines, and first perhaps a warning of systemd-run's
-        if not data:
-            break
         lines += data.decode("utf-8", "replace").splitlines()
         paths = [line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":name=systemd:" in line]
-    if not paths:
-        scope.kill()
-        scope.communicate()
-        raise Error(f"cannot make the scope {unit}: systemd-run says {printable(' '.join(lines)) or 'nothing'}")
-    return scope, paths[-1]
+        if paths:
+            return scope, paths[-1]
+        if not data:
+            break
+    scope.kill()
+    scope.communicate()
+    raise Error(f"cannot make the scope {unit}: systemd-run says {printable(' '.join(lines)) or 'nothing'}")
 
 
 def scope_command(path: str, resources: Resources) -> tuple[str, list[str]]:
