@@ -12,9 +12,9 @@ consoles, 9p, vif).
 One module, standard library only.  It is started for every operation of every container, so what only one operation
 needs is imported there: json, signal or ctypes cost more than most operations.
 
-The parts, each using only names of those above it: head, programs, xenstore, domain and xl, devices, container, config,
-seccomp, guest protocol, rootfs, file server, cgroup, network (rtnetlink, CNI, vif), hooks, holder, builder, streams,
-monitor, carrier, commands, command line.
+The parts, each using only names of those above it: errors and log, programs, xenstore, domain and xl, devices,
+container, OCI config, seccomp, guest protocol, rootfs, file server, cgroup, network (rtnetlink, CNI, vif), hooks,
+holder, builder, streams, monitor, carrier, commands, command line.
 """
 
 from __future__ import annotations
@@ -76,10 +76,8 @@ class NotRunning(Error):
 
 
 class Log:
-    """The engine's log file (--log, --log-format), one record a line; without one, it is standard error.
-
-    Podman reads the file as a single JSON object and containerd looks for the last "error", so nothing is written but
-    what a user must learn; `debug` adds what a developer wants.
+    """The engine's log file, one record a line, or standard error.  Podman reads the file as a single JSON object, so
+    nothing is written but what a user must learn, the last "error" for containerd; `debug` adds what a developer wants.
     """
 
     def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False, subject: str = "") -> None:
@@ -126,10 +124,8 @@ class Log:
 
 
 class Undo:
-    """What has been acquired: each thing is registered where it is acquired, with how it is given back.
-
-    `with Undo(log) as undo:` gives all back, the last one first, when an exception leaves the block.
-    """
+    """What is acquired in `with Undo(log) as undo:` is registered there, with how it is given back when an exception
+    leaves the block, the last one first."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -264,8 +260,7 @@ def c_library() -> dict[str, Any]:
 
 
 def system_call(name: str, *args: Any) -> int:
-    """Call a function of the C library that takes numbers, as long, strings and memory.  Return its int.  Raise
-    OSError, or what ctypes does where there is no such function."""
+    """Call a function of the C library, with numbers (as long), strings and memory.  Return its int.  Raise OSError."""
     library = c_library()
     long = library["long"]
     values = [long(arg) if isinstance(arg, int) else os.fsencode(arg) if isinstance(arg, str) else arg for arg in args]
@@ -304,8 +299,7 @@ class JsonScanner:
 
 
 def parse_json(text: str) -> Any:
-    """json.loads, without importing json and its regular expressions: `state` would take twice as long.  Raise
-    ValueError."""
+    """json.loads, without importing json: `state` would take twice as long.  Raise ValueError."""
     try:
         import _json
 
@@ -422,8 +416,7 @@ def boot_id() -> str:
 
 
 def take_ordinary_score() -> None:
-    """Let the kernel end us and what we start like anything else when memory is short: engines have themselves spared,
-    and what unpacks an image or serves a guest must not be."""
+    """When memory is short, have the kernel not spare us, as it does engines: we unpack images, and serve guests."""
     path = "/proc/self/oom_score_adj"
     try:
         if int(read_file(path)) < 0:
@@ -450,8 +443,7 @@ def fork_program(path: str, argv: list[str], env: dict[str, str], streams: Seque
 
 
 def reap(pid: int, timeout: float | None, kill: Callable[[int, int], None]) -> tuple[bool, int]:
-    """Wait for a child, and kill it after a timeout, in seconds.  Return whether it has ended by itself, and its exit
-    status, below 0 for a signal."""
+    """Wait for a child, or kill it in the end.  Return whether it has ended by itself, and its status, -N: signal N."""
     with Descriptor(os.pidfd_open(pid)) as pidfd:
         ended = bool(select.select([pidfd], [], [], timeout)[0])
     if not ended:
@@ -464,7 +456,6 @@ def run_program(
     folder: str | None = None, namespaces: Sequence[str] = (),
 ) -> tuple[str, bytes, bytes]:  # fmt: skip
     """Run a program to its end or its timeout, in seconds.  Return what went wrong, or "", its stdout and its stderr.
-
     env: all that it gets.  folder: its working directory, if that is there.  namespaces: paths of those that it joins.
     """
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
@@ -550,8 +541,7 @@ def fork_linked(
 
 
 def fork_sibling() -> int:
-    """Fork a child of our parent's, who gets its exit status, as the first process of a new pid namespace.  Return its
-    pid, and 0 in it.  Raise OSError."""
+    """As os.fork(), but it is our parent's child, and the first process of a new pid namespace.  Raise OSError."""
     # os.fork() would do more for a child of several threads, and we have one
     return system_call("syscall", SYS_CLONE3, struct.pack("=8Q", CLONE_PARENT | CLONE_NEWPID, *[0] * 7), 64)
 
@@ -635,8 +625,8 @@ class Xenstore:
         return self.exchange([(operation, path, payload)])[0]
 
     def exchange(self, requests: list[tuple[str, str, bytes]]) -> list[bytes]:
-        """Send requests (operation, path, payload) one behind the other, and then take their replies, which are
-        returned: a round trip for all.  Raise the first XenstoreError among them."""
+        """Send requests (operation, path, payload), all in one round trip.  Return their replies, or raise the first
+        XenstoreError among them."""
         if len(requests) > 1 and not self.takes_many:
             # by the device each waits: its driver may send the one before late, from where this one would lie then
             return [self.request(*each) for each in requests]
@@ -771,11 +761,8 @@ LOG_FOLDER = "/var/log/xen"
 
 
 def xl(*args: str | int, data_limit: int = 0) -> tuple[int, str]:
-    """Run xl.  Return its exit status, and its stdout and stderr as text.
-
-    data_limit: bytes of memory that xl, and each program that it starts, may have; and xl does not outlive a caller
-    that is killed.
-    """
+    """Run xl.  Return its exit status, and its stdout and stderr as text.  data_limit: bytes of memory that xl, and
+    each program that it starts, may have; and xl does not outlive a caller that is killed."""
     take_ordinary_score()
     parent, path = os.getpid(), find_xl()
     argv, env = ["xl", *map(str, args)], {**os.environ, "PATH": PATH}
@@ -981,11 +968,9 @@ class Domain:
     ) -> None:
         """Queue what the guest's init is asked for, and ring if the process that it is about is there: who comes up
         looks at the queue by itself, and a kernel that still boots takes the bell for the VM's end.
-
         request: "kill N SIGNAL", "killall 0 SIGNAL", "look N", "run N" or "cpus", of process N: 0 is the container's.
         key: of two requests with one key the guest gets the last.  data: nodes to be written with it, below data/.
-        more: what else belongs to the transaction.  Raise NotRunning and Error.
-        """
+        more: what else belongs to the transaction.  Raise NotRunning and Error."""
         xenstore, queue = self.xenstore, f"{self.path}/data/request"
         verb, *operands = request.split()
         number = operands[0] if verb in ("kill", "look") else "0"
@@ -1046,10 +1031,7 @@ def find_half_built(xenstore: Xenstore, uuid: str) -> Domain | None:
 
 def seen_alive(domid: int) -> bool:
     """Whether a look at all domains that began after this call finds this one alive; False also if nobody could look.
-
-    The end of any domain wakes every monitor: the first one looks for all that wait, so that xl is started once or
-    twice and not as often as there are containers.
-    """
+    The end of any domain wakes every monitor, and the first one looks for all that wait."""
     called = time.monotonic()
     try:
         fd = Descriptor(os.open(LIVING_FILE, os.O_RDWR | os.O_CREAT, 0o600))  # who can read it can lock it
@@ -1124,10 +1106,8 @@ class Device:
         self.listed = f"/libxl/{domain.domid}/device/{kind}/{number}"
 
     def announce(self, backend: dict[str, str], frontend: dict[str, str], listed: bool = True) -> None:
-        """Write both ends into xenstore, with these keys for each.  listed: xl knows it too.
-
-        Call it in a transaction: the guest must see them whole, with their permissions, or not at all.
-        """
+        """Write both ends into xenstore, with these keys for each, in a transaction of the caller's: the guest must see
+        them whole, with their permissions, or not at all.  listed: xl knows it too."""
         domid, state = self.domain.domid, XENBUS_INITIALISING
         ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
         back = {"frontend": self.frontend, "frontend-id": str(domid), "online": "1", "state": state, **backend}
@@ -1241,10 +1221,9 @@ class Grants:
 class Barrier:
     """A full memory barrier, as xenconsoled has it (xen_mb()) between the ring's bytes and its indexes.
 
-    Python has none, and the kernel gives none to a system call.  But to give up a lock is a release, and to take it an
-    acquire (POSIX 4.12 "Memory Synchronization"; C's atomics in CPython), and these two stay in this order: what
-    stands before is seen by all before what stands behind.  The other way round they would not do: both sides could
-    move to between them.
+    Python has none, but to give up a lock is a release, and to take it an acquire (POSIX 4.12 "Memory Synchronization";
+    C's atomics in CPython), and these two stay in this order: what stands before is seen by all before what stands
+    behind.  The other way round they would not do: both sides could move to between them.
     """
 
     def __init__(self) -> None:
@@ -1716,11 +1695,9 @@ ANY = float("inf")
 
 
 class Section:
-    """A JSON object that knows its place in a document, and a method for each type that a member may have.
-
-    A member that is null is as good as missing, for engines write both: the default is returned, whatever the
-    bounds are.  What is missing without a default, of another type or out of bounds raises Error.
-    """
+    """A JSON object that knows its place in a document, and a method for each type that a member may have.  One that is
+    null is as good as missing, for engines write both: the default is returned, whatever the bounds are.  What is
+    missing without a default, of another type or out of bounds raises Error."""
 
     def __init__(self, values: Any, where: str, separator: str = ".", warnings: list[str] | None = None) -> None:
         if type(values) is not dict:
@@ -5383,8 +5360,7 @@ def show_oom(cgroups: Cgroups, log: Log) -> None:
 
 
 def cached_memory(path: str) -> int:
-    """Return the bytes of files and, where that is told, of names that a cgroup's memory.stat has and a lower limit
-    takes away: most of what is used after many files were served."""
+    """Return the bytes of files and, if memory.stat tells, of names that a cgroup has and a lower limit takes away."""
     told = {name: int(size) for name, size in map(str.split, read_file(path).splitlines())}
     in_files = told.get("file", told.get("cache", 0)) - told.get("shmem", 0)
     return in_files + told.get("slab_reclaimable", 0)
