@@ -91,7 +91,8 @@ class Log:
         return Log(self.path, self.as_json, self.wants_debug, f"container {container_id}: ")
 
     def write(self, level: str, message: str) -> None:
-        now, message = timestamp(), self.subject + message
+        now = timestamp()
+        message = self.subject + message
         if self.as_json:
             line = json_text({"level": level, "msg": message, "time": now})
         else:
@@ -156,7 +157,8 @@ class Attempt:
 
     def __init__(self, what: str, *kinds: type[Exception], remedy: str = "") -> None:
         """kinds: of exceptions besides OSError.  remedy: what stands behind the reason."""
-        self.what, self.remedy = what, remedy
+        self.what = what
+        self.remedy = remedy
         self.kinds: tuple[type[Exception], ...] = (OSError, *kinds)
 
     def __enter__(self) -> Attempt:
@@ -202,7 +204,7 @@ def refuse(number: int) -> NoReturn:
 def timestamp() -> str:
     """Now, in RFC 3339 with nanoseconds: what Go's time.Time parses."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds:09d}Z"
+    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{nanoseconds:09d}Z", time.gmtime(seconds))
 
 
 def is_number(text: str, digits: int) -> bool:
@@ -280,7 +282,9 @@ def has_function(name: str) -> bool:
 
 def json_number(text: str) -> int | float:
     """The int that a number of JSON stands for, or the float where it is one, or is larger than any of the kernel's."""
-    number = int(text) if len(text) <= 20 and text.lstrip("-").isdecimal() else float(text)
+    if len(text) <= 20 and text.lstrip("-").isdecimal():
+        return int(text)
+    number = float(text)
     if number - number:  # NaN, for infinity and NaN
         raise ValueError(f"{text[:40]} is no number that JSON has")
     return number
@@ -459,8 +463,7 @@ def run_program(
     env: all that it gets.  folder: its working directory, if that is there.  namespaces: paths of those that it joins.
     """
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
-    os.write(files[0], stdin)
-    os.lseek(files[0], 0, os.SEEK_SET)
+    os.pwrite(files[0], stdin, 0)  # where it begins to read
 
     def prepare() -> None:
         os.setsid()  # a group of its own, to be killed with its children
@@ -972,8 +975,7 @@ class Domain:
         key: of two requests with one key the guest gets the last.  data: nodes to be written with it, below data/.
         more: what else belongs to the transaction.  Raise NotRunning and Error."""
         xenstore, queue = self.xenstore, f"{self.path}/data/request"
-        verb, *operands = request.split()
-        number = operands[0] if verb in ("kill", "look") else "0"
+        number = request.split()[1] if request.startswith(("kill ", "look ")) else "0"
 
         def write() -> None:
             if more:
@@ -1109,15 +1111,14 @@ class Device:
         """Write both ends into xenstore, with these keys for each, in a transaction of the caller's: the guest must see
         them whole, with their permissions, or not at all.  listed: xl knows it too."""
         domid, state = self.domain.domid, XENBUS_INITIALISING
-        ours, theirs = ("n0", f"r{domid}"), (f"n{domid}", "r0")
         back = {"frontend": self.frontend, "frontend-id": str(domid), "online": "1", "state": state, **backend}
         front = {"backend": self.backend, "backend-id": "0", **frontend, "state": state}
         steps: list[Step] = []
         # what the guest is told is not the guest's to change, though it adds more there
         for folder, nodes in ((self.backend, back), (self.frontend, front)):
-            steps += [(folder, ""), (folder, ours)]
+            steps += [(folder, ""), (folder, ("n0", f"r{domid}"))]
             steps += [(f"{folder}/{key}", value) for key, value in nodes.items()]
-        steps += [(f"{self.frontend}/state", theirs), (self.frontend, theirs)]
+        steps += [(node, (f"n{domid}", "r0")) for node in (f"{self.frontend}/state", self.frontend)]
         if listed:
             steps += [(f"{self.listed}/{key}", value) for key, value in {**back, "backend": self.backend}.items()]
         self.xenstore.write_all(steps)
@@ -1242,7 +1243,8 @@ class Console(Device):
 
     def __init__(self, domain: Domain, number: int, channels: EventChannels) -> None:
         super().__init__(domain, "console", number)
-        self.channels, self.barrier = channels, Barrier()
+        self.channels = channels
+        self.barrier = Barrier()
         self.page = memoryview(b"")
         self.indexes = memoryview(struct.pack("=4I", 0, CONSOLE_IN, 0, 0)).cast("I")  # nothing waits, nothing has room
         self.is_confirmed = False
@@ -1334,7 +1336,8 @@ class FirstConsole:
     """The VM's first console, of which xenconsoled makes a pty: for a VM that boots a system of its own."""
 
     def __init__(self, fd: int) -> None:
-        self.fd, self.ended = fd, False
+        self.fd = fd
+        self.ended = False
 
     def take(self) -> bytes:
         """What the guest has written, b"" if nothing."""
@@ -1441,8 +1444,9 @@ def parse_state(text: str) -> State:
 def fill_up(found: JsonObject) -> None:
     """Give the state of a runX before 0.2 today's keys, as far as their defaults would not do."""
     found["oci_version"] = found.pop("ociVersion", State.oci_version)
-    found["devices"] = STANDARD_DEVICES + [["vif", number] for number in found.pop("vifs", [])]
-    found["devices"] += [["vbd", number] for number in found.pop("vbds", [])]
+    found["devices"] = [*STANDARD_DEVICES]
+    for kind in ("vif", "vbd"):
+        found["devices"] += [[kind, number] for number in found.pop(f"{kind}s", [])]
     namespace = found.get("namespace") or f"/proc/{found.get('pid')}/ns/net"
     unknown = {"number": -1, "mac": "", "mtu": 0, "namespace": namespace, "index": 0}
     found["plugged"] = [{**unknown, "device": name} for name in found.pop("joined", [])]
@@ -1453,7 +1457,7 @@ def told_to_xl(path: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             settings = dict(line.split(" = ", 1) for line in file if " = " in line)
-        return {key: settings[key].strip().strip('"') for key in ("name", "uuid")}
+        return {key: settings[key].strip('"\n') for key in ("name", "uuid")}
     except (OSError, KeyError):
         return {}
 
@@ -1974,10 +1978,9 @@ class Host:
 
 def parse_annotations(spec: Section, resources: Section, host: Host) -> Section:
     """Return org.runx.* as far as the host believes them: they may be the image's."""
-    table = spec.table("annotations")
-    ours = {key.removeprefix("org.runx."): text for key, text in table.items() if key.startswith("org.runx.")}
-    warn_of_dropped(spec, "annotations", [f"org.runx.{name}" for name in ours if name not in host.annotations])
-    believed: JsonObject = {name: ours.get(name) for name in host.annotations}
+    table, known = spec.table("annotations"), {f"org.runx.{name}": name for name in host.annotations}
+    warn_of_dropped(spec, "annotations", [key for key in table if key.startswith("org.runx.") and key not in known])
+    believed: JsonObject = {name: table.get(key) for key, name in known.items()}
     annotations = Section(believed, "config.json: the annotation org.runx.", "")
     # no higher than config.json's resources allow, or the host where these do not say
     limits = Resources(resources.values, resources.where, {})
@@ -2193,7 +2196,7 @@ class Resources:
     def share(self) -> tuple[int, int]:
         """Return the weight for Xen's scheduler, where 256 is the usual one, and its cap: the most that all vcpus may
         use together, in percent of one processor; 0: no limit."""
-        weight = min(65535, max(1, (self.shares or 1024) * 256 // 1024))
+        weight = min(65535, max(1, (self.shares or 1024) // 4))
         if self.quota <= 0:
             return weight, 0
         return weight, min(max(1, self.quota * 100 // self.period), 100 * self.vcpus(0))
@@ -2295,7 +2298,7 @@ def parse_netconf(env: list[str]) -> list[Netconf]:
     for variable in env:
         key, _, value = variable.partition("=")
         digits = key.removeprefix("NETCONF")
-        if not key.startswith("NETCONF") or digits.strip("0123456789") or len(digits) > 5 or not value:
+        if not key.startswith("NETCONF") or not is_number(digits or "0", 5) or not value:
             continue
         path, _, network = value.partition(",")
         name, _, address = network.partition(",")
