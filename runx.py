@@ -1903,6 +1903,8 @@ def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
     if machine.image or not os.path.isdir(path):
         mode = os.stat(path).st_mode if os.path.exists(path) else 0
         if machine.own_init or not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            if machine.image:
+                raise Error(f"the image {path} is neither a file nor a block device")
             raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
         if machine.rootfs not in ("block", "auto"):
             raise Error(f"the rootfs {path} is an image, which is not for {machine.rootfs}: use org.runx.rootfs=block")

@@ -816,6 +816,10 @@ def test_an_image_is_the_rootfs_of_some_modes_only(load, tmp_path):
     for name in ("fifo", "none"):
         with pytest.raises(runx.Error, match=f"the rootfs .*/{name} is not a folder"):
             load({**spec, "root": {"path": name}})
+    (tmp_path / "folder").mkdir()
+    for name in ("fifo", "none", "folder"):
+        with pytest.raises(runx.Error, match=f"^the image .*/{name} is neither a file nor a block device$"):
+            load({**spec, "vm": {"image": {"path": name}}})
 
 
 # ---- what is refused, and what else is done, in whole sentences
