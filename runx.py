@@ -2649,6 +2649,7 @@ LOAD, AND, RETURN = 0x20, 0x54, 0x06
 JUMP, IF_EQUAL, IF_GREATER, IF_NOT_LESS = 0x05, 0x15, 0x25, 0x35
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # struct seccomp_data, little-endian
 FILTER_MAX, BRANCH_MAX = 4096, 255  # instructions: BPF_MAXINSNS, and what jt and jf pass over
+X32_CALLS = 1 << 30  # <asm/unistd.h>: of x86_64, whose architecture they have
 # how a test compares, and whether it passes if so
 SECCOMP_OPERATORS = {
     "SCMP_CMP_NE": (IF_EQUAL, False),
@@ -2730,10 +2731,12 @@ def seccomp_condition(spec: Section) -> Condition:
 def seccomp_block(rules: dict[str, list[Rule]], default: int, prefix: str) -> list[Instruction]:
     """Return the instructions for the programs of one architecture."""
     block = [statement(LOAD, NUMBER_OFFSET)]
+    not_there = statement(RETURN, SECCOMP_ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS)
     if rules and not SECCOMP_ACTIONS["SCMP_ACT_TRACE"] <= default <= SECCOMP_ACTIONS["SCMP_ACT_ALLOW"]:
         # as runc: what is newer than all that is named here is not there, and the C library does without
-        not_there = SECCOMP_ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS
-        block += [(IF_GREATER, 0, 1, prefix + "max"), statement(RETURN, not_there)]
+        block += [(IF_GREATER, 0, 1, prefix + "max"), not_there]
+    elif rules:  # nor is what x32 calls by numbers of its own; the highest is a tracer's, who leaves a call out
+        block += [(IF_NOT_LESS, 0, 2, X32_CALLS), (IF_EQUAL, 1, 0, 2**32 - 1), not_there]
     for name in sorted(rules):
         # the default stands behind conditions, of which none may hold
         code = [statement(RETURN, default)] if rules[name] and rules[name][0][0] else []

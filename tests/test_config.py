@@ -693,6 +693,15 @@ def test_a_seccomp_filter_that_allows_by_default():
     assert runx.compile_seccomp({"defaultAction": "SCMP_ACT_ALLOW"}, "x86_64") is None
 
 
+@pytest.mark.parametrize("default, passed", [("SCMP_ACT_ALLOW", ALLOW), ("SCMP_ACT_LOG", 0x7FFC0000)])
+def test_what_seccomp_forbids_cannot_be_called_by_x32(default, passed):
+    """By the same kernel and under the same architecture, with another number: some have it, and ours says the same."""
+    _, program = seccomp(rule("clone", action="SCMP_ACT_KILL"), defaultAction=default)
+    assert filtered(program, NAMES, "clone") == KILL and filtered(program, NAMES, "write") == passed
+    assert filtered(program, NAMES, 1 << 30 | NAMES["clone"]) == filtered(program, NAMES, 1 << 30) == NOT_THERE
+    assert filtered(program, NAMES, -1) == passed  # which is a tracer's, for a call that it has left out
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
