@@ -628,8 +628,7 @@ class Xenstore:
         return self.exchange([(operation, path, payload)])[0]
 
     def exchange(self, requests: list[tuple[str, str, bytes]]) -> list[bytes]:
-        """Send requests (operation, path, payload), all in one round trip.  Return their replies, or raise the first
-        XenstoreError among them."""
+        """Send all (operation, path, payload) at once.  Return their replies, or raise the first XenstoreError."""
         if len(requests) > 1 and not self.takes_many:
             # by the device each waits: its driver may send the one before late, from where this one would lie then
             return [self.request(*each) for each in requests]
@@ -689,8 +688,7 @@ class Xenstore:
         self.write_all([(path, value)])
 
     def write_all(self, steps: Iterable[Step]) -> None:
-        """Each step is (path, value), which makes a node with its parent's permissions, or (path, permissions) of a
-        node, such as ("n0", "r5"): xenstore.txt "Permissions"."""
+        """steps: (path, value), a node with its parent's permissions, or (path, permissions), such as ("n0", "r5")."""
         requests = []
         for path, value in steps:
             if isinstance(value, str):
@@ -996,8 +994,7 @@ class Domain:
 
 
 def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int, paused: bool) -> Domain:
-    """`xl create` of a domain that runs at once, or is paused, with no xl left behind.  path: of its settings, with
-    that uuid.  memory: MiB that the VM may get."""
+    """`xl create` with no xl left behind.  path: of the settings, with that uuid.  memory: MiB that the VM may get."""
     options = ["-e", "-p", "-q"] if paused else ["-e", "-q"]
     # beside what it has of its own, libxc has a few bytes for each page of the VM
     status, output = xl("create", *options, path, data_limit=XL_DATA + (memory << 20 >> 6))
@@ -1781,9 +1778,6 @@ class Section:
         return {name: section.text(name) for name in section.values}
 
 
-# ---- the whole
-
-
 class Config:
     """<bundle>/config.json."""
 
@@ -2037,7 +2031,7 @@ def read_trusted(what: str, path: str, folders: list[str]) -> str:
         return read_text(path)
 
 
-# ---- the VM: config-vm.md
+# ---- the VM: config-vm.md, and linux.resources
 
 
 def parse_iomem(spec: Section) -> str:
@@ -2149,9 +2143,6 @@ def quote_word(word: str) -> str:
     return word if word.split() == [word] else f'"{word}"'
 
 
-# ---- resources
-
-
 VCPUS_MAX, VCPU_MEMORY = 4096, 8  # more than any Xen; MiB for each, of which its kernel takes 0.7
 DEFAULT_MEMORY, MINIMUM_MEMORY = 64, 24  # MiB; a limit below the minimum could not hold the kernel
 NO_LIMIT = (1 << 63) - 4096  # bytes, the most that a cgroup can be given: as if there were none
@@ -2196,8 +2187,7 @@ class Resources:
         return min(wanted, self.most_vcpus)
 
     def share(self) -> tuple[int, int]:
-        """Return the weight for Xen's scheduler, where 256 is the usual one, and its cap: the most that all vcpus may
-        use together, in percent of one processor; 0: no limit."""
+        """Return the weight for Xen's scheduler, usually 256, and the cap: percent of one processor, 0: no limit."""
         weight = min(65535, max(1, (self.shares or 1024) // 4))
         if self.quota <= 0:
             return weight, 0
@@ -2240,8 +2230,7 @@ NETWORKS_MAX = 32
 
 
 def parse_namespaces(linux: Section) -> Namespaces:
-    """Return linux.namespaces, {} where there are none, and all are the VM's.  Raise Error for what a VM cannot have:
-    to share one with dom0 or with another container."""
+    """Return linux.namespaces, {} where all are the VM's.  Raise Error for one of dom0's or another container's."""
     found: Namespaces = {}
     for entry in linux.sections("namespaces"):
         kind = entry.choice("type", NAMESPACES)
@@ -2331,7 +2320,7 @@ def parse_rate(text: str) -> str:
     return f"{size},{microseconds}"
 
 
-# ---- the process
+# ---- the process, and what the guest applies to itself
 
 # <linux/capability.h>: a bit for each
 CAPABILITIES = {f"CAP_{name}": 1 << number for number, name in enumerate((
@@ -2454,8 +2443,6 @@ def parse_scheduler(spec: Section) -> tuple[int, ...]:
     numbers = [spec.unsigned(key, 63) for key in ("priority", "runtime", "deadline", "period")]
     return (policy, flags, nice, *numbers)
 
-
-# ---- linux: what the guest applies to itself
 
 DEVICE_TYPES = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
 PERSONALITIES = {"": None, "LINUX": 0, "LINUX32": 8}  # <sys/personality.h>; None: as it is
@@ -5375,8 +5362,7 @@ def cached_memory(path: str) -> int:
 
 
 def run_out_of_memory(limit: str, usage: int) -> None:
-    """Have a process of ours ask for more than a cgroup may use: dom0's kernel kills it and counts that.  usage: bytes
-    that cannot be taken away."""
+    """Have dom0's kernel kill, and count, a process of ours in a cgroup.  usage: bytes that cannot be taken away."""
     before, most = read_file(limit), usage + OOM_MEMORY
     if most > OOM_MEMORY_MAX or read_file("/proc/sys/vm/panic_on_oom") == "2":
         return  # the guest's word is not worth that
