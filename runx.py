@@ -1011,14 +1011,10 @@ def create_domain(xenstore: Xenstore, path: str, uuid: str, memory: int, paused:
 
 
 def find_domain(xenstore: Xenstore, uuid: str) -> Domain | None:
+    """By xenstore, or else by the hypervisor's own word, a line of uuid and domid: it may be half built."""
     for domid in reversed(xenstore.list("/local/domain")):
         if xenstore.read(f"/local/domain/{domid}/vm") == f"/vm/{uuid}":
             return Domain(xenstore, int(domid), uuid)
-    return None
-
-
-def find_half_built(xenstore: Xenstore, uuid: str) -> Domain | None:
-    """As find_domain(), by the hypervisor's own word, a line of uuid and domid: xenstore may not have it yet."""
     status, output = xl("vm-list")
     if status != 0:
         raise Error(f"xl vm-list failed: {xl_errors(output)}")
@@ -7695,7 +7691,7 @@ def clean_up(container: Container, log: Log) -> bool:
     if not state.uuid:
         return True  # it came no further
     xenstore = Xenstore()
-    living = find_domain(xenstore, state.uuid) or find_half_built(xenstore, state.uuid)
+    living = find_domain(xenstore, state.uuid)
     domain = living or Domain(xenstore, state.domid, state.uuid)
     if living:
         for kind, number in state.devices:

@@ -210,7 +210,7 @@ def test_a_half_built_domain_is_the_one_whose_line_begins_with_the_uuid(monkeypa
     lines = ["", "UUID                                  ID    name", f"{other}    7    {uuid} 9", f"{uuid}    8    x"]
     for count, domid in ((2, None), (3, None), (4, 8)):
         monkeypatch.setattr(runx, "xl", lambda *_, shown=lines[:count]: (0, "\n".join(shown) + "\n"))
-        found = runx.find_half_built(None, uuid)
+        found = runx.find_domain(SimpleNamespace(list=lambda path: []), uuid)
         assert (found and found.domid) == domid
 
 

@@ -622,7 +622,7 @@ def test_a_process_that_does_not_end_in_time_is_killed():
 def test_all_of_what_xl_says_of_a_thousand_domains_is_read(dom0):
     line = "echo 11111111-2222-4333-8444-$((100000000000 + i)) $i runx-" + "c" * 40
     dom0.call("xl", f"#!/bin/sh\ni=0\nwhile [ $i -lt 1500 ]; do {line}; i=$((i + 1)); done\n")
-    found = runx.find_half_built(runx.Xenstore(), "11111111-2222-4333-8444-100000001499")
+    found = runx.find_domain(runx.Xenstore(), "11111111-2222-4333-8444-100000001499")
     assert found and found.domid == 1499
 
 
