@@ -596,6 +596,14 @@ def test_a_pid_that_is_a_threads_by_now_is_nobodys():
         runx.end_process(thread, runx.process_start_time(thread), 60)
 
 
+def test_what_one_record_changes_of_a_default_is_not_another_ones():
+    class Names(runx.Record):
+        names: list = []
+
+    Names().names.append("x")
+    assert Names().names == [] and runx.State().devices == []
+
+
 def test_a_process_that_is_reaped_before_it_is_killed_has_ended(monkeypatch):
     """Nor is whoever has its pid by then killed in its place."""
     pid, select = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {}), runx.select.select
