@@ -4698,7 +4698,7 @@ NINEP_REQUESTS = request_table(
     """
     statfs 8 F, lopen 12 FI, lcreate 14 FnIII, symlink 16 FnsI, mknod 18 FnIIII, readlink 22 F, getattr 24 F,
     setattr 26 FIIIIQqQqQ, xattrwalk 30 FIs, xattrcreate 32 FsQI, readdir 40 FQI, fsync 50 FI, lock 52 F,
-    getlock 54 FBQQIs, link 70 FFn, mkdir 72 FnII, renameat 74 FnFn, unlinkat 76 FnI, version 100 Is,
+    getlock 54 FBQQI, link 70 FFn, mkdir 72 FnII, renameat 74 FnFn, unlinkat 76 FnI, version 100 Is,
     attach 104 IIssI, flush 108 -, walk 110 IIHb, read 116 FQI, write 118 FQI, clunk 120 I
     """
 )
@@ -4962,8 +4962,8 @@ class NineP(NinePFids):
     def lock(self, fid: Fid) -> bytes:
         return bytes([LOCK_SUCCESS])
 
-    def getlock(self, fid: Fid, _kind: int, start: int, length: int, process: int, client: bytes) -> bytes:
-        return struct.pack("<BQQI", LOCK_UNLOCKED, start, length, process) + ninep_string(client)
+    def getlock(self, fid: Fid, _kind: int, start: int, length: int, process: int) -> bytes:
+        return struct.pack("<BQQIH", LOCK_UNLOCKED, start, length, process, 0)  # 0: no client has it
 
     def statfs(self, fid: Fid) -> bytes:
         found = os.statvfs(fid.node.fd)

@@ -1439,6 +1439,12 @@ def test_ninep_answers_whatever_is_asked(ninep):
     assert ninep.request("version", 100, b"9P2000.L")[0] == errno.EMSGSIZE
 
 
+def test_ninep_says_no_more_of_a_lock_than_its_reply_has_room_for(ninep):
+    ninep.walk(1, b"file")
+    asked = struct.pack("<IBQQI", 1, 1, 2, 3, 4) + runx.ninep_string(b"x" * 60_000)
+    assert ninep.send(runx.NINEP_REQUESTS["getlock"][0], asked) == (0, struct.pack("<BQQIH", 2, 2, 3, 4, 0))
+
+
 def test_ninep_fids_have_a_bound(ninep, monkeypatch):
     monkeypatch.setattr(runx, "NODES_MAX", 100)
     assert [ninep.walk(number, b"file")[0] for number in range(1, 60)] == [0] * 49 + [errno.EMFILE] * 10
