@@ -5096,11 +5096,11 @@ def enter_share(share: str) -> None:
 
 
 def hide_ourselves(share: str) -> None:
-    """Cover our own folder in each /proc of dom0's below the share: a process can always write its own memory."""
+    """Cover our own folder in each /proc below the share that has one: a process can always write its own memory."""
     targets = [entry.target for entry in host_mounts() if entry.kind == "proc" and entry.root == "/"]
     for target in targets:
-        if target.startswith(f"{share}/"):
-            itself = f"{target}/" + os.readlink(f"{target}/self")
+        itself = f"{target}/self"
+        if target.startswith(f"{share}/") and os.path.exists(itself):
             mount("tmpfs", itself, MS_RDONLY, "tmpfs", "size=4k")
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import conftest
 import pytest
+from namespace import in_own_mounts
 
 import runx
 
@@ -464,6 +465,26 @@ def test_of_dom0s_proc_the_guest_gets_all_but_the_process_itself(dom0):
     below = [line.split()[4] for line in inside(dom0, pid, "mountinfo").splitlines() if "/share/mounts/0" in line]
     assert f"/share/mounts/0/{pid}" in below
     container.runx("delete", "--force")
+
+
+def test_a_proc_of_other_processes_than_dom0s_needs_nothing_hidden(tmp_path):
+    share = tmp_path / "share"
+    names = ("ours", "theirs")
+    for name in names:
+        (share / name).mkdir(parents=True)
+
+    def work():
+        runx.mount("proc", str(share / "ours"), 0, "proc")
+        runx.system_call("unshare", runx.CLONE_NEWPID)
+        if not os.fork():
+            runx.mount("proc", str(share / "theirs"), 0, "proc")
+            os._exit(0)
+        os.wait()
+        runx.hide_ourselves(str(share))
+        return [entry.target for entry in runx.host_mounts() if entry.target.startswith(str(share))], os.getpid()
+
+    mounts, pid = in_own_mounts(work)
+    assert mounts == [*(str(share / name) for name in names), f"{share}/ours/{pid}"]
 
 
 def test_a_process_that_dies_ends_the_container_with_a_sentence(dom0):
