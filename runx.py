@@ -2930,12 +2930,13 @@ MNT_DETACH = 2  # <sys/mount.h>
 
 
 def mount(source: str | None, target: str, flags: int, kind: str | None = None, data: str | None = None) -> None:
-    """mount(2).  kind: the file system's type, data: its options."""
+    """mount(2).  source: None to change a mount.  kind: the file system's type, data: its options."""
     try:
         system_call("mount", source, target, kind, flags, data)
     except OSError as error:
         reason = f"neither VM nor dom0 has a type {kind}" if error.errno == errno.ENODEV else error.strerror
-        raise Error(f"cannot mount {source} at {target}: {reason}") from None
+        what = "change the mount" if source is None else f"mount {source} at"
+        raise Error(f"cannot {what} {target}: {reason}") from None
 
 
 def detach(target: str, flags: int = MNT_DETACH) -> None:
@@ -2954,7 +2955,7 @@ def discard(path: str) -> None:
 
 
 def own_mounts() -> None:
-    """Enter a mount namespace of our own.  Raise OSError."""
+    """Enter a mount namespace of our own.  Raise OSError and Error."""
     system_call("unshare", CLONE_NEWNS)
     # the host's unmounts still arrive here, so that nothing stays busy because of us
     mount(None, "/", MS_REC | MS_SLAVE)

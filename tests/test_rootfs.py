@@ -215,6 +215,8 @@ def test_a_mount_that_fails_says_which_and_why(tmp_path):
         runx.mount("x", "/no/such", runx.MS_BIND)
     with pytest.raises(runx.Error, match=f"^cannot mount x at {tmp_path}: neither VM nor dom0 has a type nofs$"):
         runx.mount("x", str(tmp_path), 0, "nofs")
+    with pytest.raises(runx.Error, match=f"^cannot change the mount {tmp_path}: Invalid argument$"):
+        runx.mount(None, str(tmp_path), runx.MS_REC | runx.MS_PRIVATE)
 
 
 def test_what_is_discarded_is_unmounted_before(tmp_path):
