@@ -2920,7 +2920,6 @@ def guest_process(linux: Linux, process: Process, hooks: list[Hook], state: str)
 # ---- mounts
 
 SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # the same on every architecture
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4  # <linux/mount.h>
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000  # <linux/fcntl.h>
 RESOLVE_IN_ROOT = 0x10  # <linux/openat2.h>
 OPEN_ATTEMPTS = 128  # where others rename and mount; a few µs each
@@ -2963,13 +2962,11 @@ def own_mounts() -> None:
 
 def restrict(target: str, flags: int = 0) -> None:
     """Make no device of dom0's reachable by a node below target; the guest opens its own devices itself.  flags: with
-    MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too.  Enforced on this side: the guest is
-    not asked."""
-    below = MOUNT_ATTR_RDONLY if flags & RECURSIVE_RO else 0
-    itself = MOUNT_ATTR_RDONLY if flags & MS_RDONLY else 0
+    MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too."""
+    below = MS_RDONLY if flags & RECURSIVE_RO else 0
     try:
-        for added, at in ((MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | below, AT_RECURSIVE), (itself, 0)):
-            values = struct.pack("=QQQQ", added, 0, 0, 0)
+        for added, at in ((MS_NODEV | MS_NOSUID | below, AT_RECURSIVE), (flags & MS_RDONLY, 0)):
+            values = struct.pack("=QQQQ", added, 0, 0, 0)  # MOUNT_ATTR_* of <linux/mount.h> are the same numbers
             system_call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, target, at, values, len(values))
     except OSError as error:
         if error.errno != errno.ENOSYS or below:
@@ -2986,8 +2983,8 @@ class HostMount:
         fields, _, rest = line.rstrip("\n").partition(" - ")
         # root: of the mount in its file system
         _, _, device, self.root, self.target, options = fields.split(" ")[:6]
-        for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-            self.target = self.target.replace(code, character)
+        for character in " \t\n\\":  # which the kernel writes as octal numbers
+            self.target = self.target.replace(f"\\{ord(character):03o}", character)
         self.device = os.makedev(*map(int, device.split(":")))
         self.kind, _, of_all = rest.split(" ", 2)
         self.options, self.of_all = options.split(","), of_all.split(",")  # of_all: those of the file system
@@ -3033,9 +3030,9 @@ def open_file_in_root(root: str, path: str, what: str) -> Descriptor:
 
 def read_in_root(root: str, path: str, limit: int) -> bytes:
     """Return the content of a regular file, up to limit bytes.  Raise Error."""
-    with open_file_in_root(root, path, f"read {path} of the container") as fd:
-        with open(f"/proc/self/fd/{fd}", "rb") as file:
-            return file.read(limit)
+    what = f"read {path} of the container"
+    with open_file_in_root(root, path, what) as fd, open(f"/proc/self/fd/{fd}", "rb") as file:
+        return file.read(limit)
 
 
 def find_in_root(root: str, path: str, folder: bool, make: bool) -> Descriptor:
@@ -3121,8 +3118,7 @@ def build_share(folder: str, config: Config) -> list[str]:
 def change_root(share: str, config: Config, exported: bool) -> None:
     """Make what dom0 knows of the container's files the root of a mount namespace of our own, in which nothing of
     dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
-    so takes the place of what is in the VM only; if nothing is exported, that is all.
-    """
+    so takes the place of what is in the VM only; if nothing is exported, that is all."""
     root, empty = f"{share}/rootfs", f"{share}/mounts"
     count = sum(map(Mount.on_host, config.mounts)) if exported else 0
     with Attempt("make the container's files the root of its mount namespace"):
@@ -3141,9 +3137,7 @@ def change_root(share: str, config: Config, exported: bool) -> None:
 
 def mount_in_root(root: str, mounts: list[Mount], sources: list[int]) -> None:
     """Put each of the mounts at its place below root, as the guest will do; one that has no place there is left out.
-
-    sources: descriptors of those that dom0 makes, then one of what is seen where the guest's kernel mounts something.
-    """
+    sources: descriptors of those that dom0 makes, then of what is seen where the guest's kernel mounts something."""
     *others, empty = sources
     on_host = iter(others)
     missing: list[str] = []
@@ -3272,12 +3266,10 @@ def walk(root: str) -> Iterator[Member]:
                 except FileNotFoundError:
                     continue
                 inode += 1
-                path, number = os.path.join(parent, name), inode
-                is_file = stat.S_ISREG(status.st_mode)
-                size = status.st_size if is_file else 0
+                path, is_file = os.path.join(parent, name), stat.S_ISREG(status.st_mode)
                 key = (status.st_dev, status.st_ino) if is_file and status.st_nlink > 1 else ()
-                if key in files:
-                    number, size = files[key], 0
+                number = files.get(key, inode)
+                size = status.st_size if is_file and number == inode else 0
                 member = Member(path=path, name=name, folder=folder, status=status, inode=number, size=size)
                 yield member
                 if key and not member.is_gone:
