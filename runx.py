@@ -3424,33 +3424,27 @@ def file_system(path: str) -> str:
 
 
 def open_disk(disk: Disk) -> Descriptor:
-    """Open the block device; a loop device of ours goes with who has it open last."""
+    """Open the block device, or a new loop device with the image in it, which goes with who has it open last."""
     with Attempt(f"open the block device {disk.path}"):
         if stat.S_ISBLK(os.stat(disk.path).st_mode):
             return Descriptor(os.open(disk.path, os.O_RDONLY))
+    mode, flags = (os.O_RDWR, 0) if disk.writable else (os.O_RDONLY, LO_FLAGS_READ_ONLY)
     remedy = "; is dom0's module loop loaded, of Linux 5.8 or later?"
     with Attempt(f"put {disk.path} into a loop device", remedy=remedy):
-        return attach_loop(disk.path, disk.writable)
-
-
-def attach_loop(path: str, writable: bool) -> Descriptor:
-    """Return a new loop device with an image file in it.  Raise OSError."""
-    mode = os.O_RDWR if writable else os.O_RDONLY
-    flags = LO_FLAGS_AUTOCLEAR | (0 if writable else LO_FLAGS_READ_ONLY)
-    with Descriptor(os.open(path, mode)) as file, open("/dev/loop-control", "rb") as control:
-        # struct loop_config with its struct loop_info64, in which losetup(8) looks for the name
-        request = struct.pack("=II52xI64s176x", file, 0, flags, os.fsencode(path)[:63])
-        for _ in range(LOOP_ATTEMPTS):
-            loop = Descriptor(os.open(f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}", mode))
-            try:
-                fcntl.ioctl(loop, LOOP_CONFIGURE, request)
-                return loop
-            except OSError as error:
-                os.close(loop)
-                if error.errno != errno.EBUSY:
-                    raise
-            time.sleep(0.01)  # somebody else has just taken it, or holds it as it is
-    refuse(errno.EBUSY)
+        with Descriptor(os.open(disk.path, mode)) as file, open("/dev/loop-control", "rb") as control:
+            # struct loop_config with its struct loop_info64, in which losetup(8) looks for the name
+            request = struct.pack("=II52xI64s176x", file, 0, flags | LO_FLAGS_AUTOCLEAR, os.fsencode(disk.path)[:63])
+            for _ in range(LOOP_ATTEMPTS):
+                loop = Descriptor(os.open(f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}", mode))
+                try:
+                    fcntl.ioctl(loop, LOOP_CONFIGURE, request)
+                    return loop
+                except OSError as error:
+                    os.close(loop)
+                    if error.errno != errno.EBUSY:
+                        raise
+                time.sleep(0.01)  # somebody else has just taken it, or holds it as it is
+        refuse(errno.EBUSY)
 
 
 def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
