@@ -3613,7 +3613,6 @@ ENTRIES_MAX = 1 << 15  # bytes of a folder's entries that are read at once
 COPY_MAX = 1 << 22  # bytes that are copied before the next request is looked at
 SETTLED = 20_000_000  # ns after which a change gets another time than the last one: two ticks of the slowest clock
 CLOCK_REALTIME_COARSE = 5  # <linux/time.h>: that of the times of files
-MASK64, LONG_MAX = (1 << 64) - 1, (1 << 8 * struct.calcsize("l") - 1) - 1
 # <linux/magic.h>: apparmorfs, binfmt_misc, bpf, cgroup, cgroup2, configfs, debugfs, efivarfs, fusectl, mqueue, nfsd,
 # proc, pstore, resctrl, securityfs, selinuxfs, smackfs, sysfs, tracefs, xenfs: what they say of sizes means nothing
 SIZELESS = """
@@ -3621,13 +3620,12 @@ SIZELESS = """
     00009fa0 6165676c 07655821 73636673 f97cff8c 43415d53 62656572 74726163 abba1974
 """
 SYS_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276}  # <asm/unistd.h>: not every C library has it
-CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)  # <linux/capability.h>: version 3, our own
 NO_USER = 0xFFFFFFFF
-DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64, getdents64(2); the name follows
+DIRENT = struct.Struct("=QQHB")  # struct linux_dirent64, getdents64(2); the name follows
 NOWHERE = (0, b"")  # the place of what is no folder
 IN_DELETE_SELF = 0x400  # <linux/inotify.h>
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32  # FATTR_* of <linux/fuse.h>, and 9P's
-SET_ATIME_NOW, SET_MTIME_NOW = SET_ATIME << 3, SET_MTIME << 3
 
 
 def check_name(name: bytes) -> bytes:
@@ -3761,7 +3759,7 @@ class Files:
         self.sizeless = self.is_sizeless(home, self.device)
         self.prefixes = {(self.device, 0): 0}
         self.getdents = "getdents64" if has_function("getdents64") else "getdents"  # as musl calls it
-        self.sys_renameat2 = SYS_RENAMEAT2.get(os.uname().machine, 0) if LONG_MAX > 1 << 32 else 0
+        self.sys_renameat2 = SYS_RENAMEAT2.get(os.uname().machine, 0) if sys.maxsize > 1 << 32 else 0
         self.root, _ = self.node(root)
 
     def node(self, fd: int) -> Found:
@@ -3802,8 +3800,8 @@ class Files:
         else:
             fd = os.open(b".", flags | os.O_TMPFILE, mode, dir_fd=folder.fd)
         try:
-            node, status = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
-            status = self.give(node, status, folder, owner)
+            found = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
+            node, status = self.give(*found, folder, owner)
             return Handle(fd, node), status
         except OSError:
             os.close(fd)
@@ -3815,14 +3813,14 @@ class Files:
         """Return the new folder, link or special file that work(name, *args, dir_fd) makes."""
         work(name, *args, dir_fd=folder.fd)
         try:
-            node, status = self.find(folder, name)
-            return node, self.give(node, status, folder, owner)
+            return self.give(*self.find(folder, name), folder, owner)
         except OSError:
             (os.rmdir if work is os.mkdir else os.unlink)(name, dir_fd=folder.fd)
             raise
 
-    def give(self, node: Node, status: os.stat_result, folder: Node, owner: Ids) -> os.stat_result:
-        """Make a new file its maker's, of its folder's group where that has set-group-ID.  Return its attributes."""
+    @staticmethod
+    def give(node: Node, status: os.stat_result, folder: Node, owner: Ids) -> Found:
+        """Make a new file its maker's, of its folder's group where that has set-group-ID."""
         uid, gid = owner
         if status.st_gid != gid and os.fstat(folder.fd).st_mode & stat.S_ISGID:
             gid = status.st_gid
@@ -3830,11 +3828,11 @@ class Files:
             try:
                 os.chown(node.path, uid, gid)
             except PermissionError:  # a file system without owners, such as vfat, says itself whose it is
-                return status
+                return node, status
             if status.st_mode & 0o6000:  # which chown(2) takes
                 os.chmod(node.path, stat.S_IMODE(status.st_mode))
             status = os.fstat(node.fd)
-        return status
+        return node, status
 
     @staticmethod
     def link(node: Node, folder: Node, name: bytes) -> None:
@@ -3895,7 +3893,7 @@ class Files:
                     refuse(errno.EINVAL)
                 return
             above = name == b".." and handle.node is self.root
-            yield self.root.inode if above else self.inode(device, number), after & MASK64, kind, name
+            yield self.root.inode if above else self.inode(device, number), after, kind, name
             handle.position = after
             at += length
 
@@ -3929,8 +3927,7 @@ class Files:
         uid, gid = ids
         if NO_USER in ids:
             refuse(errno.EPERM)
-        header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
-        system_call("capget", header, self.memory)
+        system_call("capget", CAPABILITY_HEADER, self.memory)
         own = bytes(memoryview(self.memory).cast("B")[:24])
         rights = memoryview(bytearray(own)).cast("I")  # effective, permitted, inheritable: 32 bits of each, twice
         allowed = 0 if uid else self.capabilities
@@ -3939,12 +3936,12 @@ class Files:
         try:
             os.setresgid(-1, gid, -1)
             os.setresuid(-1, uid, -1)  # not setfsuid(2): /proc/sys looks at this one
-            system_call("capset", header, bytes(rights))
+            system_call("capset", CAPABILITY_HEADER, bytes(rights))
             return work(*args)
         finally:
             os.setresuid(-1, 0, -1)
             os.setresgid(-1, 0, -1)
-            system_call("capset", header, own)
+            system_call("capset", CAPABILITY_HEADER, own)
             system_call("prctl", PR_SET_PDEATHSIG, SIGKILL)  # which the kernel forgets when the user changes
 
 
@@ -4585,7 +4582,7 @@ class Fuse(FuseNames):
         system_call("syncfs", handle.fd)
 
     def fallocate(self, node: Node, handle: Handle, offset: int, length: int, mode: int) -> None:
-        if offset + length > LONG_MAX:
+        if offset + length > sys.maxsize:
             refuse(errno.EFBIG)
         drop_privileges(node, self.asker[0])
         self.change(node, system_call, "fallocate", handle.fd, mode, offset, length)
@@ -4920,7 +4917,7 @@ class NineP(NinePFids):
         )  # fmt: skip
 
     def setattr(self, fid: Fid, valid: int, mode: int, uid: int, gid: int, size: int, *times: int) -> None:
-        valid ^= valid << 3 & (SET_ATIME_NOW | SET_MTIME_NOW)  # as they come, these say that a time is not now
+        valid ^= (valid & (SET_ATIME | SET_MTIME)) << 3  # where these bits are set, a time is not now
         new = [seconds * 10**9 + fraction for seconds, fraction in zip(times[::2], times[1::2])]
         self.files.set_attributes(fid.node, fid.node.path, valid, mode, (uid, gid), size, *new)
 
@@ -4956,7 +4953,7 @@ class NineP(NinePFids):
         found = os.statvfs(fid.node.fd)
         return struct.pack(
             "<IIQQQQQQI", V9FS_MAGIC, found.f_frsize, found.f_blocks, found.f_bfree, found.f_bavail, found.f_files,
-            found.f_ffree, found.f_fsid & MASK64, found.f_namemax,
+            found.f_ffree, found.f_fsid, found.f_namemax,
         )  # fmt: skip
 
 
@@ -5106,7 +5103,7 @@ def give_up_rights(capabilities: int) -> None:
     system_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     low, high = SERVING_CAPABILITIES | capabilities & 0xFFFFFFFF, capabilities >> 32
     rights = struct.pack("=6I", SERVING_CAPABILITIES, low, 0, 0, high, 0)  # as in Files.as_asker()
-    system_call("capset", struct.pack("=II", CAPABILITY_VERSION_3, 0), rights)
+    system_call("capset", CAPABILITY_HEADER, rights)
     system_call("prctl", PR_SET_DUMPABLE, 0)
 
 
