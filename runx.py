@@ -4007,15 +4007,18 @@ class Ring:
 
     def serve(self, protocol: Protocol, in_order: bool = True) -> bool:
         """Answer what is there when this begins, as far as the replies have room; is_stuck says whether some of it had
-        none.  Return whether anything was answered.  in_order: between two rings too.  Raise Error."""
+        none.  Return whether anything was answered.  in_order: what must come behind all that the guest has asked
+        before, such as a change of size behind writes, waits until the other ring is empty.  Raise Error."""
         begun, is_told = self.out_cons, True
         end = self.out_prod = self.indexes[OUT_PROD]
         if end != begun:
             self.in_cons = self.indexes[IN_CONS]
             self.barrier()  # an index is read before what it counts, and before what it frees is overwritten
-        while self.out_cons != end:
-            if not self.find(protocol, end) or in_order and not self.is_next(protocol):
-                break
+        while self.out_cons != end and self.find(protocol, end):
+            if in_order and self.other and protocol.is_ordered(self):
+                self.other.serve(protocol, in_order=False)
+                if self.other.is_stuck:
+                    break
             is_told = self.finish(*protocol.answer(self))
         self.is_stuck = self.out_cons != end
         if not is_told:
@@ -4042,25 +4045,16 @@ class Ring:
         """Return whether a reply of so many bytes has room; if not, the guest sees that, and tells of more."""
         if count > self.size:
             raise Error(f"its ring has no room for a reply of {count} bytes")
-        for again in (False, True):
-            if again:
-                self.barrier()  # our last index is there before we look at the guest's
-                self.in_cons = self.indexes[IN_CONS]
-                self.barrier()
+        for _ in range(2):
             used = (self.in_prod - self.in_cons) & 0xFFFFFFFF
             if used > self.size:
                 raise Error("the indexes of its ring are impossible")
             if count <= self.size - used:
                 return True
+            self.barrier()  # our last index is there before we look at the guest's
+            self.in_cons = self.indexes[IN_CONS]
+            self.barrier()
         return False
-
-    def is_next(self, protocol: Protocol) -> bool:
-        """Return whether it may be answered now.  What must come behind all that the guest has asked before, such as a
-        change of size behind writes, waits until the other ring is empty."""
-        if not self.other or not protocol.is_ordered(self):
-            return True
-        self.other.serve(protocol, in_order=False)
-        return not self.other.is_stuck
 
     def finish(self, beginning: bytes, count: int) -> bool:
         """Give the request's place back, and its reply to the guest: the beginning, with count bytes behind it that are
@@ -4079,10 +4073,6 @@ class Ring:
         self.indexes[IN_PROD] = self.in_prod
         self.channels.notify(self.port)
         return True
-
-    def has_more(self) -> bool:
-        """Return whether there is more than when it was last served."""
-        return self.indexes[OUT_PROD] != self.out_prod
 
     def set_looks(self, looks: bool) -> None:
         """Tell the guest whether we look, and need no event."""
@@ -5123,7 +5113,7 @@ class Lookout:
             self.looks, self.unlooked = LOOKS_MAX, 0
         for _ in range(self.looks):
             for ring in self.rings:
-                if ring.indexes[OUT_PROD] != ring.out_prod:  # has_more(), without a call
+                if ring.indexes[OUT_PROD] != ring.out_prod:
                     self.looks = LOOKS_MAX
                     return True
         self.looks //= 2
@@ -5142,7 +5132,7 @@ def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, 
         if waits or rounds % LOOK_EACH == 0:
             for ring in rings:
                 ring.set_looks(False)
-            waits = waits and not any([ring.has_more() for ring in rings])
+            waits = waits and all([ring.indexes[OUT_PROD] == ring.out_prod for ring in rings])
             if poll.poll(None if waits else 0) not in ([], [(channels.fd, select.POLLIN)]):
                 return
             channels.acknowledge()  # before the rings are looked at, so no event is lost
