@@ -4104,10 +4104,12 @@ class Protocol:
     """What a guest says by its rings: FUSE or 9P.  A request has a handler, the method of its name in a table.  That
     returns a reply's body, None for an empty one, or the body and how many bytes of content have been put behind it."""
 
+    # returns the beginning of the reply, b"" for none, and how many bytes of content have been put behind it
+    answer: Callable[[Ring], tuple[bytes, int]]
     shortest, longest = 0, 0  # bytes of a request
-    code: struct.Struct  # the number of its kind, from its byte 4 on
-    ordered: Collection[int] = ()  # kinds that must come behind what the guest has asked before by another ring
-    sized: dict[int, int] = {}  # where a request says how long its reply may be
+    # by its byte 4, which tells kinds apart: what must come behind all that was asked before by another ring
+    ordered: Collection[int] = ()
+    sized: dict[int, int] = {}  # where a request of this kind says how long its reply may be
     reply_head = 0  # bytes of a reply before that
 
     def __init__(self, root: int, capabilities: int) -> None:
@@ -4118,20 +4120,15 @@ class Protocol:
         self.handlers: dict[int, tuple[Any, ...]] = {}  # by kind, with what they take
 
     def is_ordered(self, request: Ring) -> bool:
-        return self.code.unpack_from(request.head, 4)[0] in self.ordered
+        return request.head[4] in self.ordered
 
     def reply_room(self, request: Ring) -> int:
         """Return the most bytes that its reply can have."""
-        (kind,) = self.code.unpack_from(request.head, 4)
-        at, most = self.sized.get(kind), 4096
+        at, most = self.sized.get(request.head[4]), 4096
         if at and request.length >= at + U32.size:
             (size,) = U32.unpack_from(request.head, at)
             most = max(most, min(size, self.most))
         return self.reply_head + most
-
-    def answer(self, request: Ring) -> tuple[bytes, int]:
-        """Return the beginning of the reply, b"" for none, and how many bytes of content have been put behind it."""
-        raise NotImplementedError
 
     @staticmethod
     def attempt(work: Callable[..., Any], *args: Any) -> tuple[int, bytes, int]:
@@ -4331,7 +4328,7 @@ class FuseNames(Protocol):
     """FUSE's server, as far as it is about names and attributes.  The guest's kernel checks permissions."""
 
     shortest, longest = IN_HEADER.size, WRITE_DATA + CONTENT_MAX
-    code, sized, reply_head = U32, FUSE_SIZED, OUT_HEADER.size
+    sized, reply_head = FUSE_SIZED, OUT_HEADER.size
 
     def __init__(self, root: int, capabilities: int) -> None:
         super().__init__(root, capabilities)
@@ -4737,7 +4734,7 @@ class NinePFids(Protocol):
     """9P2000.L's server, as far as it is about messages and what they call by numbers."""
 
     shortest, longest = NINEP_HEADER.size, CONTENT_MAX
-    code, ordered, sized, reply_head = NINEP_NUMBERS["B"], NINEP_ORDERED, NINEP_SIZED, READ_DATA
+    ordered, sized, reply_head = NINEP_ORDERED, NINEP_SIZED, READ_DATA
 
     def __init__(self, root: int, capabilities: int) -> None:
         super().__init__(root, capabilities)
