@@ -4412,7 +4412,7 @@ class FuseNames(Protocol):
         except FileNotFoundError:
             return ENTRY_OUT.pack(0, 0, FUSE_VALID, *bytes(19))
 
-    def create(self, folder: Node, flags: int, mode: int, umask: int, name: bytes) -> bytes:
+    def create(self, folder: Node, flags: int, mode: int, umask: int, name: bytes = b"") -> bytes:
         self.known.check_room()
         self.use_umask(umask)
         try:
@@ -4422,6 +4422,8 @@ class FuseNames(Protocol):
             refuse(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
         handle.node.seen = content_state(status)
         return self.entry(handle.node, status, folder, name) + self.known.open(handle, flags)
+
+    tmpfile = create  # without a name
 
     def use_umask(self, umask: int) -> None:
         """It counts where no default access list does."""
@@ -4458,13 +4460,13 @@ class FuseNames(Protocol):
     def rmdir(self, folder: Node, name: bytes) -> None:
         os.rmdir(name, dir_fd=folder.fd)
 
-    def rename(self, folder: Node, to: int, old: bytes, new: bytes) -> None:
-        self.rename2(folder, to, 0, old, new)
-
-    def rename2(self, folder: Node, to: int, flags: int, old: bytes, new: bytes) -> None:
+    def rename(self, folder: Node, to: int, *names: Any) -> None:
+        *flags, old, new = names
         status = os.stat(old, dir_fd=folder.fd, follow_symlinks=False)
         node = self.known.by_key.get(self.files.inode(status.st_dev, status.st_ino), folder)
-        self.change(node, self.files.rename, folder, old, self.known.node(to), new, flags)
+        self.change(node, self.files.rename, folder, old, self.known.node(to), new, *flags)
+
+    rename2 = rename  # with flags before the names
 
     # ---- attributes
 
@@ -4541,9 +4543,6 @@ class Fuse(FuseNames):
             rest = self.request.content(WRITE_DATA + done, size - done)
             done += self.change(node, os.pwritev, handle.fd, rest, offset + done, how)[0] or refuse(errno.EIO)
         return U32_PAIR.pack(done, 0)
-
-    def tmpfile(self, node: Node, flags: int, mode: int, umask: int) -> bytes:
-        return self.create(node, flags, mode, umask, b"")
 
     def release(self, node: Node, number: int) -> None:
         self.known.handle(number, node)

@@ -20,7 +20,7 @@ TREE = ast.parse(TEXT)
 HEADING = re.compile(r"^# ==== (.+?) =+$")
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
 CLASSES = [node for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)]
-LINES_MAX, TOKENS_MAX = 9_021, 9.6  # of the file, of a line of code: they are to become fewer
+LINES_MAX, TOKENS_MAX = 9_020, 9.6  # of the file, of a line of code: they are to become fewer
 FUNCTION_MAX, CLASS_MAX = 50, 200  # lines
 
 
@@ -43,12 +43,15 @@ def defined(node: ast.stmt) -> list[str]:
 def used(node: ast.stmt) -> list[ast.Name]:
     """The names of the module that a statement uses, also in annotations, though nothing evaluates those."""
     scopes = [node] if not isinstance(node, ast.ClassDef) else node.body
+    own = [name for scope in scopes if scope is not node for name in defined(scope)]  # of a class, for its body alone
     found = []
     for scope in scopes:
         inner = list(ast.walk(scope))
         local = {each.arg for each in inner if isinstance(each, ast.arg)}
         if isinstance(scope, ast.FunctionDef):
             local |= {each.id for each in inner if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+        else:
+            local.update(own)
         found += [each for each in inner if isinstance(each, ast.Name) and each.id not in local]
     return found
 
