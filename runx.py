@@ -3956,7 +3956,7 @@ class Files:
 IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, OUT_LOOKS, RING_ORDER, REFERENCES = 0, 1, 16, 17, 18, 32, 33
 RING_ORDER_MAX = 7  # 256 KiB in each direction
 RINGS_MAX = {"fuse": 1, "9pfs": 2}  # of a device of that kind; Linux's 9p takes no backend with less than two
-HEAD_MAX = 80  # bytes of a request that are copied at once
+HEAD_MAX = 128  # bytes of a request that are copied at once: all but strings and content
 
 
 class Ring:
@@ -4358,8 +4358,7 @@ class FuseNames(Protocol):
         handler, structure, kinds, is_open = self.handlers.get(opcode) or refuse(errno.ENOSYS)
         node = self.known.node(number)
         request, end = self.request, IN_HEADER.size + structure.size
-        data = request.head if end <= HEAD_MAX else request.copy(0, end)
-        fields = structure.unpack_from(data, IN_HEADER.size)
+        fields = structure.unpack_from(request.head, IN_HEADER.size)
         if is_open:
             fields = (self.known.handle(fields[0], node), *fields[1:])
         if kinds:

@@ -18,7 +18,7 @@ class Message:
     """A request in memory of ours, and room for its reply, as a runx.Ring has them."""
 
     def __init__(self, request, reply):
-        self.head, self.length, self.request = bytes(request[:80]), len(request), memoryview(request)
+        self.head, self.length, self.request = bytes(request[: runx.HEAD_MAX]), len(request), memoryview(request)
         self.reply = memoryview(reply)
 
     def copy(self, start, end):
