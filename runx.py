@@ -4163,8 +4163,8 @@ FUSE_SILENT = {2, 36, 42}  # have no reply, unless they have a number for it: fo
 FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says how long its reply may be
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO,
 # PARALLEL_DIROPS, WRITEBACK_CACHE, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
-FUSE_FLAGS = sum(1 << bit for bit in (0, 3, 5, 6, 12, 13, 14, 15, 16, 18, 20, 22, 23, 28, 29, 30))
-FATTR_FH, FATTR_KILL_SUIDGID = 1 << 6, 1 << 11
+FUSE_FLAGS = sum(1 << int(bit) for bit in "0 3 5 6 12 13 14 15 16 18 20 22 23 28 29 30".split())
+FATTR_KILL_SUIDGID = 1 << 11
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
 OPEN_KILL_SUIDGID, ACL_KILL_SGID, FSYNC_FDATASYNC = 1, 1, 1
@@ -4469,21 +4469,17 @@ class FuseNames(Protocol):
 
     # ---- attributes
 
-    def getattr(self, node: Node) -> bytes:
-        return self.attr_out(node, os.fstat(node.fd))
-
-    @staticmethod
-    def attr_out(node: Node, status: os.stat_result) -> bytes:
-        return ATTR_OUT.pack(FUSE_VALID, 0, 0, *fuse_attr(node, status))
+    def getattr(self, node: Node, status: os.stat_result | None = None) -> bytes:
+        return ATTR_OUT.pack(FUSE_VALID, 0, 0, *fuse_attr(node, status or os.fstat(node.fd)))
 
     def setattr(self, node: Node, valid: int, number: int, size: int, *fields: int) -> bytes:
         atime, mtime, atime_ns, mtime_ns, mode, uid, gid = fields
         drop_privileges(node, valid & SET_SIZE and valid & FATTR_KILL_SUIDGID)
         times = atime * 10**9 + atime_ns, mtime * 10**9 + mtime_ns
-        handle = self.known.handles.get(number) if valid & FATTR_FH else None
+        handle = self.known.handles.get(number)  # 0, which none has, if the guest names none
         at = handle.fd if handle and handle.node is node else node.path
         work = self.files.set_attributes, node, at, valid, mode, (uid, gid), size, *times
-        return self.attr_out(node, self.change(node, *work)[1])
+        return self.getattr(node, self.change(node, *work)[1])
 
     def change(self, node: Node, work: Callable[..., T], *args: Any) -> tuple[T, os.stat_result]:
         """Return work(*args), by which the guest changes a file, and its attributes then.  What the guest knows of the
@@ -4944,9 +4940,9 @@ class NineP(NinePFids):
 
 # ---- the process, and the device by which the guest finds it
 
-# <linux/capability.h>: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, MKNOD and SETFCAP, for files of whatever
-# owner; SETGID and SETUID, to open with another's rights what is not a file of a disk's
-SERVING_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 6, 7, 27, 31))
+# for files of whatever owner; SETGID and SETUID, to open with another's rights what is not a file of a disk's
+SERVING = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID MKNOD SETFCAP SETGID SETUID"
+SERVING_CAPABILITIES = sum(CAPABILITIES[f"CAP_{name}"] for name in SERVING.split())
 PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 4, 15, 38  # <linux/prctl.h>
 SERVING_DATA = 128 << 20  # bytes of memory that it may write, most of it for what the guest has opened
 LOOKS_MAX, UNLOOKED_MAX = 2048, 64  # looks take 0.1 ms

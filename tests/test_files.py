@@ -1175,7 +1175,7 @@ def test_attributes_are_set_by_what_is_open_if_it_is_that_file(guest, tmp_path):
     _, handle, _ = guest.open(guest.look_up(b"other"), os.O_RDONLY)
 
     def set_mode(name, handle, mode):
-        valid = runx.SET_MODE | runx.FATTR_FH
+        valid = runx.SET_MODE | 1 << 6  # FATTR_FH
         node = guest.look_up(name)
         return guest.request("setattr", node, struct.pack("<I4xQ52xI16x", valid, handle, mode))[0]
 
