@@ -3960,11 +3960,9 @@ HEAD_MAX = 128  # bytes of a request that are copied at once: all but strings an
 
 
 class Ring:
-    """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so.
-
-    A request is what has been found last: only its length has been checked, and head is a copy of its first HEAD_MAX
-    bytes, or of all.  What a guest does that does not keep to the protocol is an Error.
-    """
+    """Takes requests from the guest's pages, and puts replies there.  port: where the guest is told so.  A request is
+    what has been found last: only its length has been checked, and head is a copy of its first HEAD_MAX bytes, or of
+    all.  What a guest does that does not keep to the protocol is an Error."""
 
     def __init__(self, indexes: memoryview, data: memoryview, channels: EventChannels, port: int) -> None:
         self.indexes = indexes
@@ -4304,18 +4302,14 @@ class Known:
 
     def handle(self, number: int, node: Node) -> Handle:
         """Return what the guest has open of a file, number 0: to read it without.  Raise OSError."""
-        if not number:
-            return self.reader(node)
-        handle = self.handles.get(number)
-        if handle is None or handle.node is not node:
-            refuse(errno.EBADF)
-        return handle
-
-    def reader(self, node: Node) -> Handle:
-        """Raise OSError, also for what counts who opens it."""
+        if number:
+            handle = self.handles.get(number)
+            if handle is None or handle.node is not node:
+                refuse(errno.EBADF)
+            return handle
         handle = self.readers.pop(node.number, None)
         if handle is None:
-            if node.sizeless or node.kind != stat.S_IFREG:
+            if node.sizeless or node.kind != stat.S_IFREG:  # of the former it counts who opens it
                 refuse(errno.EBADF)
             handle = self.files.open(node, os.O_RDONLY)
             if len(self.readers) >= READERS_MAX:
@@ -4334,7 +4328,6 @@ class FuseNames(Protocol):
         super().__init__(root, capabilities)
         self.known = Known(self.files)
         self.asker: Ids = NO_USER, NO_USER  # whose request is being answered
-        self.umask = -1  # as last used
         for name, (opcode, form) in FUSE_REQUESTS.items():
             numbers = form.rstrip("nsb")
             structure = struct.Struct("<" + numbers.replace("H", "Q"))
@@ -4391,9 +4384,9 @@ class FuseNames(Protocol):
         """Return struct fuse_entry_out of what was found by a name in a folder, or made there.  Raise OSError."""
         return self.entry_out(self.known.enter(node, folder, name), status)
 
-    def entry_out(self, node: Node, status: os.stat_result) -> bytes:
-        fields = fuse_attr(node, status)
-        return ENTRY_OUT.pack(node.number, 0, FUSE_VALID, FUSE_VALID, 0, 0, *fields)
+    @staticmethod
+    def entry_out(node: Node, status: os.stat_result) -> bytes:
+        return ENTRY_OUT.pack(node.number, 0, FUSE_VALID, FUSE_VALID, 0, 0, *fuse_attr(node, status))
 
     def find(self, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what has a name in a folder.  Raise OSError."""
@@ -4413,7 +4406,7 @@ class FuseNames(Protocol):
 
     def create(self, folder: Node, flags: int, mode: int, umask: int, name: bytes = b"") -> bytes:
         self.known.check_room()
-        self.use_umask(umask)
+        os.umask(umask & 0o777)  # counts where no default access list does
         try:
             handle, status = self.files.create(folder, name, self.access(flags), mode, self.asker)
         except FileExistsError:
@@ -4424,15 +4417,9 @@ class FuseNames(Protocol):
 
     tmpfile = create  # without a name
 
-    def use_umask(self, umask: int) -> None:
-        """It counts where no default access list does."""
-        if umask != self.umask:
-            os.umask(umask & 0o777)
-            self.umask = umask
-
     def make(self, folder: Node, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
         self.known.check_room()
-        self.use_umask(umask)
+        os.umask(umask & 0o777)
         return self.entry(*self.files.make(folder, name, self.asker, work, *args), folder, name)
 
     def mknod(self, folder: Node, mode: int, device: int, umask: int, name: bytes) -> bytes:
@@ -4501,8 +4488,6 @@ class Fuse(FuseNames):
     """FUSE's server.  Locks are the guest's kernel's alone."""
 
     def open(self, node: Node, flags: int, more: int) -> bytes:
-        if node.kind != stat.S_IFREG:
-            refuse(errno.ENXIO)
         self.known.check_room(0)  # before it is truncated
         drop_privileges(node, more & OPEN_KILL_SUIDGID)
         if node.sizeless:
@@ -4602,22 +4587,14 @@ class Fuse(FuseNames):
     def readdir(self, node: Node, handle: Handle, offset: int, size: int, plus: int = 0) -> bytes:
         room, least, parts = min(size, self.most), plus + FUSE_DIRENT.size, []
         for inode, after, kind, name in self.files.entries(handle, offset, room, least, 8):
-            if plus:
-                parts.append(self.entry_of(node, name))
+            if plus:  # zeros where it does not matter what it is, or it was removed meanwhile
+                found = b"" if name in (b".", b"..") else self.attempt(self.find, node, name)[1]
+                parts.append(found or bytes(ENTRY_OUT.size))
             parts.append(FUSE_DIRENT.pack(inode, after, len(name), kind) + name + bytes(-len(name) % 8))
         return b"".join(parts)
 
     def readdirplus(self, node: Node, handle: Handle, offset: int, size: int) -> bytes:
         return self.readdir(node, handle, offset, size, ENTRY_OUT.size)
-
-    def entry_of(self, folder: Node, name: bytes) -> bytes:
-        """Return struct fuse_entry_out of what readdirplus finds, zeros where it does not matter or there is none."""
-        if name not in (b".", b".."):
-            try:
-                return self.find(folder, name)
-            except OSError:
-                pass  # removed meanwhile
-        return bytes(ENTRY_OUT.size)
 
     # ---- extended attributes
 
@@ -4950,11 +4927,9 @@ LOOK_EACH = 256  # rounds in which a guest does not pause: the monitor may have 
 
 
 class FileServer:
-    """The monitor's side of the process that serves a container's files: its pid, 0 if there is none, and a socket.
-
-    It says "+" when it can begin, is sent domid and of each ring grant and event channel, and says "+" again when it
-    has them.  All else that it says is why it ends.
-    """
+    """The monitor's side of the process that serves a container's files: its pid, 0 if there is none, and a socket.  It
+    says "+" when it can begin, is sent domid and of each ring grant and event channel, and says "+" again when it has
+    them.  All else that it says is why it ends."""
 
     def __init__(self) -> None:
         self.pid = 0
