@@ -3458,7 +3458,8 @@ def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
     top = top_mount(disk.mounted[0]) if disk.mounted else None
     with Undo(undo.log) as unseen:
         if top and top.device == number:
-            unmount(top.target)
+            with Attempt(f"unmount {top.target} from dom0, which the VM's writing would ruin"):
+                system_call("umount2", top.target, 0)
             target, flags, options = disk.mounted
             # our kernel writes nothing before it is told to use it; another one may as soon as it sees the device
             is_safe = not disk.writable or ["fuse", 0] in container.state.devices
@@ -3469,11 +3470,6 @@ def attach_disk(container: Container, domain: Domain, undo: Undo) -> None:
     container.acquire(device)
     undo.add(f"withdraw the VM's {DISK_NAME}", container.release, device)
     announce_disk(device, disk, number)
-
-
-def unmount(target: str) -> None:
-    with Attempt(f"unmount {target} from dom0, which the VM's writing would ruin"):
-        system_call("umount2", target, 0)
 
 
 def backing_file(name: str) -> str:

@@ -1013,8 +1013,9 @@ class Attachment:
 
             return call
 
-        for name in ("mount", "unmount", "check_image", "check_unused", "announce_disk"):
+        for name in ("mount", "check_image", "check_unused", "announce_disk"):
             monkeypatch.setattr(runx, name, note(name))
+        monkeypatch.setattr(runx, "system_call", note("unmount"))
         monkeypatch.setattr(runx, "open_disk", self.open_disk)
         monkeypatch.setattr(runx, "top_mount", lambda target: top)
         self.domain = SimpleNamespace(domid=5, path="/local/domain/5", xenstore=Store())
@@ -1085,8 +1086,11 @@ def test_no_disk_is_asked_for_or_its_name_is_taken(monkeypatch):
 
 
 def test_a_target_that_is_busy_is_not_the_vms(monkeypatch):
-    with pytest.raises(runx.Error, match="cannot unmount /no/such from dom0, which the VM's writing would ruin: No"):
-        runx.unmount("/no/such")
+    attachment = Attachment(monkeypatch, make_disk("/dev/x", True, MOUNTED), "ours")
+    monkeypatch.setattr(runx, "system_call", lambda *args: args == ("umount2", "/mnt", 0) and runx.refuse(errno.EBUSY))
+    with pytest.raises(runx.Error, match="cannot unmount /mnt from dom0, which the VM's writing would ruin: Device or"):
+        attachment.run()
+    assert attachment.done == []
 
 
 # ---- the ways
