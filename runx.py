@@ -3682,6 +3682,7 @@ class Node:
 
 
 Found = tuple[Node, os.stat_result]  # a file, and its attributes just now
+Listed = tuple[int, int, int, bytes]  # of what is in a folder: inode, offset behind it, type (DT_*) and name
 
 
 class Handle:
@@ -3791,10 +3792,8 @@ class Files:
     def create(self, folder: Node, name: bytes, flags: int, mode: int, owner: Ids) -> tuple[Handle, os.stat_result]:
         """Return a new regular file, open.  name: b"" for none.  Raise FileExistsError, whatever flags say."""
         flags, mode = self.open_flags(flags) & ~os.O_TRUNC, mode & 0o7777
-        if name:
-            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=folder.fd)
-        else:
-            fd = os.open(b".", flags | os.O_TMPFILE, mode, dir_fd=folder.fd)
+        how = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW if name else os.O_TMPFILE
+        fd = os.open(name or b".", flags | how, mode, dir_fd=folder.fd)
         try:
             found = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
             node, status = self.give(*found, folder, owner)
@@ -3865,11 +3864,8 @@ class Files:
                 raise
             return Handle(os.open(node.path, wanted | os.O_APPEND), node)  # chattr(1) lets it grow only
 
-    def entries(
-        self, handle: Handle, offset: int, room: int, least: int, unit: int = 1
-    ) -> Iterator[tuple[int, int, int, bytes]]:
-        """Yield inode, offset behind it, type (DT_*) and name of a folder's next entries.  Each takes of the room what
-        is least and its name, in whole units."""
+    def entries(self, handle: Handle, offset: int, room: int, least: int, unit: int = 1) -> Iterator[Listed]:
+        """Yield what is next in a folder.  Each takes of the room what is least and its name, in whole units."""
         self.lists.read_next(handle)
         if offset != handle.position:
             os.lseek(handle.fd, offset, os.SEEK_SET)
@@ -4009,7 +4005,7 @@ class Ring:
             self.in_cons = self.indexes[IN_CONS]
             self.barrier()  # an index is read before what it counts, and before what it frees is overwritten
         while self.out_cons != end and self.find(protocol, end):
-            if in_order and self.other and protocol.is_ordered(self):
+            if in_order and self.other and self.head[4] in protocol.ordered:
                 self.other.serve(protocol, in_order=False)
                 if self.other.is_stuck:
                     break
@@ -4101,9 +4097,10 @@ class Protocol:
     # returns the beginning of the reply, b"" for none, and how many bytes of content have been put behind it
     answer: Callable[[Ring], tuple[bytes, int]]
     shortest, longest = 0, 0  # bytes of a request
-    # by its byte 4, which tells kinds apart: what must come behind all that was asked before by another ring
+    # by byte 4 of a request, which tells kinds apart: what must come behind all that was asked before by another ring,
+    # and where it says how long its reply may be
     ordered: Collection[int] = ()
-    sized: dict[int, int] = {}  # where a request of this kind says how long its reply may be
+    sized: dict[int, int] = {}
     reply_head = 0  # bytes of a reply before that
 
     def __init__(self, root: int, capabilities: int) -> None:
@@ -4112,9 +4109,6 @@ class Protocol:
         self.most = CONTENT_MAX  # bytes of content in a reply
         self.request: Ring  # that is being answered
         self.handlers: dict[int, tuple[Any, ...]] = {}  # by kind, with what they take
-
-    def is_ordered(self, request: Ring) -> bool:
-        return request.head[4] in self.ordered
 
     def reply_room(self, request: Ring) -> int:
         """Return the most bytes that its reply can have."""
@@ -4973,8 +4967,8 @@ class ShareDevice(Device):
             count = int(self.xenstore.read(f"{self.frontend}/num-rings"))
             if not 1 <= count <= RINGS_MAX[self.kind]:
                 raise ValueError(f"it has {count} rings")
-            keys = [f"{name}{number}" for number in range(count) for name in ("ring-ref", "event-channel-")]
-            ends = self.xenstore.read_numbers(*(f"{self.frontend}/{key}" for key in keys))
+            names = f"{self.frontend}/ring-ref", f"{self.frontend}/event-channel-"
+            ends = self.xenstore.read_numbers(*(f"{name}{number}" for number in range(count) for name in names))
             tell(self.server.link, struct.pack(f"={1 + len(ends)}I", domid, *ends))
 
     def confirm(self) -> None:

@@ -24,13 +24,10 @@ class Echo:
     """Requests and replies: length, a letter, and the rest.  r asks for so much room; n has no reply; o must come
     behind all others; c is answered by its own content."""
 
-    shortest, longest = 8, 4096
+    shortest, longest, ordered = 8, 4096, b"o"
 
     def __init__(self):
         self.seen, self.meanwhile = [], None
-
-    def is_ordered(self, message):
-        return message.head[4:5] == b"o"
 
     def reply_room(self, message):
         if self.meanwhile:
