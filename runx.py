@@ -3597,6 +3597,9 @@ def choose_rootfs(config: Config) -> Rootfs:
 
 if TYPE_CHECKING:
     Ids = tuple[int, int]  # a user and a group
+    Status = os.stat_result  # a file's attributes
+    Found = tuple["Node", Status]  # a file, and these just now
+    Listed = tuple[int, int, int, bytes]  # of what is in a folder: inode, offset behind it, type (DT_*) and name
 
 PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW
 NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
@@ -3637,7 +3640,7 @@ def request_table(text: str) -> dict[str, tuple[int, str]]:
     return {name: (int(number), form.strip("-")) for name, number, form in rows}
 
 
-def content_state(status: os.stat_result) -> tuple[int, ...]:
+def content_state(status: Status) -> tuple[int, ...]:
     """Return what is another after each change of a file's content, but a second one within one tick of the clock."""
     return status.st_ctime_ns, status.st_mtime_ns, status.st_size
 
@@ -3647,7 +3650,7 @@ def is_settled(state: tuple[int, ...]) -> bool:
     return time.time_ns() - state[0] > SETTLED
 
 
-def may_be_two(status: os.stat_result) -> bool:
+def may_be_two(status: Status) -> bool:
     """Whether another file may have this one's number: an overlay's names of one file in a lower layer are files of
     their own, for the one that is changed is copied."""
     return status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode) and not os.major(status.st_dev)
@@ -3670,7 +3673,7 @@ class Node:
         self.own = False  # in the rootfs, which dom0 seldom changes, and not in a volume
         self.seen: tuple[int, ...] | None = None  # it has not been told of the file, and so keeps nothing
 
-    def tell(self, status: os.stat_result) -> None:
+    def tell(self, status: Status) -> None:
         """The guest gets these attributes.  Where time or size are others, it drops what it has of the content, but not
         beside what it has not sent yet: so it is made to at its next opening."""
         state = content_state(status)
@@ -3679,10 +3682,6 @@ class Node:
 
     def __del__(self) -> None:
         os.close(self.fd)
-
-
-Found = tuple[Node, os.stat_result]  # a file, and its attributes just now
-Listed = tuple[int, int, int, bytes]  # of what is in a folder: inode, offset behind it, type (DT_*) and name
 
 
 class Handle:
@@ -3789,7 +3788,7 @@ class Files:
 
     # ---- making
 
-    def create(self, folder: Node, name: bytes, flags: int, mode: int, owner: Ids) -> tuple[Handle, os.stat_result]:
+    def create(self, folder: Node, name: bytes, flags: int, mode: int, owner: Ids) -> tuple[Handle, Status]:
         """Return a new regular file, open.  name: b"" for none.  Raise FileExistsError, whatever flags say."""
         flags, mode = self.open_flags(flags) & ~os.O_TRUNC, mode & 0o7777
         how = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW if name else os.O_TMPFILE
@@ -3814,7 +3813,7 @@ class Files:
             raise
 
     @staticmethod
-    def give(node: Node, status: os.stat_result, folder: Node, owner: Ids) -> Found:
+    def give(node: Node, status: Status, folder: Node, owner: Ids) -> Found:
         """Make a new file its maker's, of its folder's group where that has set-group-ID."""
         uid, gid = owner
         if status.st_gid != gid and os.fstat(folder.fd).st_mode & stat.S_ISGID:
@@ -3972,7 +3971,6 @@ class Ring:
     # ---- the request
 
     def copy(self, start: int, end: int) -> bytes:
-        """Return a copy of a part."""
         end, known = min(end, self.length), len(self.head)
         if end <= known:
             return self.head[start:end]
@@ -4104,7 +4102,6 @@ class Protocol:
     reply_head = 0  # bytes of a reply before that
 
     def __init__(self, root: int, capabilities: int) -> None:
-        """root, capabilities: as for Files."""
         self.files = Files(root, capabilities)
         self.most = CONTENT_MAX  # bytes of content in a reply
         self.request: Ring  # that is being answered
@@ -4175,8 +4172,7 @@ def split_strings(data: bytes, kinds: str) -> list[bytes]:
     return [check_name(string) if kind == "n" else string for kind, string in zip(kinds, strings)]
 
 
-def fuse_attr(node: Node, status: os.stat_result) -> tuple[int, ...]:
-    """Return struct fuse_attr."""
+def fuse_attr(node: Node, status: Status) -> tuple[int, ...]:
     node.tell(status)
     atime, atime_ns = divmod(status.st_atime_ns, 10**9)
     mtime, mtime_ns = divmod(status.st_mtime_ns, 10**9)
@@ -4238,16 +4234,6 @@ class Known:
         known.lookups += 1
         return known
 
-    def forget(self, number: int, count: int) -> None:
-        node = self.nodes.get(number)
-        if node is None or number == FUSE_ROOT_ID:
-            return
-        node.lookups -= count
-        if node.lookups <= 0:
-            self.readers.pop(number, None)
-            del self.nodes[number]
-            self.lose(node)
-
     def look_again(self, node: Node, asker: int) -> None:
         """Raise OSError, ESTALE, if the guest is to look a file up that it cannot change: what it was found by is
         read-only, and the name that is used now may be in a mount that is not.  A process, asker, is told so once, for
@@ -4262,7 +4248,7 @@ class Known:
                 del self.fixed[next(iter(self.fixed))]
             refuse(errno.ESTALE)
 
-    def status(self, node: Node) -> os.stat_result:
+    def status(self, node: Node) -> Status:
         """Return a file's attributes.  It is found by what it is now: an overlay may have copied it."""
         status = os.fstat(node.fd)
         inode = node.inode if node.inode == status.st_ino else self.files.inode(status.st_dev, status.st_ino)
@@ -4362,20 +4348,25 @@ class FuseNames(Protocol):
         )  # fmt: skip
 
     def forget(self, node: Node, count: int) -> None:
-        self.known.forget(node.number, count)
+        node.lookups -= count
+        if node.lookups <= 0 and node is not self.files.root:
+            self.known.readers.pop(node.number, None)
+            del self.known.nodes[node.number]
+            self.known.lose(node)
 
-    def batch_forget(self, node: Node, count: int, pairs: bytes) -> None:
+    def batch_forget(self, _node: Node, count: int, pairs: bytes) -> None:
         for number, times in struct.iter_unpack("<QQ", pairs[: 16 * count]):
-            self.known.forget(number, times)
+            if node := self.known.nodes.get(number):
+                self.forget(node, times)
 
     # ---- names
 
-    def entry(self, node: Node, status: os.stat_result, folder: Node, name: bytes) -> bytes:
+    def entry(self, node: Node, status: Status, folder: Node, name: bytes) -> bytes:
         """Return struct fuse_entry_out of what was found by a name in a folder, or made there.  Raise OSError."""
         return self.entry_out(self.known.enter(node, folder, name), status)
 
     @staticmethod
-    def entry_out(node: Node, status: os.stat_result) -> bytes:
+    def entry_out(node: Node, status: Status) -> bytes:
         return ENTRY_OUT.pack(node.number, 0, FUSE_VALID, FUSE_VALID, 0, 0, *fuse_attr(node, status))
 
     def find(self, folder: Node, name: bytes) -> bytes:
@@ -4446,7 +4437,7 @@ class FuseNames(Protocol):
 
     # ---- attributes
 
-    def getattr(self, node: Node, status: os.stat_result | None = None) -> bytes:
+    def getattr(self, node: Node, status: Status | None = None) -> bytes:
         return ATTR_OUT.pack(FUSE_VALID, 0, 0, *fuse_attr(node, status or os.fstat(node.fd)))
 
     def setattr(self, node: Node, valid: int, number: int, size: int, *fields: int) -> bytes:
@@ -4458,7 +4449,7 @@ class FuseNames(Protocol):
         work = self.files.set_attributes, node, at, valid, mode, (uid, gid), size, *times
         return self.getattr(node, self.change(node, *work)[1])
 
-    def change(self, node: Node, work: Callable[..., T], *args: Any) -> tuple[T, os.stat_result]:
+    def change(self, node: Node, work: Callable[..., T], *args: Any) -> tuple[T, Status]:
         """Return work(*args), by which the guest changes a file, and its attributes then.  What the guest knows of the
         content stays true."""
         same = node.seen == content_state(os.fstat(node.fd))
@@ -4647,7 +4638,7 @@ QID_TYPES = {stat.S_IFDIR >> 12: 0x80, stat.S_IFLNK >> 12: 2}  # by DT_* of <dir
 IOUNIT = 31 * 4096  # whole pages that fit into a message, beside its head
 V9FS_MAGIC, ATTR_BASIC, LOCK_SUCCESS, LOCK_UNLOCKED = 0x01021997, 0x7FF, 0, 2
 WALK_MAX, XATTR_MAX, NOBODY = 16, 1 << 16, 65534
-P9_EXCL, P9_REMOVEDIR = 0o200, 0x200
+P9_REMOVEDIR = 0x200
 
 
 def ninep_fields(data: bytes, kinds: str) -> Iterator[Any]:
@@ -4823,7 +4814,7 @@ class NineP(NinePFids):
             handle, _ = self.files.create(fid.node, name, flags, mode, (fid.uid, gid))
         except FileExistsError:
             node, _ = self.files.find(fid.node, name)
-            if flags & P9_EXCL or node.kind != stat.S_IFREG:
+            if flags & os.O_EXCL or node.kind != stat.S_IFREG:
                 raise
             handle = self.files.open(node, flags)
         fid.node, fid.open = handle.node, handle
