@@ -4049,7 +4049,7 @@ class Ring:
         there already; b"": there is none.  Return whether the guest knows."""
         if beginning:
             at = 0
-            for view in self.views(self.replies, self.in_prod, len(beginning)):
+            for view in self.room(0, len(beginning)):
                 view[:] = beginning[at : at + len(view)]
                 at += len(view)
         self.barrier()  # the indexes are written after all that they stand for has been read and written
@@ -4187,12 +4187,9 @@ def fuse_attr(node: Node, status: Status) -> tuple[int, ...]:
 class Known:
     """What the guest knows: files by numbers that are never given twice, and what it has open."""
 
-    def __init__(self, files: Files) -> None:
-        self.files, self.last = files, FUSE_ROOT_ID
-        self.forget_all()
-
-    def forget_all(self) -> None:
-        root = self.files.root
+    def __init__(self, files: Files, last: int = FUSE_ROOT_ID) -> None:
+        """last: of the numbers that were given before."""
+        self.files, self.last, root = files, last, files.root
         root.number = FUSE_ROOT_ID
         self.nodes: dict[int, Node] = {root.number: root}
         self.by_key: dict[int | tuple[int, Any], Node] = {root.key: root}
@@ -4341,7 +4338,7 @@ class FuseNames(Protocol):
     def init(self, node: Node, major: int, minor: int, readahead: int, flags: int) -> bytes:
         if (major, minor) < (FUSE_VERSION, FUSE_MINOR_LEAST):
             refuse(errno.EPROTO)
-        self.known.forget_all()
+        self.known = Known(self.files, self.known.last)
         return INIT_OUT.pack(
             FUSE_VERSION, FUSE_MINOR, readahead, flags & FUSE_FLAGS, FUSE_BACKGROUND, FUSE_BACKGROUND * 3 // 4,
             CONTENT_MAX, 1, CONTENT_MAX // 4096, 0, DIRECT_IO_ALLOW_MMAP >> 32, 0, b"",
@@ -4636,7 +4633,7 @@ NINEP_ATTR = struct.Struct("<Q13s3I5Q6q4Q")
 READ_DATA, WRITTEN_DATA = 11, 23  # where Rread and Twrite have content
 QID_TYPES = {stat.S_IFDIR >> 12: 0x80, stat.S_IFLNK >> 12: 2}  # by DT_* of <dirent.h>
 IOUNIT = 31 * 4096  # whole pages that fit into a message, beside its head
-V9FS_MAGIC, ATTR_BASIC, LOCK_SUCCESS, LOCK_UNLOCKED = 0x01021997, 0x7FF, 0, 2
+V9FS_MAGIC, ATTR_BASIC, LOCK_UNLOCKED = 0x01021997, 0x7FF, 2
 WALK_MAX, XATTR_MAX, NOBODY = 16, 1 << 16, 65534
 P9_REMOVEDIR = 0x200
 
@@ -4883,10 +4880,10 @@ class NineP(NinePFids):
         (os.fdatasync if only_data else os.fsync)(fid.handle().fd)
 
     def lock(self, fid: Fid) -> bytes:
-        return bytes([LOCK_SUCCESS])
+        return b"\0"  # P9_LOCK_SUCCESS
 
-    def getlock(self, fid: Fid, _kind: int, start: int, length: int, process: int) -> bytes:
-        return struct.pack("<BQQIH", LOCK_UNLOCKED, start, length, process, 0)  # 0: no client has it
+    def getlock(self, fid: Fid, _kind: int, *asked: int) -> bytes:
+        return struct.pack("<BQQIH", LOCK_UNLOCKED, *asked, 0)  # which nobody has
 
     def statfs(self, fid: Fid) -> bytes:
         found = os.statvfs(fid.node.fd)
