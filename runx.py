@@ -3601,7 +3601,7 @@ if TYPE_CHECKING:
     Found = tuple["Node", Status]  # a file, and these just now
     Listed = tuple[int, int, int, bytes]  # of what is in a folder: inode, offset behind it, type (DT_*) and name
 
-PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW
+PATH_FLAGS, NEW_FLAGS = os.O_PATH | os.O_NOFOLLOW, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 KiB of dom0's memory
 READERS_MAX = 128  # files that are kept open, as the guest reads them without opening
 FIXED_MAX = 1024  # processes that look up again, at a time, what they cannot change
@@ -3791,11 +3791,10 @@ class Files:
     def create(self, folder: Node, name: bytes, flags: int, mode: int, owner: Ids) -> tuple[Handle, Status]:
         """Return a new regular file, open.  name: b"" for none.  Raise FileExistsError, whatever flags say."""
         flags, mode = self.open_flags(flags) & ~os.O_TRUNC, mode & 0o7777
-        how = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW if name else os.O_TMPFILE
-        fd = os.open(name or b".", flags | how, mode, dir_fd=folder.fd)
+        fd = os.open(name or b".", flags | (NEW_FLAGS if name else os.O_TMPFILE), mode, dir_fd=folder.fd)
         try:
-            found = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
-            node, status = self.give(*found, folder, owner)
+            node, status = self.node(os.open(b"/proc/self/fd/%d" % fd, os.O_PATH))
+            node, status = self.give(node, status, folder, owner)
             return Handle(fd, node), status
         except OSError:
             os.close(fd)
@@ -4566,8 +4565,10 @@ class Fuse(FuseNames):
         room, least, parts = min(size, self.most), plus + FUSE_DIRENT.size, []
         for inode, after, kind, name in self.files.entries(handle, offset, room, least, 8):
             if plus:  # zeros where it does not matter what it is, or it was removed meanwhile
-                found = b"" if name in (b".", b"..") else self.attempt(self.find, node, name)[1]
-                parts.append(found or bytes(ENTRY_OUT.size))
+                try:
+                    parts.append(bytes(plus) if name in (b".", b"..") else self.find(node, name))
+                except OSError:
+                    parts.append(bytes(plus))
             parts.append(FUSE_DIRENT.pack(inode, after, len(name), kind) + name + bytes(-len(name) % 8))
         return b"".join(parts)
 
