@@ -1090,6 +1090,24 @@ def test_a_file_that_has_just_gone_from_nfs_leaves_no_descriptor(guest, monkeypa
     assert len(conftest.open_descriptors()) == before
 
 
+def test_a_folder_whose_offsets_have_all_bits_is_read_to_its_end(guest, monkeypatch):
+    """Its file system takes none of them from lseek(2), and goes on where it is."""
+    node, call = guest.look_up(b"folder"), runx.system_call
+    (handle,) = struct.unpack_from("<Q", guest.done("opendir", node, bytes(8)))
+
+    def system_call(name, *args):
+        end = call(name, *args)
+        for at in (15, 24 + 15) if end and name.startswith("getdents") else ():  # of "." and "..", d_off's highest byte
+            memoryview(args[1]).cast("B")[at] = 0xFF
+        return end
+
+    monkeypatch.setattr(runx, "system_call", system_call)
+    body = guest.done("readdir", node, struct.pack("<QQI", handle, 0, 4096))
+    offset = runx.FUSE_DIRENT.unpack_from(body, 32)[1]
+    assert offset >> 56 == 0xFF
+    assert guest.request("readdir", node, struct.pack("<QQI", handle, offset, 4096)) == (0, b"")
+
+
 def test_dom0s_kernel_has_to_keep_the_names_of_few_folders(guest, tmp_path, monkeypatch):
     """An overlay's are in its memory from when they are first read until that descriptor is closed."""
     monkeypatch.setattr(runx, "LISTS_MAX", 6)
