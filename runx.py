@@ -5475,25 +5475,30 @@ class Rtnetlink:
     def links(self) -> list[Link]:
         return list(map(Link, self.dump(RTM_NEWLINK)))
 
-    def find_link(self, name: str) -> Link | None:
-        return next((link for link in self.links() if link.name == name), None)
+    def link(self, name: str) -> Link:
+        """Raise OSError."""
+        return Link(self.request(Message(RTM_NEWLINK + RTM_GET, (0, 0, 0, 0, 0), {IFLA_IFNAME: name}))[0])
 
-    def await_link(self, name: str, seconds: float) -> Link | None:
-        """Return the link of that name once it is there, None if it is not in time.  It needs RTMGRP_LINK."""
-        deadline = time.monotonic() + seconds
+    def find_link(self, name: str) -> Link | None:
+        try:
+            return self.link(name)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return None
+
+    def await_link(self, name: str, seconds: float) -> bool:
+        """Return once there is a link of that name, or False if there is none in time.  It needs RTMGRP_LINK."""
+        deadline, netlink = time.monotonic() + seconds, Rtnetlink()
         while select.select([self.socket], [], [], max(0, deadline - time.monotonic()))[0]:
             try:
-                links = [Link(message) for message in self.receive() if message.kind == RTM_NEWLINK]
+                self.socket.recv(1)  # that something has changed; what has, the other one tells
             except OSError as error:
-                if error.errno != errno.ENOBUFS:
+                if error.errno != errno.ENOBUFS:  # more than there was room to tell
                     raise
-                # more has changed than there was room to tell; the old socket would miss more until it is read empty
-                self.socket = Rtnetlink(groups=RTMGRP_LINK).socket
-                links = Rtnetlink().links()
-            for link in links:
-                if link.name == name:
-                    return link
-        return None
+            if netlink.find_link(name):
+                return True
+        return False
 
 
 def in_namespace(path: str, work: Callable[..., T], *args: Any) -> T:
@@ -5834,18 +5839,18 @@ def prepare_bridge(network: Network, by_plugins: bool) -> None:
     """
     first, name, netlink = network.plugins[0], network.bridge, Rtnetlink()
     ours = first.get("isGateway") or first.get("isDefaultGateway")
-    bridge = netlink.find_link(name)
-    if not bridge and not ours:
-        remedy = f"make it, or set isGateway in {network.file} for a network that begins there"
-        raise Error(f"network {network.name}: there is no bridge {printable(name)} on this host: {remedy}")
-    if by_plugins and (not network.dhcp or first.get("vlan") or first.get("vlanTrunk")):
-        return
-    with Attempt(f"make the bridge {name} of network {network.name}"):
+    with Attempt(f"make the bridge {printable(name)} of network {network.name}"):
+        bridge = netlink.find_link(name)
+        if not bridge and not ours:
+            remedy = f"make it, or set isGateway in {network.file} for a network that begins there"
+            raise Error(f"network {network.name}: there is no bridge {printable(name)} on this host: {remedy}")
+        if by_plugins and (not network.dhcp or first.get("vlan") or first.get("vlanTrunk")):
+            return
         if not bridge:
             kind = {IFLA_IFNAME: name, IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}}
             netlink.request(link_message(0, kind), NLM_F_CREATE)
-            bridge = netlink.find_link(name)
-        if bridge and ours:
+            bridge = netlink.link(name)
+        if ours:
             netlink.set_link(bridge.index, {}, up=True)
             for address in gateway_addresses(network):
                 netlink.request(address_message(address, bridge.index), NLM_F_CREATE | NLM_F_REPLACE)
@@ -6226,7 +6231,7 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     for number in (ours | {vif.number for vif in plugged}) - {vif.number for vif in kept.values()}:
         unplug(container, Device(domain, "vif", number))
     for mac, vif in kept.items():
-        keep_vif(container, domain, vif, wanted[mac])
+        keep_vif(container, vif, wanted[mac])
     new = [interface for interface in interfaces if interface.mac not in kept]
     # never the number of one that is unplugged, also by another command: the guest may have it still
     for number, interface in enumerate(new, max(ours | others | {state.last_vif}) + 1):
@@ -6238,7 +6243,7 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     return guest_nodes(state, interfaces)
 
 
-def join_noted(container: Container, number: int, interface: Interface, link: Link) -> None:
+def join_noted(container: Container, number: int, interface: Interface, name: str) -> None:
     """join() of a vif, which is noted before: whoever is killed meanwhile leaves nothing that is not undone later."""
     vif = Vif(
         number=number, mac="", mtu=interface.mtu, namespace=interface.namespace, device=interface.device,
@@ -6247,7 +6252,7 @@ def join_noted(container: Container, number: int, interface: Interface, link: Li
     before = container.state.plugged
     note_vif(container, vif)
     try:
-        join(interface, link)
+        join(interface, name)
     except Error:
         container.save(plugged=before)  # join() has left nothing: a classifier that is there is somebody else's
         raise
@@ -6261,20 +6266,15 @@ def note_vif(container: Container, vif: Vif) -> None:
     container.save(plugged=[*others, {**vif.__dict__}])
 
 
-def keep_vif(container: Container, domain: Domain, vif: Vif, interface: Interface) -> None:
+def keep_vif(container: Container, vif: Vif, interface: Interface) -> None:
     """Have a vif that the VM has already be joined as it is to be now.  Raise Error."""
     interface.mtu, interface.filters = interface.mtu or vif.mtu, interface.filters or vif.filters
     if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
         return
-    name = f"vif{domain.domid}.{vif.number}"
     vif.mac = ""
     note_vif(container, vif)
     end_redirection(container.state, vif)
-    with Attempt(f"connect the VM to {interface.device}"):
-        link = Rtnetlink(interface.namespace).find_link(name)
-    if not link:
-        raise Error(f"cannot connect the VM to {interface.device}: {name} is gone")
-    join_noted(container, vif.number, interface, link)
+    join_noted(container, vif.number, interface, f"vif{container.state.domid}.{vif.number}")
 
 
 def unplug(container: Container, vif: Device) -> None:
@@ -6297,54 +6297,49 @@ def announce_vif(vif: Device, interface: Interface) -> Link:
     if interface.rate:
         backend["rate"] = interface.rate
     vif.domain.transaction(lambda: vif.announce(backend, common))
-    link = events.await_link(name, VIF_TIME_LIMIT)
-    if not link:
+    if not events.await_link(name, VIF_TIME_LIMIT):
         raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
-    return link
+    return name
 
 
 # ---- where a vif is joined to
 
 
-def join(interface: Interface, vif: Link) -> None:
-    """Connect a vif in dom0 with the network that it is for.  Raise Error."""
+def join(interface: Interface, vif: str) -> None:
+    """Connect a vif, by its name in dom0, with the network that it is for.  Raise Error."""
     try:
         if interface.bridge:
             join_bridge(interface, vif)
         else:
             join_namespace(interface, vif)
     except OSError as error:
-        reason = f"{error.strerror}"
-        if error.errno == errno.EEXIST:
-            reason = f"{interface.device} is another VM's, or something else classifies its traffic"
-        elif error.errno == errno.ENOENT:
-            reason += ": is dom0's kernel without sch_ingress, cls_matchall and act_mirred?"
-        raise Error(f"cannot connect the VM to {interface.bridge or interface.device}: {reason}") from None
+        target = interface.bridge or interface.device
+        reasons = {
+            errno.EEXIST: f"{target} is another VM's, or something else classifies its traffic",
+            errno.ENODEV: f"{target} or {vif} is gone",
+            errno.ENOENT: f"{error.strerror}: is dom0's kernel without sch_ingress, cls_matchall and act_mirred?",
+        }
+        raise Error(f"cannot connect the VM to {target}: {reasons.get(error.errno or 0, error.strerror)}") from None
 
 
-def join_bridge(interface: Interface, vif: Link) -> None:
+def join_bridge(interface: Interface, name: str) -> None:
     netlink = Rtnetlink()
-    bridge = netlink.find_link(interface.bridge)
-    if not bridge:
-        raise Error(f"cannot connect the VM to the bridge {interface.bridge}: it is gone")
+    vif, bridge = netlink.link(name), netlink.link(interface.bridge)
     interface.mtu = interface.mtu or bridge.mtu
     make_silent(netlink, vif.index)
     netlink.set_link(vif.index, {IFLA_MTU: interface.mtu, IFLA_MASTER: bridge.index}, up=True)
 
 
-def join_namespace(interface: Interface, vif: Link) -> None:
+def join_namespace(interface: Interface, name: str) -> None:
     """Move a vif into the namespace, if it is not there yet, and have it and the link there forward to one another."""
-    netlink = Rtnetlink(interface.namespace)
-    moved, device = netlink.find_link(vif.name), netlink.find_link(interface.device)
-    if not moved:
+    netlink, outside = Rtnetlink(interface.namespace), Rtnetlink()
+    if not netlink.find_link(name):
         with Descriptor(os.open(interface.namespace, os.O_RDONLY)) as namespace:
-            Rtnetlink().set_link(vif.index, {IFLA_NET_NS_FD: namespace})
-        moved = netlink.find_link(vif.name)
-    if not moved or not device:
-        raise Error(f"cannot connect the VM to {interface.device}: it is gone")
-    make_silent(netlink, moved.index)
-    netlink.set_link(moved.index, {IFLA_MTU: interface.mtu}, up=True)
-    redirect(netlink, device.index, moved.index)
+            outside.set_link(outside.link(name).index, {IFLA_NET_NS_FD: namespace})
+    vif, device = netlink.link(name), netlink.link(interface.device)
+    make_silent(netlink, vif.index)
+    netlink.set_link(vif.index, {IFLA_MTU: interface.mtu}, up=True)
+    redirect(netlink, device.index, vif.index)
     if interface.filters:  # else mDNS, VRRP and others do not reach the guest
         netlink.take_all_multicast(device.index, True)
 

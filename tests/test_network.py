@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import socket
 import struct
 import subprocess
 import threading
@@ -788,11 +789,24 @@ def test_where_the_vm_asks_by_dhcp_the_gateway_of_a_plugins_bridge_is_made(names
 def test_a_link_is_awaited(namespaces):
     events = runx.Rtnetlink(groups=runx.RTMGRP_LINK)
     ip("link add other type veth peer name vif7.0")
-    link = events.await_link("vif7.0", 30)
+    assert events.await_link("vif7.0", 30)
+    link = runx.Rtnetlink().link("vif7.0")
     assert (link.name, link.up, link.type) == ("vif7.0", False, runx.ARPHRD_ETHER)
     assert link.mac.hex(":") == ip("link show dev vif7.0")[0]["address"]
     assert link.index == ip("link show dev vif7.0")[0]["ifindex"] and link.mtu == 1500
-    assert events.await_link("vif7.1", 0.01) is None
+    assert not events.await_link("vif7.1", 0.01)
+
+
+def test_a_link_is_awaited_beside_messages_that_name_none(namespaces):
+    """As of a wireless one (IFLA_WIRELESS), which has no name."""
+    events = runx.Rtnetlink(groups=runx.RTMGRP_LINK)
+    events.socket.close()
+    kernel, events.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ip("link add other type veth peer name vif7.0")
+    for _ in range(2):
+        kernel.send(runx.Message(runx.RTM_NEWLINK, (0, 1, 7, 0, 0), {11: b"event"}).pack(0))
+    assert events.await_link("vif7.0", 30)
+    assert not events.await_link("vif7.1", 0.01)
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["there", "later"])
@@ -806,7 +820,7 @@ def test_a_link_is_awaited_where_more_changes_than_the_kernel_can_tell(namespace
         other.set_link(lo, {runx.IFLA_MTU: 1500 + number % 2})
     maker = threading.Thread(target=lambda: None if is_there else ip("link add other type veth peer name vif7.0"))
     maker.start()
-    assert events.await_link("vif7.0", 30).name == "vif7.0"
+    assert events.await_link("vif7.0", 30)
     maker.join()
 
 
@@ -955,7 +969,7 @@ def test_a_link_is_up_only_where_that_is_asked_for(namespaces):
 
 def test_a_port_that_cannot_be_leaves_nothing(namespaces, plugged, monkeypatch):
     network = {**ATTACHMENT, "bridge": "gone", "addresses": ["10.9.0.5/24"]}
-    with pytest.raises(runx.Error, match="cannot connect the VM to the bridge gone: it is gone"):
+    with pytest.raises(runx.Error, match="cannot connect the VM to gone: gone or vif7.0 is gone"):
         plugged(networks=[network])
     assert plugged.container.state.devices == []
     assert [node for node in plugged.store.nodes if "/vif" in node] == []
@@ -1376,8 +1390,8 @@ def test_a_link_that_has_gone_meanwhile_is_an_error(namespaces, engine):
     ip(f"link add vif7.0 type veth peer name guest0 netns {namespaces}")
     interface = runx.Interface("", "", 1500)
     interface.namespace, interface.device = engine[1], "gone"
-    with pytest.raises(runx.Error, match="cannot connect the VM to gone: it is gone"):
-        runx.join(interface, runx.Rtnetlink().find_link("vif7.0"))
+    with pytest.raises(runx.Error, match="cannot connect the VM to gone: gone or vif7.0 is gone"):
+        runx.join(interface, "vif7.0")
     assert "vif7.0" in [link["ifname"] for link in ip("link show", engine[1])]
 
 
