@@ -5657,21 +5657,21 @@ def find_document(request: Netconf, folders: list[str]) -> Section:
     return found[0]
 
 
-def parse_ranges(ipam: Section) -> list[tuple[Subnet, Address | None]]:
-    """Return subnet and gateway of each range that an ipam names, in one of three ways.  Raise Error."""
+def parse_ranges(ipam: Section) -> list[tuple[Subnet, Prefixed, bool]]:
+    """Return of each range that an ipam names, in one of three ways, the subnet, its gateway, by custom the first
+    address, and whether that is said.  Raise Error."""
     import ipaddress
 
     ranges = []
-    entries = [ipam]
-    for alternatives in ipam.each("ranges", Section.sections):
-        entries += alternatives
-    for entry in entries + ipam.sections("addresses"):
-        subnet = entry.text("subnet", "") or entry.text("address", "")
+    alternatives = ipam.each("ranges", Section.sections)
+    for entry in (ipam, *sum(alternatives, []), *ipam.sections("addresses")):
+        network = entry.text("subnet", "") or entry.text("address", "")
         gateway = entry.text("gateway", "")
         try:
-            if subnet:
-                address = ipaddress.ip_address(gateway) if gateway else None
-                ranges.append((ipaddress.ip_network(subnet, strict=False), address))
+            if network:
+                subnet = ipaddress.ip_network(network, strict=False)
+                first = f"{gateway or subnet.network_address + 1}/{subnet.prefixlen}"
+                ranges.append((subnet, ipaddress.ip_interface(first), bool(gateway)))
         except ValueError as error:
             entry.refuse(f"cannot be understood: {error}")
     return ranges
@@ -5685,7 +5685,7 @@ def parse_address(text: str, network: Network) -> Prefixed:
         address = ipaddress.ip_interface(text.strip())
     except ValueError:
         raise Error(f"network {network.name}: {printable(text)} is not an IP address") from None
-    subnets = [subnet for subnet, _ in network.ranges if subnet.version == address.version]
+    subnets = [subnet for subnet, *_ in network.ranges if subnet.version == address.version]
     around = [subnet for subnet in subnets if address.ip in subnet]
     if subnets and not around:
         raise Error(f"network {network.name}: the address {address.ip} is not in {', '.join(map(str, subnets))}")
@@ -5756,7 +5756,7 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
         rate=lower_rate(rate, network.rate),
         dhcp=network.dhcp,
         addresses=list(map(str, network.addresses)),
-        gateways=[str(gateway) for _, gateway in network.ranges if gateway],
+        gateways=[str(gateway.ip) for _, gateway, is_said in network.ranges if is_said],
         dns=network.dns,
     )
     plan_calls(attachment, network, log)
@@ -5852,16 +5852,8 @@ def prepare_bridge(network: Network, by_plugins: bool) -> None:
             bridge = netlink.link(name)
         if ours:
             netlink.set_link(bridge.index, {}, up=True)
-            for address in gateway_addresses(network):
+            for _, address, _ in network.ranges:
                 netlink.request(address_message(address, bridge.index), NLM_F_CREATE | NLM_F_REPLACE)
-
-
-def gateway_addresses(network: Network) -> list[Prefixed]:
-    """Return the addresses of the network's gateways, which by custom are the first ones."""
-    import ipaddress
-
-    ranges = [(subnet, gateway or subnet.network_address + 1) for subnet, gateway in network.ranges]
-    return [ipaddress.ip_interface(f"{gateway}/{subnet.prefixlen}") for subnet, gateway in ranges]
 
 
 # ---- plugins
@@ -5956,7 +5948,7 @@ def use_result(attachment: Attachment, result: JsonObject, network: Network) -> 
             attachment.addresses = [str(ipaddress.ip_interface(each["address"])) for each in ips]
         gateways = [ipaddress.ip_address(each["gateway"]) for each in ips if each.get("gateway")]
         if not ips:
-            gateways = [address.ip for address in gateway_addresses(network)]
+            gateways = [gateway.ip for _, gateway, _ in network.ranges]
         first = {gateway.version: str(gateway) for gateway in reversed(gateways)}
         versions = {ipaddress.ip_interface(address).version for address in attachment.addresses}
         attachment.routes = []

@@ -106,6 +106,11 @@ def test_where_an_address_comes_from(tmp_path, text, address, mode):
         ('{"name": "net", "type": "bridge"}', "auto", "has no ipam that chooses"),
         (BRIDGE, "10.2.0.1", "10.2.0.1 is not in 10.1.0.0/16"),
         ('{"name": "net", "type": "bridge", "ipam": {"subnet": "x"}}', "10.2.0.1", "ipam cannot be understood: 'x'"),
+        (
+            '{"name": "net", "type": "bridge", "ipam": {"subnet": "fd00::/64", "gateway": "10.1.0.1"}}',
+            "",
+            "ipam cannot be understood: '10.1.0.1/64'",
+        ),
         ('{"name": "net", "type": "bridge", "mtu": 65536}', "", "mtu must be from 0 to 65535"),
         ('{"name": "net", "type": "bridge", "mtu": -1}', "", "mtu must be from 0 to 65535"),
         ('{"name": "net", "type": "bridge", "bridge": 1}', "", "bridge must be a JSON string"),
@@ -142,8 +147,9 @@ def test_what_a_network_says_is_read_once(tmp_path):
     document = {"name": "net", "cniVersion": "0.4.0", "plugins": [first, {"type": "tuning"}, limit]}
     network = load_network(tmp_path, json.dumps(document), address="10.3.0.5; 10.2.0.9/8;fd00::1")
     assert network.plugins == document["plugins"] and network.version == "0.4.0" and network.ipam == "host-local"
-    assert [(str(subnet), gateway and str(gateway)) for subnet, gateway in network.ranges] == [
-        ("10.2.0.0/16", None), ("fd00::/64", "fd00::9"), ("10.3.0.0/24", "10.3.0.1"), ("10.1.0.0/16", "10.1.0.1"),
+    assert [(str(subnet), str(gateway), is_said) for subnet, gateway, is_said in network.ranges] == [
+        ("10.2.0.0/16", "10.2.0.1/16", False), ("fd00::/64", "fd00::9/64", True), ("10.3.0.0/24", "10.3.0.1/24", True),
+        ("10.1.0.0/16", "10.1.0.1/16", True),
     ]  # fmt: skip
     assert (network.bridge, network.mtu, network.rate) == ("cni0", 65535, "50,50000")
     assert network.dns == {"nameservers": ["10.1.0.1"]}
