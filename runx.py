@@ -5590,7 +5590,7 @@ class Attachment(Record):
     rate: str  # as netback wants it, or ""
     dhcp: bool
     addresses: list[str]  # such as "192.168.0.7/24"; these and routes where there is a bridge
-    routes: list[list[Any]] = []  # [destination, gateway or ""], and its ROUTE_NUMBERS if it has any
+    routes: list[list[Any]] = []  # [destination, gateway or "", its ROUTE_NUMBERS]; of an older runX perhaps without
     gateways: list[str]  # that are default routes, whatever the routes are
     dns: JsonObject  # as in SPEC.md
 
@@ -5956,17 +5956,12 @@ def use_result(attachment: Attachment, result: JsonObject, network: Network) -> 
             destination = ipaddress.ip_network(route["dst"], strict=False)
             if destination.version in versions and route.get("table") in (None, 0, RT_TABLE_MAIN):
                 section = Section(route, f"network {network.name}: the route to {destination}", ": ")
-                found = {}
-                for key, bits in ROUTE_NUMBERS.items():
-                    if route.get(key):
-                        found[key] = section.unsigned(key, bits)
+                numbers = {key: section.unsigned(key, bits) for key, bits in ROUTE_NUMBERS.items() if route.get(key)}
                 gateway = route.get("gw")
-                if found.get("scope", 0) < RT_SCOPE_LINK:  # else it goes by none
+                if numbers.get("scope", 0) < RT_SCOPE_LINK:  # else it goes by none
                     gateway = gateway or first.get(destination.version)
                 way = str(ipaddress.ip_address(gateway)) if gateway else ""
-                attachment.routes.append([str(destination), way])
-                if found:
-                    attachment.routes[-1].append(found)
+                attachment.routes.append([str(destination), way, numbers])
     attachment.dns = attachment.dns or result_dns(result, network)
     if network.plugins[0].get("isDefaultGateway"):
         attachment.gateways += first.values()

@@ -387,12 +387,13 @@ def test_without_plugins_the_file_says_the_routes(planned):
     document = {**NET, "ipam": {**HOST_LOCAL, "routes": routes}, "dns": {"domain": "x"}}
     _, made, log = planned(document, "10.1.2.3")
     assert "network net: no CNI plugin reserves 10.1.2.3/16" in log
-    assert made.routes == [["0.0.0.0/0", "10.1.0.1"], ["10.9.0.0/16", "10.1.0.2"]] and made.dns == {"domain": "x"}
+    assert made.routes == [["0.0.0.0/0", "10.1.0.1", {}], ["10.9.0.0/16", "10.1.0.2", {}]]
+    assert made.dns == {"domain": "x"}
     del document["ipam"]["gateway"]
     _, made, _ = planned({**document, "isDefaultGateway": True}, "10.1.2.3")
-    assert made.routes[0] == ["0.0.0.0/0", "10.1.0.1"] and made.gateways == ["10.1.0.1"]  # by custom the first one
+    assert made.routes[0] == ["0.0.0.0/0", "10.1.0.1", {}] and made.gateways == ["10.1.0.1"]  # by custom the first one
     _, made, _ = planned({**NET, "ipam": {"routes": [{"dst": "0.0.0.0/0"}]}}, "10.1.2.3/24")
-    assert made.routes == [["0.0.0.0/0", ""]]
+    assert made.routes == [["0.0.0.0/0", "", {}]]
     with pytest.raises(runx.Error, match="no address without the CNI plugin host-local: install it in /"):
         planned(document, "auto")
     with pytest.raises(runx.Error, match="cannot understand the addresses and routes of network net: "):
@@ -432,14 +433,14 @@ def run_plan(plugin, planned, version, document=NET, script=""):
 def test_results_of_all_versions_are_understood(planned, plugin, tmp_path):
     made = run_plan(plugin, planned, "0.2.0")
     assert made.addresses == ["10.1.0.5/16", "fd00::5/64"] and made.dns == {"nameservers": ["10.1.0.2"]}
-    assert made.routes == [["0.0.0.0/0", "10.1.0.1"], ["10.8.0.0/16", "10.1.0.1"], ["::/0", "fd00::1"]]
+    assert made.routes == [["0.0.0.0/0", "10.1.0.1", {}], ["10.8.0.0/16", "10.1.0.1", {}], ["::/0", "fd00::1", {}]]
     assert made.gateways == [] and made.result == RESULTS["0.2.0"]
     made = run_plan(plugin, planned, "0.4.0", {**NET, "isDefaultGateway": True, "dns": {"domain": "x"}})
     assert made.addresses == ["10.1.0.5/16", "10.2.0.5/16", "fd00::5/64"] and made.dns == {"domain": "x"}
-    assert made.routes == [["0.0.0.0/0", "10.1.0.1"], ["::/0", "fd00::1"], ["10.8.0.0/16", "10.2.0.9"]]
+    assert made.routes == [["0.0.0.0/0", "10.1.0.1", {}], ["::/0", "fd00::1", {}], ["10.8.0.0/16", "10.2.0.9", {}]]
     assert made.gateways == ["10.1.0.1"]
     made = run_plan(plugin, planned, "1.1.0", script=f"cat >{tmp_path}/stdin")
-    assert made.addresses == ["10.1.0.5/16"] and made.routes == [["0.0.0.0/0", "10.1.0.1"]] and made.dns == {}
+    assert made.addresses == ["10.1.0.5/16"] and made.routes == [["0.0.0.0/0", "10.1.0.1", {}]] and made.dns == {}
     assert json.loads((tmp_path / "stdin").read_text())["cniVersion"] == "1.0.0"  # the newest that both know
 
 
@@ -454,7 +455,7 @@ def test_a_route_has_the_numbers_that_are_told_of_it(planned, plugin, namespaces
     plugin(f"echo '{json.dumps(result)}'")
     network, made, _ = planned({**NET, "cniVersion": "1.0.0", "ipam": {"type": "plugin"}}, "auto")
     runx.attach_network(made, network)
-    assert made.routes[2] == ["10.7.0.0/16", "10.1.0.1"]
+    assert made.routes[2] == ["10.7.0.0/16", "10.1.0.1", {}]
     interface = runx.attachment_interface(runx.Attachment(**json.loads(json.dumps(vars(made)))), None)
     for line in ("link add eth0 up type veth peer name x", "link set x up", "address add 10.1.0.5/16 dev eth0"):
         ip(line)
