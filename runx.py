@@ -8504,8 +8504,8 @@ UPDATABLE = "memory.limit memory.swap memory.reservation cpu.quota cpu.period cp
 
 def command_update(call: Invocation) -> None:
     """Change what Xen can change in a VM that runs; refuse all if anything else is to be different."""
-    container, changes = call.container(), read_update(call.options)
-    with container:
+    changes = read_update(call.options)
+    with call.container() as container:
         check_status("update", container)
         update(container, changes)
 
@@ -8541,30 +8541,30 @@ def parse_quantity(name: str, text: str) -> int | str:
 def update(container: Container, changes: JsonObject) -> None:
     state = container.state
     asked = merge_resources(container, changes)
-    new, old = (Resources(spec, "resources", state.base) for spec in (asked, state.resources))
-    memory, vcpus = new.mebibytes(state.maxmem), new.vcpus(state.maxvcpus)
-    for wanted, most, what in ((memory, state.maxmem, "MiB of memory"), (vcpus, state.maxvcpus, "vcpus")):
-        if wanted > most:
+    resources = Resources(asked, "resources", state.base)
+    new, old = xen_values(resources, state), xen_values(Resources(state.resources, "resources", state.base), state)
+    for key, most, what in (("memory", state.maxmem, "MiB of memory"), ("vcpus", state.maxvcpus, "vcpus")):
+        if new[key] > most:
             raise Error(
-                f"cannot update container {container.id} to {wanted} {what}: its VM was made for {most} at most, "
+                f"cannot update container {container.id} to {new[key]} {what}: its VM was made for {most} at most, "
                 f"see the annotations org.runx.maxmem and org.runx.maxvcpus"
             )
-    scheduler = "" if new.share() == old.share() else xl_info("xen_scheduler")
-    if scheduler in SHARELESS:
+    known = {} if state.updating else old  # an `update` that was killed has left nobody knows what
+    scheduler = xl_info("xen_scheduler") if new["share"] != known.get("share") else ""
+    if scheduler in SHARELESS and new["share"] != old["share"]:
         reason = f"Xen's scheduler, {scheduler}, knows neither shares nor quotas: boot Xen with sched=credit2"
         raise Error(f"cannot update container {container.id}: {reason}")
-    known = None if state.updating else old  # an `update` that was killed has left nobody knows what
     container.save(updating=True)
     try:
-        apply_resources(container, new, known)
+        apply_values(container, new, known, scheduler)
     except Error:
-        apply_resources(container, old, known and new)  # all or nothing; what was not reached it leaves as it is
+        apply_values(container, old, known and new, scheduler)  # all or nothing; what was not reached stays as it is
         container.save(updating=False)
         raise
     container.save(resources=asked, updating=False)
     for root, path in state.cgroups:
         try:
-            limit_cgroup(root + path, new)
+            limit_cgroup(root + path, resources)
         except OSError:
             pass  # of version 1, it has more than that; the VM's own memory is not there
 
@@ -8590,24 +8590,31 @@ def merge_resources(container: Container, changes: JsonObject) -> JsonObject:
     return new
 
 
-def apply_resources(container: Container, new: Resources, old: Resources | None) -> None:
-    """Have Xen change what is new in the Resources, or all of them where the old ones are None."""
-    domain, state = container.domain(), container.state
-    domid, memory, vcpus = domain.domid, new.mebibytes(state.maxmem), new.vcpus(state.maxvcpus)
-    if not old or memory != old.mebibytes(state.maxmem):
-        domain.set_memory(memory)
-    had = old.vcpus(state.maxvcpus) if old else 0
-    if vcpus != had:
-        change_domain("vcpu-set", domid, vcpus)
-        if vcpus > had:  # the kernel finds one more; that it is used is userspace's to say
+def xen_values(resources: Resources, state: State) -> dict[str, Any]:
+    """Return what Xen is told of them: MiB, vcpus, (weight, cap) and the processors to run on."""
+    return {
+        "memory": resources.mebibytes(state.maxmem),
+        "vcpus": resources.vcpus(state.maxvcpus),
+        "share": resources.share(),
+        "cpus": resources.cpus or "all",
+    }
+
+
+def apply_values(container: Container, new: dict[str, Any], old: dict[str, Any], scheduler: str) -> None:
+    """Tell Xen those that are not as the old ones, of which some may be missing.  Raise Error."""
+    domain = container.domain()
+    changed = {key for key, value in new.items() if value != old.get(key)}
+    if "memory" in changed:
+        domain.set_memory(new["memory"])
+    if "vcpus" in changed:
+        change_domain("vcpu-set", domain.domid, new["vcpus"])
+        if new["vcpus"] > old.get("vcpus", 0):  # the kernel finds one more; that it is used is userspace's to say
             domain.request("cpus", "cpus")
-    if not old or new.share() != old.share():
-        weight, cap = new.share()
-        scheduler = xl_info("xen_scheduler")
-        if scheduler not in SHARELESS:
-            change_domain(f"sched-{scheduler or 'credit2'}", "-d", domid, "-w", weight, "-c", cap)
-    if not old or new.cpus != old.cpus:
-        change_domain("vcpu-pin", domid, "all", new.cpus or "all")
+    if "share" in changed and scheduler not in SHARELESS:
+        weight, cap = new["share"]
+        change_domain(f"sched-{scheduler or 'credit2'}", "-d", domain.domid, "-w", weight, "-c", cap)
+    if "cpus" in changed:
+        change_domain("vcpu-pin", domain.domid, "all", new["cpus"])
 
 
 # ---- list, features, spec, pack-initrd

@@ -413,8 +413,10 @@ def test_update_changes_what_xen_can_change(dom0, status):
     if status == "paused":
         assert container.runx("pause").returncode == 0
     options = ["--memory", "192m", "--cpu-quota", "150000", "--cpu-period", "100000", "--cpu-share", "2048"]
+    before = dom0.calls("xl").count("info")
     result = container.runx("update", *options, "--cpuset-cpus", "0-1")
     assert (result.returncode, result.stderr) == (0, "")
+    assert dom0.calls("xl").count("info") == before + 1  # of what scheduler Xen has
     domain = dom0.domains()[container.domid()]
     assert (domain["memory"], domain["vcpus"]) == (192, 2)
     assert domain["told"] == {"scheduler": [512, 150], "pinned": ["all", "0-1"]}
@@ -504,9 +506,9 @@ def test_after_an_update_that_was_killed_the_next_one_sets_everything(dom0):
     assert dom0.domains()[container.domid()]["memory"] == 96
     assert container.runx("update", "--cpu-share", "1024").returncode == 0
     assert [call.split()[0] for call in dom0.calls("xl")] == [
+        "info",
         "mem-set",
         "vcpu-set",
-        "info",
         "sched-credit2",
         "vcpu-pin",
     ]

@@ -1071,10 +1071,10 @@ class Stored:
 
 @pytest.fixture
 def applied(monkeypatch):
-    """What update applies to the VM: a list of (new, old) Resources."""
+    """What update applies to the VM: a list of (new, old) values."""
     applied = []
     monkeypatch.setattr(runx, "xl_info", lambda key: "credit2")
-    monkeypatch.setattr(runx, "apply_resources", lambda container, new, old: applied.append((new, old)))
+    monkeypatch.setattr(runx, "apply_values", lambda container, new, old, scheduler: applied.append((new, old)))
     return applied
 
 
@@ -1083,28 +1083,28 @@ def test_an_update_keeps_what_it_does_not_name(applied):
     changes = {"memory": {"limit": 64 << 20, "swap": 1 << 30}, "pids": {"limit": 7}, "devices": [{"allow": False}]}
     runx.update(container, changes)
     new, old = applied[0]
-    assert (new.memory, old.memory, new.shares) == (64 << 20, 0, 512)
+    assert (new["memory"], old["memory"], new["share"]) == (64, 128, (128, 0))
     assert container.state.resources["pids"] == {"limit": 7}
     runx.update(container, {"cpu": {"quota": 200000, "period": 0, "cpus": ""}, "blockIO": None, "memory": {}})
-    assert (applied[1][0].memory, applied[1][0].vcpus(2)) == (64 << 20, 2)
+    assert (applied[1][0]["memory"], applied[1][0]["vcpus"]) == (64, 2)
     runx.update(container, {"cpu": {"quota": -1}, "memory": {"limit": -1}})
     new = applied[2][0]
-    assert (new.mebibytes(256), new.vcpus(2), new.share()[1]) == (256, 2, 0)
+    assert (new["memory"], new["vcpus"], new["share"]) == (256, 2, (128, 0))
 
 
 def test_an_update_that_xen_refuses_is_undone(monkeypatch):
     applied = []
 
-    def refuse(container, new, old):
-        applied.append((new.memory, old.memory))
+    def refuse(container, new, old, scheduler):
+        applied.append((new["memory"], old["memory"]))
         if len(applied) == 1:
             raise runx.Error("no such processor")
 
-    monkeypatch.setattr(runx, "apply_resources", refuse)
+    monkeypatch.setattr(runx, "apply_values", refuse)
     container = Stored({"memory": {"limit": 96 << 20}})
     with pytest.raises(runx.Error, match="no such processor"):
         runx.update(container, {"memory": {"limit": 64 << 20}})
-    assert applied == [(64 << 20, 96 << 20), (96 << 20, 64 << 20)]
+    assert applied == [(64, 96), (96, 64)]
     assert container.state.resources == {"memory": {"limit": 96 << 20}}
 
 
