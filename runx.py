@@ -7902,7 +7902,11 @@ def create(plan: Plan, options: JsonObject) -> int:
             reason = hear(link, MONITOR_LOST)
         if reason:
             raise Error(f"cannot create container {container.id}: {reason}")
-        commit(plan, children[1], monitor, options, link)
+        commit(plan, children[1], monitor, options, undo)
+        try:
+            link.send(b"+")
+        except ConnectionError:
+            raise Error(f"cannot create container {container.id}: {MONITOR_LOST}") from None
         return children[1]
 
 
@@ -7912,9 +7916,8 @@ def remove_unmade(container: Container, log: Log) -> None:
         destroy(container.load(), log)
 
 
-def commit(plan: Plan, pid: int, monitor: int, options: JsonObject, link: Any) -> None:
-    """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error.  link: to the
-    monitor."""
+def commit(plan: Plan, pid: int, monitor: int, options: JsonObject, undo: Undo) -> None:
+    """create's part once the domain is built: hooks, network interfaces, pid file, state.  Raise Error."""
     container = plan.container.load()
     with Attempt("keep config.json"):  # for `exec`, as it was read
         write_file(container.path("config.json"), plan.config.text)
@@ -7923,15 +7926,9 @@ def commit(plan: Plan, pid: int, monitor: int, options: JsonObject, link: Any) -
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
     plug_early(container, plan.log)
     hand_out(pid, options, b"standard")
-    try:
-        container.save(status="created")
-        link.send(b"+")
-    except BaseException as error:
-        if path := options.get("pid-file"):
-            os.unlink(path)
-        if isinstance(error, ConnectionError):
-            raise Error(f"cannot create container {container.id}: {MONITOR_LOST}") from None
-        raise
+    if path := options.get("pid-file"):
+        undo.add(f"remove {path}", os.unlink, path)
+    container.save(status="created")
 
 
 def plug_early(container: Container, log: Log) -> None:
@@ -7953,19 +7950,15 @@ def hand_out(pid: int, options: JsonObject, kind: bytes) -> None:
         with Attempt(f"send a pidfd to the socket {path}"), Descriptor(os.pidfd_open(pid)) as pidfd:
             send_descriptor(path, kind, pidfd)
     if path := options.get("pid-file"):
-        write_pid_file(path, pid)
-
-
-def write_pid_file(path: str, pid: int) -> None:
-    """The pid in decimal and nothing else, in one step: engines read it as soon as it is there."""
-    temporary = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
-    try:
-        write_file(temporary, pid)
-        os.rename(temporary, path)
-    except OSError as error:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-        raise Error(f"cannot write the pid file {path}: {error.strerror}") from None
+        temporary = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
+        with Attempt(f"write the pid file {path}"):
+            try:
+                write_file(temporary, pid)
+                os.rename(temporary, path)  # in one step: engines read it as soon as it is there
+            except OSError:
+                if os.path.lexists(temporary):
+                    os.unlink(temporary)
+                raise
 
 
 # ---- start and run
@@ -7973,8 +7966,7 @@ def write_pid_file(path: str, pid: int) -> None:
 
 def command_start(call: Invocation) -> None:
     """Have the container's process executed.  Raise Error if it cannot be, with the reason."""
-    container = call.container()
-    with container:
+    with call.container() as container:
         status = container.status()
         try:
             check_status("start", container, status)
@@ -8163,27 +8155,17 @@ def forward_signals(pid: int) -> None:
 
 def command_exec(call: Invocation) -> int:
     """Run one more process in a container; unless detached, wait: the exit status is the process's."""
+    attached = "detach" not in call.options
     try:
-        return execute(call)
+        order = make_order(call, attached)
+        pid = start_carrier(call, order, attached)
+        if not attached:
+            return 0
+        if order.engine is None:  # the carrier alone has them now, so that it can end them one by one
+            close_standard(0, 1, 2)
+        return await_child(pid, order.engine)
     except (Error, OSError) as error:
         raise Error(f"exec failed: {error}", FAILED) from None
-
-
-def execute(call: Invocation) -> int:
-    attached = "detach" not in call.options
-    order = make_order(call, attached)
-    pid = start_carrier(call, order, attached)
-    try:
-        hand_out(pid, call.options, b"setns")
-    except BaseException:
-        os.kill(pid, SIGKILL)
-        os.waitpid(pid, 0)
-        raise
-    if not attached:
-        return 0
-    if order.engine is None:  # the carrier alone has them now, so that it can end them one by one
-        close_standard(0, 1, 2)
-    return await_child(pid, order.engine)
 
 
 def make_order(call: Invocation, attached: bool) -> Order:
@@ -8267,11 +8249,15 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
         pid, link = fork_linked("carrier", kept, run_carrier, order)
     if attached:
         forward_signals(pid)
-    reason = hear(link, "the process that carries its streams was killed")
-    link.close()
-    if reason:
+    try:
+        if reason := hear(link, "the process that carries its streams was killed"):
+            raise Error(reason)
+        hand_out(pid, call.options, b"setns")
+    except BaseException:
+        os.kill(pid, SIGKILL)
         os.waitpid(pid, 0)
-        raise Error(reason)
+        raise
+    link.close()
     return pid
 
 
@@ -8362,24 +8348,19 @@ def delete(container: Container, force: bool, log: Log, uuid: str = "", keep: bo
                 log.warn(f"the state of container {container.id} is lost: its networks and cgroup stay")
             if not force:
                 check_status("delete", container, status)
-            stop_monitor(container)
+            try:
+                container.tell_monitor(f"destroy {SIGKILL}")
+            except NotRunning:
+                pass  # it is ending already
+            state = container.state
+            for pid, start_time in (state.monitor, (state.pid, state.pid_start_time)):
+                if pid and container.is_of_this_boot():  # by force, if it does not end by itself in time
+                    end_process(pid, start_time, MONITOR_END)
             if container.is_ours() and not keep:  # a monitor that was still creating has removed it by itself
                 destroy(container, log)
     except NoContainer:
         if not force:
             raise
-
-
-def stop_monitor(container: Container) -> None:
-    """End the monitor with its domain, and the holder; by force if they do not do so themselves in time."""
-    state = container.state
-    try:
-        container.tell_monitor(f"destroy {SIGKILL}")
-    except NotRunning:
-        pass  # it is ending already
-    for pid, start_time in (state.monitor, (state.pid, state.pid_start_time)):
-        if pid and container.is_of_this_boot():
-            end_process(pid, start_time, MONITOR_END)
 
 
 # ---- pause, resume, ps, events
