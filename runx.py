@@ -6581,18 +6581,13 @@ def vm_sizes(config: Config) -> dict[str, int]:
     resources, machine = config.resources, config.machine
     memory, vcpus = resources.mebibytes(resources.default_memory), resources.vcpus(resources.default_vcpus)
     maxmem, maxvcpus = max(memory, machine.maxmem), max(vcpus, machine.maxvcpus)
-    return {"memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus}
-
-
-def replace_sizes(sizes: dict[str, int], lines: list[str]) -> dict[str, int]:
-    """Return what becomes of them with further lines of xl.cfg, of which the last one counts."""
-    found = dict(sizes)
-    for line in "\n".join(lines).replace(";", "\n").splitlines():
+    sizes = {"memory": memory, "maxmem": maxmem, "vcpus": vcpus, "maxvcpus": maxvcpus}
+    for line in "\n".join(machine.lines).replace(";", "\n").splitlines():  # of xl.cfg: the last one counts
         key, _, value = line.partition("#")[0].partition("=")
         number = value.strip(" \t\"'")
         if key.strip() in sizes and is_number(number, 9):
-            found[key.strip()] = int(number)
-    return found
+            sizes[key.strip()] = int(number)
+    return sizes
 
 
 # ---- what a kernel of the container's own rootfs needs from there
@@ -6622,8 +6617,7 @@ def unpacked_size(file: BinaryIO) -> int:
     in a bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.  What is
     packed twice, only xl's own limit of memory stops."""
     header = file.read(BZIMAGE_HEADER)
-    first = 0
-    end = os.fstat(file.fileno()).st_size
+    first, end = 0, os.fstat(file.fileno()).st_size
     if header[0x202:0x206] == b"HdrS" and len(header) == BZIMAGE_HEADER:
         offset, length = struct.unpack_from("<II", header, 0x248)
         first = 512 * (header[0x1F1] + 1) + offset
@@ -6632,8 +6626,7 @@ def unpacked_size(file: BinaryIO) -> int:
         return 0
     if end - first < 4:
         return 0  # nothing that could be unpacked
-    size: int = struct.unpack("<I", os.pread(file.fileno(), 4, end - 4))[0]
-    return size
+    return int.from_bytes(os.pread(file.fileno(), 4, end - 4), "little")
 
 
 def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
@@ -6686,21 +6679,16 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
     return f"{name}.ko", data
 
 
-def mount_points(root: str, mounts: list[Mount]) -> list[list[str]]:
-    """Return the names below root of where the guest will mount, each by what resolve_in_root() can tell."""
-    found: list[list[str]] = []
+def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
+    """Find process.args[0] in root as the guest will; raise Error in runc's words.  Of what a mount of the guest's may
+    cover, the guest says it."""
+    covered: list[list[str]] = []  # the names below root of where the guest will mount
     for entry in mounts:
         try:
-            found.append(resolve_in_root(root, entry.destination, found))
+            covered.append(resolve_in_root(root, entry.destination, covered))
         except OSError:
             pass  # links that lead on without end: of the mount, the guest says so
-    return found
-
-
-def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
-    """Find process.args[0] in root as the guest will; raise Error in runc's words.  What a mount of the guest's may
-    cover is not judged here; the guest says it on standard error."""
-    name, covered = process.args[0], mount_points(root, mounts)
+    name = process.args[0]
     by_path, reason = "/" not in name, "executable file not found in $PATH"
     path = next((value[5:] for value in process.env if value.startswith("PATH=")), "")
     if path.count(":") > FOLDERS_MAX:
@@ -6735,7 +6723,7 @@ class Builder:
     def __init__(self, container: Container, config: Config, networks: list[Network], log: Log) -> None:
         self.container, self.config, self.networks, self.log = container, config, networks, log
         self.share = container.path("share")
-        self.sizes = replace_sizes(vm_sizes(config), config.machine.lines)
+        self.sizes = vm_sizes(config)
         self.populated = self.sizes["memory" if on_x86() else "maxmem"]  # MiB; see Domain.set_memory()
         self.rootfs = Rootfs()
         self.sources: list[str] = []  # paths in the share
@@ -6820,7 +6808,7 @@ class Builder:
         machine = self.config.machine
         kernel = self.boot_file("kernel", machine.kernel)
         if not machine.own_init:
-            return kernel, self.write_ramdisk(self.boot_file("initrd", None))
+            return kernel, self.write_ramdisk(installed_file("initrd"))
         return kernel, self.boot_file("initrd", machine.ramdisk) if machine.ramdisk else ""
 
     def boot_file(self, name: str, source: tuple[str, bool] | None) -> str:
@@ -6878,7 +6866,7 @@ class Builder:
         weight, cap = resources.share()
         settings: dict[str, str | int | list[str]] = {
             "name": state.name, "uuid": state.uuid, "type": machine.type or host_guest_type(),
-            "kernel": kernel, "cmdline": command_line(machine), **vm_sizes(self.config), "memory": self.populated,
+            "kernel": kernel, "cmdline": command_line(machine), **self.sizes, "memory": self.populated,
             "cap": cap, **machine.options, "ramdisk": ramdisk, "cpu_weight": weight if resources.shares else "",
             "cpus": resources.cpus,
         }  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import pathlib
 import stat
 import struct
+from types import SimpleNamespace
 
 import pytest
 from conftest import DEVPTS, config, record
@@ -565,7 +566,9 @@ def test_a_rate_has_up_to_twelve_digits_that_are_ours(form, digit, count):
 
 def test_a_size_for_xl_that_is_no_number_is_left_to_xl():
     lines = ["memory=64; vcpus = '2'", f"memory={'9' * 5000}", "memory=\u0661"]
-    assert runx.replace_sizes({"memory": 1, "vcpus": 1}, lines) == {"memory": 64, "vcpus": 2}
+    machine = SimpleNamespace(lines=lines, maxmem=0, maxvcpus=0)
+    config = SimpleNamespace(machine=machine, resources=runx.Resources({}, "x", {"default_memory": 32}))
+    assert runx.vm_sizes(config) == {"memory": 64, "maxmem": 32, "vcpus": 2, "maxvcpus": 1}
 
 
 # ---- names and the kernel's numbers
