@@ -8680,18 +8680,12 @@ def command_spec(call: Invocation) -> None:
     path = os.path.join(call.options.get("bundle", "."), "config.json")
     if os.path.lexists(path):
         raise Error("File config.json exists. Remove it first")
-    with Attempt(f"write {printable(path)}"), open(path, "x", encoding="utf-8") as file:
-        print(json_text(example_config(), 4), file=file)
-
-
-def example_config() -> JsonObject:
-    """Return a config.json for a shell on a terminal, in a bundle whose rootfs is the folder of that name."""
     mounts: list[JsonObject] = []
     for destination, kind, source, options in SPEC_MOUNTS:
         mounts.append({"destination": destination, "type": kind, "source": source})
         if options:
             mounts[-1]["options"] = options.split(",")
-    return {
+    example = {  # a shell on a terminal
         "ociVersion": "1.0.2",
         "process": {
             "terminal": True,
@@ -8712,6 +8706,8 @@ def example_config() -> JsonObject:
             "readonlyPaths": SPEC_READONLY,
         },
     }
+    with Attempt(f"write {printable(path)}"), open(path, "x", encoding="utf-8") as file:
+        print(json_text(example, 4), file=file)
 
 
 def command_pack_initrd(call: Invocation) -> None:
@@ -8735,26 +8731,27 @@ REPEATED = {"env", "cap", "additional-gids", "cgroup"}  # options of which all v
 EXEC_VALUES = CREATE_VALUES - {"bundle"} | {"process", "cwd", "user", "apparmor", "process-label", *REPEATED}
 
 # command: (function, flags, options with a value, most arguments)
-COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], set[str], set[str], int]] = {
+COMMANDS: dict[str, tuple[Callable[[Invocation], int | None], Collection[str], Collection[str], int]] = {
     "create": (command_create, CREATE_FLAGS, CREATE_VALUES, 1),
-    "start": (command_start, set(), set(), 1),
+    "start": (command_start, (), (), 1),
     "run": (command_run, CREATE_FLAGS | {"detach", "keep", "no-subreaper"}, CREATE_VALUES, 1),
-    "state": (command_state, set(), set(), 1),
+    "state": (command_state, (), (), 1),
     "kill": (command_kill, {"all"}, {"signal"}, 2),
-    "delete": (command_delete, {"force"}, set(), 1),
-    "pause": (command_pause, set(), set(), 1),
-    "resume": (command_pause, set(), set(), 1),
+    "delete": (command_delete, {"force"}, (), 1),
+    "pause": (command_pause, (), (), 1),
+    "resume": (command_pause, (), (), 1),
     "exec": (command_exec, EXEC_FLAGS, EXEC_VALUES, sys.maxsize),
-    "ps": (command_ps, set(), {"format"}, 1000),
+    "ps": (command_ps, (), {"format"}, 1000),
     "events": (command_events, {"stats"}, {"interval"}, 1),
-    "update": (command_update, set(), {"resources", *UPDATE_OPTIONS}, 1),
+    "update": (command_update, (), {"resources", *UPDATE_OPTIONS}, 1),
     "list": (command_list, {"quiet"}, {"format"}, 0),
-    "features": (command_features, set(), set(), 0),
+    "features": (command_features, (), (), 0),
     "spec": (command_spec, {"rootless"}, {"bundle"}, 0),
-    "pack-initrd": (command_pack_initrd, set(), set(), 2),
+    "pack-initrd": (command_pack_initrd, (), (), 2),
 }
 # what other runtimes have, so that the refusal can say that it is known; also with --help, by which engines find out
 UNSUPPORTED = {"checkpoint", "restore"}
+TRUE, FALSE = "1 t T true TRUE True".split(), "0 f F false FALSE False".split()  # values of flags, as Go has them
 GLOBAL_FLAGS = {"debug", "systemd-cgroup", "help", "version"}
 GLOBAL_VALUES = {"root", "log", "log-format", "rootless", "criu", "cgroup-manager"}
 
@@ -8786,16 +8783,10 @@ def usage_of(command: str) -> str:
     _, flags, values, _ = COMMANDS[command]
     line = next(line for line in USAGE.splitlines() if f" {command} " in line)
     options = sorted([f"  --{name}" for name in flags] + [f"  --{name} VALUE" for name in values])
-    return "\n".join([f"usage: runX {line.strip()}", *(["", "options:"] if options else []), *options])
-
-
-def is_set(name: str, value: str) -> bool:
-    """Whether a flag, such as --debug=true, is: Go's strconv.ParseBool.  Raise Error."""
-    if value in ("1", "t", "T", "true", "TRUE", "True"):
-        return True
-    if value in ("0", "f", "F", "false", "FALSE", "False"):
-        return False
-    raise Error(f"option --{name} is true or false, not {value!r}")
+    usage = [f"usage: runX {line.strip()}"]
+    if options:
+        usage += ["", "options:", *options]
+    return "\n".join(usage)
 
 
 def parse_options(command: str, words: list[str], options: JsonObject) -> list[str]:
@@ -8818,7 +8809,9 @@ def parse_options(command: str, words: list[str], options: JsonObject) -> list[s
         if command in ("list", "ps") and name == "force":
             name = "format"
         if name in flags or name == "help":
-            if not equals or is_set(name, value):
+            if equals and value not in TRUE + FALSE:
+                raise Error(f"option --{name} is true or false, not {value!r}")
+            if value not in FALSE:
                 options[name] = True
         elif name in values:
             if not (equals or words):

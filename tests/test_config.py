@@ -1332,7 +1332,7 @@ def test_the_help_of_a_command_is_its_own_and_names_all_of_its_options(command):
     for words in ([command, "--help"], ["help", command]):
         usage = call(*RUNX, *words).stdout.decode()
         assert re.match(rf"usage: runX {command} .*[a-z]", usage)
-        assert set(re.findall(r"(?m)^  --([a-z0-9-]+)", usage)) == flags | values
+        assert set(re.findall(r"(?m)^  --([a-z0-9-]+)", usage)) == {*flags, *values}
 
 
 def test_the_usage_names_every_command_and_global_option():
