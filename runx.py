@@ -6093,7 +6093,7 @@ def link_neighbours(neighbours: list[Message], index: int) -> Iterator[Message]:
     for message in neighbours:
         family, link, state, _, _ = message.head
         kept = kept_attributes(message, NDA_DST, NDA_LLADDR)
-        if link == index and family in (AF_INET, AF_INET6) and state & NUD_PERMANENT and NDA_LLADDR in kept:
+        if link == index and state & NUD_PERMANENT and NDA_LLADDR in kept:
             yield Message(RTM_NEWNEIGH, (family, 0, NUD_PERMANENT, 0, 0), kept)
 
 
@@ -6438,14 +6438,15 @@ def run_hooks(
         state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
         env = dict(variable.partition("=")[::2] for variable in hook.env) or dict(os.environ)  # as under runc and crun
         reason, *outputs = run_program(hook.args, hook.path, env, state, hook.timeout or None, bundle, namespaces)
+        if not reason:
+            continue
         if reason.startswith("ran past"):
             reason = f"hook ran past specified timeout of {hook.timeout}s"
         stdout, stderr = (printable(output[:4096].decode("utf-8", "replace")) for output in outputs)
         failure = f"error running {kind} hook #{number}: {reason}, stdout: {stdout}, stderr: {stderr}"
-        if reason and not log:
+        if not log:
             raise Error(failure)
-        if reason and log:
-            log.warn(failure)
+        log.warn(failure)
 
 
 # ==== holder =============================================================================================
@@ -7629,24 +7630,26 @@ class Order(Record):
     """What `exec` has made of its command line: all that the carrier needs."""
 
     container: Container
-    number: int  # the process's
+    number: int = 0  # the process's
     process: Process
     words: bytes  # see exec_config()
     engine: int | None
     console_socket: str | int | None  # with engine as find_console() returns them
-    is_patient: bool  # the VM is paused, and takes its time
+    is_patient: bool = False  # the VM is paused, and takes its time
     log: Log
 
 
 class Carrier(Loop):
     """Has a VM execute one more process, and carries its streams."""
 
+    is_greeted = is_told = False
+
     def __init__(self, order: Order, link: Any) -> None:
         """link: to `exec`, that gets "+" when the program is executed."""
         container, process = order.container, order.process
         consoles, log = 1 if process.terminal else 2, order.log.about(container.id)
         super().__init__(container.domain(), order.number, consoles, process.terminal, log)
-        self.order, self.link, self.is_greeted, self.is_told = order, link, False, False
+        self.order, self.link = order, link
         holder = container.open_pidfd()
         if holder is None:
             raise NotRunning()
@@ -8173,8 +8176,8 @@ def make_order(call: Invocation, attached: bool) -> Order:
         call.log.about(container.id).warn(warning)
     engine, console_socket = find_console(call, process, attached)
     return Order(
-        container=container, number=0, process=process, words=exec_config(linux, process), engine=engine,
-        console_socket=console_socket, is_patient=False, log=call.log,
+        container=container, process=process, words=exec_config(linux, process), engine=engine,
+        console_socket=console_socket, log=call.log,
     )  # fmt: skip
 
 
@@ -8444,10 +8447,10 @@ def print_stats(container: Container, domain: Domain) -> None:
     if listing is None:
         return
     memory = {"limit": container.state.maxmem << 20, "usage": listing.memory << 20, "failcnt": 0}
-    cpu = {"usage": {"total": round(listing.time * 10) * 10**8, "kernel": 0, "user": 0}, "throttling": {}}
+    time_used = {"total": round(listing.time * 10) * 10**8, "kernel": 0, "user": 0}
     none = {"failcnt": 0}
     data = {
-        "cpu": cpu,
+        "cpu": {"usage": time_used, "throttling": {}},
         "memory": {"usage": memory, "swap": none, "kernel": none, "kernelTCP": none},
         **dict.fromkeys(("pids", "blkio", "hugetlb", "intel_rdt"), {}),
     }
@@ -8593,7 +8596,8 @@ def command_list(call: Invocation) -> None:
     """As `runc list`: a table, --format json, or --quiet for ids alone."""
     states = []
     with Attempt(f"list the containers of {call.root}"):
-        names = sorted(os.listdir(call.root)) if call.root != DEFAULT_ROOT or os.path.exists(call.root) else []
+        may_be_missing = call.root == DEFAULT_ROOT and not os.path.exists(call.root)
+        names = [] if may_be_missing else sorted(os.listdir(call.root))
     for name in names:
         try:
             container = Container(call.root, name).load()
