@@ -5342,10 +5342,7 @@ HEADS = {  # the struct that a message of a kind begins with; index, a link's, i
 
 
 class Message:
-    """A message of rtnetlink: its head, as HEADS has it, and its attributes.
-
-    An attribute that has come is bytes; one that is to be sent may be a string, a number of 32 bits or a dict too.
-    """
+    """An attribute that has come is bytes; one to be sent may be a string, a number of 32 bits or a dict too."""
 
     def __init__(self, kind: int, head: tuple[int, ...], attributes: Attributes) -> None:
         self.kind, self.head, self.attributes = kind, head, attributes
@@ -5356,8 +5353,7 @@ class Message:
         return struct.pack("=IHHII", 16 + len(body), self.kind, flags, 0, 0) + body
 
     def for_guest(self, flags: int) -> str:
-        """Return it in hexadecimal, with "@" for the number of the interface, which only the guest knows.  That is the
-        second word of the head, but for a route its last attribute."""
+        """Return it in hexadecimal, with "@" for the interface's number there: in the head, of a route at the end."""
         data = self.pack(flags)
         place = len(data) - 4 if self.kind == RTM_NEWROUTE else 20
         return f"{data[:place].hex()}@{data[place + 4 :].hex()}"
@@ -5513,8 +5509,7 @@ def in_namespace(path: str, work: Callable[..., T], *args: Any) -> T:
 
 
 def mark_namespace() -> Any:
-    """Return a socket whose name says, as long as it is open, that a VM has our network namespace, whatever root or
-    engine it is of.  Raise Error where one has."""
+    """Return a socket whose name says, as long as it is open, that a VM has our network namespace.  Raise Error."""
     socket = import_core("socket")
     mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
@@ -5539,8 +5534,7 @@ def make_namespace(path: str) -> None:
 
 
 def redirect(netlink: Rtnetlink, source: int, target: int) -> None:
-    """Have all that arrives at the link source leave through target (numbers), and the other way round.  Raise OSError,
-    EEXIST if somebody's classifier sits at one of them already."""
+    """Have what arrives at each of two links leave by the other.  Raise OSError, EEXIST if one has a classifier."""
     made, once = [], NLM_F_CREATE | NLM_F_EXCL
     try:
         for link, other in ((source, target), (target, source)):
@@ -5744,8 +5738,7 @@ BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofch
 
 
 def plan_attachment(network: Network, number: int, container: Container, rate: str, log: Log) -> Attachment:
-    """Return the Attachment number of the container, not made yet, with all that who gives it back has to know.  rate:
-    the container's own.  Raise Error."""
+    """Return the container's Attachment of that number, not made yet.  rate: the container's own.  Raise Error."""
     attachment = Attachment(
         network=network.name,
         identity=container.state.name.replace("+", "_"),
@@ -5833,10 +5826,8 @@ def plugin_configuration(network: Network, plugin: JsonObject) -> JsonObject:
 
 
 def prepare_bridge(network: Network, by_plugins: bool) -> None:
-    """Make the bridge if it is missing and the network begins on this host, which is its gateway.  Raise Error.
-
-    by_plugins: that is left to the bridge plugin, which makes it with its VLANs, but for a gateway that it never makes.
-    """
+    """Make the bridge if it is missing and the network begins on this host, which is its gateway.  by_plugins: but for
+    a gateway that it never makes, that is left to the bridge plugin, which knows of VLANs.  Raise Error."""
     first, name, netlink = network.plugins[0], network.bridge, Rtnetlink()
     ours = first.get("isGateway") or first.get("isDefaultGateway")
     with Attempt(f"make the bridge {printable(name)} of network {network.name}"):
@@ -5901,8 +5892,7 @@ def detach_network(fields: JsonObject, log: Log) -> None:
 
 
 def call_plugin(command: str, attachment: Attachment, plugin: str, configuration: JsonObject) -> str:
-    """Return what a plugin prints, which gets the result of the one before: SPEC.md "Execution Protocol".  Raise Error
-    with the plugin's own reason."""
+    """Return what a plugin prints: SPEC.md "Execution Protocol".  Raise Error with the plugin's own reason."""
     what, path = f"network {attachment.network}: CNI plugin {plugin}", find_plugin(plugin)
     if not path:
         raise Error(f"{what} is not installed in {CNI_PATH}")
@@ -6055,10 +6045,8 @@ def namespace_interfaces(path: str, log: Log) -> Iterator[Interface]:
 
 
 def link_addresses(addresses: list[Message], index: int) -> Iterator[Message]:
-    """Yield those of a link, without what a router has advertised: that the guest hears by itself.
-
-    Their subnets are not routes by themselves: what is one, link_routes() says.
-    """
+    """Yield those of a link, without what a router has advertised: that the guest hears by itself.  Their subnets are
+    no routes: what is one, link_routes() says."""
     for message in addresses:
         family, length, flags, scope, link = message.head
         is_ipv6 = family == AF_INET6
@@ -6180,8 +6168,7 @@ def attachment_interface(attachment: Attachment, log: Log) -> Interface:
 
 
 def may_have_interfaces(state: State) -> bool:
-    """Return whether a VM has network interfaces, or there is something for which it may get some.  A look at what
-    most containers have, an empty namespace, takes no netlink."""
+    """Return whether a VM has network interfaces, or may get some: a look at an empty namespace takes no netlink."""
     if state.networks or any(kind == "vif" for kind, _ in state.devices):
         return True
     try:
@@ -6204,8 +6191,8 @@ class Vif(Record):
 
 
 def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
-    """Give a VM the network interfaces that it has not got yet, and take away those that are gone.  Return what the
-    guest is told of all, by names of nodes below its own, {} if it has none.  Raise Error."""
+    """Give a VM the interfaces that it has not got yet, and take away those that are gone.  Return what the guest is
+    told of all: nodes below its own, {} if it has none.  Raise Error."""
     state = container.state
     if not may_have_interfaces(state):
         return {}
@@ -6274,8 +6261,8 @@ def unplug(container: Container, vif: Device) -> None:
     container.release(vif)
 
 
-def announce_vif(vif: Device, interface: Interface) -> Link:
-    """Have netback make a vif, and return its Link in dom0.  Raise Error."""
+def announce_vif(vif: Device, interface: Interface) -> str:
+    """Have netback make a vif, and return its name in dom0.  Raise Error."""
     events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{vif.domain.domid}.{vif.number}"
     common = {"handle": str(vif.number), "mac": bytes.fromhex(interface.mac).hex(":")}
     backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "connected", "type": "vif"}
@@ -6424,16 +6411,14 @@ def guest_words(interface: Interface) -> Iterator[str]:
 
 
 # ==== hooks ==============================================================================================
-# Programs of the engine's that run at points of a container's life: runtime-spec config.md "POSIX-platform
-# Hooks".  Those of startContainer run in the guest, see initrd/container.c.
+# Programs of the engine's: runtime-spec config.md "POSIX-platform Hooks".  Those of startContainer the guest runs.
 
 
 def run_hooks(
     container: Container, kind: str, status: str, namespaces: Sequence[str] = (), log: Log | None = None
 ) -> None:
-    """Run the container's hooks of one kind.  status: what the state that they read says.  namespaces: paths of those
-    that they join.  The first that fails is an Error, in runc's words, and the last that runs; but with a log, all run,
-    and each that fails is a warning there."""
+    """Run the hooks of one kind, with a state of that status, in the namespaces with these paths.  The first that fails
+    is an Error, in runc's words, and the last that runs; but with a log all run, and it is a warning there."""
     for number, hook in enumerate(parse_hooks(container.state.hooks, kind)):
         state, bundle = json_text(container.public_state(status)).encode(), container.state.bundle
         env = dict(variable.partition("=")[::2] for variable in hook.env) or dict(os.environ)  # as under runc and crun
@@ -6457,22 +6442,19 @@ PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
 TITLE_MAX = 4096  # bytes of the command line that the holder shows
 SHOWN: list[bytes] = []
 # signals that end a container which is not started, as they end runc's init, a Go program; others do nothing to it
-ENDING_SIGNALS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 31}
+ENDING_SIGNALS = {*range(1, 10), 11, 15, 16, 31}
 
 
 class Holder:
-    """The holder's pid, and the monitor's end of a socket to it.
-
-    The holder says "+" or an error, and then the signals that it gets, a byte each.  It is told the exit status, one.
-    """
+    """Its pid, and the monitor's end of a socket to it: it says "+" or an error, and then the signals that it gets, a
+    byte each, and is told the exit status, one."""
 
     def __init__(self) -> None:
         self.pid = 0
         self.link: Any = None
 
     def start(self, config: Config, share: str, exported: bool) -> None:
-        """Make it, a child of our parent's: the engine, in the end.  It takes the files of our mount namespace, where
-        the share is, as its own.  Raise Error."""
+        """Make it, a child of our parent's, with the mount namespace that the share is in.  Raise Error."""
         with Attempt("make a pid namespace"), Descriptor(os.pidfd_open(os.getpid())) as monitor:
             args = config, share, exported, monitor
             self.pid, self.link = fork_linked("holder", (monitor,), run_holder, *args, fork=fork_sibling)
@@ -6602,8 +6584,8 @@ XZ_MEMORY = 64 << 20  # bytes that `xz -9` needs, and an image may ask for 4 GiB
 
 
 def check_boot_file(fd: int, name: str, memory: int, what: str) -> None:
-    """Raise Error if a kernel or ramdisk does not fit into a VM, or the former into dom0: xl has all of it in memory
-    before it finds out.  memory: MiB of the VM, where a packed ramdisk is unpacked.  what: as of an Attempt."""
+    """Raise Error if a kernel or ramdisk does not fit into the VM's memory, in MiB, or a kernel into dom0: xl has all
+    of it in memory before it finds out.  what: as of an Attempt."""
     with open(f"/proc/self/fd/{fd}", "rb") as file:
         unpacked = unpacked_size(file) >> 20 if name == "kernel" else 0
     size = max(os.fstat(fd).st_size >> 20, unpacked)
@@ -6614,9 +6596,9 @@ def check_boot_file(fd: int, name: str, memory: int, what: str) -> None:
 
 
 def unpacked_size(file: BinaryIO) -> int:
-    """Return the bytes that libxc sets aside to unpack a kernel: the number at the end of what is packed, which may be
-    in a bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  0 if it is not packed.  What is
-    packed twice, only xl's own limit of memory stops."""
+    """Return the bytes that libxc sets aside to unpack a kernel, 0 if it is not packed: the number at the end of what
+    is, perhaps in a bzImage (xen/tools/libs/guest, xg_dom_core.c and xg_dom_bzimageloader.c).  What is packed twice,
+    only xl's own limit of memory stops."""
     header = file.read(BZIMAGE_HEADER)
     first, end = 0, os.fstat(file.fileno()).st_size
     if header[0x202:0x206] == b"HdrS" and len(header) == BZIMAGE_HEADER:
@@ -6631,9 +6613,9 @@ def unpacked_size(file: BinaryIO) -> int:
 
 
 def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Return what of these a kernel from root has there as modules: (file name, content), in the order to load.  They
-    are looked up below root's /lib/modules, in the folder whose name the kernel's ends with, as in
-    vmlinuz-6.1.0-1-amd64, or in the only one; modules.dep(5).  What is not there, the kernel should have built in."""
+    """Return the modules that are wanted for a kernel from root: (file name, content), in the order to load.  They are
+    below /lib/modules in the folder whose name the kernel's ends with, as in vmlinuz-6.1.0-1-amd64, or in the only one;
+    modules.dep(5).  What is not there, the kernel should have built in."""
     try:
         with open_in_root(root, "/lib/modules", os.O_RDONLY | os.O_DIRECTORY) as fd, os.scandir(fd) as entries:
             folder = [entry.name for _, entry in zip(range(FOLDERS_MAX), entries)]
@@ -7851,8 +7833,8 @@ def fit_vcpus(config: Config) -> None:
 
 
 def find_console(call: Invocation, process: Process | None, attached: bool) -> tuple[int | None, str | int | None]:
-    """Where a terminal goes to: two connected sockets, of which one is for attach(), or None and the absolute path of
-    --console-socket, or None twice.  Raise Error, in runc's words, unless that option is there just when needed."""
+    """Where a terminal goes to: two connected sockets, one for attach(), or None and the path of --console-socket, or
+    None twice.  Raise Error, in runc's words, unless that option is there just when needed."""
     path = call.options.get("console-socket")
     terminal = process if process and process.terminal else None
     if terminal and not path and not attached:
@@ -8378,8 +8360,7 @@ def output_format(call: Invocation) -> str:
 
 
 def command_ps(call: Invocation) -> None:
-    """The container's processes as dom0 has them, who are in engines' hands: the holder, and the carriers of `exec`.
-    What else runs in the VM, only the VM knows."""
+    """The container's processes as dom0 has them: the holder, and the carriers of `exec`."""
     import subprocess
 
     container, form = call.container().load(), output_format(call)
@@ -8721,8 +8702,8 @@ def command_pack_initrd(call: Invocation) -> None:
 
 
 # ==== command line =======================================================================================
-# Hand-made, because argparse costs more than most commands, and because engines write options in Go's
-# manner: --x v, --x=v, -x v.  Every failure ends in main().
+# Hand-made: argparse costs more than most commands, and engines write --x v, --x=v and -x v, as Go has it.  Every
+# failure ends in main().
 
 CREATE_FLAGS = {"no-pivot", "no-new-keyring"}
 CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
@@ -8794,8 +8775,8 @@ def usage_of(command: str) -> str:
 
 
 def parse_options(command: str, words: list[str], options: JsonObject) -> list[str]:
-    """Take a command's options, in any order, into options, or for "" those before a command, as far as they can be
-    understood.  Return the other words, and what follows --.  Raise Error."""
+    """Take a command's options, or for "" those before one, into options, in any order and as far as they can be
+    understood.  Return the other words.  Raise Error."""
     flags, values, most = COMMANDS[command][1:] if command else (GLOBAL_FLAGS, GLOBAL_VALUES, len(words))
     arguments: list[str] = []
     while words:
