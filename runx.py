@@ -6190,12 +6190,13 @@ class Vif(Record):
     filters: bool = False  # see Link: it does again without the vif
 
 
-def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
+def plug(container: Container, undo: Undo) -> dict[str, str]:
     """Give a VM the interfaces that it has not got yet, and take away those that are gone.  Return what the guest is
-    told of all: nodes below its own, {} if it has none.  Raise Error."""
+    told of all: nodes below its own, {} if it has none.  Raise Error, NotRunning if the VM has ended."""
     state = container.state
     if not may_have_interfaces(state):
         return {}
+    domain = container.domain()
     ours = {number for kind, number in state.devices if kind == "vif"}
     others = set(map(int, domain.xenstore.list(f"/libxl/{domain.domid}/device/vif"))) - ours  # of xl's settings
     interfaces = find_interfaces(container, len(others), undo.log)
@@ -6205,7 +6206,13 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
     for number in (ours | {vif.number for vif in plugged}) - {vif.number for vif in kept.values()}:
         unplug(container, Device(domain, "vif", number))
     for mac, vif in kept.items():
-        keep_vif(container, vif, wanted[mac])
+        interface = wanted[mac]
+        interface.mtu, interface.filters = interface.mtu or vif.mtu, interface.filters or vif.filters
+        if (interface.mtu, interface.device, interface.index) != (vif.mtu, vif.device, vif.index):
+            vif.mac = ""
+            note_vif(container, vif)
+            end_redirection(state, vif)
+            join_noted(container, vif.number, interface)
     new = [interface for interface in interfaces if interface.mac not in kept]
     # never the number of one that is unplugged, also by another command: the guest may have it still
     for number, interface in enumerate(new, max(ours | others | {state.last_vif}) + 1):
@@ -6213,11 +6220,13 @@ def plug(container: Container, domain: Domain, undo: Undo) -> dict[str, str]:
         container.state.last_vif = number
         container.acquire(device)
         undo.add(f"take the interface {interface.name} away from the VM", unplug, container, device)
-        join_noted(container, number, interface, announce_vif(device, interface))
+        announce_vif(device, interface)
+        join_noted(container, number, interface)
+    domain.check()
     return guest_nodes(state, interfaces)
 
 
-def join_noted(container: Container, number: int, interface: Interface, name: str) -> None:
+def join_noted(container: Container, number: int, interface: Interface) -> None:
     """join() of a vif, which is noted before: whoever is killed meanwhile leaves nothing that is not undone later."""
     vif = Vif(
         number=number, mac="", mtu=interface.mtu, namespace=interface.namespace, device=interface.device,
@@ -6226,7 +6235,7 @@ def join_noted(container: Container, number: int, interface: Interface, name: st
     before = container.state.plugged
     note_vif(container, vif)
     try:
-        join(interface, name)
+        join(interface, f"vif{container.state.domid}.{number}")
     except Error:
         container.save(plugged=before)  # join() has left nothing: a classifier that is there is somebody else's
         raise
@@ -6240,17 +6249,6 @@ def note_vif(container: Container, vif: Vif) -> None:
     container.save(plugged=[*others, {**vif.__dict__}])
 
 
-def keep_vif(container: Container, vif: Vif, interface: Interface) -> None:
-    """Have a vif that the VM has already be joined as it is to be now.  Raise Error."""
-    interface.mtu, interface.filters = interface.mtu or vif.mtu, interface.filters or vif.filters
-    if (interface.mtu, interface.device, interface.index) == (vif.mtu, vif.device, vif.index):
-        return
-    vif.mac = ""
-    note_vif(container, vif)
-    end_redirection(container.state, vif)
-    join_noted(container, vif.number, interface, f"vif{container.state.domid}.{vif.number}")
-
-
 def unplug(container: Container, vif: Device) -> None:
     """Take a network interface away from the VM, as far as it has got it.  Raise Error."""
     state = container.state
@@ -6261,8 +6259,8 @@ def unplug(container: Container, vif: Device) -> None:
     container.release(vif)
 
 
-def announce_vif(vif: Device, interface: Interface) -> str:
-    """Have netback make a vif, and return its name in dom0.  Raise Error."""
+def announce_vif(vif: Device, interface: Interface) -> None:
+    """Have netback make a vif, and wait until it is there.  Raise Error."""
     events, name = Rtnetlink(groups=RTMGRP_LINK), f"vif{vif.domain.domid}.{vif.number}"
     common = {"handle": str(vif.number), "mac": bytes.fromhex(interface.mac).hex(":")}
     backend = {**common, "script": HOTPLUG_SCRIPT, "hotplug-status": "connected", "type": "vif"}
@@ -6273,7 +6271,6 @@ def announce_vif(vif: Device, interface: Interface) -> str:
     vif.domain.transaction(lambda: vif.announce(backend, common))
     if not events.await_link(name, VIF_TIME_LIMIT):
         raise Error(f"dom0's kernel has not made {name} in {VIF_TIME_LIMIT} s: is its module xen-netback loaded?")
-    return name
 
 
 # ---- where a vif is joined to
@@ -7897,24 +7894,15 @@ def commit(plan: Plan, pid: int, monitor: int, options: JsonObject, undo: Undo) 
     run_hooks(container, "prestart", "creating")
     run_hooks(container, "createRuntime", "creating")
     run_hooks(container, "createContainer", "creating", (f"/proc/{pid}/ns/net", f"/proc/{monitor}/ns/mnt"))
-    plug_early(container, plan.log)
+    try:
+        with Undo(plan.log) as plugging:
+            plug(container, plugging)  # while the VM boots
+    except NotRunning:
+        pass  # it has ended: `start` says why
     hand_out(pid, options, b"standard")
     if path := options.get("pid-file"):
         undo.add(f"remove {path}", os.unlink, path)
     container.save(status="created")
-
-
-def plug_early(container: Container, log: Log) -> None:
-    """Plug the network interfaces that are there already, while the VM boots.  Raise Error."""
-    if not may_have_interfaces(container.state):
-        return
-    try:
-        with Undo(log) as undo:
-            domain = container.domain()
-            plug(container, domain, undo)
-            domain.check()
-    except NotRunning:
-        pass  # it has ended: `start` says why
 
 
 def hand_out(pid: int, options: JsonObject, kind: bytes) -> None:
@@ -7978,7 +7966,7 @@ def begin(container: Container, log: Log) -> Domain:
             container.release(Device(domain, kind, number))
     with Undo(log) as undo:
         attach_disk(container, domain, undo)
-        told, words = plug(container, domain, undo), ["disk"] if state.disk else []
+        told, words = plug(container, undo), ["disk"] if state.disk else []
         if told:  # to read messages takes no script
             words.append("net" if told.keys().isdisjoint(("data/dhcp", "data/dns")) else "network")
         if told and state.starts_paused:  # an init of a runX before 0.2 looks for it when it boots

@@ -870,12 +870,13 @@ def plugged(namespaces, tmp_path):
         pair(f"vif7.{number}", mac, namespaces, f"guest{number}")
 
     store, container = FakeXenstore(announced), runx.Container(str(tmp_path / "root"), "x")
+    container.domain = lambda: runx.Domain(store, 7, "u")
     container.reserve()
 
     def plug(**state):
         container.save(**{"uuid": "u", "domid": 7, "hostname": "box", **state})
         with runx.Undo(runx.Log(str(tmp_path / "log"))) as undo:
-            told = runx.plug(container, runx.Domain(store, 7, "u"), undo)
+            told = runx.plug(container, undo)
             store.nodes.update((f"/local/domain/7/{node}", value) for node, value in told.items())
         return store, container
 
@@ -1150,7 +1151,7 @@ def test_what_has_not_changed_needs_no_room_on_the_disk(plugged, engine, ended, 
     store, container = plugged(namespace=path, pid=process.pid)
     monkeypatch.setattr(container, "save", None)
     with runx.Undo(runx.Log()) as undo:
-        assert runx.plug(container, runx.Domain(store, 7, "u"), undo).keys() >= {"data/network/0", "data/network/1"}
+        assert runx.plug(container, undo).keys() >= {"data/network/0", "data/network/1"}
 
 
 def test_a_redirection_that_cannot_be_stored_is_ended(plugged, engine, ended, monkeypatch):
