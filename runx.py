@@ -6472,21 +6472,6 @@ def run_holder(config: Config, share: str, exported: bool, monitor: int, link: A
     os.umask(0o022)
     os.closerange(0, 3)
     signals = relay_signals(RELAYED)
-    enter_namespaces(config, share, exported)
-    link.send(b"+")
-    status, message = 128 + SIGKILL, b"+"  # if the monitor is killed
-    while message:
-        if signals in select.select([link, signals], [], [])[0]:
-            tell(link, os.read(signals, 64))
-        else:
-            message = receive(link)
-            status = message[0] if message else status
-    select.select([monitor], [], [])  # who hears that we have ended finds nothing of ours
-    return status
-
-
-def enter_namespaces(config: Config, share: str, exported: bool) -> None:
-    """Make the holder's namespaces the container's.  Raise Error."""
     flags = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWUTS
     name, process = config.hostname or os.uname().nodename, config.process
     with Attempt("enter the container's namespaces"):
@@ -6500,6 +6485,16 @@ def enter_namespaces(config: Config, share: str, exported: bool) -> None:
         system_call("sethostname", name, len(os.fsencode(name)))
     change_root(share, config, exported)
     show_arguments(process.args if process else ["runX"])
+    link.send(b"+")
+    status, message = 128 + SIGKILL, b"+"  # if the monitor is killed
+    while message:
+        if signals in select.select([link, signals], [], [])[0]:
+            tell(link, os.read(signals, 64))
+        else:
+            message = receive(link)
+            status = message[0] if message else status
+    select.select([monitor], [], [])  # who hears that we have ended finds nothing of ours
+    return status
 
 
 def show_arguments(args: list[str]) -> None:
