@@ -7753,6 +7753,7 @@ class Invocation(Record):
     log: Log
     systemd: bool  # it makes the cgroups
     options: dict[str, Any]  # without their dashes; flags are True
+    attached: bool  # it ends with the process, and is a terminal's other end
     arguments: list[str]
 
     def container(self) -> Container:
@@ -7784,11 +7785,11 @@ def read_object(path: str | int, what: str) -> JsonObject:
 
 
 def command_create(call: Invocation) -> None:
-    create(make_plan(call, attached=False), call.options)
+    create(make_plan(call), call.options)
 
 
-def make_plan(call: Invocation, attached: bool) -> Plan:
-    """What create and run begin with, and nothing is made yet.  attached: the caller is a terminal's other end."""
+def make_plan(call: Invocation) -> Plan:
+    """What create and run begin with, and nothing is made yet."""
     container, bundle = call.container(), os.path.realpath(call.options.get("bundle", "."))
     if not is_text(bundle + call.root):
         raise Error(f"the paths of bundle and root must be UTF-8: {printable(bundle)}, {printable(call.root)}")
@@ -7798,7 +7799,7 @@ def make_plan(call: Invocation, attached: bool) -> Plan:
     take_ordinary_score()
     networks = [Network(request, config.netconf_folders) for request in config.netconf]
     config.warnings += [f"{what} has no effect: nothing that is open on dom0 reaches a VM" for what in handed(call)]
-    engine, console_socket = find_console(call, config.process, attached)
+    engine, console_socket = find_console(call, config.process)
     return Plan(
         container=container, config=config, networks=networks, bundle=bundle, systemd=call.systemd, log=call.log,
         engine=engine, console_socket=console_socket,
@@ -7824,16 +7825,16 @@ def fit_vcpus(config: Config) -> None:
         machine.maxvcpus = min(machine.maxvcpus, most)
 
 
-def find_console(call: Invocation, process: Process | None, attached: bool) -> tuple[int | None, str | int | None]:
+def find_console(call: Invocation, process: Process | None) -> tuple[int | None, str | int | None]:
     """Where a terminal goes to: two connected sockets, one for attach(), or None and the path of --console-socket, or
     None twice.  Raise Error, in runc's words, unless that option is there just when needed."""
     path = call.options.get("console-socket")
     terminal = process if process and process.terminal else None
-    if terminal and not path and not attached:
+    if terminal and not path and not call.attached:
         raise Error("cannot allocate tty if runX will detach without setting console socket")
-    if path and (attached or not terminal):
+    if path and (call.attached or not terminal):
         raise Error("cannot use console socket if runX will not detach or allocate tty")
-    if not (attached and terminal):
+    if not (call.attached and terminal):
         return None, path and os.path.abspath(path)
     import socket
 
@@ -8010,10 +8011,9 @@ def await_process(container: Container, domain: Domain) -> None:
 
 def command_run(call: Invocation) -> int:
     """create, start and, unless detached, wait: the exit status is the container's."""
-    attached = "detach" not in call.options
-    plan = make_plan(call, attached)
+    plan = make_plan(call)
     pid = create(plan, call.options)
-    if attached:
+    if call.attached:
         forward_signals(pid)
     try:
         command_start(call)
@@ -8022,7 +8022,7 @@ def command_run(call: Invocation) -> int:
             os.unlink(path)
         remove_own(call, plan.container)
         raise
-    if not attached:
+    if not call.attached:
         return 0
     status = await_child(pid, plan.engine)
     remove_own(call, plan.container)
@@ -8111,11 +8111,10 @@ def forward_signals(pid: int) -> None:
 
 def command_exec(call: Invocation) -> int:
     """Run one more process in a container; unless detached, wait: the exit status is the process's."""
-    attached = "detach" not in call.options
     try:
-        order = make_order(call, attached)
-        pid = start_carrier(call, order, attached)
-        if not attached:
+        order = make_order(call)
+        pid = start_carrier(call, order)
+        if not call.attached:
             return 0
         if order.engine is None:  # the carrier alone has them now, so that it can end them one by one
             close_standard(0, 1, 2)
@@ -8124,7 +8123,7 @@ def command_exec(call: Invocation) -> int:
         raise Error(f"exec failed: {error}", FAILED) from None
 
 
-def make_order(call: Invocation, attached: bool) -> Order:
+def make_order(call: Invocation) -> Order:
     """What exec begins with, and nothing is made yet.  Raise Error."""
     container = call.container().load()
     check_exec(call, container)
@@ -8139,7 +8138,7 @@ def make_order(call: Invocation, attached: bool) -> Order:
     process, linux, warnings = parse_exec(spec, asked, path or "the process")
     for warning in warnings:
         call.log.about(container.id).warn(warning)
-    engine, console_socket = find_console(call, process, attached)
+    engine, console_socket = find_console(call, process)
     return Order(
         container=container, process=process, words=exec_config(linux, process), engine=engine,
         console_socket=console_socket, log=call.log,
@@ -8192,7 +8191,7 @@ def parse_user_number(what: str, text: str) -> int:
     return int(text)
 
 
-def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
+def start_carrier(call: Invocation, order: Order) -> int:
     """Return the pid of the carrier once the program is executed.  Raise Error."""
     container = order.container
     with container:
@@ -8203,7 +8202,7 @@ def start_carrier(call: Invocation, order: Order, attached: bool) -> int:
             raise Error(f"{EXECS_MAX} processes run there besides its own, and its VM has consoles for no more")
         kept = container.lock_fd, order.console_socket
         pid, link = fork_linked("carrier", kept, run_carrier, order)
-    if attached:
+    if call.attached:
         forward_signals(pid)
     try:
         if reason := hear(link, "the process that carries its streams was killed"):
@@ -8280,19 +8279,17 @@ def send_signal(container: Container, number: int, to_all: bool) -> None:
 
 
 def command_delete(call: Invocation) -> None:
-    delete(call.container(), "force" in call.options, call.log)
+    delete(call, call.container())
 
 
 def remove_own(call: Invocation, container: Container) -> None:
     """Remove a container that we have created or started, or with `run --keep` end it; what fails is a warning."""
-    uuid = container.state.uuid
-    keep = "keep" in call.options
-    call.log.attempt(f"remove container {container.id}", delete, container, True, call.log, uuid, keep)
+    call.log.attempt(f"remove container {container.id}", delete, call, container, container.state.uuid)
 
 
-def delete(container: Container, force: bool, log: Log, uuid: str = "", keep: bool = False) -> None:
-    """uuid: of its VM, unless any that has its id by now is meant.  keep: it is to be stopped, and stay."""
-    container.forgiving = force
+def delete(call: Invocation, container: Container, uuid: str = "") -> None:
+    """uuid: of its VM, if it is our own; any that has its id by now is meant else."""
+    force = container.forgiving = uuid != "" or "force" in call.options
     if force:  # it is done also when who asks for it is killed, which containerd is by itself after five seconds
         system_call("prctl", PR_SET_PDEATHSIG, 0)
     try:
@@ -8301,7 +8298,7 @@ def delete(container: Container, force: bool, log: Log, uuid: str = "", keep: bo
                 return
             status = container.status(ask=not force)
             if not container.state.pid and os.path.exists(container.path("state.json")):
-                log.warn(f"the state of container {container.id} is lost: its networks and cgroup stay")
+                call.log.warn(f"the state of container {container.id} is lost: its networks and cgroup stay")
             if not force:
                 check_status("delete", container, status)
             try:
@@ -8312,8 +8309,9 @@ def delete(container: Container, force: bool, log: Log, uuid: str = "", keep: bo
             for pid, start_time in (state.monitor, (state.pid, state.pid_start_time)):
                 if pid and container.is_of_this_boot():  # by force, if it does not end by itself in time
                     end_process(pid, start_time, MONITOR_END)
-            if container.is_ours() and not keep:  # a monitor that was still creating has removed it by itself
-                destroy(container, log)
+            # a monitor that was still creating has removed it by itself
+            if container.is_ours() and "keep" not in call.options:
+                destroy(container, call.log)
     except NoContainer:
         if not force:
             raise
@@ -8819,6 +8817,7 @@ def parse_command(words: list[str], options: dict[str, Any], log: Log) -> Invoca
     return Invocation(
         command=command, root=os.path.abspath(options.get("root", DEFAULT_ROOT)), log=log,
         systemd="systemd-cgroup" in options, options=command_options, arguments=arguments,
+        attached=command in ("run", "exec") and "detach" not in command_options,
     )  # fmt: skip
 
 
