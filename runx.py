@@ -5589,9 +5589,6 @@ class Attachment(Record):
     dns: JsonObject  # as in SPEC.md
 
 
-# ---- the file
-
-
 class Network:
     """A network as NETCONF names it, and what the container wants of it."""
 
@@ -5845,9 +5842,6 @@ def prepare_bridge(network: Network, by_plugins: bool) -> None:
             netlink.set_link(bridge.index, {}, up=True)
             for _, address, _ in network.ranges:
                 netlink.request(address_message(address, bridge.index), NLM_F_CREATE | NLM_F_REPLACE)
-
-
-# ---- plugins
 
 
 def find_plugin(name: str) -> str | None:
@@ -6687,9 +6681,6 @@ def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
             break
         reason = reason if by_path else "permission denied"
     raise Error(f'unable to start container process: exec: "{name}": {reason}')
-
-
-# ---- the domain
 
 
 class Builder:
@@ -7781,9 +7772,6 @@ def read_object(path: str | int, what: str) -> JsonObject:
     return found
 
 
-# ---- create
-
-
 def command_create(call: Invocation) -> None:
     create(make_plan(call), call.options)
 
@@ -7916,9 +7904,6 @@ def hand_out(pid: int, options: JsonObject, kind: bytes) -> None:
                 if os.path.lexists(temporary):
                     os.unlink(temporary)
                 raise
-
-
-# ---- start and run
 
 
 def command_start(call: Invocation) -> None:
@@ -8106,9 +8091,6 @@ def forward_signals(pid: int) -> None:
         signal.signal(number, forward)
 
 
-# ---- exec
-
-
 def command_exec(call: Invocation) -> int:
     """Run one more process in a container; unless detached, wait: the exit status is the process's."""
     try:
@@ -8216,9 +8198,6 @@ def start_carrier(call: Invocation, order: Order) -> int:
     return pid
 
 
-# ---- state, kill, delete
-
-
 def command_state(call: Invocation) -> None:
     print_json(call.container().load().public_state())
 
@@ -8315,9 +8294,6 @@ def delete(call: Invocation, container: Container, uuid: str = "") -> None:
     except NoContainer:
         if not force:
             raise
-
-
-# ---- pause, resume, ps, events
 
 
 def command_pause(call: Invocation) -> None:
@@ -8418,8 +8394,6 @@ def print_stats(container: Container, domain: Domain) -> None:
     }
     print_json({"type": "stats", "id": container.id, "data": data}, None)
 
-
-# ---- update
 
 # the field of linux.resources for each option, runc's names
 UPDATE_OPTIONS = {
@@ -8549,9 +8523,6 @@ def apply_values(container: Container, new: dict[str, Any], old: dict[str, Any],
         change_domain(f"sched-{scheduler or 'credit2'}", "-d", domain.domid, "-w", weight, "-c", cap)
     if "cpus" in changed:
         change_domain("vcpu-pin", domain.domid, "all", new["cpus"])
-
-
-# ---- list, features, spec, pack-initrd
 
 
 def command_list(call: Invocation) -> None:
