@@ -6599,9 +6599,8 @@ def unpacked_size(file: BinaryIO) -> int:
 
 
 def kernel_modules(root: str, kernel: str, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Return the modules that are wanted for a kernel from root: (file name, content), in the order to load.  They are
-    below /lib/modules in the folder whose name the kernel's ends with, as in vmlinuz-6.1.0-1-amd64, or in the only one;
-    modules.dep(5).  What is not there, the kernel should have built in."""
+    """Return (file name, content) of those wanted for a kernel from root, in the order to load; the others it should
+    have built in.  Their folder in /lib/modules has the name that the kernel's ends with, or is the only one."""
     try:
         with open_in_root(root, "/lib/modules", os.O_RDONLY | os.O_DIRECTORY) as fd, os.scandir(fd) as entries:
             folder = [entry.name for _, entry in zip(range(FOLDERS_MAX), entries)]
@@ -6649,8 +6648,7 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
 
 
 def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
-    """Find process.args[0] in root as the guest will; raise Error in runc's words.  Of what a mount of the guest's may
-    cover, the guest says it."""
+    """Find process.args[0] in root as the guest will, unless a mount may cover it.  Raise Error in runc's words."""
     covered: list[list[str]] = []  # the names below root of where the guest will mount
     for entry in mounts:
         try:
