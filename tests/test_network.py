@@ -992,6 +992,21 @@ def test_a_port_that_cannot_be_leaves_nothing(namespaces, plugged, monkeypatch):
         plugged(networks=[network])
 
 
+def test_a_vm_that_ends_meanwhile_keeps_no_interface(namespaces, plugged):
+    ip("link add testbr0 type bridge")
+    made = plugged.store.announced
+
+    def announced(number, mac):
+        made(number, mac)
+        plugged.store.remove("/local/domain/7/vm")
+
+    plugged.store.announced = announced
+    with pytest.raises(runx.NotRunning):
+        plugged(networks=[{**ATTACHMENT, "bridge": "testbr0", "addresses": ["10.9.0.5/24"]}])
+    assert plugged.container.state.devices == plugged.container.state.plugged == []
+    assert [node for node in plugged.store.nodes if "/vif" in node] == []
+
+
 def test_no_network_is_no_interface(plugged):
     store, container = plugged(namespace=None)
     assert (list(store.nodes), container.state.devices) == (["/local/domain/7/vm"], [])
