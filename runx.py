@@ -5149,6 +5149,19 @@ def join_cgroups(cgroups: Cgroups, pid: int) -> None:
             write_file(f"{root}{path}/cgroup.procs", pid)
 
 
+def check_devices(path: str, cgroups: Cgroups) -> None:
+    """Raise Error, and have us out again, if the cgroup that we are in, or one above, forbids a device that we need."""
+    for device in ("/dev/null", GRANTED_PAGES):
+        try:
+            os.close(os.open(device, os.O_RDWR))
+        except PermissionError:
+            join_cgroups([[root, ""] for root, _ in cgroups], os.getpid())
+            reason = f"nobody there may open {device}; name another one by linux.cgroupsPath"
+            raise Error(f"cannot use the cgroup {path}: {reason}") from None
+        except OSError:
+            pass  # who needs it says so
+
+
 def enable_controllers(folder: str) -> None:
     """Let the cgroups below have what this one has; of version 2, where each must be asked for."""
     controllers = f"{folder}/cgroup.controllers"
@@ -6750,6 +6763,7 @@ class Builder:
             self.container.save(cgroups=cgroups)
             make_cgroups(cgroups, resources)
             join_cgroups(cgroups, os.getpid())
+            check_devices(path, cgroups)
         finally:
             if scope:
                 scope.communicate()  # which ends it

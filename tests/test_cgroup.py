@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control group of what serves a container on dom0, on folders that only look like a hierarchy."""
 
+import errno
 import os
 import pathlib
 import time
@@ -57,6 +58,27 @@ def test_a_hierarchy_that_takes_no_group_is_an_error(hierarchy):
     (hierarchy("cgroup", "memory") / "a").write_text("no folder")
     with pytest.raises(runx.Error, match="cannot make the cgroup /a/b in "):
         runx.make_cgroups(runx.find_cgroups("//a/b", False), RESOURCES)
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/xen/gntdev"])
+def test_a_group_that_forbids_devices_is_an_error_and_left(hierarchy, monkeypatch, device):
+    """As Podman 4.3 makes a pod's without systemd, where runc's containers do not start either."""
+    opened, root = os.open, hierarchy("cgroup2")
+    (root / "pod").mkdir()
+
+    def forbid(path, *args, **options):
+        if path == device:
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        return opened("/dev/null" if path == "/dev/xen/gntdev" else path, *args, **options)
+
+    cgroups = runx.find_cgroups("/pod", False)
+    runx.join_cgroups(cgroups, os.getpid())
+    runx.check_devices("/pod", cgroups)  # a device that is not there is another's to tell
+    assert not (root / "cgroup.procs").exists()
+    monkeypatch.setattr(os, "open", forbid)
+    with pytest.raises(runx.Error, match=f"cannot use the cgroup /pod: nobody there may open {device}; name another"):
+        runx.check_devices("/pod", cgroups)
+    assert (root / "cgroup.procs").read_text() == str(os.getpid())
 
 
 @pytest.mark.parametrize("scope", [False, True])
