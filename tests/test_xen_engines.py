@@ -334,3 +334,11 @@ def test_an_image_gets_no_more_than_its_user_gave(bundle, podman):
         assert "of=image" not in words and interfaces == ["lo"]
     finally:
         call("podman", "rmi", "-f", "greedy")
+
+
+def test_podman_builds_an_image(bundle, podman):
+    """Each RUN has a VM, over one rootfs; its output and exit status come back."""
+    lines = ["FROM scratch", "COPY rootfs /", "RUN uname -r >/built", "RUN cat /built; exit 7"]
+    (bundle.folder / "Containerfile").write_text("\n".join(lines) + "\n")
+    result = podman("build", "--layers=false", "--force-rm", "--network", "none", str(bundle.folder))
+    assert result.returncode == 7 and b"-runx\n" in result.stdout, result
