@@ -492,12 +492,16 @@ def process_start_time(pid: int) -> int | None:
 def end_process(pid: int, start_time: int, timeout: float) -> None:
     """Wait for the end of a process, and kill it if that does not come in time, in seconds."""
     try:
-        with Descriptor(os.pidfd_open(pid)) as pidfd:
-            if process_start_time(pid) == start_time and not select.select([pidfd], [], [], timeout)[0]:
-                import_core("signal").pidfd_send_signal(pidfd, SIGKILL)
-                select.select([pidfd], [], [], timeout)
+        pidfd = Descriptor(os.pidfd_open(pid))
     except OSError:
-        pass  # it has ended, and the number may be a thread's
+        return  # it has ended, and the number may be a thread's
+    with pidfd:
+        if process_start_time(pid) == start_time and not select.select([pidfd], [], [], timeout)[0]:
+            try:
+                import_core("signal").pidfd_send_signal(pidfd, SIGKILL)
+            except ProcessLookupError:
+                return  # just now
+            select.select([pidfd], [], [], timeout)
 
 
 def close_standard(*fds: int) -> None:
@@ -4465,6 +4469,8 @@ class Fuse(FuseNames):
     """FUSE's server.  Locks are the guest's kernel's alone."""
 
     def open(self, node: Node, flags: int, more: int) -> bytes:
+        if node.kind != stat.S_IFREG:
+            refuse(errno.ENXIO)
         self.known.check_room(0)  # before it is truncated
         drop_privileges(node, more & OPEN_KILL_SUIDGID)
         if node.sizeless:
@@ -5019,7 +5025,11 @@ def hide_ourselves(share: str) -> None:
     targets = [entry.target for entry in host_mounts() if entry.kind == "proc" and entry.root == "/"]
     for target in targets:
         itself = f"{target}/self"
-        if target.startswith(f"{share}/") and os.path.exists(itself):
+        if target.startswith(f"{share}/"):
+            try:
+                os.stat(itself)
+            except FileNotFoundError:  # of a pid namespace in which we have no number
+                continue
             mount("tmpfs", itself, MS_RDONLY, "tmpfs", "size=4k")
 
 
@@ -5492,7 +5502,7 @@ class Rtnetlink:
         try:
             return self.link(name)
         except OSError as error:
-            if error.errno != errno.ENODEV:
+            if error.errno not in (errno.ENODEV, errno.ERANGE):  # no link has so long a name
                 raise
             return None
 
@@ -5674,8 +5684,10 @@ def parse_ranges(ipam: Section) -> list[tuple[Subnet, Prefixed, bool]]:
         try:
             if network:
                 subnet = ipaddress.ip_network(network, strict=False)
-                first = f"{gateway or subnet.network_address + 1}/{subnet.prefixlen}"
-                ranges.append((subnet, ipaddress.ip_interface(first), bool(gateway)))
+                first = ipaddress.ip_interface(f"{gateway or subnet.network_address + 1}/{subnet.prefixlen}")
+                if first.version != subnet.version:
+                    raise ValueError(f"{gateway} is no gateway of {subnet}")
+                ranges.append((subnet, first, bool(gateway)))
         except ValueError as error:
             entry.refuse(f"cannot be understood: {error}")
     return ranges
@@ -8424,8 +8436,8 @@ UPDATABLE = "memory.limit memory.swap memory.reservation cpu.quota cpu.period cp
 
 def command_update(call: Invocation) -> None:
     """Change what Xen can change in a VM that runs; refuse all if anything else is to be different."""
-    changes = read_update(call.options)
-    with call.container() as container:
+    container, changes = call.container(), read_update(call.options)
+    with container:
         check_status("update", container)
         update(container, changes)
 

@@ -964,6 +964,7 @@ def test_what_needs_no_xen(words):
         (["--criu"], "option --criu needs a value"),
         (["restore", "x"], "runX does not support restore"),
         (["kill"], "a container ID is required as an argument"),
+        (["update", "--resources", "nothing"], "a container ID is required as an argument"),
         (["create", "--bundle"], "option --bundle of create needs a value"),
         (["--log-format", "xml", "list"], "invalid log-format: xml"),
         (["list", "x"], "list takes no more than 0 arguments, and x is one more"),

@@ -951,10 +951,14 @@ def test_no_name_leads_elsewhere(guest, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["secret", "share"]
 
 
-def test_a_link_is_never_followed(guest):
+def test_a_link_is_never_followed(guest, tmp_path):
     up, link = guest.look_up(b"up"), guest.look_up(b"link")
     assert guest.request("lookup", up, b"secret\0")[0] == errno.ENOTDIR
     assert guest.open(link, os.O_RDONLY)[0] == errno.ENXIO
+    folder, kill = guest.look_up(b"folder"), struct.pack("<II", os.O_RDONLY, runx.OPEN_KILL_SUIDGID)
+    os.chmod(tmp_path / "share/folder", 0o2775)
+    assert guest.request("open", folder, kill)[0] == errno.ENXIO  # that is opendir's, and nothing is done before
+    assert stat.S_IMODE(os.stat(tmp_path / "share/folder").st_mode) == 0o2775
     assert guest.request("opendir", up, bytes(8))[0] == errno.ENOTDIR
     assert guest.request("mkdir", up, bytes(8) + b"new\0")[0] == errno.ENOTDIR
     assert guest.request("create", 1, struct.pack("<IIII", os.O_WRONLY, 0o644, 0, 0) + b"link\0")[0] == errno.ESTALE

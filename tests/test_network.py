@@ -111,6 +111,11 @@ def test_where_an_address_comes_from(tmp_path, text, address, mode):
             "",
             "ipam cannot be understood: '10.1.0.1/64'",
         ),
+        (
+            '{"name": "net", "type": "bridge", "ipam": {"subnet": "10.1.0.0/16", "gateway": "fd00::1"}}',
+            "",
+            "ipam cannot be understood: fd00::1 is no gateway of 10.1.0.0/16",
+        ),
         ('{"name": "net", "type": "bridge", "mtu": 65536}', "", "mtu must be from 0 to 65535"),
         ('{"name": "net", "type": "bridge", "mtu": -1}', "", "mtu must be from 0 to 65535"),
         ('{"name": "net", "type": "bridge", "bridge": 1}', "", "bridge must be a JSON string"),
@@ -749,8 +754,12 @@ def test_one_vm_has_a_namespace(namespaces):
 def test_a_bridge_is_made_with_its_gateways_once(namespaces, tmp_path):
     ipam = {"type": "x", "subnet": "10.9.0.0/24", "ranges": [[{"subnet": "fd09::/64", "gateway": "fd09::7"}]]}
     document = {"name": "net", "type": "bridge", "bridge": "testbr0", "ipam": ipam}
-    with pytest.raises(runx.Error, match="network net: there is no bridge testbr0 on this host: make it, or set isGat"):
-        runx.prepare_bridge(load_network(tmp_path, json.dumps(document)), False)
+    for name in ("testbr0", "x" * 16):  # of the latter the kernel says that it is too long
+        missing = load_network(tmp_path, json.dumps({**document, "bridge": name}))
+        with pytest.raises(
+            runx.Error, match=f"network net: there is no bridge {name} on this host: make it, or set is"
+        ):
+            runx.prepare_bridge(missing, False)
     for key in ("isGateway", "isDefaultGateway"):
         network = load_network(tmp_path, json.dumps({**document, key: True}))
         runx.prepare_bridge(network, False)

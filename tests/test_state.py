@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -619,6 +620,15 @@ def test_a_process_that_is_reaped_before_it_is_killed_has_ended(monkeypatch):
     monkeypatch.setattr(runx.select, "select", late)
     runx.end_process(pid, start_time, 60)
     assert not killed
+
+
+def test_a_process_of_which_nothing_can_be_read_has_not_ended(monkeypatch):
+    def fail(path):
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE), path)
+
+    monkeypatch.setattr(runx, "read_file", fail)
+    with pytest.raises(OSError, match="Too many open files in system"):
+        runx.end_process(os.getpid(), 1, 60)
 
 
 def test_a_process_that_does_not_end_in_time_is_killed():
