@@ -6956,7 +6956,8 @@ class Streams:
         """(descriptor, events of poll(2)) that advance() waits for."""
         if isinstance(self.first, FirstConsole) and not self.first.ended:
             reading = 0 if self.outputs[0].pending else select.POLLIN
-            yield self.first.fd, reading | (select.POLLOUT if self.input.pending else 0)
+            if events := reading | (select.POLLOUT if self.input.pending else 0):  # else a hang-up would end each wait
+                yield self.first.fd, events
         for output in self.outputs:
             if output.pending:
                 yield output.fd, select.POLLOUT

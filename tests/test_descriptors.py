@@ -282,3 +282,17 @@ def test_the_first_console_is_read_as_fast_as_it_is_written():
         return [*texts, streams.first.ended]
 
     assert in_child(work) == ["from the VM", "to it\x10", True]
+
+
+def test_a_first_console_that_has_hung_up_wakes_nobody_while_its_output_waits():
+    def work(stdin, out, errors):
+        master, slave = os.openpty()
+        streams = runx.Streams([runx.FirstConsole(slave)], False)
+        streams.outputs[0].pending = b"nobody reads"
+        os.close(master)
+        poll = select.poll()
+        for fd, events in streams.interests():
+            poll.register(fd, events)
+        return [fd for fd, _ in poll.poll(0) if fd == slave]
+
+    assert in_child(work) == []
