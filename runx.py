@@ -4304,6 +4304,7 @@ class FuseNames(Protocol):
         super().__init__(root, capabilities)
         self.known = Known(self.files)
         self.asker: Ids = NO_USER, NO_USER  # whose request is being answered
+        self.umask = -1  # as last used
         for name, (opcode, form) in FUSE_REQUESTS.items():
             numbers = form.rstrip("nsb")
             structure = struct.Struct("<" + numbers.replace("H", "Q"))
@@ -4387,7 +4388,7 @@ class FuseNames(Protocol):
 
     def create(self, folder: Node, flags: int, mode: int, umask: int, name: bytes = b"") -> bytes:
         self.known.check_room()
-        os.umask(umask & 0o777)  # counts where no default access list does
+        self.use_umask(umask)
         try:
             handle, status = self.files.create(folder, name, self.access(flags), mode, self.asker)
         except FileExistsError:
@@ -4398,9 +4399,15 @@ class FuseNames(Protocol):
 
     tmpfile = create  # without a name
 
+    def use_umask(self, umask: int) -> None:
+        """It counts where no default access list does."""
+        if umask != self.umask:
+            os.umask(umask & 0o777)
+            self.umask = umask
+
     def make(self, folder: Node, name: bytes, umask: int, work: Callable[..., None], *args: Any) -> bytes:
         self.known.check_room()
-        os.umask(umask & 0o777)
+        self.use_umask(umask)
         return self.entry(*self.files.make(folder, name, self.asker, work, *args), folder, name)
 
     def mknod(self, folder: Node, mode: int, device: int, umask: int, name: bytes) -> bytes:
