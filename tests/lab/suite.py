@@ -112,8 +112,8 @@ def check(built: Built) -> int:
     checks: dict[str, list[str | Path]] = {
         "ruff check": [python, "-m", "ruff", "check", "."],
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],
-        "mypy tests/lab": [python, "-m", "mypy", "tests/lab"],
-        "mypy runx.py": [python, "-m", "mypy", "runx.py"],
+        "mypy tests/lab": [python, "-m", "mypy", "--config-file", LAB / "mypy.ini", "tests/lab"],
+        "mypy runx.py": [python, "-m", "mypy", "--config-file", LAB / "mypy.ini", "runx.py"],
         "shellcheck": ["shellcheck", *shell_scripts()],
     }
     failed = [name for name, argv in checks.items() if call(argv, quiet=True)]
