@@ -4151,7 +4151,7 @@ FUSE_SILENT = {2, 36, 42}  # have no reply, unless they have a number for it: fo
 FUSE_SIZED = {15: 56, 28: 56, 44: 56, 22: 40, 23: 40}  # where a request says how long its reply may be
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO,
 # PARALLEL_DIROPS, WRITEBACK_CACHE, POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT
-FUSE_FLAGS = sum(1 << int(bit) for bit in "0 3 5 6 12 13 14 15 16 18 20 22 23 28 29 30".split())
+FUSE_FLAGS = sum(1 << bit for bit in (0, 3, 5, 6, 12, 13, 14, 15, 16, 18, 20, 22, 23, 28, 29, 30))
 FATTR_KILL_SUIDGID = 1 << 11
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, DIRECT_IO_ALLOW_MMAP = 1, 2, 1 << 36
 ATTR_NO_OPEN = 1 << 31  # of our kernel's alone: what the guest may keep is right, and it may read without a handle
