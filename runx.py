@@ -1387,6 +1387,7 @@ class State(Record):
     startable: bool = True  # config.json has a process
     own_init: bool = False
     starts_paused: bool = True  # the VM does not run before `start`
+    is_sandbox: bool = False  # of a pod: it has no VM
     # what is there of it
     boot: str = ""  # of which boot_id() all of it is
     pid: int = 0  # the container's: the holder's, and until there is one the monitor's
@@ -1412,7 +1413,7 @@ class State(Record):
 
     def may_run(self) -> bool:
         """Whether its VM runs unless it is paused: one that boots a system of its own does so from `start` on."""
-        return self.status == "running" or not self.starts_paused
+        return not self.is_sandbox and (self.status == "running" or not self.starts_paused)
 
 
 def parse_state(text: str) -> State:
@@ -1588,9 +1589,14 @@ class Container:
 
     def domain(self) -> Domain:
         """Its VM.  Raise NotRunning."""
+        self.check_vm()
         domain = Domain(Xenstore(), self.state.domid, self.state.uuid)
         domain.check()
         return domain
+
+    def check_vm(self) -> None:
+        if self.state.is_sandbox:
+            raise Error(f"container {self.id} is the sandbox of a pod, and has no VM")
 
     def switch(self, work: Work, **changes: Any) -> None:
         """Have the VM paused, unpaused or started by work, which it is not yet, and store what has changed by that.  A
@@ -1786,6 +1792,7 @@ class Config:
         spec, self.text = read_config(bundle)  # all of it
         linux, vm = spec.section("linux"), spec.section("vm")
         namespaces = parse_namespaces(linux)
+        self.joined = {kind: path for kind, path in namespaces.items() if path and kind != "network"}
         warn_of_no_effect(spec)
         self.warnings = spec.warnings  # what is asked for and cannot be had in a VM, a sentence each
         self.hostname, self.domainname = parse_names(spec, namespaces)
@@ -1822,6 +1829,7 @@ class Config:
         self.readonly = spec.section("root").flag("readonly")
         self.linux = Linux(linux, namespaces)
         self.annotations = spec.table("annotations")
+        self.is_sandbox, self.sandbox = parse_pod(self.annotations, self.process.args if self.process else [])
         self.resources = Resources(self.raw_resources, "config.json: linux.resources", self.base)
         self.cgroup = linux.text("cgroupsPath", "")
         rate = annotations.text("rate", "")
@@ -2225,12 +2233,13 @@ NAMESPACES = {
 }
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
+PODMANS_PAUSE = ["/catatonit", "-P"]  # what it runs in a pod's sandbox, which has no mark
 # of a VM by NETCONF, perhaps the image's, and addresses in each: a network takes a megabyte of dom0's memory
 NETWORKS_MAX = 32
 
 
 def parse_namespaces(linux: Section) -> Namespaces:
-    """Return linux.namespaces, {} where all are the VM's.  Raise Error for one of dom0's or another container's."""
+    """Return linux.namespaces, {} where all are the VM's.  Raise Error for one of dom0's; see join_pod() for others."""
     found: Namespaces = {}
     for entry in linux.sections("namespaces"):
         kind = entry.choice("type", NAMESPACES)
@@ -2240,10 +2249,6 @@ def parse_namespaces(linux: Section) -> Namespaces:
         if path:
             check_namespace(kind, path)
         found[kind] = path
-    joined = [kind for kind, path in found.items() if path and kind != "network"]
-    if joined:
-        owner = f"names {', '.join(joined)} of another container or of the host"
-        linux.refuse(f"{owner}, and containers cannot share a VM yet", "namespaces")
     for kind in ("mount", "pid", "ipc"):
         if found and kind not in found:
             reason = f"asks for the host's own {kind} namespace, which a VM cannot have: add one of its own"
@@ -2264,6 +2269,33 @@ def check_namespace(kind: str, path: str) -> None:
             found = 0  # no namespace at all
     if found != NAMESPACES[kind]:
         raise Error(f"cannot join the {kind} namespace {path}: it is none")
+
+
+def parse_pod(annotations: dict[str, str], args: list[str]) -> tuple[bool, str]:
+    """Return whether it is a pod's sandbox, and else that one's id, or "": as containerd, CRI-O and Podman tell it."""
+    words = annotations.get
+    kind = words("io.kubernetes.cri.container-type") or words("io.kubernetes.cri-o.ContainerType")
+    is_podmans = words("io.container.manager") == "libpod" and args == PODMANS_PAUSE
+    sandbox = words("io.kubernetes.cri.sandbox-id") or words("io.kubernetes.cri-o.SandboxID")
+    return kind == "sandbox" or is_podmans, sandbox or ""
+
+
+def join_pod(config: Config, root: str) -> None:
+    """Take the host name of a pod's sandbox.  Raise Error where a namespace is named that is not its ipc or uts, which
+    nobody uses: all that is in one namespace would have to be in one VM."""
+    refused = list(config.joined)
+    try:
+        sandbox = Container(root, config.sandbox).load() if refused else None
+        if sandbox and sandbox.state.is_sandbox and sandbox.status() != "stopped":
+            config.hostname = config.hostname or sandbox.state.hostname
+            for kind in {"ipc", "uts"}.intersection(refused):
+                if os.path.samefile(config.joined[kind], f"/proc/{sandbox.state.pid}/ns/{kind}"):
+                    refused.remove(kind)
+    except (Error, OSError):
+        pass
+    if refused:
+        owner = f"names {', '.join(refused)} of another container or of the host"
+        raise Error(f"config.json: linux.namespaces {owner}, and containers cannot share a VM yet")
 
 
 def find_networks(
@@ -6220,7 +6252,7 @@ def plug(container: Container, undo: Undo) -> dict[str, str]:
     """Give a VM the interfaces that it has not got yet, and take away those that are gone.  Return what the guest is
     told of all: nodes below its own, {} if it has none.  Raise Error, NotRunning if the VM has ended."""
     state = container.state
-    if not may_have_interfaces(state):
+    if state.is_sandbox or not may_have_interfaces(state):
         return {}
     domain = container.domain()
     ours = {number for kind, number in state.devices if kind == "vif"}
@@ -6465,7 +6497,7 @@ PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
 TITLE_MAX = 4096  # bytes of the command line that the holder shows
 SHOWN: list[bytes] = []
 # signals that end a container which is not started, as they end runc's init, a Go program; others do nothing to it
-ENDING_SIGNALS = {*range(1, 10), 11, 15, 16, 31}
+ENDING_SIGNALS: set[int] = {*range(1, 10), 11, 15, 16, 31}
 
 
 class Holder:
@@ -6507,7 +6539,8 @@ def run_holder(config: Config, share: str, exported: bool, monitor: int, link: A
         else:
             flags |= CLONE_NEWNET
         system_call("unshare", flags)
-        mark_namespace().detach()  # open as long as we live
+        if not config.is_sandbox:  # it leaves the network to the pod's containers
+            mark_namespace().detach()  # open as long as we live
         system_call("sethostname", name, len(os.fsencode(name)))
     change_root(share, config, exported)
     show_arguments(process.args if process else ["runX"])
@@ -6725,15 +6758,18 @@ class Builder:
         self.sources: list[str] = []  # paths in the share
         self.ramdisk: BinaryIO | None = None
 
-    def build(self, bundle: str, systemd: bool) -> Domain:
-        """Return the domain.  systemd: it makes the cgroup."""
-        xenstore = Xenstore()
+    def prepare(self, bundle: str, systemd: bool) -> None:
+        """Have on dom0 what the holder is to be in.  systemd: it makes the cgroup."""
         self.begin(bundle)
         os.close(self.container.lock_fd)  # who comes when create has died knows whom to wait for
         self.enter_cgroup(systemd)
         self.attach_networks()
-        self.rootfs = choose_rootfs(self.config)
         self.sources = build_share(self.share, self.config)
+
+    def build(self) -> Domain:
+        """Return the domain."""
+        xenstore = Xenstore()
+        self.rootfs = choose_rootfs(self.config)
         try:
             xl_cfg = self.write_settings(*self.write_boot_files())
             xenstore.watch(("@releaseDomain", "release"))  # as soon as it is there it may end
@@ -6761,7 +6797,7 @@ class Builder:
             oci_version=config.oci_version, bundle=bundle, rootfs=config.rootfs, created=timestamp(),
             annotations=config.annotations, hooks=config.hooks, hostname=config.hostname or container.id[:63],
             startable=bool(config.process), own_init=config.machine.own_init,
-            starts_paused=config.machine.own_init, uuid=uuid,
+            starts_paused=config.machine.own_init, is_sandbox=config.is_sandbox, uuid=uuid,
             # the uuid tells apart what has the same id in another root, or is still being destroyed
             name=f"runx-{container.id[:64]}-{uuid[:8]}",
             # until there is a holder, the monitor stands for it
@@ -7228,6 +7264,14 @@ ENDS = {
 }
 
 
+def leave(container: Container, log: Log, name: str, text: str) -> None:
+    """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first "error",
+    for which it will never be."""
+    path = container.path(name)
+    if not any(map(os.path.exists, map(container.path, ("ready", "error")))):
+        log.attempt(f"write {path}", write_file, path, text)
+
+
 class BootConsole(FirstConsole):
     """The VM's first console where init has it: the last words of kernel and init, for the log."""
 
@@ -7372,14 +7416,7 @@ class Monitor(Loop):
     def explain(self, message: str, reason: str = "") -> None:
         """A warning in the log; and the reason, or else the message, for a `start` that fails by it."""
         self.boot_console.report(self.log, message)
-        self.leave("error", reason or message)
-
-    def leave(self, name: str, text: str) -> None:
-        """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first
-        "error", for which it will never be."""
-        path = self.container.path(name)
-        if not any(map(os.path.exists, map(self.container.path, ("ready", "error")))):
-            self.log.attempt(f"write {path}", write_file, path, text)
+        leave(self.container, self.log, "error", reason or message)
 
     # ---- what the guest says
 
@@ -7390,7 +7427,7 @@ class Monitor(Loop):
             super().hear(token)
 
     def begin(self) -> None:
-        self.leave("ready", "")
+        leave(self.container, self.log, "ready", "")
 
     def take_exit_status(self) -> bool:
         if not super().take_exit_status():
@@ -7484,6 +7521,32 @@ class Monitor(Loop):
             self.domain.shut_down()
 
 
+class Sandbox:
+    """Serves the sandbox of a pod: it has no VM, for in it nothing runs but a program that waits, and what the pod's
+    containers share is dom0's.  It is there until it is killed."""
+
+    def __init__(self, plan: Plan, holder: Holder, commit: Commit) -> None:
+        self.holder, self.commit = holder, commit
+        self.control = os.open(plan.container.path("control"), os.O_RDWR | os.O_NONBLOCK)
+
+    def serve(self) -> int:
+        """Return its exit status."""
+        signals = relay_signals(RELAYED)
+        numbers = b""
+        while not ENDING_SIGNALS.intersection(numbers):
+            links = [self.control, signals, self.holder.link] + [self.commit.link] * (self.commit.given is None)
+            ready = select.select(links, [], [])[0]
+            if self.control in ready:  # "kill N", "destroy N"
+                numbers = bytes(int(line.split()[1]) for line in os.read(self.control, 1 << 16).splitlines())
+            elif signals in ready:
+                numbers = os.read(signals, 64)
+            elif self.holder.link in ready:
+                numbers = receive(self.holder.link) or bytes([SIGKILL])
+            elif not self.commit.take():
+                return FAILED
+        return 128 + min(ENDING_SIGNALS.intersection(numbers))
+
+
 # ---- the process
 
 
@@ -7503,8 +7566,9 @@ class Plan(Record):
 def run_monitor(plan: Plan, commit: Commit, link: Any) -> int:
     """The monitor's whole life.  link: to create, that gets the holder's pid when there is one, and then "+" or an
     error.  Return the container's exit status."""
-    container, monitor, committed, status, failure = plan.container, None, False, FAILED, ""
+    container, committed, status, failure = plan.container, False, FAILED, ""
     holder, server, commit.link = Holder(), FileServer(), link
+    monitor: Monitor | Sandbox | None = None
     try:
         monitor = build(plan, holder, server, commit)
         link.send(b"+")
@@ -7515,7 +7579,7 @@ def run_monitor(plan: Plan, commit: Commit, link: Any) -> int:
         close_standard(0, 1, 2)  # who reads the streams sees the end at once
         if monitor:
             if failure:
-                monitor.leave("error", failure)
+                leave(container, plan.log, "error", failure)
             committed = commit.take()
         server.stop()
         if clean_up(container, plan.log) and os.path.exists(container.path("control")):
@@ -7534,15 +7598,19 @@ def run_monitor(plan: Plan, commit: Commit, link: Any) -> int:
     return status
 
 
-def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Monitor:
+def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Monitor | Sandbox:
     """Have the domain built; return what serves it.  Raise Error.  The holder comes when the VM boots already."""
     container, config = plan.container, plan.config
     builder = Builder(container, config, plan.networks, plan.log)
-    domain = builder.build(plan.bundle, plan.systemd)
+    builder.prepare(plan.bundle, plan.systemd)
+    domain = None if config.is_sandbox else builder.build()
     is_served = builder.rootfs.is_served
     holder.start(config, builder.share, is_served and not builder.rootfs.disk)
     container.save(pid=holder.pid, pid_start_time=process_start_time(holder.pid) or 0)  # it is in the cgroup already
     commit.link.send(str(holder.pid).encode())
+    if domain is None:
+        holder.check()
+        return Sandbox(plan, holder, commit)
     if is_served:
         capabilities = config.process.capabilities["bounding"] if config.process else 0
         server.start(config.machine.share_device, builder.share, capabilities)
@@ -7814,6 +7882,7 @@ def make_plan(call: Invocation) -> Plan:
     if not is_text(bundle + call.root):
         raise Error(f"the paths of bundle and root must be UTF-8: {printable(bundle)}, {printable(call.root)}")
     config = Config(bundle)
+    join_pod(config, call.root)
     find_xl()
     fit_vcpus(config)
     take_ordinary_score()
@@ -7866,7 +7935,7 @@ def find_console(call: Invocation, process: Process | None) -> tuple[int | None,
 def create(plan: Plan, options: JsonObject) -> int:
     """Make the container: fork the monitor, and wait until all is built.  Return the holder's pid."""
     container, log = plan.container, plan.log
-    if plan.config.namespace:
+    if plan.config.namespace and not plan.config.is_sandbox:
         in_namespace(plan.config.namespace, mark_namespace)
     container.reserve()
     with container, Undo(log) as undo:
@@ -7951,7 +8020,7 @@ def command_start(call: Invocation) -> None:
                 error = Error(f"{REFUSED['start']['stopped']}: {reason}")  # it has ended by itself, or is about to
             raise error from None
     # without the lock: it may be killed meanwhile, and a hook may call runX
-    if not container.state.starts_paused:
+    if domain and not container.state.starts_paused:
         await_process(container, domain)
     try:
         run_hooks(container, "poststart", "running")
@@ -7968,11 +8037,14 @@ def reason_of_end(container: Container) -> str:
         return ""
 
 
-def begin(container: Container, log: Log) -> Domain:
-    """Give the VM what it is to have by `start`, and have it go on.  Return it.  Raise Error."""
+def begin(container: Container, log: Log) -> Domain | None:
+    """Give the VM, if it has one, what it is to have by `start`, and have it go on.  Return it.  Raise Error."""
     state = container.state
     if not state.startable:
         raise Error(f"cannot start container {container.id}: its config.json has no process")
+    if state.is_sandbox:
+        container.save(status="running")
+        return None
     domain = container.domain()
     for kind, number in state.devices:  # of a `start` that was killed, or has failed
         if [kind, number] not in STANDARD_DEVICES and kind != "vif":
@@ -8164,6 +8236,7 @@ def check_exec(call: Invocation, container: Container) -> str:
     status = container.status()
     if container.state.own_init:
         raise Error("cannot exec in a container whose VM boots a system of its own: reach it by its console or network")
+    container.check_vm()
     if status == "paused" and container.state.status == "created":
         status = "created"
     if status != "paused" or "ignore-paused" not in call.options:
@@ -8272,7 +8345,7 @@ def parse_signal(text: str) -> int:
 def send_signal(container: Container, number: int, to_all: bool) -> None:
     state = container.state
     certain = number != SIGKILL or not container.unsettled()
-    if state.status == "created" and certain:  # its process is yet to be: only the end can be had
+    if state.is_sandbox or state.status == "created" and certain:  # there is no process: only the end can be had
         if number in ENDING_SIGNALS:
             container.tell_monitor(f"destroy {number}")
     elif number == SIGKILL:
@@ -8447,6 +8520,7 @@ def command_update(call: Invocation) -> None:
     container, changes = call.container(), read_update(call.options)
     with container:
         check_status("update", container)
+        container.check_vm()
         update(container, changes)
 
 

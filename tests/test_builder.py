@@ -111,7 +111,8 @@ class Dom0:
         def work():
             builder = self.builder()
             try:
-                assert builder.build("/bundle", False).domid == 7
+                builder.prepare("/bundle", False)
+                assert builder.build().domid == 7
                 error = ""
             except runx.Error as failure:
                 error = str(failure)
@@ -646,7 +647,9 @@ def test_the_vm_is_made_in_the_cgroup_and_when_it_has_its_networks(dom0, monkeyp
     dom0.annotate(rootfs="ramdisk").spec["linux"] = {"cgroupsPath": "/a"}
 
     def work():
-        dom0.builder().build("/bundle", False)
+        builder = dom0.builder()
+        builder.prepare("/bundle", False)
+        builder.build()
         return done
 
     cgroups = [["/r", "/a"]]

@@ -338,7 +338,8 @@ def test_who_has_refused_a_network_gets_none_by_netconf(bundle):
 )
 def test_a_namespace_that_a_vm_cannot_have_is_refused(bundle, entries, words):
     with pytest.raises(runx.Error, match=words):
-        runx.Config(bundle({**config("true"), "linux": {"namespaces": entries}}))
+        folder = bundle({**config("true"), "linux": {"namespaces": entries}})
+        runx.join_pod(runx.Config(folder), folder)
 
 
 def test_the_hosts_uts_namespace_gives_its_hostname(bundle):

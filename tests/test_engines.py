@@ -28,6 +28,7 @@ def answer(spec, folder):
     (folder / "config.json").write_text(json.dumps(spec))
     try:
         config = runx.Config(str(folder))
+        runx.join_pod(config, str(folder))
     except runx.Error as error:
         return f"no, {error}"
     check_guest_words(config, spec)
@@ -42,6 +43,17 @@ def test_what_runx_answers_to_an_engine(tmp_path, monkeypatch, name):
     monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
     assert answer(CONFIGS[name], tmp_path) == expectations()[name]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "names ipc, uts of another" in expectations()[name]])
+def test_in_a_pod_whose_sandbox_is_there_it_takes_them(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(runx.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 16384, 0, 0, 0, 0, 0, 0, 255]))
+    monkeypatch.setattr(runx.os.path, "samefile", lambda path, other: "/ns/" in other and other != "/proc/self/ns/net")
+    monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
+    monkeypatch.setattr(runx.Container, "load", lambda container: container)
+    monkeypatch.setattr(runx.State, "is_sandbox", True)
+    assert answer(CONFIGS[name], tmp_path).split(";")[0] == "yes"
 
 
 def test_the_table_has_all_of_them():

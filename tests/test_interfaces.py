@@ -104,6 +104,28 @@ def test_the_vm_takes_over_the_interface_of_the_engines_namespace(dom0, ip, engi
     assert set(links(ip, "engine")) == {"lo", "eth0"}
 
 
+def test_containers_of_a_pod_have_its_interface_one_after_the_other(dom0, ip, engines):
+    kinds = [each for each in namespaces(network="/run/netns/engine") if each["type"] != "cgroup"]
+    marks = {"io.kubernetes.cri.container-type": "sandbox"}
+    sandbox = dom0.container(linux={"namespaces": kinds}, annotations=marks).started()
+    assert set(links(ip, "engine")) == {"lo", "eth0"}
+    paths = {kind: f"/proc/{sandbox.pid()}/ns/{kind}" for kind in ("ipc", "uts")}
+    entries = namespaces(network=f"/proc/{sandbox.pid()}/ns/net", **paths)
+    marks = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": sandbox.id}
+    for signal, status in (("TERM", 143), ("KILL", 137)):
+        container = dom0.container("wait", linux={"namespaces": entries}, annotations=marks)
+        container.root = sandbox.root
+        container.started()
+        assert f"vif{container.domid()}.0" in links(ip, "engine")
+        assert list(told(container)) == [MAC.replace(":", "")]
+        dom0.run(*container.words("kill", container.id, signal))
+        finish(container, status)
+        assert set(links(ip, "engine")) == {"lo", "eth0"}
+    dom0.run(*sandbox.words("kill", sandbox.id, "KILL"))
+    finish(sandbox, 137)
+    assert set(links(ip, "engine")) == {"lo", "eth0"}
+
+
 def test_a_namespace_belongs_to_one_vm(dom0, engines):
     first, second = engines("wait").created(), engines("wait")
     assert "cannot join the network namespace of another container" in second.create().stderr

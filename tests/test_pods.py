@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pods: a sandbox, which has no VM, and containers that are in its namespaces, one after the other."""
+
+import json
+
+import pytest
+from conftest import namespaces
+
+SANDBOX = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "c1"}
+MEMBER = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "c1"}
+OF_PODMAN = {"io.container.manager": "libpod"}
+
+
+def make_sandbox(dom0, **changes):
+    entries = [entry for entry in namespaces() if entry["type"] != "cgroup"]
+    changes = {"annotations": SANDBOX, "hostname": "pod", "linux": {"namespaces": entries}, **changes}
+    container = dom0.container(**changes)
+    MEMBER["io.kubernetes.cri.sandbox-id"] = container.id
+    return container
+
+
+def member(sandbox, *steps, kinds=("ipc", "uts"), pid=None, **changes):
+    """A container of its pod, with the same --root as engines give it."""
+    paths = {kind: f"/proc/{pid or sandbox.pid()}/ns/{kind}" for kind in kinds}
+    linux = {"namespaces": namespaces(network=f"/proc/{sandbox.pid()}/ns/net", **paths)}
+    container = sandbox.dom0.container(*steps, annotations=MEMBER, linux=linux, **changes)
+    container.root = sandbox.root
+    return container
+
+
+def hostname(container):
+    return dict(container.guest()["records"])["hostname"][0]
+
+
+def end(container, status=137, signal="KILL"):
+    assert container.dom0.run(*container.words("kill", container.id, signal)).returncode == 0
+    assert container.wait() == status
+    assert container.runx("delete").returncode == 0, container.log_text()
+
+
+def test_a_sandbox_is_namespaces_and_no_vm(dom0):
+    sandbox = make_sandbox(dom0).created()
+    assert (sandbox.status(), dom0.domains()) == ("created", {})
+    assert sandbox.runx("start").returncode == 0
+    assert (sandbox.status(), sandbox.state()["pid"]) == ("running", sandbox.pid())
+    again = sandbox.runx("start")
+    assert (again.returncode, "cannot start an already running container" in again.stderr) == (1, True)
+    for words in (["exec", sandbox.id, "true"], ["update", "--memory", "1g", sandbox.id], ["events", sandbox.id]):
+        refused = dom0.run(*sandbox.words(*words))
+        assert refused.returncode != 0
+        assert refused.stderr.endswith(f"container {sandbox.id} is the sandbox of a pod, and has no VM\n")
+    assert sandbox.runx("ps", "--format", "json").stdout == f"[{sandbox.pid()}]\n"
+    for command, status in (("pause", "paused"), ("resume", "running")):
+        assert (sandbox.runx(command).returncode, sandbox.status()) == (0, status)
+    assert dom0.calls("xl") == []
+    end(sandbox)
+
+
+@pytest.mark.parametrize("annotations", [SANDBOX, {"io.kubernetes.cri-o.ContainerType": "sandbox"}, OF_PODMAN])
+def test_each_engine_marks_a_sandbox_in_its_own_way(dom0, annotations):
+    sandbox = make_sandbox(dom0, annotations=annotations)
+    if annotations == OF_PODMAN:
+        spec = json.loads((sandbox.bundle / "config.json").read_text())
+        spec["process"]["args"] = ["/catatonit", "-P"]
+        sandbox.write(spec)
+    sandbox.started()
+    assert dom0.domains() == {}
+    end(sandbox, 143, "TERM")
+
+
+@pytest.mark.parametrize("who, status", [("holder", -9), ("monitor", 137)])
+def test_a_sandbox_ends_with_its_processes(dom0, who, status):
+    sandbox = make_sandbox(dom0).started()
+    dom0.signal(sandbox.pid() if who == "holder" else sandbox.stored()["monitor"][0], 9)
+    assert (sandbox.wait(), sandbox.status()) == (status, "stopped")
+    assert sandbox.runx("delete").returncode == 0
+
+
+def test_signals_that_end_nothing_leave_a_sandbox(dom0):
+    sandbox = make_sandbox(dom0).started()
+    for number in (17, 28, 18):
+        dom0.signal(sandbox.pid(), number)
+    assert dom0.run(*sandbox.words("kill", sandbox.id, "WINCH")).returncode == 0
+    dom0.signal(sandbox.pid(), 15)
+    assert sandbox.wait() == 143
+    assert sandbox.runx("delete").returncode == 0
+
+
+def test_a_create_that_fails_leaves_nothing_of_a_sandbox(dom0):
+    hooks = {"createRuntime": [{"path": "/bin/false"}]}
+    refused = make_sandbox(dom0, hooks=hooks).create()
+    assert refused.returncode == 1 and "createRuntime" in refused.stderr
+
+
+def test_containers_of_a_pod_have_its_namespaces_one_after_the_other(dom0):
+    sandbox = make_sandbox(dom0).started()
+    for status in (3, 4):  # as an init container and then another one, or a restart
+        container = member(sandbox, f"exit:{status}").created()
+        assert hostname(container) == "pod"
+        assert container.runx("start").returncode == 0
+        assert container.wait() == status
+        assert container.runx("delete").returncode == 0, container.log_text()
+    first, second = member(sandbox, "wait").started(), member(sandbox, "wait")
+    assert "cannot join the network namespace of another container" in second.create().stderr
+    assert first.status() == "running"
+    end(first, 143, "TERM")
+    end(sandbox)
+
+
+def test_a_container_may_have_a_name_of_its_own(dom0):
+    sandbox = make_sandbox(dom0).started()
+    container = member(sandbox, "wait", hostname="own").started()
+    assert hostname(container) == "own"
+    end(container, 143, "TERM")
+    end(sandbox)
+
+
+def test_other_namespaces_than_a_sandboxs_are_refused(dom0):
+    sandbox = make_sandbox(dom0).started()
+    other = dom0.container("wait", linux={"namespaces": namespaces()}).started()
+    sentence = "linux.namespaces names {} of another container or of the host, and containers cannot share a VM yet"
+    for container, kinds in (
+        (member(sandbox, kinds=("pid", "ipc", "uts")), "pid"),
+        (member(sandbox, pid=other.pid()), "ipc, uts"),
+        (member(sandbox, pid="self"), "ipc, uts"),
+        (member(other), "ipc, uts"),
+    ):
+        refused = container.create()
+        assert refused.returncode == 1 and sentence.format(kinds) in refused.stderr, refused
+    dom0.signal(sandbox.pid(), 9)
+    late = member(sandbox)
+    assert sandbox.wait() == -9
+    assert late.create().returncode == 1
+    assert sandbox.runx("delete").returncode == 0
+    end(other, 143, "TERM")
