@@ -15,7 +15,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_in, wait_in_xenstore, wait_until
+from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_in, wait_in_xenstore, wait_until, xl
 
 import runx
 
@@ -557,6 +557,31 @@ def test_podmans_network_with_a_published_port(bundle, clean_dom0, firewall, pod
         wait_until(lambda: fetch("http://127.0.0.1:8081/page") == b"hello from a VM\n", "the page", 60)
     finally:
         podman("rm", "--force", "--time", "0", "web")
+        call("umount", "/run/netns")
+
+
+def test_a_pod_of_podmans_has_one_vm_after_the_other(bundle, clean_dom0, firewall, podman, tmp_path, monkeypatch):
+    """Its sandbox, for which Podman wants a program that is never run, is none."""
+    shutil.copy(shutil.which("busybox"), tmp_path / "catatonit")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    bundle.add_applets("httpd", "hostname")
+    options = ["--pod", "inside", "--rootfs", str(bundle.rootfs)]
+    web = ["sh", "-c", "hostname >/tmp/page; exec httpd -f -h /tmp"]
+    try:
+        # in the cgroup that Podman 4.3 would make for the pod, nobody may open a device
+        made = podman("pod", "create", "--share-parent=false", "--name", "inside", "-p", "8083:80")
+        assert made.returncode == 0, made
+        for name in ("first", "again"):
+            started = podman("run", "-d", "--name", name, *options, *web)
+            assert started.returncode == 0, started
+            wait_until(lambda: fetch("http://127.0.0.1:8083/page") == b"inside\n", "the page", 60)
+            assert len(xl("list").splitlines()) == 3  # a heading, dom0 and one VM
+            refused = podman("run", *options, "true")
+            assert refused.returncode != 0 and b"containers cannot share a VM yet" in refused.stderr, refused
+            assert podman("rm", "--force", "--time", "0", name).returncode == 0
+    finally:
+        podman("pod", "rm", "--force", "--time", "0", "inside")
+        call("podman", "rmi", "--force", "--all")
         call("umount", "/run/netns")
 
 
