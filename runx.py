@@ -2234,6 +2234,7 @@ NAMESPACES = {
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
 PODMANS_PAUSE = ["/catatonit", "-P"]  # what it runs in a pod's sandbox, which has no mark
+PAUSE_ENDS = {2, 15}  # signals at which it, and Kubernetes' pause, exit with 0
 # of a VM by NETCONF, perhaps the image's, and addresses in each: a network takes a megabyte of dom0's memory
 NETWORKS_MAX = 32
 
@@ -7544,7 +7545,8 @@ class Sandbox:
                 numbers = receive(self.holder.link) or bytes([SIGKILL])
             elif not self.commit.take():
                 return FAILED
-        return 128 + min(ENDING_SIGNALS.intersection(numbers))
+        number = min(ENDING_SIGNALS.intersection(numbers))
+        return 0 if number in PAUSE_ENDS else 128 + number
 
 
 # ---- the process
