@@ -2282,13 +2282,15 @@ def parse_pod(annotations: dict[str, str], args: list[str]) -> tuple[bool, str]:
 
 
 def join_pod(config: Config, root: str) -> None:
-    """Take the host name of a pod's sandbox.  Raise Error where a namespace is named that is not its ipc or uts, which
-    nobody uses: all that is in one namespace would have to be in one VM."""
+    """Take host name and sysctls of a pod's sandbox.  Raise Error where a namespace is named that is not its ipc or
+    uts, which nobody uses: all that is in one namespace would have to be in one VM."""
     refused = list(config.joined)
     try:
         sandbox = Container(root, config.sandbox).load() if refused else None
         if sandbox and sandbox.state.is_sandbox and sandbox.status() != "stopped":
             config.hostname = config.hostname or sandbox.state.hostname
+            pods, _ = read_config(sandbox.folder)
+            config.linux.sysctl = {**Linux(pods.section("linux"), {}).sysctl, **config.linux.sysctl}
             for kind in {"ipc", "uts"}.intersection(refused):
                 if os.path.samefile(config.joined[kind], f"/proc/{sandbox.state.pid}/ns/{kind}"):
                     refused.remove(kind)

@@ -51,7 +51,7 @@ def test_in_a_pod_whose_sandbox_is_there_it_takes_them(tmp_path, monkeypatch, na
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 16384, 0, 0, 0, 0, 0, 0, 255]))
     monkeypatch.setattr(runx.os.path, "samefile", lambda path, other: "/ns/" in other and other != "/proc/self/ns/net")
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
-    monkeypatch.setattr(runx.Container, "load", lambda container: container)
+    monkeypatch.setattr(runx.Container, "load", lambda container: vars(container).update(folder=tmp_path) or container)
     monkeypatch.setattr(runx.State, "is_sandbox", True)
     assert answer(CONFIGS[name], tmp_path).split(";")[0] == "yes"
 

@@ -107,10 +107,14 @@ def test_containers_of_a_pod_have_its_namespaces_one_after_the_other(dom0):
     end(sandbox)
 
 
-def test_a_container_may_have_a_name_of_its_own(dom0):
-    sandbox = make_sandbox(dom0).started()
+def test_a_container_has_the_pods_sysctls_and_may_have_a_name_of_its_own(dom0):
+    entries = [entry for entry in namespaces() if entry["type"] != "cgroup"]
+    sysctl = {"net.ipv4.ip_unprivileged_port_start": "0", "kernel.shm_rmid_forced": "1"}
+    sandbox = make_sandbox(dom0, linux={"namespaces": entries, "sysctl": sysctl}).started()
     container = member(sandbox, "wait", hostname="own").started()
     assert hostname(container) == "own"
+    told = [operands for keyword, operands in container.guest()["records"] if keyword == "sysctl"]
+    assert told == [["sys/net/ipv4/ip_unprivileged_port_start", "0"], ["sys/kernel/shm_rmid_forced", "1"]]
     end(container, 143, "TERM")
     end(sandbox)
 
