@@ -2234,7 +2234,7 @@ NAMESPACES = {
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
 PODMANS_PAUSE = ["/catatonit", "-P"]  # what it runs in a pod's sandbox, which has no mark
-PAUSE_ENDS = {2, 15}  # signals at which it, and Kubernetes' pause, exit with 0
+PAUSE_ENDS = {2: 0, SIGKILL: 128 + SIGKILL, 15: 0}  # its exit status, and Kubernetes' pause's, at each that ends it
 # of a VM by NETCONF, perhaps the image's, and addresses in each: a network takes a megabyte of dom0's memory
 NETWORKS_MAX = 32
 
@@ -6500,7 +6500,7 @@ PR_SET_MM, PR_SET_MM_ARG_START, PR_SET_MM_ARG_END = 35, 8, 9  # <linux/prctl.h>
 TITLE_MAX = 4096  # bytes of the command line that the holder shows
 SHOWN: list[bytes] = []
 # signals that end a container which is not started, as they end runc's init, a Go program; others do nothing to it
-ENDING_SIGNALS: set[int] = {*range(1, 10), 11, 15, 16, 31}
+ENDING_SIGNALS = {*range(1, 10), 11, 15, 16, 31}
 
 
 class Holder:
@@ -7536,7 +7536,7 @@ class Sandbox:
         """Return its exit status."""
         signals = relay_signals(RELAYED)
         numbers = b""
-        while not ENDING_SIGNALS.intersection(numbers):
+        while PAUSE_ENDS.keys().isdisjoint(numbers):
             links = [self.control, signals, self.holder.link] + [self.commit.link] * (self.commit.given is None)
             ready = select.select(links, [], [])[0]
             if self.control in ready:  # "kill N", "destroy N"
@@ -7547,8 +7547,7 @@ class Sandbox:
                 numbers = receive(self.holder.link) or bytes([SIGKILL])
             elif not self.commit.take():
                 return FAILED
-        number = min(ENDING_SIGNALS.intersection(numbers))
-        return 0 if number in PAUSE_ENDS else 128 + number
+        return next(PAUSE_ENDS[number] for number in numbers if number in PAUSE_ENDS)
 
 
 # ---- the process
