@@ -7646,8 +7646,8 @@ def clean_up(container: Container, log: Log) -> bool:
     What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
     """
     state = refresh(container)
-    if not state.uuid:
-        return True  # it came no further
+    if not state.uuid or state.is_sandbox:
+        return True  # it came no further, or has no VM
     xenstore = Xenstore()
     living = find_domain(xenstore, state.uuid)
     domain = living or Domain(xenstore, state.domid, state.uuid)

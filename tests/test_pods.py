@@ -52,8 +52,11 @@ def test_a_sandbox_is_namespaces_and_no_vm(dom0):
     assert sandbox.runx("ps", "--format", "json").stdout == f"[{sandbox.pid()}]\n"
     for command, status in (("pause", "paused"), ("resume", "running")):
         assert (sandbox.runx(command).returncode, sandbox.status()) == (0, status)
-    assert dom0.calls("xl") == []
+    for what in ("xl", "xenstore"):
+        dom0.fail(what, 1, "EIO")
     end(sandbox)
+    assert (dom0.calls("xl"), dom0.calls("xenstore")) == ([], [])
+    dom0.forget()
 
 
 @pytest.mark.parametrize("annotations", [SANDBOX, {"io.kubernetes.cri-o.ContainerType": "sandbox"}, OF_PODMAN])
