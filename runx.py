@@ -986,7 +986,7 @@ class Domain:
             # one reply must hold all their names, or the guest cannot list them any more (XENSTORE_PAYLOAD_MAX)
             if len(xenstore.list(queue)) >= MOST_REQUESTS:
                 raise XenstoreError("list", queue, "E2BIG")
-            xenstore.write(f"{queue}/{key or format(time.time_ns(), '020d')}", request)
+            xenstore.write(f"{queue}/{key or format(time.monotonic_ns(), '020d')}", request)
             if xenstore.read(f"{self.path}/data/process/{number}/ready"):
                 xenstore.write(f"{self.path}/control/shutdown", "poweroff")
 

@@ -211,6 +211,32 @@ def test_signals_reach_the_process_by_name_and_number(dom0):
     remove(container)
 
 
+def test_what_a_vm_is_asked_for_keeps_its_order_when_the_clock_is_set_back(monkeypatch):
+    class Store:
+        names: list[str] = []
+
+        def transaction(self, work):
+            work()
+
+        def read(self, path):
+            return "/vm/u" if path.endswith("/vm") else ""
+
+        def list(self, path):
+            return self.names
+
+        def write(self, path, value):
+            self.names.append(path)
+
+        def write_all(self, steps):
+            pass
+
+    clock = iter([2 * 10**18, 10**18])
+    monkeypatch.setattr(runx.time, "time_ns", lambda: next(clock))
+    for number in (19, 18):  # STOP, and CONT while the VM is paused
+        runx.Domain(Store(), 5, "u").request(f"kill 0 {number}")
+    assert sorted(Store.names) == Store.names != []
+
+
 def test_kill_all_reaches_every_process(dom0):
     container = bring(dom0, "running", "wait")
     assert container.runx("kill", "--all", "--signal", "TERM").returncode == 0
