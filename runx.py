@@ -6404,6 +6404,8 @@ def end_redirection(state: State, vif: Vif) -> None:
         links = netlink.links()
         # by its number: it may have got another name, and another link its own
         ends = [link for link in links if (link.index == vif.index if vif.index else link.name == vif.device)]
+        if not is_held and os.path.samefile(namespace, "/proc/self/ns/net"):
+            return  # the path was by a pid, of a pod's sandbox, which is another process's by now
         ends += [link for link in links if link.name == f"{ours}{vif.number}"]
         others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
         for link in ends if is_held or not others else ():

@@ -145,6 +145,21 @@ def test_the_redirection_ends_with_the_vm_but_not_that_of_one_which_came_later(d
     ip("-n", "engine", "link", "delete", "vif999.0")
 
 
+def test_a_sandboxs_pid_that_is_another_process_by_now_leads_to_no_link_of_dom0s(dom0, ip, engines):
+    container = engines("wait").started()
+    dom0.run(program=["kill", "-9", str(container.stored()["monitor"][0]), str(container.pid())])
+    assert container.wait() in (-9, 137)
+    ip("link", "set", "ours", "alias", "theirs")
+
+    def change(state):
+        state["namespace"] = "/proc/1/ns/net"
+        state["plugged"][0]["index"] = links(ip)["ours"]["ifindex"]
+
+    container.store(change)
+    assert container.runx("delete").returncode == 0
+    assert links(ip)["ours"]["ifalias"] == "theirs"
+
+
 def test_what_is_plugged_while_the_vm_is_taken_down_leaves_nothing(dom0, ip, engines):
     container = engines("wait").created()
     dom0.fail("xl", 1, "slow", match="destroy")
