@@ -1830,6 +1830,8 @@ class Config:
         self.linux = Linux(linux, namespaces)
         self.annotations = spec.table("annotations")
         self.is_sandbox, self.sandbox = parse_pod(self.annotations, self.process.args if self.process else [])
+        if self.is_sandbox and self.hooks.get("startContainer"):
+            self.warnings.append("hooks.startContainer has no effect on the sandbox of a pod: nothing runs in it")
         self.resources = Resources(self.raw_resources, "config.json: linux.resources", self.base)
         self.cgroup = linux.text("cgroupsPath", "")
         rate = annotations.text("rate", "")
@@ -2283,7 +2285,9 @@ def parse_pod(annotations: dict[str, str], args: list[str]) -> tuple[bool, str]:
 
 def join_pod(config: Config, root: str) -> None:
     """Take host name and sysctls of a pod's sandbox.  Raise Error where a namespace is named that is not its ipc or
-    uts, which nobody uses: all that is in one namespace would have to be in one VM."""
+    uts, which nobody uses: all that is in one namespace would have to be in one VM; or where it wants a terminal."""
+    if config.is_sandbox and config.process and config.process.terminal:
+        raise Error("config.json: process.terminal: nothing runs at it in the sandbox of a pod: leave it out")
     refused = list(config.joined)
     try:
         sandbox = Container(root, config.sandbox).load() if refused else None
@@ -6400,12 +6404,12 @@ def end_redirection(state: State, vif: Vif) -> None:
             return  # it ended with the holder
         namespace = state.namespace
     try:
+        if not is_held and os.path.samefile(namespace, "/proc/self/ns/net"):
+            return  # the path was by a pid, of a pod's sandbox, which is another process's by now
         netlink = Rtnetlink(namespace)
         links = netlink.links()
         # by its number: it may have got another name, and another link its own
         ends = [link for link in links if (link.index == vif.index if vif.index else link.name == vif.device)]
-        if not is_held and os.path.samefile(namespace, "/proc/self/ns/net"):
-            return  # the path was by a pid, of a pod's sandbox, which is another process's by now
         ends += [link for link in links if link.name == f"{ours}{vif.number}"]
         others = [link for link in links if link.name.startswith("vif") and not link.name.startswith(ours)]
         for link in ends if is_held or not others else ():
@@ -7891,7 +7895,7 @@ def make_plan(call: Invocation) -> Plan:
     find_xl()
     fit_vcpus(config)
     take_ordinary_score()
-    networks = [Network(request, config.netconf_folders) for request in config.netconf]
+    networks = [Network(request, config.netconf_folders) for request in config.netconf if not config.is_sandbox]
     config.warnings += [f"{what} has no effect: nothing that is open on dom0 reaches a VM" for what in handed(call)]
     engine, console_socket = find_console(call, config.process)
     return Plan(

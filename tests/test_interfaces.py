@@ -517,6 +517,16 @@ def test_an_interface_that_plugins_make(dom0, networks):
     assert [call[0] for call in calls(dom0)].count("DEL") == 2
 
 
+def test_a_sandbox_takes_no_address_from_the_containers_of_its_pod(dom0, networks):
+    sandbox = networks({**BRIDGE, "type": "ptp"}, BRIDGE | {"name": "second"})
+    spec = json.loads((sandbox.bundle / "config.json").read_text())
+    sandbox.write({**spec, "annotations": {"io.kubernetes.cri.container-type": "sandbox"}})
+    sandbox.started()
+    assert (calls(dom0), sandbox.stored()["networks"]) == ([], [])
+    dom0.run(*sandbox.words("kill", sandbox.id, "TERM"))
+    finish(sandbox)
+
+
 def test_a_bridge_where_the_vm_asks_by_dhcp(dom0, ip, networks):
     ip("link", "add", "br7", "type", "bridge")
     container = networks({"name": "net", "type": "bridge", "bridge": "br7", "mtu": 1300}, address="").started()

@@ -90,6 +90,19 @@ def test_signals_that_end_nothing_leave_a_sandbox(dom0):
     assert sandbox.runx("delete").returncode == 0
 
 
+def test_a_terminal_that_nobody_would_send_is_refused(dom0):
+    sandbox = make_sandbox(dom0, terminal=True)
+    for words in (["create", "--console-socket", "/nowhere"], ["run"]):
+        refused = sandbox.runx(*words, "--bundle", str(sandbox.bundle))
+        assert "process.terminal: nothing runs at it in the sandbox of a pod" in refused.stderr
+
+
+def test_a_hook_that_no_vm_runs_is_a_warning(dom0):
+    sandbox = make_sandbox(dom0, hooks={"startContainer": [{"path": "/bin/true"}]}).started()
+    assert "level=warning" in sandbox.log_text() and "hooks.startContainer has no effect" in sandbox.log_text()
+    end(sandbox)
+
+
 def test_a_create_that_fails_leaves_nothing_of_a_sandbox(dom0):
     hooks = {"createRuntime": [{"path": "/bin/false"}]}
     refused = make_sandbox(dom0, hooks=hooks).create()
