@@ -2236,7 +2236,7 @@ NAMESPACES = {
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
 PODMANS_PAUSE = ["/catatonit", "-P"]  # what it runs in a pod's sandbox, which has no mark
-PAUSE_ENDS = {2: 0, SIGKILL: 128 + SIGKILL, 15: 0}  # its exit status, and Kubernetes' pause's, at each that ends it
+PAUSE_ENDS = {2: 0, 15: 0, SIGKILL: 137}  # its exit status, and Kubernetes' pause's, at each that ends it
 # of a VM by NETCONF, perhaps the image's, and addresses in each: a network takes a megabyte of dom0's memory
 NETWORKS_MAX = 32
 
@@ -2284,22 +2284,28 @@ def parse_pod(annotations: dict[str, str], args: list[str]) -> tuple[bool, str]:
 
 
 def join_pod(config: Config, root: str) -> None:
-    """Take host name and sysctls of a pod's sandbox.  Raise Error where a namespace is named that is not its ipc or
-    uts, which nobody uses: all that is in one namespace would have to be in one VM; or where it wants a terminal."""
+    """Take over what comes with the namespaces of a pod's sandbox, host name and sysctls.  Raise Error where one is
+    named that is not its network, ipc or uts, of which nobody uses the last two: all that is in one namespace would
+    have to be in one VM; or where a sandbox wants a terminal."""
     if config.is_sandbox and config.process and config.process.terminal:
         raise Error("config.json: process.terminal: nothing runs at it in the sandbox of a pod: leave it out")
-    refused = list(config.joined)
+    paths = {"net": config.namespace, "ipc": config.joined.get("ipc"), "uts": config.joined.get("uts")}
+    shared: list[str] = []
     try:
-        sandbox = Container(root, config.sandbox).load() if refused else None
-        if sandbox and sandbox.state.is_sandbox and sandbox.status() != "stopped":
-            config.hostname = config.hostname or sandbox.state.hostname
-            pods, _ = read_config(sandbox.folder)
-            config.linux.sysctl = {**Linux(pods.section("linux"), {}).sysctl, **config.linux.sysctl}
-            for kind in {"ipc", "uts"}.intersection(refused):
-                if os.path.samefile(config.joined[kind], f"/proc/{sandbox.state.pid}/ns/{kind}"):
-                    refused.remove(kind)
+        sandbox = Container(root, config.sandbox).load()
+        if sandbox.state.is_sandbox and sandbox.status() != "stopped":
+            own = f"/proc/{sandbox.state.pid}/ns"
+            shared += [kind for kind, path in paths.items() if path and os.path.samefile(path, f"{own}/{kind}")]
+            if "uts" in shared:
+                config.hostname = config.hostname or sandbox.state.hostname
+            spec, _ = read_config(sandbox.folder)
+            for name, value in spec.section("linux").table("sysctl").items():
+                kind = "net" if name.startswith("net") else "ipc"
+                if kind in shared:
+                    config.linux.sysctl.setdefault(name, value)
     except (Error, OSError):
         pass
+    refused = [kind for kind in config.joined if kind not in shared]
     if refused:
         owner = f"names {', '.join(refused)} of another container or of the host"
         raise Error(f"config.json: linux.namespaces {owner}, and containers cannot share a VM yet")

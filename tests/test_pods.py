@@ -124,6 +124,28 @@ def test_containers_of_a_pod_have_its_namespaces_one_after_the_other(dom0):
     end(sandbox)
 
 
+def sysctls(container):
+    return {value[0]: value[1] for name, value in container.guest()["records"] if name == "sysctl"}
+
+
+def test_a_container_has_the_sysctls_of_those_of_the_pods_namespaces_that_it_has(dom0):
+    of_pod = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ip_forward": "1", "kernel.shmmni": "7"}
+    entries = [entry for entry in namespaces() if entry["type"] != "cgroup"]
+    sandbox = make_sandbox(dom0, linux={"namespaces": entries, "sysctl": of_pod}).started()
+    port, forward, shm = (f"sys/{name.replace('.', '/')}" for name in of_pod)
+    for kinds, expected in (("ipc", "uts"), {port: "0", forward: "1", shm: "7"}), ((), {port: "0", forward: "1"}):
+        container = member(sandbox, "wait", kinds=kinds).started()
+        assert sysctls(container) == expected
+        end(container, 143, "TERM")
+    container = member(sandbox, "wait")
+    spec = json.loads((container.bundle / "config.json").read_text())
+    spec["linux"]["sysctl"] = {"net.ipv4.ip_forward": "0"}
+    container.write(spec)
+    assert sysctls(container.started()) == {port: "0", forward: "0", shm: "7"}
+    end(container, 143, "TERM")
+    end(sandbox)
+
+
 def test_a_container_has_the_pods_sysctls_and_may_have_a_name_of_its_own(dom0):
     entries = [entry for entry in namespaces() if entry["type"] != "cgroup"]
     sysctl = {"net.ipv4.ip_unprivileged_port_start": "0", "kernel.shm_rmid_forced": "1"}
