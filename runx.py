@@ -2235,8 +2235,8 @@ NAMESPACES = {
 }
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
-PODMANS_PAUSE = ["/catatonit", "-P"]  # what it runs in a pod's sandbox, which has no mark
-PAUSE_ENDS = {2: 0, 15: 0, SIGKILL: 137}  # its exit status, and Kubernetes' pause's, at each that ends it
+PODMANS_PAUSES = ["/catatonit", "-P"], ["/pause"]  # what it runs in a pod's sandbox, which has no mark
+PAUSE_ENDS = {2: 0, 15: 0, SIGKILL: 137}  # their exit status at each signal that ends them
 # of a VM by NETCONF, perhaps the image's, and addresses in each: a network takes a megabyte of dom0's memory
 NETWORKS_MAX = 32
 
@@ -2278,7 +2278,7 @@ def parse_pod(annotations: dict[str, str], args: list[str]) -> tuple[bool, str]:
     """Return whether it is a pod's sandbox, and else that one's id, or "": as containerd, CRI-O and Podman tell it."""
     words = annotations.get
     kind = words("io.kubernetes.cri.container-type") or words("io.kubernetes.cri-o.ContainerType")
-    is_podmans = words("io.container.manager") == "libpod" and args == PODMANS_PAUSE
+    is_podmans = words("io.container.manager") == "libpod" and args in PODMANS_PAUSES
     sandbox = words("io.kubernetes.cri.sandbox-id") or words("io.kubernetes.cri-o.SandboxID")
     return kind == "sandbox" or is_podmans, sandbox or ""
 
@@ -2289,13 +2289,15 @@ def join_pod(config: Config, root: str) -> None:
     have to be in one VM; or where a sandbox wants a terminal."""
     if config.is_sandbox and config.process and config.process.terminal:
         raise Error("config.json: process.terminal: nothing runs at it in the sandbox of a pod: leave it out")
-    paths = {"net": config.namespace, "ipc": config.joined.get("ipc"), "uts": config.joined.get("uts")}
+    paths = {**config.joined, "net": config.namespace or ""}
     shared: list[str] = []
     try:
         sandbox = Container(root, config.sandbox).load()
         if sandbox.state.is_sandbox and sandbox.status() != "stopped":
             own = f"/proc/{sandbox.state.pid}/ns"
-            shared += [kind for kind, path in paths.items() if path and os.path.samefile(path, f"{own}/{kind}")]
+            for kind in ("net", "ipc", "uts"):
+                if paths.get(kind) and os.path.samefile(paths[kind], f"{own}/{kind}"):
+                    shared.append(kind)
             if "uts" in shared:
                 config.hostname = config.hostname or sandbox.state.hostname
             spec, _ = read_config(sandbox.folder)

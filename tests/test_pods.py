@@ -59,13 +59,20 @@ def test_a_sandbox_is_namespaces_and_no_vm(dom0):
     dom0.forget()
 
 
-@pytest.mark.parametrize("annotations", [SANDBOX, {"io.kubernetes.cri-o.ContainerType": "sandbox"}, OF_PODMAN])
-def test_each_engine_marks_a_sandbox_in_its_own_way(dom0, annotations):
+@pytest.mark.parametrize(
+    "annotations, args",
+    [
+        (SANDBOX, []),
+        ({"io.kubernetes.cri-o.ContainerType": "sandbox"}, []),
+        (OF_PODMAN, ["/catatonit", "-P"]),
+        (OF_PODMAN, ["/pause"]),  # with --infra-image or infra_image in containers.conf
+    ],
+)
+def test_each_engine_marks_a_sandbox_in_its_own_way(dom0, annotations, args):
     sandbox = make_sandbox(dom0, annotations=annotations)
-    if annotations == OF_PODMAN:
-        spec = json.loads((sandbox.bundle / "config.json").read_text())
-        spec["process"]["args"] = ["/catatonit", "-P"]
-        sandbox.write(spec)
+    spec = json.loads((sandbox.bundle / "config.json").read_text())
+    spec["process"]["args"] = args or spec["process"]["args"]
+    sandbox.write(spec)
     sandbox.started()
     assert dom0.domains() == {}
     end(sandbox, 0, "TERM")
