@@ -6551,6 +6551,8 @@ def run_holder(config: Config, share: str, exported: bool, monitor: int, link: A
     name, process = config.hostname or os.uname().nodename, config.process
     with Attempt("enter the container's namespaces"):
         if config.namespace:
+            if os.path.samefile(config.namespace, "/proc/self/ns/net"):
+                raise Error(f"cannot join the network namespace {config.namespace}: it is the host's own by now")
             with Descriptor(os.open(config.namespace, os.O_RDONLY)) as fd:
                 system_call("setns", fd, CLONE_NEWNET)
         else:

@@ -160,6 +160,22 @@ def test_a_sandboxs_pid_that_is_another_process_by_now_leads_to_no_link_of_dom0s
     assert links(ip)["ours"]["ifalias"] == "theirs"
 
 
+def test_a_namespace_that_becomes_dom0s_while_the_vm_is_built_gives_it_no_link_of_dom0s(dom0, ip, engines):
+    """As /proc/PID/ns/net of a sandbox that was killed meanwhile."""
+    path = "/run/netns/sandboxs"
+    assert dom0.run(program=["ln", "-s", "/run/netns/engine", path]).returncode == 0
+    container = dom0.container("wait", linux={"namespaces": namespaces(network=path)})
+    dom0.fail("xl", 1, "slow", match="create")
+    create = container.start_runx("create", "--bundle", str(container.bundle))
+    dom0.ask("await_calls", "xl", "create")
+    assert dom0.run(program=["ln", "-sfn", "/proc/1/ns/net", path]).returncode == 0
+    dom0.ask("release")
+    result = create.wait()
+    dom0.run(program=["rm", path])
+    assert f"cannot join the network namespace {path}: it is the host's own" in result.stderr
+    assert not any(name.startswith("vif") for name in links(ip))
+
+
 def test_what_is_plugged_while_the_vm_is_taken_down_leaves_nothing(dom0, ip, engines):
     container = engines("wait").created()
     dom0.fail("xl", 1, "slow", match="destroy")
