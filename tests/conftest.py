@@ -502,14 +502,21 @@ def can_run_pvh():
     )
 
 
-@pytest.fixture
-def podman():
-    """Run podman, with runX as its runtime; afterwards, what podman leaves running or mounted is gone."""
-    if not shutil.which("podman"):
-        pytest.skip("needs podman")
+@contextlib.contextmanager
+def podman_commands():
+    """Yield what runs podman, with runX as its runtime; afterwards, what podman leaves running or mounted is gone."""
     yield lambda *args: call("podman", "--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX", *args)
     wait_until(lambda: "podman" not in [comm for _, comm in running()], "podman's own cleaning up")
     call("umount", "/var/lib/containers/storage/overlay")
+
+
+@pytest.fixture
+def podman():
+    """See podman_commands()."""
+    if not shutil.which("podman"):
+        pytest.skip("needs podman")
+    with podman_commands() as podman:
+        yield podman
 
 
 def shim_pid(name):

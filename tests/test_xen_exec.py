@@ -32,14 +32,12 @@ from conftest import (
     in_memory,
     namespaces,
     nodes,
-    processes,
     wait_for,
     wait_in,
     wait_in_xenstore,
     wait_until,
 )
 from test_xen_config import DATA, DEFAULT_CAPABILITIES, REPORT, compare, report, report_config
-from test_xen_network import docker_daemon
 from test_xen_streams import OUR_PS1, check_at_a_terminal, follows
 
 import runx
@@ -601,48 +599,3 @@ def test_containerd(clean_dom0):
     finally:
         call("ctr", "task", "rm", "--force", name)
         call("ctr", "container", "rm", name)
-
-
-def test_podman_and_its_health_check(clean_dom0, podman, bundle):
-    """The check's own timer would be systemd's."""
-    before = processes()
-    engine = ["podman", "--cgroup-manager", "cgroupfs", "--runtime", shutil.which(RUNTIME)]
-    health = ["--health-cmd", "[ -e /tmp/well ]", "--health-interval", "disable", "--health-retries", "1"]
-    options = ["--detach", "--network", "none", "--name", bundle.id, "--env", OUR_PS1, "--env", "PATH=/bin"]
-    started = call(*engine, "run", *options, *health, "--rootfs", str(bundle.rootfs), "sh", "-c", PROCESS)
-    assert started.returncode == 0, started
-    try:
-        check_exec([*engine, "exec"], [bundle.id])
-        well = bundle.rootfs / "tmp/well"
-        for change, status in ((well.touch, 0), (well.unlink, 1)):
-            change()
-            assert call(*engine, "healthcheck", "run", bundle.id).returncode == status
-    finally:
-        assert podman("rm", "--force", "--time", "0", bundle.id).returncode == 0
-        for pid, comm in processes() - before:
-            if comm == "conmon":  # that of an exec waits five minutes for somebody who asks for its status
-                with contextlib.suppress(ProcessLookupError):  # that of the container has just ended
-                    os.kill(pid, signal.SIGKILL)
-
-
-def test_docker_and_its_health_check(clean_dom0, bundle, tmp_path):
-    bundle.add_applets("rm")
-    (bundle.rootfs / "tmp/well").touch()
-    rootfs = subprocess.run(["tar", "-C", str(bundle.rootfs), "-c", "."], stdout=subprocess.PIPE, check=True)
-    health = ["--health-cmd", "[ -e /tmp/well ]", "--health-interval", "1s", "--health-retries", "1"]
-    with docker_daemon(tmp_path, "--bridge=none", "--iptables=false") as docker:
-        assert call(*docker, "import", "-", "test", input=rootfs.stdout).returncode == 0
-        options = ["--network", "none", "--runtime", RUNTIME.lower(), "--env", "PATH=/bin", "--env", OUR_PS1]
-        started = call(*docker, "run", "-d", *options, *health, "--name", "box", "test", "sh", "-c", PROCESS)
-        assert started.returncode == 0, started
-
-        def becomes(health):
-            look = [*docker, "inspect", "--format", "{{.State.Health.Status}}", "box"]
-            wait_until(lambda: call(*look).stdout.decode().strip() == health, f"the container {health}", 60)
-
-        becomes("healthy")
-        check_exec([*docker, "exec"], ["box"])
-        assert call(*docker, "exec", "box", "rm", "/tmp/well").returncode == 0
-        becomes("unhealthy")
-        assert "sh -c" in call(*docker, "top", "box").stdout.decode()
-        assert call(*docker, "rm", "--force", "box").returncode == 0

@@ -15,7 +15,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_in, wait_in_xenstore, wait_until, xl
+from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_in, wait_in_xenstore, wait_until
 
 import runx
 
@@ -499,28 +499,6 @@ def test_ctr_with_cni(network):
     assert result.stdout.endswith(b"hello from dom0\n") and b"fd77::" in result.stdout, result
 
 
-@contextlib.contextmanager
-def docker_daemon(folder, *options):
-    """Docker's daemon with runX as a runtime; yields the start of a docker command."""
-    host = f"unix://{folder}/docker.sock"
-    (folder / "daemon.json").write_text(json.dumps({"runtimes": {"runx": {"path": "/usr/sbin/runX"}}}))
-    command = ["dockerd", "--config-file", str(folder / "daemon.json"), "--host", host, *options]
-    for option in ("data-root", "exec-root", "pidfile"):
-        command += [f"--{option}", str(folder / option)]
-    with open(folder / "log", "wb") as log:
-        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    docker = ["docker", "--host", host]
-    try:
-        wait_until((folder / "docker.sock").exists, "dockerd", 60)  # at which a command waits until it is ready
-        yield docker
-    finally:
-        daemon.terminate()
-        daemon.wait()
-        call("umount", "-R", str(folder / "data-root"))
-        call("umount", "-R", str(folder / "exec-root"))
-        shutil.rmtree("/run/docker", ignore_errors=True)
-
-
 # Without it, tables that nobody had used before an engine did would stay as this has left them
 EMPTY_TABLES = b"""*filter
 :INPUT ACCEPT [0:0]
@@ -536,77 +514,15 @@ COMMIT
 """
 
 
-@pytest.fixture
-def firewall():
-    """Engines leave rules, a policy and a bridge of their own, for the next container."""
+@contextlib.contextmanager
+def engines_firewall():
+    """Engines leave rules, a policy and a bridge of their own, for the next container: for test_xen_docker.py and
+    test_xen_podman.py, which have these taken away."""
     links, rules = host_state()["links"], call("iptables-save").stdout
-    yield
-    for link in host_state()["links"] - links:
-        call("ip", "link", "del", link.split("@")[0].rstrip(":"))
-    call("iptables-restore", input=EMPTY_TABLES + rules)
+    try:
+        yield
+    finally:
+        for link in host_state()["links"] - links:
+            call("ip", "link", "del", link.split("@")[0].rstrip(":"))
+        call("iptables-restore", input=EMPTY_TABLES + rules)
     assert b":FORWARD DROP" not in call("iptables-save").stdout
-
-
-def test_podmans_network_with_a_published_port(bundle, clean_dom0, firewall, podman):
-    (bundle.rootfs / "page").write_text("hello from a VM\n")
-    bundle.add_applets("httpd")
-    options = ["-d", "--name", "web", "-p", "8081:80"]
-    try:
-        started = podman("run", *options, "--rootfs", str(bundle.rootfs), "httpd", "-f", "-h", "/")
-        assert started.returncode == 0, started
-        wait_until(lambda: fetch("http://127.0.0.1:8081/page") == b"hello from a VM\n", "the page", 60)
-    finally:
-        podman("rm", "--force", "--time", "0", "web")
-        call("umount", "/run/netns")
-
-
-def test_a_pod_of_podmans_has_one_vm_after_the_other(bundle, clean_dom0, firewall, podman, tmp_path, monkeypatch):
-    """Its sandbox, for which Podman wants a program that is never run, is none."""
-    shutil.copy(shutil.which("busybox"), tmp_path / "catatonit")
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    bundle.add_applets("httpd", "hostname")
-    options = ["--pod", "inside", "--rootfs", str(bundle.rootfs)]
-    web = ["sh", "-c", "hostname >/tmp/page; exec httpd -f -h /tmp"]
-    try:
-        # in the cgroup that Podman 4.3 would make for the pod, nobody may open a device
-        made = podman("pod", "create", "--share-parent=false", "--name", "inside", "-p", "8083:80")
-        assert made.returncode == 0, made
-        for name in ("first", "again"):
-            started = podman("run", "-d", "--name", name, *options, *web)
-            assert started.returncode == 0, started
-            wait_until(lambda: fetch("http://127.0.0.1:8083/page") == b"inside\n", "the page", 60)
-            assert len(xl("list").splitlines()) == 3  # a heading, dom0 and one VM
-            refused = podman("run", *options, "true")
-            assert refused.returncode != 0 and b"containers cannot share a VM yet" in refused.stderr, refused
-            assert podman("rm", "--force", "--time", "0", name).returncode == 0
-    finally:
-        podman("pod", "rm", "--force", "--time", "0", "inside")
-        call("podman", "rmi", "--force", "--all")
-        call("umount", "/run/netns")
-
-
-@pytest.mark.skipif(not shutil.which("dockerd"), reason="needs Docker")
-def test_docker_runs_a_container_twice_and_one_with_a_published_port(bundle, clean_dom0, firewall, tmp_path):
-    (bundle.rootfs / "page").write_text("hello from a VM\n")
-    bundle.add_applets("httpd")
-    rootfs = subprocess.run(["tar", "-C", str(bundle.rootfs), "-c", "."], stdout=subprocess.PIPE, check=True)
-    with docker_daemon(tmp_path) as docker:
-        assert call(*docker, "import", "-", "test", input=rootfs.stdout).returncode == 0
-        options = ["--runtime", "runx", "--env", "PATH=/bin", "--name"]
-        limits = ["--network", "none", "--memory", "80m", "--pids-limit", "50"]
-        script = "echo out; echo err >&2; cat /proc/version; exit 3"
-        result = call(*docker, "run", *limits, *options, "one", "test", "sh", "-c", script)
-        assert result.returncode == 3 and result.stderr.endswith(b"err\n"), result  # before it Docker's words on swap
-        assert result.stdout.startswith(b"out\nLinux version ") and b"-runx" in result.stdout
-        again = call(*docker, "start", "--attach", "one")  # the same container in another VM
-        assert again.returncode == 3
-        script = "cat /etc/hosts; exec httpd -f -h /"
-        started = call(*docker, "run", "-d", "-p", "8082:80", *options, "web", "test", "sh", "-c", script)
-        assert started.returncode == 0, started
-        wait_until(lambda: fetch("http://127.0.0.1:8082/page") == b"hello from a VM\n", "the page", 60)
-        assert b"172.17.0." in call(*docker, "logs", "web").stdout
-        _, row = call(*docker, "top", "web", "-efww").stdout.decode().splitlines()  # procps 4.0.4 cuts it otherwise
-        assert row.endswith(script), row  # by config.json: what the VM runs, only the VM knows
-        stats = call(*docker, "stats", "--no-stream", "--format", "{{.PIDs}} {{.MemUsage}}", "web")
-        assert stats.stdout.split()[0] not in (b"", b"0", b"--") and not stats.stderr, stats
-        assert call(*docker, "rm", "--force", "one", "web").returncode == 0
