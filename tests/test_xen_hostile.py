@@ -41,6 +41,9 @@ for module in list(sys.modules.values()):
         if path:
             print(path)
 """
+MOST_FILES = runx.NODES_MAX + runx.HANDLES_MAX + 256  # of a server
+FEW_NODES = 1 << 12  # for a server that comes to its limit soon: to open 32,768 files takes minutes
+FEW = f"import sys; sys.path.insert(0, '/usr/lib/runX'); import runx; runx.NODES_MAX = {FEW_NODES}; runx.run()"
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
 POLLS = {"x86_64": ("7", "271"), "aarch64": ("73",)}[os.uname().machine]  # numbers of poll and ppoll
 
@@ -126,15 +129,15 @@ class Guest:
 
 
 @contextlib.contextmanager
-def hostile_guest(bundle, ramdisk, connect="connect()"):
-    """Run a container with the program, and tell it to connect; yield its Guest."""
+def hostile_guest(bundle, ramdisk, connect="connect()", program=("runX",)):
+    """Run a container with the program, and tell it to connect; yield its Guest.  program: what is runX here."""
     spec = config("ignored")
     spec["annotations"] = {"org.runx.rootfs": "9p", "org.runx.memory": "160"}
     spec["vm"] = {"kernel": {"path": str(IMAGES[0]), "initrd": str(ramdisk), "parameters": ["quiet"]}}
     bundle.write_config(spec)
     before = file_servers()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(bundle.command("run"), **pipes) as process:
+    with subprocess.Popen([*program, *bundle.command("run")[1:]], **pipes) as process:
         try:
             guest = Guest(bundle, process, 0)
             guest.line(b"ready")
@@ -201,7 +204,7 @@ def test_a_hostile_guest_stays_in_its_share_and_within_its_bounds(bundle, ramdis
     for name in ("inside", "ok"):
         (work / name).write_text(name)
     (work / "large").write_text("x" * 4000)
-    with hostile_guest(bundle, ramdisk) as guest:
+    with hostile_guest(bundle, ramdisk, program=("python3", "-IS", "-c", FEW)) as guest:
         assert guest.line(b"= ") == b"None"
         guest("attach()")
         check_protocol(guest, outside)
@@ -244,18 +247,15 @@ def check_races(guest, work, outside):
 
 def check_bounds(guest):
     """Of what it takes for each open file there is room for all that it may open; and then it is told so."""
-    limits = {kind: resource.prlimit(guest.server, kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_DATA)}
-    most = runx.NODES_MAX + runx.HANDLES_MAX + 256
-    assert limits[resource.RLIMIT_NOFILE][0] <= most and limits[resource.RLIMIT_DATA][0] == runx.SERVING_DATA, limits
     guest("attach()")
     count, before, kernel = guest.open_files(), guest.data(), slab()
-    half = runx.NODES_MAX // 4 - 1  # attach() has two
+    half = FEW_NODES // 4 - 1  # attach() has two
     for first in (100, 100 + half):
         assert guest(f"fids({first}, {half})") == {"walk": {"done": half}, "open": {"done": half}}
     assert guest("fids(50_000, 1000)") == {"walk": {"EMFILE": 1000}, "open": {"EBADF": 1000}}
     opened = guest.open_files() - count
     assert opened == 4 * half
-    assert before + (guest.data() - before) / opened * most < runx.SERVING_DATA
+    assert before + (guest.data() - before) / opened * MOST_FILES < runx.SERVING_DATA
     assert (slab() - kernel) / opened < 2048
     guest("attach()")
     assert guest.open_files() == count
@@ -284,6 +284,8 @@ def test_a_guest_that_has_too_much_remembered_ends(bundle, ramdisk):
     with hostile_guest(bundle, ramdisk) as guest:
         assert guest.line(b"= ") == b"None"
         guest("attach()")
+        limits = [resource.prlimit(guest.server, kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_DATA)]
+        assert limits[0] <= MOST_FILES and limits[1] == runx.SERVING_DATA, limits
         limit = guest.data() + (8 << 20)
         resource.prlimit(guest.server, resource.RLIMIT_DATA, (limit, limit))
         guest("values(100, 80)")
