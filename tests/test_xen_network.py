@@ -189,27 +189,26 @@ def test_the_bridge_plugin_and_a_chain_of_others(bundle, network, outside):
 
 
 @pytest.fixture
-def cable(network):
-    """A second link of dom0's, testlink0, that ends in the bridge."""
-    call(*"ip link add testlink0 type veth peer name testlink1".split())
-    call(*"ip link set testlink1 master testbr0 up".split())
-    call(*"ip link set testlink0 up".split())
+def cables(network):
+    """Two links of dom0's: testlink0, which ends in the bridge, and testlink2, which ends in dom0, at 10.78.4.1."""
+    for command in (
+        "link add testlink0 type veth peer name testlink1", "link set testlink1 master testbr0 up",
+        "link add testlink2 type veth peer name testlink3", "address add 10.78.4.1/24 dev testlink3",
+        "link set testlink3 up", "link set testlink0 up", "link set testlink2 up",
+    ):  # fmt: skip
+        assert call("ip", *command.split()).returncode == 0, command
     yield
-    call(*"ip link del testlink1".split())
+    for name in ("testlink1", "testlink3"):
+        call("ip", "link", "del", name)
 
 
-@pytest.mark.parametrize("plugin", [{"type": "macvlan", "master": "testlink0"},
-                                    {"type": "host-device", "device": "testlink0"}])  # fmt: skip
-def test_links_of_the_hosts(bundle, network, cable, plugin):
-    netconf = network("link", **{"ipam": ipam(), **plugin})
-    result = bundle.run(wants(bundle, "sh", "-c", LOOK, netconf=[f"{netconf},auto"]))
-    assert b"hello from dom0" in result.stdout and b"default via 10.77.0.1" in result.stdout, result
-    wait_until(lambda: call(*"ip link show testlink0".split()).returncode == 0, "the link's way back")
-
-
-def test_two_vlans_of_one_link_have_its_mac_address_in_the_vm_too(bundle, network, cable):
+def test_links_of_the_hosts(bundle, network, cables):
+    """A VM with one of each kind: a macvlan, a device that moves and comes back, and two VLANs, whose MAC address is
+    their link's in the VM, too."""
     assert call("modprobe", "8021q").returncode == 0
-    netconf = []
+    netconf = [network("macvlan", type="macvlan", master="testlink0") + ",auto"]
+    device = {"type": "host-device", "device": "testlink2", "ipam": ipam("10.78.4.0/24", routes=[])}
+    netconf.append(network("device", **device) + ",10.78.4.7")
     for number in (5, 6):
         for command in (
             f"ip link add link testlink1 name testvlan{number} type vlan id {number}",
@@ -219,9 +218,13 @@ def test_two_vlans_of_one_link_have_its_mac_address_in_the_vm_too(bundle, networ
         vlan = {"type": "vlan", "master": "testlink0", "vlanId": number}
         netconf.append(network(f"v{number}", **vlan, ipam=ipam(f"10.78.{number}.0/24", routes=[])) + ",auto")
     mac = pathlib.Path("/sys/class/net/testlink0/address").read_text().strip()
-    script = "ip link; ping -c 1 -w 20 10.78.5.1 && ping -c 1 -w 20 10.78.6.1"
+    script = f"ip link; {LOOK}; for n in 4 5 6; do ping -c 1 -w 20 10.78.$n.1 >/dev/null && echo through $n; done"
     result = bundle.run(wants(bundle, "sh", "-c", script, netconf=netconf))
-    assert (result.returncode, result.stdout.decode().count(f"link/ether {mac} ")) == (0, 2), result
+    text = result.stdout.decode()
+    assert "hello from dom0" in text and "default via 10.77.0.1 dev eth0" in text, result
+    assert text.endswith("through 4\nthrough 5\nthrough 6\n") and "inet 10.78.4.7/24" in text, text
+    assert text.count(f"link/ether {mac} ") == 2, text
+    wait_until(lambda: call(*"ip link show testlink2".split()).returncode == 0, "the link's way back")
 
 
 def test_a_bridge_of_our_own_on_a_host_without_plugins(bundle, network, tmp_path):
@@ -344,15 +347,13 @@ def namespace(network):
 
 def test_the_engines_namespace_moves_into_the_vm_and_back_and_no_second_vm_gets_it(bundle, network, namespace, second):
     script = "ip -o link show eth3; " + LOOK.replace("cat /etc/resolv.conf;", "cat /proc/net/arp;")
-    result = bundle.run(wants(bundle, "sh", "-c", script, namespace=namespace))
-    text = result.stdout.decode()
-    assert "mtu 1400" in text and "02:00:00:00:77:03" in text and "10.77.0.33/24" in text, result
+    (bundle.rootfs / "page").write_text("hello from a VM\n")
+    bundle.started(wants(bundle, "sh", "-c", f"{script}; exec httpd -f -h /", namespace=namespace))
+    wait_until(lambda: fetch("http://10.77.0.33/page") == b"hello from a VM\n", "the page", 60)
+    text = bundle.output()
+    assert "mtu 1400" in text and "02:00:00:00:77:03" in text and "10.77.0.33/24" in text, text
     assert "fd77::33/64" in text and "10.99.0.0/16 via 10.77.0.1" in text and "02:00:00:00:77:99" in text
     assert "hello from dom0" in text
-    # and again
-    (bundle.rootfs / "page").write_text("hello from a VM\n")
-    bundle.started(wants(bundle, "httpd", "-f", "-h", "/", namespace=namespace))
-    wait_until(lambda: fetch("http://10.77.0.33/page") == b"hello from a VM\n", "the page", 60)
     others = second.root
     for root, path in (
         (bundle.root, namespace), (others, namespace),  # the engine's own root, and another one's
@@ -364,8 +365,9 @@ def test_the_engines_namespace_moves_into_the_vm_and_back_and_no_second_vm_gets_
         assert not (root / second.id).exists()
     assert fetch("http://10.77.0.33/page") == b"hello from a VM\n"
     bundle.succeed("delete", "--force")
-    second.created(wants(second, "true", namespace=namespace))
-    second.succeed("delete", "--force")
+    # and again, and back from one that ends by itself
+    result = second.run(wants(second, "sh", "-c", LOOK, namespace=namespace))
+    assert b"10.77.0.33/24" in result.stdout and b"hello from dom0" in result.stdout, result
     inside = call("ip", "netns", "exec", "test", "busybox", "ping", "-c", "1", "-w", "5", "10.77.0.1")
     assert inside.returncode == 0, inside
 
