@@ -2235,6 +2235,10 @@ NAMESPACES = {
 }
 NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 PODMANS_MARK = "/run/.containerenv"  # which it mounts into each container
+POD_MARKS = (
+    "io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType",
+    "io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID", "io.container.manager",
+)  # fmt: skip
 PODMANS_PAUSES = ["/catatonit", "-P"], ["/pause"]  # what it runs in a pod's sandbox, which has no mark
 PAUSE_ENDS = {2: 0, 15: 0, SIGKILL: 137}  # their exit status at each signal that ends them
 # of a VM by NETCONF, perhaps the image's, and addresses in each: a network takes a megabyte of dom0's memory
@@ -2276,11 +2280,9 @@ def check_namespace(kind: str, path: str) -> None:
 
 def parse_pod(annotations: dict[str, str], args: list[str]) -> tuple[bool, str]:
     """Return whether it is a pod's sandbox, and else that one's id, or "": as containerd, CRI-O and Podman tell it."""
-    words = annotations.get
-    kind = words("io.kubernetes.cri.container-type") or words("io.kubernetes.cri-o.ContainerType")
-    is_podmans = words("io.container.manager") == "libpod" and args in PODMANS_PAUSES
-    sandbox = words("io.kubernetes.cri.sandbox-id") or words("io.kubernetes.cri-o.SandboxID")
-    return kind == "sandbox" or is_podmans, sandbox or ""
+    kind, crios_kind, sandbox, crios_sandbox, manager = [annotations.get(mark, "") for mark in POD_MARKS]
+    is_podmans = manager == "libpod" and args in PODMANS_PAUSES
+    return (kind or crios_kind) == "sandbox" or is_podmans, sandbox or crios_sandbox
 
 
 def join_pod(config: Config, root: str) -> None:
@@ -8713,7 +8715,7 @@ def command_features(call: Invocation) -> None:
             "mountExtensions": {"idmap": off},
         },
         "annotations": {"org.runx.version": VERSION},
-        "potentiallyUnsafeConfigAnnotations": ["org.runx."],
+        "potentiallyUnsafeConfigAnnotations": ["org.runx.", *POD_MARKS],
     })  # fmt: skip
 
 

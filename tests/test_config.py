@@ -1019,7 +1019,7 @@ def test_features_are_what_the_specification_allows():
     assert linux["cgroup"] == {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False}
     assert [linux[key] for key in ("apparmor", "selinux", "intelRdt")] == [{"enabled": False}] * 3
     assert linux["mountExtensions"] == {"idmap": {"enabled": False}}
-    assert features["potentiallyUnsafeConfigAnnotations"] == ["org.runx."]
+    assert features["potentiallyUnsafeConfigAnnotations"] == ["org.runx.", *runx.POD_MARKS]
 
 
 @pytest.mark.parametrize("text, seconds", [("5s", 5), ("300ms", 0.3), ("1m30s", 90), ("1.5h", 5400)])
