@@ -6178,7 +6178,8 @@ def find_interfaces(container: Container, taken: int, log: Log) -> list[Interfac
     state, found = container.state, []
     if state.namespace is not None:
         inside = namespace_interfaces(f"/proc/{state.pid}/ns/net", log)
-        found = [each for each in inside if not each.device.startswith(f"vif{state.domid}.")]  # which are the VM's
+        # netback's are the VM's own, or of a pod's last one, of which dom0's kernel is about to make an end
+        found = [each for each in inside if not each.device.startswith("vif")]
     names = {f"eth{number}" for number in range(taken)}
     for interface in found:
         interface.rate = state.rate

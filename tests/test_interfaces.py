@@ -126,6 +126,17 @@ def test_containers_of_a_pod_have_its_interface_one_after_the_other(dom0, ip, en
     assert set(links(ip, "engine")) == {"lo", "eth0"}
 
 
+def test_the_vif_of_a_pods_last_container_is_no_interface_of_the_next_one(dom0, ip, engines):
+    """dom0's kernel takes it away by and by."""
+    ip("-n", "engine", "link", "add", "vif999.0", "type", "veth", "peer", "name", "guest999.0")
+    ip("-n", "engine", "link", "set", "vif999.0", "up")
+    container = engines("wait").started()
+    assert list(told(container)) == [MAC.replace(":", "")]
+    ip("-n", "engine", "link", "delete", "vif999.0")
+    dom0.run(*container.words("kill", container.id, "TERM"))
+    finish(container, 143)
+
+
 def test_a_namespace_belongs_to_one_vm(dom0, engines):
     first, second = engines("wait").created(), engines("wait")
     assert "cannot join the network namespace of another container" in second.create().stderr
