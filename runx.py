@@ -5689,7 +5689,9 @@ class Network:
         is_bridge = first.values["type"] == "bridge"
         if address == "auto" and not self.ipam:
             document.refuse('has no ipam that chooses an address: leave out "auto", and the VM asks by DHCP')
-        self.version = document.choice("cniVersion", CNI_VERSIONS, "0.2.0")
+        stated = [document.text("cniVersion", "0.2.0"), *document.texts("cniVersions")]
+        known = [version for version in stated if version in CNI_VERSIONS]
+        self.version = max(known, key=CNI_VERSIONS.index) if known else document.choice("cniVersion", CNI_VERSIONS)
         self.plugins = [plugin.values for plugin in plugins]  # the first one makes the interface
         self.ranges = parse_ranges(ipam)
         self.bridge = first.text("bridge", "cni0") if is_bridge else ""  # of the bridge plugin; "" for another one
@@ -5891,6 +5893,7 @@ def needs_plugins(network: Network, log: Log) -> bool:
 def plugin_configuration(network: Network, plugin: JsonObject) -> JsonObject:
     """What a plugin gets on standard input: SPEC.md "Deriving execution configuration from plugin configuration"."""
     configuration = {**plugin, "name": network.name, "cniVersion": network.version}
+    configuration.pop("capabilities", None)  # what it could take in runtimeConfig, and nobody gives
     if network.dhcp and plugin is network.plugins[0]:
         configuration["ipam"] = {}  # the VM asks for its address by itself
     if network.addresses:

@@ -375,6 +375,21 @@ def test_a_chain_is_executed_and_a_rate_limit_alone_is_netbacks(planned, plugin,
     assert made.calls == [["macvlan", {"name": "net", "type": "macvlan", "cniVersion": "0.2.0", "ipam": {}}]]
 
 
+@pytest.mark.parametrize(
+    "stated, version",
+    [
+        ({"cniVersions": ["0.3.1", "1.0.0"]}, "1.0.0"),
+        ({"cniVersion": "1.0.0", "cniVersions": ["0.4.0"]}, "1.0.0"),
+        ({"cniVersion": "9.0.0", "cniVersions": ["0.4.0", "9.1.0"]}, "0.4.0"),
+    ],
+)
+def test_the_highest_version_that_a_network_states_is_its_plugins(planned, stated, version):
+    """SPEC.md: and capabilities are for us, not for the plugin."""
+    document = {"name": "net", **stated, "plugins": [{"type": "macvlan", "capabilities": {"mac": True}}]}
+    _, made, _ = planned(document)
+    assert made.calls == [["macvlan", {"name": "net", "type": "macvlan", "cniVersion": version, "ipam": {}}]]
+
+
 def test_a_static_address_is_asked_of_the_plugin_in_its_own_way(planned, plugin, tmp_path):
     args = {"args": {"x": 1, "cni": {"y": 2}}}
     plugin("exit 0")
