@@ -154,12 +154,26 @@ static void apply_words(void)
 	enter_container();
 }
 
+enum { FILES_MAX = 64 };	/* init never has as many open, and the kernel gives the lowest number that is free */
+
+/*
+ * Links of /proc lead to what is open, and so out of the rootfs.  An image may name one as its program, or find it from
+ * a hook; what is closed when the program is executed is closed too late.
+ */
+static void close_files(void)
+{
+	for (int fd = 3; fd < FILES_MAX; fd++)
+		if (fd != parent && fd != hook_state)
+			close(fd);
+}
+
 /* before: the signal mask that the process starts with. */
 void run_process(const sigset_t *before)
 {
 	init_root = check(open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), "open", "/");
 	write_proc("self/oom_score_adj", "0");	/* init and this program are spared when memory runs out */
 	apply_words();
+	close_files();
 	read_ahead();
 	become_user();
 	run_hooks(before);

@@ -46,5 +46,6 @@ void execute(const sigset_t *before) __attribute__((noreturn));
 /* ---- hooks.c ---- */
 
 extern const struct keyword hook_keywords[];
+extern int hook_state;	/* a file with what they get on standard input, of which they need not read all; or -1 */
 
 void run_hooks(const sigset_t *before);

@@ -11,7 +11,7 @@ struct hook {
 };
 
 static struct hook *hooks, **hooks_end = &hooks;
-static int hook_state = -1;	/* a file with what they get on standard input, of which they need not read all */
+int hook_state = -1;
 
 enum { HOOK_LOOK = 10 };	/* milliseconds between looks whether a hook has ended */
 

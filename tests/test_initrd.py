@@ -346,6 +346,69 @@ def test_a_working_directory_outside_of_the_rootfs_is_refused(process, root):
     assert subprocess.run(["/program", "cwd", "."], cwd=root / "etc", check=False, **options).returncode == 0
 
 
+CONTAINER_MAIN = r"""
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+int main(int argc, char **argv)
+{
+	char message[MESSAGE_MAX] = "";
+	int sockets[2], status;
+	sigset_t none;
+
+	if (!strcmp(argv[1], "show"))
+		return puts("shown") < 0;
+	sigemptyset(&none);
+	socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets);
+	if (fork() == 0) {
+		parent = sockets[1];
+		take_words(argv[1], argv[argc - 1] + strlen(argv[argc - 1]) - argv[1]);
+		run_process(&none);
+	}
+	close(sockets[1]);
+	if (write(sockets[0], "", 1) == 1 && read(sockets[0], message, sizeof message - 1) > 0)
+		fputs(message, stderr);
+	return wait(&status) < 0 || status;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def container(compile_part):
+    return compile_part("container.c", CONTAINER_MAIN)
+
+
+def run_container(root, program, *words):
+    """Runs the words of a process in a ramdisk that is root, whose rootfs has a proc."""
+    (root / "mnt/rootfs/proc").mkdir(parents=True, exist_ok=True)
+    for folder in ("proc", "run"):
+        (root / folder).mkdir(exist_ok=True)
+    shutil.copy(program, root / "init")
+    shutil.copy(program, root / "mnt/rootfs/program")
+    script = 'mount --bind "$1" "$1" && mount -t proc proc "$1/proc" && exec chroot "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", root, "/init", "0", "mount", "proc", "/proc", "proc"]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("there are no mount namespaces for us")
+    return subprocess.run([*command, "0", "", *words], capture_output=True, text=True)
+
+
+def test_a_process_is_made_of_its_words(container, root):
+    result = run_container(root, container, "cwd", "/new/folder", "arg", "/program", "arg", "show")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "shown\n", "")
+    assert (root / "mnt/rootfs/new/folder").is_dir()
+
+
+@pytest.mark.parametrize("place", ["arg", "env"])
+def test_no_program_is_outside_of_the_rootfs(container, root, place):
+    """Links of /proc lead to what init has open, and an image names its program."""
+    for fd in range(3, 32):
+        path = f"/proc/self/fd/{fd}"
+        words = ["arg", f"{path}/init"] if place == "arg" else ["env", f"PATH={path}", "arg", "init"]
+        result = run_container(root, container, *words, "arg", "show")
+        assert (result.returncode != 0, result.stdout) == (True, ""), fd
+
+
 DOORBELL_MAIN = r"""
 int main(int argc, char **argv)
 {

@@ -315,6 +315,12 @@ class TestOfARunningContainer:
             (box.rootfs / "broken").chmod(0o755)
             assert box.refuse("/broken") == f'{failed}exec: "/broken": exec format error'
 
+    def test_no_program_is_outside_of_the_rootfs(self, box):
+        """Links of /proc lead to what init has open: its own busybox is no file of the container's."""
+        for fd in range(3, 16):
+            result = box.exec(f"/proc/self/fd/{fd}/bin/busybox", "echo", "shown")
+            assert (result.returncode, result.stdout) == (255, b""), (fd, result)
+
     def test_what_makes_no_sense_is_refused(self, box, tmp_path):
         assert "cannot use console socket if" in box.refuse("true", options=["--console-socket", tmp_path / "s"])
         assert "cannot allocate tty if" in box.refuse("true", options=["--detach", "--tty"])
