@@ -82,7 +82,8 @@ static pid_t start_hook(const struct hook *hook, int pipes[2][2], const sigset_t
 	if (pid)
 		return pid;
 	sigprocmask(SIG_SETMASK, before, NULL);
-	close(parent);	/* what goes wrong from here is the hook's output */
+	close(parent);
+	parent = -1;	/* what goes wrong from here is the hook's output */
 	if (lseek(hook_state, 0, SEEK_SET) < 0 || dup2(hook_state, 0) < 0 || dup2(pipes[0][1], 1) < 0 ||
 	    dup2(pipes[1][1], 2) < 0)
 		die("make", "the streams of a hook");

@@ -409,6 +409,13 @@ def test_no_program_is_outside_of_the_rootfs(container, root, place):
         assert (result.returncode != 0, result.stdout) == (True, ""), fd
 
 
+def test_a_hook_that_cannot_be_executed_is_told_with_the_reason(container, root):
+    words = ["state", "{}", "hook", "/no/such", "0", "1", "such", "0", "arg", "/program", "arg", "show"]
+    result = run_container(root, container, *words)
+    reason = "stdout: , stderr: exec /no/such: No such file or directory"
+    assert result.stderr == f"error running startContainer hook #0: exit status 127, {reason}"
+
+
 DOORBELL_MAIN = r"""
 int main(int argc, char **argv)
 {
