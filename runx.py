@@ -2936,8 +2936,6 @@ def guest_place(process: Process) -> Words:
 
 def guest_process(linux: Linux, process: Process, hooks: list[Hook], state: str) -> Words:
     """Yield what a process of the container gets, and what is executed before it."""
-    for limit in process.rlimits:
-        yield "rlimit", *limit
     yield "oom", process.oom_score_adj
     if process.io_priority is not None:
         yield "ioprio", process.io_priority
@@ -2963,6 +2961,8 @@ def guest_process(linux: Linux, process: Process, hooks: list[Hook], state: str)
         yield "arg", arg
     for variable in process.env:
         yield "env", variable
+    for limit in process.rlimits:  # the last, for init opens files for what is above
+        yield "rlimit", *limit
 
 
 # ==== rootfs =============================================================================================

@@ -103,10 +103,11 @@ def guest_words(config):
 
 
 def check_guest_words(config, spec):
-    """The guest is told of each mount, of the user, and at the end of the process's arguments and environment."""
+    """The guest is told of each mount, of the user, and at the end of the process's arguments, environment, limits."""
     words, process = guest_words(config), spec["process"]
     end = [word for arg in process["args"] for word in ("arg", arg)]
     end += [word for variable in process["env"] for word in ("env", variable)]
+    end += [word for limit in config.process.rlimits for word in ("rlimit", *map(str, limit))]
     assert words[-len(end) :] == end
     user = [str(process["user"].get(key, usual)) for key, usual in (("uid", 0), ("gid", 0), ("umask", 0o022))]
     at = words.index("user")

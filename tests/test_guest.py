@@ -104,7 +104,7 @@ CASES = [
     (plain(root={"path": "rootfs", "readonly": True}),
      text("mount", "", "/", "", BIND | REMOUNT | RDONLY, ""), "oom"),
     (plain(domainname="example"), ["domainname", "example"], "oom"),
-    (process(rlimits=[{"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}]), text("rlimit", 7, 5, 6), "oom"),
+    (process(rlimits=[{"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}]), text("rlimit", 7, 5, 6), None),
     (process(oomScoreAdj=-5), ["oom", "-5"], "capabilities"),
     (process(ioPriority={"class": "IOPRIO_CLASS_BE", "priority": 0}), text("ioprio", 2 << 13), "capabilities"),
     (process(ioPriority={"class": "IOPRIO_CLASS_RT", "priority": 4}), text("ioprio", 1 << 13 | 4), "capabilities"),
@@ -156,8 +156,9 @@ def test_words_stand_in_one_order_whatever_config_json_has(guest):
     words = guest(spec, capabilities={"bin/x": b"\1\2"})
     keywords = [
         "file_capability", "cgroup", "mount", "node", "mount", "node", "link", "terminal", "cwd", "mount", "hostname",
-        "domainname", "sysctl", "readonly", "mask", "propagation", "mount", "rlimit", "oom", "ioprio", "scheduler",
+        "domainname", "sysctl", "readonly", "mask", "propagation", "mount", "oom", "ioprio", "scheduler",
         "personality", "capabilities", "no_new_privileges", "seccomp", "user", "state", "hook", "group", "arg", "env",
+        "rlimit",
     ]  # fmt: skip
     place = 0
     for keyword in keywords:

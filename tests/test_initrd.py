@@ -358,7 +358,7 @@ int main(int argc, char **argv)
 	sigset_t none;
 
 	if (!strcmp(argv[1], "show"))
-		return puts("shown") < 0;
+		return puts(getenv("HOME")) < 0;
 	sigemptyset(&none);
 	socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets);
 	if (fork() == 0) {
@@ -395,7 +395,7 @@ def run_container(root, program, *words):
 
 def test_a_process_is_made_of_its_words(container, root):
     result = run_container(root, container, "cwd", "/new/folder", "arg", "/program", "arg", "show")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "shown\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "/\n", "")
     assert (root / "mnt/rootfs/new/folder").is_dir()
 
 
@@ -407,6 +407,14 @@ def test_no_program_is_outside_of_the_rootfs(container, root, place):
         words = ["arg", f"{path}/init"] if place == "arg" else ["env", f"PATH={path}", "arg", "init"]
         result = run_container(root, container, *words, "arg", "show")
         assert (result.returncode != 0, result.stdout) == (True, ""), fd
+
+
+def test_a_limit_of_open_files_is_for_the_process_and_not_for_init(container, root):
+    (root / "mnt/rootfs/etc").mkdir(parents=True)
+    (root / "mnt/rootfs/etc/passwd").write_text("x:x:7:7::/home/x:\n")
+    words = ["user", "7", "7", "18", "arg", "/program", "arg", "show", "rlimit", "7", "6", "6"]
+    result = run_container(root, container, *words)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "/home/x\n", "")
 
 
 def test_a_hook_that_cannot_be_executed_is_told_with_the_reason(container, root):
