@@ -94,6 +94,7 @@ static void end_former(unsigned long number)
 
 static void run(unsigned long number)
 {
+	char message[MESSAGE_MAX];
 	pid_t supervisor;
 
 	end_former(number);
@@ -101,10 +102,14 @@ static void run(unsigned long number)
 	supervisor = fork();
 	if (supervisor > 0)
 		return;
-	close(lock);	/* here the doorbell has no memory left, or this is the supervisor */
 	process_number = number;
-	check(supervisor, "fork", "a supervisor");
-	supervise_exec();
+	if (supervisor == 0) {
+		close(lock);
+		supervise_exec();
+	}
+	join(message, sizeof message, "fork a supervisor: ", strerror(errno), NULL);
+	report_end(CANNOT_START, message);	/* what else is asked for may still be possible */
+	process_number = 0;
 }
 
 /* The container is what lives in another mount namespace than init, or has none as its first thread has ended. */

@@ -152,11 +152,16 @@ void supervise_exec(void)
 }
 
 /* error: a sentence, or NULL. */
-void end_exec(int status, const char *error)
+void report_end(int status, const char *error)
 {
 	forget_process(process_number);
 	if (error)
 		tell("error", error);
 	tell("exit", decimal(status));
+}
+
+void end_exec(int status, const char *error)
+{
+	report_end(status, error);
 	_exit(0);
 }

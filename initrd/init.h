@@ -109,4 +109,5 @@ int supervise(void);
 
 void join_container(void);
 void supervise_exec(void) __attribute__((noreturn));
+void report_end(int status, const char *error);
 void end_exec(int status, const char *error) __attribute__((noreturn));

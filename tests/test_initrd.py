@@ -425,6 +425,12 @@ def test_a_hook_that_cannot_be_executed_is_told_with_the_reason(container, root)
 
 
 DOORBELL_MAIN = r"""
+pid_t fork(void)	/* there is no memory for another process */
+{
+	errno = ENOMEM;
+	return -1;
+}
+
 int main(int argc, char **argv)
 {
 	pid_t pid, supervisor;
@@ -432,7 +438,9 @@ int main(int argc, char **argv)
 
 	if (noted < 0 || (argc == 5 && (find_process(7, &pid, &supervisor) < 0 || supervisor != 222)))
 		return 2;
-	return is_early(argv[1], strtoul(argv[2], NULL, 10));
+	if (argc == 2)
+		run(7);
+	return argc == 2 ? 3 : is_early(argv[1], strtoul(argv[2], NULL, 10));
 }
 """
 
@@ -457,6 +465,12 @@ def doorbell(compile_part):
 def test_what_is_asked_of_a_process_waits_until_it_is_executed(doorbell, root, words, stays):
     (root / "run/process").mkdir(parents=True)
     assert run_in(root, doorbell, *words).returncode == stays
+
+
+def test_a_process_for_which_there_is_no_memory_ends_and_the_next_request_is_answered(doorbell, root):
+    (root / "run/process").mkdir(parents=True)
+    assert run_in(root, doorbell, "run").returncode == 3
+    assert not any((root / "run/process").iterdir())
 
 
 STREAMS_MAIN = r"""
