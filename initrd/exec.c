@@ -25,25 +25,38 @@ static int open_of_container(const char *name)
 }
 
 /*
+ * lines: of /proc/PID/cgroup, behind an end of line; others than that of version 2 are of what the container has mounted.
+ * Returns the file of the group's processes, or NULL.
+ */
+static char *find_group(char *lines)
+{
+	char *line = strstr(lines, "\n0::/");
+
+	if (!line)
+		return NULL;
+	strcpy(line + 1 + strcspn(line + 1, "\n"), "/cgroup.procs");
+	return line + sizeof "\n0::/" - 1;
+}
+
+/*
  * Into the group that init has made.  Where the container has made others below it, the kernel wants all processes in
  * those: then into that of the container's process.
  */
 static void join_cgroup(void)
 {
 	int root = open_cgroups(), file;
-	char path[4096] = "";
+	char lines[4096] = "\n", *path;
 
 	if (root < 0 || write_at(root, "container/cgroup.procs", "0") == 0)
 		return;
 	if (errno == ENOENT)	/* it was to have none */
 		return;
 	file = check(open_of_container("cgroup"), "open", "the container's cgroup");
-	ssize_t len = errno == EBUSY ? read(file, path, sizeof path - sizeof "/cgroup.procs") : -1;
-	if (len < 0)
+	if (errno != EBUSY || read(file, lines + 1, sizeof lines - 1 - sizeof "/cgroup.procs") < 0 ||
+	    !(path = find_group(lines)))
 		die("enter", "the container's cgroup");
 	close(file);
-	strcpy(path + strcspn(path, "\n"), "/cgroup.procs");	/* behind "0::/" */
-	check(write_at(root, path + 4, "0"), "enter the container's cgroup", path + 3);
+	check(write_at(root, path, "0"), "enter the container's cgroup", path);
 }
 
 /*

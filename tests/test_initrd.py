@@ -424,6 +424,26 @@ def test_a_hook_that_cannot_be_executed_is_told_with_the_reason(container, root)
     assert result.stderr == f"error running startContainer hook #0: exit status 127, {reason}"
 
 
+EXEC_MAIN = r"""
+#include <stdio.h>
+
+int main(int argc, char **argv)
+{
+	char lines[4096] = "\n";
+
+	(void)argc;
+	return puts(find_group(strcat(lines, argv[1]))) < 0;
+}
+"""
+
+
+@pytest.mark.parametrize("before", ["", "10:name=openrc:/\n", "2:name=0:/0::/x\n1:name=x:/\n"])
+def test_the_group_of_the_container_is_that_of_version_two(compile_part, before):
+    program = compile_part("exec.c", EXEC_MAIN)
+    result = subprocess.run([program, f"{before}0::/container/a b\n"], capture_output=True, text=True)
+    assert result.stdout == "container/a b/cgroup.procs\n"
+
+
 DOORBELL_MAIN = r"""
 pid_t fork(void)	/* there is no memory for another process */
 {
