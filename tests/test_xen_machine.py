@@ -428,13 +428,12 @@ def systemd():
     cgroups, private = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/run/systemd/private")
     before = set(cgroups.rglob("*/"))
     command = ["unshare", "--fork", "--pid", "--mount-proc", "--propagation", "slave"]
-    command += ["/lib/systemd/systemd", "--system", "--unit=basic.target"]
+    command += ["/lib/systemd/systemd", "--system", "--unit=lab.target"]
     pathlib.Path("/etc/machine-id").touch()
     units = private.parent / "system"
     units.mkdir(parents=True)
-    (units / "systemd-tmpfiles-setup.service").symlink_to(
-        "/dev/null"
-    )  # it would empty /tmp, where the test's files are
+    # of all that it would start, none is needed; and systemd-tmpfiles would empty /tmp, where the test's files are
+    (units / "lab.target").write_text("[Unit]\nDefaultDependencies=no\n")
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env={**os.environ, "container": "lab"}, start_new_session=True, **quiet)
     wait_in(private.parent, private.exists, "systemd's socket")
