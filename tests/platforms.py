@@ -31,6 +31,7 @@ FEATURES = {  # words of which one is in a test's name: it belongs to the first 
     "a VM of type PVH": ("pvh",),
     "Podman": ("podman",),
     "Docker": ("docker",),
+    "pods": ("test_xen_pods",),
     "containerd, ctr": ("containerd", "_ctr_", "[ctr-", "test_xen_engines"),
     "life: create to delete, hooks, kill, pause, update, how a VM ends": ("test_xen_life",),
     "standard streams and terminals": ("test_xen_streams", "test_xen_consoles"),

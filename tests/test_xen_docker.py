@@ -7,9 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import Bundle, call, difference, dom0_state, wait_in, wait_until
+from conftest import Bundle, call, difference, dom0_state, fetch, wait_in, wait_until
 from test_xen_exec import check_exec
-from test_xen_network import engines_firewall, fetch
+from test_xen_network import engines_firewall
 from test_xen_streams import OUR_PS1
 
 pytestmark = pytest.mark.skipif(not shutil.which("dockerd"), reason="needs Docker")

@@ -12,10 +12,20 @@ import signal
 import socket
 import subprocess
 import threading
-import urllib.request
 
 import pytest
-from conftest import IMAGE, Bundle, call, config, namespaces, wait_for, wait_in, wait_in_xenstore, wait_until
+from conftest import (
+    IMAGE,
+    Bundle,
+    call,
+    config,
+    fetch,
+    namespaces,
+    wait_for,
+    wait_in,
+    wait_in_xenstore,
+    wait_until,
+)
 
 import runx
 
@@ -67,15 +77,6 @@ def ipam(*subnets, **more):
     ranges = [[{"subnet": subnet}] for subnet in subnets or (SUBNET, "fd77::/64")]
     routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
     return {"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": str(LEASES), **more}
-
-
-def fetch(url):
-    """What a web server says, None while it does not."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.read()
-    except OSError:
-        return None
 
 
 def write_network(name="net", version="1.0.0", plugins=None, **settings):

@@ -7,9 +7,9 @@ import shutil
 import signal
 
 import pytest
-from conftest import Bundle, call, difference, dom0_state, podman_commands, processes, wait_until, xl
+from conftest import Bundle, call, difference, dom0_state, fetch, podman_commands, processes, wait_until, xl
 from test_xen_exec import check_exec
-from test_xen_network import engines_firewall, fetch
+from test_xen_network import engines_firewall
 from test_xen_streams import OUR_PS1
 
 pytestmark = pytest.mark.skipif(not shutil.which("podman"), reason="needs podman")
