@@ -763,21 +763,21 @@ def test_names_of_one_file_below_an_overlay_are_files_of_their_own(stored):
 def test_a_guest_that_knows_as_many_files_as_it_may_forgets_some_for_others(stored):
     """With a limit that comes sooner than the server's own."""
     (stored.rootfs / "many").mkdir()
-    for number in range(300):
+    for number in range(150):
         (stored.rootfs / f"many/{number}").write_text(f"{number}")
     before = file_servers()
     with guest_of(stored, python_config("-ISc", INTERPRETER)) as guest:
         (server,) = file_servers() - before
-        most = len(os.listdir(f"/proc/{server}/fd")) + 100
+        most = len(os.listdir(f"/proc/{server}/fd")) + 50
         resource.prlimit(server, resource.RLIMIT_NOFILE, (most, most))
         for _ in range(2):
-            assert guest("sum(int(get('/many/%d' % number)) for number in range(300))") == sum(range(300))
+            assert guest("sum(int(get('/many/%d' % number)) for number in range(150))") == sum(range(150))
         # what it has open it cannot forget
         guest("fds = []")
-        opening = "[fds.append(os.open('/many/%d' % number, os.O_RDWR)) for number in range(300)]"
+        opening = "[fds.append(os.open('/many/%d' % number, os.O_RDWR)) for number in range(150)]"
         assert guest(opening) == "ENFILE"
         guest("[os.close(fd) for fd in fds]")
-        assert guest("get('/many/299')") == b"299"
+        assert guest("get('/many/149')") == b"149"
 
 
 def test_a_container_whose_file_server_is_killed_ends_at_once_with_a_sentence(bundle):
