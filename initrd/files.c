@@ -107,6 +107,8 @@ static void apply_mount(char **word)
 	char *target = resolve(path, &missing);
 	struct stat st;
 
+	if (!(flags & MS_REMOUNT) && !strcmp(target, "/"))	/* only a process of exec would see what is there */
+		refuse(EINVAL, "mount over the rootfs at", path);
 	if (missing) {	/* it becomes a folder, or an empty file if it is a file that is bound there */
 		int is_file = flags & MS_BIND && stat(source, &st) == 0 && !S_ISDIR(st.st_mode);
 		check(make(target, is_file ? S_IFREG | 0644 : S_IFDIR | 0755, 0), "make", target);

@@ -417,6 +417,15 @@ def test_a_limit_of_open_files_is_for_the_process_and_not_for_init(container, ro
     assert (result.returncode, result.stdout, result.stderr) == (0, "/home/x\n", "")
 
 
+def test_nothing_is_mounted_over_the_rootfs_where_a_link_leads_to_it(container, root):
+    (root / "mnt/rootfs/etc").mkdir(parents=True)
+    (root / "mnt/rootfs/link").symlink_to("etc/..")
+    result = run_container(
+        root, container, "mount", "tmpfs", "/link", "tmpfs", "0", "", "arg", "/program", "arg", "show"
+    )
+    assert result.stderr == "mount over the rootfs at /link: Invalid argument"
+
+
 def test_a_hook_that_cannot_be_executed_is_told_with_the_reason(container, root):
     words = ["state", "{}", "hook", "/no/such", "0", "1", "such", "0", "arg", "/program", "arg", "show"]
     result = run_container(root, container, *words)
