@@ -1661,6 +1661,16 @@ class Container:
             return None
 
 
+def is_locked(container: Container) -> bool:
+    """Return whether another operation on it goes on."""
+    try:
+        with Descriptor(os.open(container.folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    return False
+
+
 def carriers_of(container: Container) -> dict[int, list[int]]:
     """pid and start time of who carries it, or 0 and 0, for each process of `exec` by its number."""
     found = {}
@@ -8342,6 +8352,12 @@ def command_kill(call: Invocation) -> None:
     """Ask for the signal and return; whether and when the container ends is its monitor's to see."""
     text = call.options.get("signal") or "".join(call.arguments[1:]) or "TERM"
     container, number, to_all = call.container(), parse_signal(text), "all" in call.options
+    if number == SIGKILL and container.load().state.status == "running" and is_locked(container):
+        try:
+            container.tell_monitor(f"kill {number}")  # now: what goes on may be an xl that hangs
+            return
+        except NotRunning:
+            pass  # as below
     with container:
         status = container.status(ask=number != SIGKILL)  # which must not wait for xl
         if status == "stopped" and to_all:

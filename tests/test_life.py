@@ -237,6 +237,18 @@ def test_what_a_vm_is_asked_for_keeps_its_order_when_the_clock_is_set_back(monke
     assert sorted(Store.names) == Store.names != []
 
 
+def test_a_kill_does_not_wait_for_a_command_whose_xl_hangs(dom0):
+    container = bring(dom0, "running", "wait")
+    dom0.fail("xl", 1, "slow", match="pause")
+    pause = container.start_runx("pause")
+    dom0.ask("await_calls", "xl", "pause")
+    assert kill(container, "KILL").returncode == 0
+    assert container.wait() == 137
+    dom0.ask("release")
+    pause.wait()
+    remove(container)
+
+
 def test_kill_all_reaches_every_process(dom0):
     container = bring(dom0, "running", "wait")
     assert container.runx("kill", "--all", "--signal", "TERM").returncode == 0
