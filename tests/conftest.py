@@ -70,12 +70,13 @@ def open_descriptors():
     return os.listdir("/proc/self/fd")
 
 
-def wait_until(condition, what, seconds=30):
-    """Wait for what nobody announces, such as another program's clean-up; fail after `seconds`."""
+def wait_until(condition, what, seconds=30, pause=0.05):
+    """Wait for what nobody announces, such as another program's clean-up; fail after `seconds`.  pause: where to look
+    takes a time that who is waited for could use."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still not after {seconds} s: {what}"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 # <sys/inotify.h>

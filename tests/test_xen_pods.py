@@ -102,7 +102,7 @@ def containerd(tmp_path_factory):
         words = ["--address", str(address), "--namespace", "k8s.io", "images", "import", str(folder / "image.tar")]
         imported = call("ctr", *words)
         assert imported.returncode == 0, imported
-        wait_until(lambda: has_image(address), "the image")
+        wait_until(lambda: has_image(address), "the image", pause=1)
         yield folder
     finally:
         daemon.terminate()
@@ -192,7 +192,7 @@ def test_containers_of_a_pod_have_its_network_and_name_one_after_the_other(run_p
     (token / "..new").symlink_to("..second")
     (token / "..new").rename(token / "..data")
     wait_for_pid(pid)
-    wait_until(lambda: pod.state(first)[:2] == (cri.EXITED, 7), "what containerd tells of the container's end")
+    wait_until(lambda: pod.state(first)[:2] == (cri.EXITED, 7), "containerd's word of the container's end", 60, pause=1)
     # as the kubelet starts it again: it removes the first one only later
     second = pod.start("app", IMAGE, "sh", "-c", SHOW + SERVE, mounts=mounts, attempt=1)
     *lines, interface, _ = log_of(tmp_path, "app-1.log", 9)
@@ -218,7 +218,7 @@ def test_neither_a_second_container_nor_the_sandboxs_death_disturb_the_first(run
     assert fetch(f"http://{address}:8080/token") == b"first\n"
     os.kill(pid, signal.SIGKILL)
     wait_for_pid(pid)
-    wait_until(lambda: not pod.status()[0], "what containerd tells of the sandbox's end")
+    wait_until(lambda: not pod.status()[0], "containerd's word of the sandbox's end", 60, pause=1)
     assert fetch(f"http://{address}:8080/token") == b"first\n"
     assert pod.exec(first, "echo", "still here") == (b"still here\n", 0)
     pod.call("StopPodSandbox", {1: pod.id})
