@@ -15,7 +15,7 @@
 #include <termios.h>
 
 enum { DLE = 0x10, EOT = 0x04 };
-enum { EOF_DELAY = 50 };	/* milliseconds */
+enum { EOF_DELAY = 50, LEFT_WAIT = 2000 };	/* milliseconds */
 enum { TERMINAL_MAX = 1 << 16 };	/* bytes; a terminal holds no more */
 
 struct stream {
@@ -238,9 +238,20 @@ static int tell_ended(void)
 }
 
 /*
- * The container ends with its process, so all others are killed then; what another process leaves behind stays.
- * Returns whether any is left that is to be waited for.
+ * A process that was executed beside the container's own stays a zombie until what it has left behind is heard: its pid
+ * is of nobody else meanwhile.  Returns whether it has ended.
  */
+static int is_over(pid_t pid, int *status)
+{
+	siginfo_t ended = { 0 };
+
+	if (waitid(P_PID, pid, &ended, WEXITED | WNOHANG | WNOWAIT) == 0 && !ended.si_pid)
+		return 0;
+	*status = ended.si_code == CLD_EXITED ? ended.si_status : 128 + ended.si_status;
+	return 1;
+}
+
+/* The container ends with its process, so all others are killed then.  Returns whether any is left. */
 static int reap(pid_t pid, int *status)
 {
 	pid_t child;
@@ -250,9 +261,7 @@ static int reap(pid_t pid, int *status)
 		if (child != pid)
 			continue;
 		*status = WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
-		forget_process(process_number);
-		if (process_number)
-			return 0;
+		forget_process(0);
 		if (is_there("/run/dhcp"))
 			set_up("release");
 		kill(-1, SIGKILL);
@@ -266,16 +275,13 @@ static int handle_signal(int signals, pid_t pid, int *status)
 	struct signalfd_siginfo info;
 
 	if (read(signals, &info, sizeof info) < 0 || info.ssi_signo != SIGWINCH)
-		return reap(pid, status);
+		return process_number ? !is_over(pid, status) : reap(pid, status);
 	set_window_size();
 	close_unread();
 	return 1;
 }
 
-/*
- * A process that was executed beside the container's own has ended.  What it has left running may hold its streams, and
- * write for ever: what is in them now is still carried.
- */
+/* What is in the output streams now is still carried, and no more: see close_left(). */
 static void find_left(void)
 {
 	for (int i = 1; i < 3; i++)
@@ -285,13 +291,29 @@ static void find_left(void)
 			streams[i].left = 0;
 }
 
-static void close_empty(void)
+/*
+ * A process that was executed beside the container's own has ended.  What it has left running, such as the tee of a
+ * pipeline, may hold its pipes and write for ever: it is heard for as long as engines listen to it under runc.  Returns
+ * for how many milliseconds to wait before the next call, or -1.
+ */
+static int close_left(void)
 {
+	static int64_t end;	/* when nobody listens any more; 0: not known, -1: that was before */
+
+	if (end >= 0) {
+		int64_t now = milliseconds();
+		end = end ? end : now + (terminal ? 0 : LEFT_WAIT);
+		if (now < end && !is_withdrawn())
+			return end - now;
+		end = -1;
+		find_left();
+	}
 	for (int i = 1; i < 3; i++) {
 		struct pollfd from = { streams[i].from, POLLIN, 0 };
 		if (streams[i].left <= 0 || (!is_pending(&streams[i]) && poll(&from, 1, 0) == 0))
 			close_end(&streams[i].from);
 	}
+	return -1;
 }
 
 /* A terminal that nothing has open is not waited for, for poll(2) would not wait: that it is opened is. */
@@ -319,11 +341,11 @@ static void take_opened(void)
 
 /*
  * Carries until all processes and the output have ended; returns the exit status of the process.  That of an exec is
- * killed when the host takes the consoles away: nobody is there for it any more.
+ * killed when the host takes the consoles away, for nobody is there for it any more, and what it has left is not heard.
  */
 int carry(pid_t pid, int signals)
 {
-	int status = 0, mortal = process_number != 0;
+	int status = 0, mortal = process_number != 0, delay = -1;
 
 	running = 1;
 	check(fcntl(in->to, F_SETFL, O_NONBLOCK), "set", "the standard input");
@@ -331,16 +353,12 @@ int carry(pid_t pid, int signals)
 		struct pollfd fds[6] = { [5] = { mortal ? out->to : -1, 0, 0 } };
 
 		set_events(fds, signals);
-		if (poll(fds, COUNT(fds), running ? tell_ended() : -1) <= 0)
+		if (poll(fds, COUNT(fds), running ? tell_ended() : delay) < 0)
 			continue;
 		if (fds[4].revents)
 			take_opened();
-		if (fds[3].revents && !(running = handle_signal(signals, pid, &status))) {
-			mortal = 0;
+		if (fds[3].revents && !(running = handle_signal(signals, pid, &status)))
 			deserted = 0;	/* or for good */
-			if (process_number)
-				find_left();
-		}
 		for (int i = 0; i < 3; i++) {
 			if (fds[i].revents && is_pending(&streams[i])) {
 				flush(&streams[i]);
@@ -360,9 +378,10 @@ int carry(pid_t pid, int signals)
 			kill(pid, SIGKILL);
 		}
 		if (!running && process_number)
-			close_empty();
+			delay = close_left();
 	}
 	tcdrain(out->to);
 	tcdrain(err->to);
+	waitpid(pid, NULL, WNOHANG);	/* see is_over() */
 	return status;
 }

@@ -431,6 +431,19 @@ class TestOfARunningContainer:
         box.sh(f"kill {child}")
         wait_until(lambda: "sleep 4320" not in box.sh("ps -o args"), "the child to end")
 
+    def test_what_it_leaves_running_is_heard_for_a_while(self, box):
+        """Such as the tee that a shell writes to, which has more to do when the shell has ended."""
+        script = """
+            mkfifo /tmp/heard
+            {
+                while read -r word; do kept=$word; done; n=0; while [ $n -lt 3000 ]; do n=$((n + 1)); done
+                echo $kept; echo error >&2
+            } </tmp/heard &
+            exec >/tmp/heard; echo hello; exit 3
+        """
+        result = box.exec("sh", "-c", script)
+        assert (result.returncode, result.stdout, result.stderr) == (3, b"hello\n", b"error\n"), result
+
     def test_one_whose_output_nobody_reads_holds_up_no_other(self, box):
         blocked = box.begin("dd if=/dev/zero bs=1000 count=500 2>/dev/null; exit 7")
         assert blocked.stdout.read(1) == b"\0"  # of more a pipe may give less
