@@ -244,6 +244,10 @@ def unknown_fids():
     return wrong(["EBADF"], cases)
 
 
+# mostly of small numbers, so that they mean something now and then; one in eight is any
+NOISE = (0, 0, 0, 1, 2, 4, 255) * 256 + tuple(range(256))
+
+
 def types(seed):
     """Every type, with every length of a body of noise about fids that are known: it has its own reply, or an error."""
     chance = random.Random(seed)
@@ -251,9 +255,7 @@ def types(seed):
     for kind in sorted({*range(256)} - {VERSION}):
         for length in (0, 3, 4, 12, 17, 40, 200):
             fid = struct.pack("<I", chance.choice((WORK, NEW, UNKNOWN)))
-            # of small numbers, so that they mean something now and then
-            noise = bytes(chance.choice((0, 0, 0, 1, 2, 4, 255, chance.randrange(256))) for _ in range(length))
-            body = (fid + noise)[:length]
+            body = (fid + bytes(chance.choices(NOISE, k=length)))[:length]
             messages.append(struct.pack("<IBH", 7 + length, kind, 1) + body)
     replies = rings[0].exchange(messages)
     return [
