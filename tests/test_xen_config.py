@@ -143,7 +143,15 @@ def compare(runc, runx, *limits):
     assert not different
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in DATA.glob("*.json")))
+def documents():
+    """Of tests/data, without those that differ from the one before in nothing but ociVersion."""
+    found = {}
+    for path in sorted(DATA.glob("*.json")):
+        found.setdefault(json.dumps({**json.loads(path.read_text()), "ociVersion": ""}), path.stem)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", documents())
 def test_the_default_config_of_an_engine_is_what_it_is_under_runc(reports, busybox, name):
     """tests/data: what each engine has written for a plain `run`, with its version."""
     spec = json.loads((DATA / f"{name}.json").read_text())
@@ -654,9 +662,8 @@ def test_special_files_on_the_rootfs(busybox):
         "null": ("crw-r--r--", ["0", "0"]), "disk": ("brw-r--r--", ["0", "0"]),
         "file": ("-rw-r--r-T", ["0", "0"]), "forged": ("-rw-r--r-T", ["0", "0"]),
     }, listed  # fmt: skip
-    # the next VM sees the same
-    again = busybox.run(config("ls", "-l", "/made")).stdout.decode().splitlines()
-    assert again == listed[2:]
+    # they are such files on dom0, too
+    assert call("busybox", "ls", "-ln", str(made)).stdout.decode().splitlines() == listed[2:]
 
 
 def test_a_container_runtime_runs_in_the_container(busybox):
