@@ -6789,12 +6789,15 @@ class Builder:
         self.share = container.path("share")
         self.sizes = vm_sizes(config)
         self.populated = self.sizes["memory" if on_x86() else "maxmem"]  # MiB; see Domain.set_memory()
+        self.xenstore: Xenstore
         self.rootfs = Rootfs()
         self.sources: list[str] = []  # paths in the share
         self.ramdisk: BinaryIO | None = None
 
     def prepare(self, bundle: str, systemd: bool) -> None:
         """Have on dom0 what the holder is to be in.  systemd: it makes the cgroup."""
+        if not self.config.is_sandbox:
+            self.xenstore = Xenstore()  # first: where it is not to be had, there is nothing to give back
         self.begin(bundle)
         os.close(self.container.lock_fd)  # who comes when create has died knows whom to wait for
         self.enter_cgroup(systemd)
@@ -6803,7 +6806,7 @@ class Builder:
 
     def build(self) -> Domain:
         """Return the domain."""
-        xenstore = Xenstore()
+        xenstore = self.xenstore
         self.rootfs = choose_rootfs(self.config)
         try:
             xl_cfg = self.write_settings(*self.write_boot_files())

@@ -159,6 +159,14 @@ def test_a_create_whose_processes_are_killed_leaves_nothing_after_delete(dom0):
     try_each(dom0, lambda nth: dom0.fail_system_call(nth, "kill"), life)
 
 
+def test_a_create_without_xenstored_leaves_nothing(dom0):
+    container = dom0.container()
+    dom0.constants["XENSTORED_SOCKET"] = "/no/such"
+    refused = container.create()
+    assert refused.returncode == 1 and "xenstored" in refused.stderr, refused
+    assert not (container.root / container.id).exists()
+
+
 def test_who_removes_what_a_killed_create_has_begun_waits_for_its_monitor(dom0):
     """Which could write its state into the folder of the next container of that id."""
     container = dom0.container()
