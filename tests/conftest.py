@@ -513,10 +513,13 @@ def can_run_pvh():
     )
 
 
+PODMAN = ["podman", "--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX"]
+
+
 @contextlib.contextmanager
 def podman_commands():
     """Yield what runs podman, with runX as its runtime; afterwards, what podman leaves running or mounted is gone."""
-    yield lambda *args: call("podman", "--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX", *args)
+    yield lambda *args: call(*PODMAN, *args)
     wait_until(lambda: "podman" not in [comm for _, comm in running()], "podman's own cleaning up")
     call("umount", "/var/lib/containers/storage/overlay")
 

@@ -376,6 +376,8 @@ int main(int argc, char **argv)
 
 @pytest.fixture(scope="session")
 def container(compile_part):
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("there are no mount namespaces for us")
     return compile_part("container.c", CONTAINER_MAIN)
 
 
@@ -388,8 +390,6 @@ def run_container(root, program, *words):
     shutil.copy(program, root / "mnt/rootfs/program")
     script = 'mount --bind "$1" "$1" && mount -t proc proc "$1/proc" && exec chroot "$@"'
     command = ["unshare", "--mount", "sh", "-c", script, "sh", root, "/init", "0", "mount", "proc", "/proc", "proc"]
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("there are no mount namespaces for us")
     return subprocess.run([*command, "0", "", *words], capture_output=True, text=True)
 
 

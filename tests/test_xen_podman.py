@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import Bundle, call, difference, dom0_state, fetch, podman_commands, processes, wait_until, xl
+from conftest import PODMAN, Bundle, call, difference, dom0_state, fetch, podman_commands, processes, wait_until, xl
 from test_xen_exec import check_exec
 from test_xen_network import engines_firewall
 from test_xen_streams import OUR_PS1
@@ -84,7 +84,7 @@ def test_no_process_of_dom0s_is_shown(box, podman):
 
 
 def test_exec(box):
-    check_exec(["podman", "--cgroup-manager", "cgroupfs", "--runtime", "/usr/sbin/runX", "exec"], [box.id])
+    check_exec([*PODMAN, "exec"], [box.id])
 
 
 def test_a_health_check(box, podman):
