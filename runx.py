@@ -2886,7 +2886,7 @@ def guest_files(config: Config, sources: Iterator[str], capabilities: dict[str, 
             yield "link", content, f"/dev/{name}"
     if config.process:
         yield from guest_place(config.process)
-    if config.netconf and not any(entry.destination.rstrip("/") == "/etc/resolv.conf" for entry in config.mounts):
+    if config.netconf and not any(os.path.normpath(entry.destination) == "/etc/resolv.conf" for entry in config.mounts):
         yield ("resolv_conf",)
 
 

@@ -477,6 +477,7 @@ int main(int argc, char **argv)
 {
 	char *slash = strrchr(argv[0], '/'), *name = slash ? slash + 1 : argv[0];
 
+	/* An image may name /proc/self/exe as its program, and that is this one. */
 	return !strcmp(name, "poweroff") ? doorbell_main() : !strcmp(name, "xs") ? xs_main(argc, argv) :
-	       !strcmp(name, "net") ? net_main() : init_main();
+	       !strcmp(name, "net") ? net_main() : !strcmp(name, "init") ? init_main() : CANNOT_EXECUTE;
 }

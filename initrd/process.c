@@ -350,8 +350,8 @@ static int read_file_ahead(const char *path)
 	struct stat st;
 	int fd;
 
-	if (stat(path, &st) < 0 || !S_ISREG(st.st_mode) || (fd = open(path, O_RDONLY | O_CLOEXEC)) < 0)
-		return 0;
+	if (stat(path, &st) < 0 || !S_ISREG(st.st_mode) || (fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC)) < 0)
+		return 0;	/* it may be a fifo by now */
 	for (off_t at = 0; at < st.st_size && at < AHEAD_MAX; at += AHEAD_STEP)
 		posix_fadvise(fd, at, AHEAD_STEP, POSIX_FADV_WILLNEED);
 	close(fd);

@@ -237,5 +237,5 @@ def test_a_network_brings_resolv_conf_unless_the_engine_does(guest, tmp_path, ow
     spec["process"]["env"].append("NETCONF=/etc/cni/net.d/x,net")
     if own:
         (tmp_path / "file").touch()
-        spec["mounts"] = [{"destination": "/etc/resolv.conf/", "source": "file", "options": ["bind"]}]
+        spec["mounts"] = [{"destination": "/etc//./resolv.conf/", "source": "file", "options": ["bind"]}]
     assert ("resolv_conf" in guest(spec)) == there

@@ -588,6 +588,18 @@ F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ since Python 3.10
 PAGE = os.sysconf("SC_PAGESIZE")
 
 
+def test_init_of_another_name_is_the_program_of_an_image_and_does_nothing(compile_part, root):
+    """Else it would mount, and wait for a host that never answers; in a pid namespace it cannot end this machine."""
+    named = compile_part(
+        "init.c", "int main(int argc, char **argv)\n{\n\treturn main_of_init(argc - 1, argv + 1);\n}\n"
+    )
+    shutil.copy(named, root / "program")
+    (root / "dev").mkdir()
+    command = ["unshare", "--mount", "--pid", "--fork", "chroot", root, "/program", "/proc/self/exe"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr, os.listdir(root / "dev")) == (126, "", [])
+
+
 @pytest.fixture(scope="session")
 def memory(compile_part):
     return compile_part("init.c", "int main(void)\n{\n\treturn was_short_of_memory();\n}\n")
