@@ -33,9 +33,10 @@ ELSEWHERE_LIMIT = 2100  # seconds after BEGAN: on a slow machine others take as 
 TEST_TIME_LIMIT = 900  # seconds, for one test in a dom0; the longest one takes 6 minutes
 PYTHON_TIME_LIMIT = 600  # seconds, for the fast tests under one Python
 PYTEST = ["-pplugin", "-pno:cacheprovider", "-rs"]
-# What every Python runs too is the rest: these start many processes, or none that runs runx.py.
+# What every Python runs too is the rest: these start many processes, or none that runs runx.py, or their own python3.
 ONE_PYTHON = (
-    "commands", "exec", "failures", "initrd", "interfaces", "lab", "life", "machine", "mutations", "shape", "streams",
+    "commands", "exec", "failures", "initrd", "install", "interfaces", "lab", "life", "machine", "mutations", "shape",
+    "streams", "yocto",
 )  # fmt: skip
 NONE_SELECTED = 5  # pytest's status where -k, or a path, leaves nothing
 
