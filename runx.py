@@ -3673,6 +3673,7 @@ PREFIXES_MAX = 1 << 15  # of files' numbers: each file system in the share has o
 CONTENT_MAX = 1 << 17  # bytes of a file in a message
 ENTRIES_MAX = 1 << 15  # bytes of a folder's entries that are read at once
 COPY_MAX = 1 << 22  # bytes that are copied before the next request is looked at
+ACCESS_LIST, ACCESS_LIST_MAX = b"system.posix_acl_", 4 + 124 * 8  # bytes: 124 entries are a KiB of dom0's kernel
 SETTLED = 20_000_000  # ns after which a change gets another time than the last one: two ticks of the slowest clock
 CLOCK_REALTIME_COARSE = 5  # <linux/time.h>: that of the times of files
 # <linux/magic.h>: apparmorfs, binfmt_misc, bpf, cgroup, cgroup2, configfs, debugfs, efivarfs, fusectl, mqueue, nfsd,
@@ -3801,6 +3802,13 @@ def mount_of(node: Node) -> int:
 
 def list_xattrs(node: Node) -> bytes:
     return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(node.path))
+
+
+def check_xattr(name: bytes, size: int) -> None:
+    """Raise OSError for a long access list: dom0's kernel keeps it in memory that no cgroup counts, and where files are
+    in memory too, beside what their file system may take."""
+    if name.startswith(ACCESS_LIST) and size > ACCESS_LIST_MAX:
+        refuse(errno.ENOSPC)  # as ext4, for which there is one of its blocks
 
 
 class Files:
@@ -4666,7 +4674,7 @@ class Fuse(FuseNames):
         try:
             return self.xattr(size, self.on_xattr(node, name, os.getxattr, node.path, name))
         except OSError as error:
-            if error.errno == errno.EOPNOTSUPP and name.startswith(b"system.posix_acl_"):
+            if error.errno == errno.EOPNOTSUPP and name.startswith(ACCESS_LIST):
                 refuse(errno.ENODATA)  # to the guest's kernel the other one is a reason to open nothing
             raise
 
@@ -4676,6 +4684,7 @@ class Fuse(FuseNames):
     def setxattr(self, node: Node, size: int, flags: int, more: int, name: bytes, value: bytes) -> None:
         if len(value) < size:
             refuse(errno.EINVAL)
+        check_xattr(name, size)
         self.on_xattr(node, name, os.setxattr, node.path, name, value[:size], flags)
         if more & ACL_KILL_SGID:
             os.chmod(node.path, stat.S_IMODE(os.fstat(node.fd).st_mode) & ~stat.S_ISGID)
@@ -4939,6 +4948,7 @@ class NineP(NinePFids):
         fid.check_unused()
         if not name or size > XATTR_MAX:
             refuse(errno.E2BIG if name else errno.EINVAL)
+        check_xattr(name, size)
         fid.xattr, fid.value, fid.size, fid.flags = name, b"", size, flags
 
     def readdir(self, fid: Fid, offset: int, size: int) -> bytes:

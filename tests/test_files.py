@@ -672,7 +672,8 @@ def acl(*entries):
 
 
 NONE = 0xFFFFFFFF
-FOR_USER_1000 = acl((1, 7, NONE), (2, 6, 1000), (4, 5, NONE), (0x10, 7, NONE), (0x20, 0, NONE))
+FEW = (4, 5, NONE), (0x10, 7, NONE), (0x20, 0, NONE)  # what follows users
+FOR_USER_1000 = acl((1, 7, NONE), (2, 6, 1000), *FEW)
 
 
 def test_access_lists_count_and_are_inherited(share):
@@ -708,6 +709,22 @@ def test_an_access_list_of_a_stranger_takes_set_group_id(share):
                 raise
             pytest.skip(f"no access lists in {share.host}")
     assert not os.stat(share.host / "file").st_mode & stat.S_ISGID
+
+
+@pytest.mark.parametrize("name", [ACL_ACCESS, ACL_DEFAULT])
+def test_a_long_access_list_is_refused_for_dom0s_kernel_would_keep_it(tmp_path, name):
+    """124 entries are not too many, and another attribute may be as long."""
+    fits, long = (acl((1, 7, NONE), *((2, 6, uid) for uid in range(count - 4)), *FEW) for count in (124, 125))
+    guest = served.Guest(runx.Fuse(os.open(tmp_path, os.O_PATH), CAPABILITIES))
+    ninep = served.NinePGuest(runx.NineP(os.open(tmp_path, os.O_PATH), CAPABILITIES))
+    results = []
+    for fid, (title, value) in enumerate([(name, long), (name, fits), ("user.a", long)], 1):
+        body = struct.pack("<4I", len(value), 0, 0, 0) + os.fsencode(title) + b"\0" + value
+        ninep.walk(fid)
+        asked = ninep.request("xattrcreate", fid, os.fsencode(title), len(value), 0)[0]
+        results.append((guest.request("setxattr", 1, body)[0], asked))
+    assert results[0] == (errno.ENOSPC, errno.ENOSPC)
+    assert set(results[1:]) <= {(0, 0), (errno.EOPNOTSUPP, 0)}, results
 
 
 def test_the_file_systems_space_is_told(share):
