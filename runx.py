@@ -3146,6 +3146,22 @@ def resolve_in_root(root: str, path: str, ends: Sequence[list[str]] = ()) -> lis
     return names
 
 
+def mount_places(root: str, mounts: list[Mount]) -> tuple[list[list[str]], list[Mount]]:
+    """Return the names below root of where the guest will mount something, and of each what that is, without what is in
+    another mount.  Of a mount whose links lead on without end, the guest says so."""
+    covered: list[list[str]] = []
+    found = []
+    for entry in mounts:
+        try:
+            names = resolve_in_root(root, entry.destination, covered)
+        except OSError:
+            continue
+        if names not in covered:
+            covered.append(names)
+            found.append(entry)
+    return covered, found
+
+
 # ---- the share
 
 
@@ -3160,7 +3176,7 @@ def build_share(folder: str, config: Config) -> list[str]:
     os.mkdir(f"{folder}/mounts")
     if os.path.isdir(config.rootfs):
         mount(config.rootfs, rootfs, MS_BIND | MS_REC)
-        restrict(rootfs)
+        restrict(rootfs, seal_rootfs(rootfs, config) if config.readonly else 0)
     paths = []
     for number, entry in enumerate(filter(Mount.on_host, config.mounts)):
         paths.append(f"mounts/{number}")
@@ -3176,6 +3192,37 @@ def build_share(folder: str, config: Config) -> list[str]:
     # what is left of the folder itself is memory of the host's, which the guest must not fill
     mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
     return paths
+
+
+def seal_rootfs(rootfs: str, config: Config) -> int:
+    """Return MS_RDONLY if dom0 can keep the guest from ever writing to the rootfs: all that init makes in it are places
+    for mounts and the working directory, which are made now.  Else 0: it is the guest that makes it read-only."""
+    if config.machine.rootfs not in ("9p", "auto"):
+        return 0  # it is not served
+    if config.machine.own_init:
+        return MS_RDONLY
+    covered, mounts = mount_places(rootfs, config.mounts)
+
+    def is_covered(path: str) -> bool:
+        try:
+            return resolve_in_root(rootfs, path, covered) in covered
+        except OSError:
+            return True  # links that lead on without end: nothing is made there
+
+    nodes = [*(f"/dev/{name}" for _, name in DEVICE_LINKS), *(path for path, *_ in config.linux.devices)]
+    if not all(map(is_covered, nodes)):
+        return 0
+    wanted = [(entry.destination, entry.is_folder()) for entry in mounts]
+    others = [("/etc/resolv.conf", False)] if config.netconf else []
+    others += [(config.process.cwd, True)] if config.process else []
+    umask = os.umask(0o022)
+    for path, folder in (*wanted, *(each for each in others if not is_covered(each[0]))):
+        try:
+            os.close(find_in_root(rootfs, path, folder, make=True))
+        except OSError:
+            pass  # why it cannot be made, the guest says
+    os.umask(umask)
+    return MS_RDONLY
 
 
 def change_root(share: str, config: Config, exported: bool) -> None:
@@ -6759,12 +6806,7 @@ def load_module(root: str, path: str) -> tuple[str, bytes]:
 
 def check_executable(root: str, process: Process, mounts: list[Mount]) -> None:
     """Find process.args[0] in root as the guest will, unless a mount may cover it.  Raise Error in runc's words."""
-    covered: list[list[str]] = []  # the names below root of where the guest will mount
-    for entry in mounts:
-        try:
-            covered.append(resolve_in_root(root, entry.destination, covered))
-        except OSError:
-            pass  # links that lead on without end: of the mount, the guest says so
+    covered, _ = mount_places(root, mounts)
     name = process.args[0]
     by_path, reason = "/" not in name, "executable file not found in $PATH"
     path = next((value[5:] for value in process.env if value.startswith("PATH=")), "")

@@ -279,7 +279,10 @@ def container(root, tmp_path):
         mount_entry("/own/below", source=volume),
         mount_entry("/fifo", source=volume),
     ]
-    config = SimpleNamespace(rootfs=str(root), mounts=mounts, readonly=False)
+    config = SimpleNamespace(
+        rootfs=str(root), mounts=mounts, readonly=False, machine=SimpleNamespace(rootfs="auto", own_init=False),
+        linux=SimpleNamespace(devices=[]), process=SimpleNamespace(cwd="/work/deep"), netconf=[],
+    )  # fmt: skip
     return SimpleNamespace(config=config, share=str(tmp_path / "share"), volume=volume)
 
 
@@ -306,6 +309,62 @@ def test_the_share_has_the_rootfs_and_what_dom0_mounts(container, tmp_path):
     ]  # fmt: skip
     assert len(targets) == 7
     assert sorted(os.listdir(share)) == ["mounts", "rootfs"] and os.listdir(share / "rootfs") == []
+
+
+def written(container):
+    """What comes of writing to the share's rootfs and to a volume, an errno or None; and what is new in the rootfs."""
+    before = {str(path) for path in pathlib.Path(container.config.rootfs).rglob("*")}
+
+    def work():
+        runx.build_share(container.share, container.config)
+        results = []
+        for path in ("rootfs/new", "mounts/0/new"):
+            try:
+                pathlib.Path(container.share, path).touch()
+                results.append(None)
+            except OSError as error:
+                results.append(error.errno)
+        return results
+
+    results = in_own_mounts(work)
+    new = {str(path) for path in pathlib.Path(container.config.rootfs).rglob("*")} - before
+    return results, sorted(path[len(container.config.rootfs) :] for path in new)
+
+
+def test_a_read_only_rootfs_cannot_be_written_by_any_guest_and_has_the_places_for_its_mounts(container):
+    container.config.readonly = True
+    container.config.mounts.insert(0, mount_entry("/dev", "tmpfs", "tmpfs", 0))
+    container.config.mounts.append(mount_entry("/dev/pts", "devpts", "devpts", 0))
+    container.config.linux.devices = [("/dev/fuse", 0o20666, 10, 229, 0, 0)]
+    container.config.netconf = [("NETCONF", "/file", "net", "")]
+    before = os.umask(0o077)
+    try:
+        results, made = written(container)
+    finally:
+        os.umask(before)
+    assert results == [errno.EROFS, None]
+    assert made == ["/data", "/dev", "/etc/note", "/etc/resolv.conf", "/own", "/proc", "/work", "/work/deep"]
+    root = pathlib.Path(container.config.rootfs)
+    assert (root / "etc/note").is_file() and (root / "work/deep").stat().st_mode & 0o7777 == 0o755
+
+
+@pytest.mark.parametrize("case", ["nodes", "a node elsewhere", "not asked for", "in memory", "its own init", "links"])
+def test_who_makes_more_than_places_for_mounts_in_the_rootfs_may_write_there(container, case):
+    config = container.config
+    config.readonly = case != "not asked for"
+    if case != "nodes":
+        config.mounts.insert(0, mount_entry("/dev", "tmpfs", "tmpfs", 0))
+    if case == "a node elsewhere":
+        config.linux.devices = [("/srv/node", 0o20666, 1, 3, 0, 0)]
+    config.machine.rootfs = "ramdisk" if case == "in memory" else "9p"
+    config.machine.own_init = case == "its own init"
+    if case == "links":  # an image's do not keep it writable
+        os.symlink("dev", f"{config.rootfs}/dev")
+        os.symlink("etc/name", f"{config.rootfs}/own")
+        config.process.cwd = "/dev"
+    results, made = written(container)
+    assert results[0] == (errno.EROFS if case in ("its own init", "links") else None)
+    assert made == (["/data", "/etc/note", "/proc"] if case == "links" else ["/new"] * (results[0] is None))
 
 
 def test_a_share_without_a_folder_as_rootfs_and_with_a_file_system_of_dom0s(tmp_path):
@@ -398,9 +457,12 @@ def test_an_empty_folder_hides_what_the_image_has_where_the_vm_mounts(container)
     assert found["/proc"] == found["/own"] == []
 
 
-def test_the_holders_root_is_as_read_only_as_the_containers(container):
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_the_holders_root_is_as_read_only_as_the_containers(container, is_sealed):
     container.config.readonly = True
-    assert changed_root(container, True)[0]["written"] == errno.EROFS
+    container.config.mounts += [mount_entry("/dev", "tmpfs", "tmpfs", 0)] * is_sealed
+    found = changed_root(container, True)[0]
+    assert (found["written"], found["/data/file"], found["/etc/note"]) == (errno.EROFS, "of the volume", "of the note")
 
 
 def test_without_the_files_the_holders_root_is_empty(container):
