@@ -3716,6 +3716,7 @@ NODES_MAX, HANDLES_MAX = 1 << 15, 1 << 14  # each has a descriptor and about 2 K
 READERS_MAX = 128  # files that are kept open, as the guest reads them without opening
 FIXED_MAX = 1024  # processes that look up again, at a time, what they cannot change
 LISTS_MAX, LISTS_OF_ONE = 64, 4  # folders that dom0's kernel may have the names of, and of one as it was each time
+LISTS_SIZE = 8 << 20  # bytes of these folders together, unless one alone has more: about half a million names
 PREFIXES_MAX = 1 << 15  # of files' numbers: each file system in the share has one
 CONTENT_MAX = 1 << 17  # bytes of a file in a message
 ENTRIES_MAX = 1 << 15  # bytes of a folder's entries that are read at once
@@ -3798,10 +3799,13 @@ class Node:
 class Handle:
     """An open file or folder, closed when nobody has the Handle any more."""
 
-    __slots__ = ("fd", "node", "position", "__weakref__")
+    __slots__ = ("fd", "node", "position", "listed", "__weakref__")
 
     def __init__(self, fd: int, node: Node) -> None:
         self.fd, self.node, self.position = fd, node, 0
+        self.listed: tuple[
+            int, ...
+        ] = ()  # which folder, and in what state, it was read from its beginning; its size last
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -3815,17 +3819,24 @@ class Lists:
         self.refer = import_core("weakref").ref
         self.read: list[Any] = []  # references to Handles, the latest last
 
-    def read_next(self, handle: Handle) -> None:
+    def read_next(self, handle: Handle, anew: bool) -> None:
         """This one is read.  Those for which it is too much are opened anew: they go on by their place, which is
-        another one then if the folder was changed meanwhile.  Raise OSError."""
-        if handle.node.sizeless or self.read and self.read[-1]() is handle:
+        another one then if the folder was changed meanwhile.  anew: from its beginning.  Raise OSError."""
+        if handle.node.sizeless or not anew and self.read and self.read[-1]() is handle:
             return
+        if anew or not handle.listed:
+            handle.listed = handle.node.inode, *content_state(os.fstat(handle.fd))
         others = [each for reference in self.read if (each := reference()) and each is not handle]
         same = [each for each in others if each.node.inode == handle.node.inode]
-        for each in {*same[: 1 - LISTS_OF_ONE], *others[: 1 - LISTS_MAX]}:
+        kept = {each.listed: each.listed[-1] for each in (*others, handle)}  # one list of names and its size, of each
+        for each in others:
+            if each.listed != handle.listed and sum(kept.values()) > LISTS_SIZE:
+                kept.pop(each.listed, 0)
+        too_many = {*same[: 1 - LISTS_OF_ONE], *others[: 1 - LISTS_MAX]}
+        for each in too_many.union(each for each in others if each.listed not in kept):
             with Descriptor(os.open(each.node.path, os.O_RDONLY | os.O_DIRECTORY)) as fd:
                 os.dup2(fd, each.fd, False)
-            each.position = 0
+            each.position, each.listed = 0, ()
             others.remove(each)
         self.read = [self.refer(each) for each in (*others, handle)]
 
@@ -3982,7 +3993,7 @@ class Files:
 
     def entries(self, handle: Handle, offset: int, room: int, least: int, unit: int = 1) -> Iterator[Listed]:
         """Yield what is next in a folder.  Each takes of the room what is least and its name, in whole units."""
-        self.lists.read_next(handle)
+        self.lists.read_next(handle, not offset)
         if offset != handle.position:
             os.lseek(handle.fd, offset, os.SEEK_SET)
         handle.position = offset

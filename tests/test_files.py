@@ -1129,44 +1129,87 @@ def test_a_folder_whose_offsets_have_all_bits_is_read_to_its_end(guest, monkeypa
     assert guest.request("readdir", node, struct.pack("<QQI", handle, offset, 4096)) == (0, b"")
 
 
-def test_dom0s_kernel_has_to_keep_the_names_of_few_folders(guest, tmp_path, monkeypatch):
-    """An overlay's are in its memory from when they are first read until that descriptor is closed."""
-    monkeypatch.setattr(runx, "LISTS_MAX", 6)
-    monkeypatch.setattr(runx, "LISTS_OF_ONE", 3)
-    names = {b"%02d" % number for number in range(40)}
-    for name in names:
-        (tmp_path / "share/folder" / os.fsdecode(name)).touch()
-        (tmp_path / f"share/other{os.fsdecode(name)}").mkdir()
+class Folders:
+    """What a guest reads in folders."""
 
-    def open_folder(name):
-        return (node := guest.look_up(name)), struct.unpack_from("<Q", guest.done("opendir", node, bytes(8)))[0]
+    def __init__(self, guest, path):
+        self.guest, self.path = guest, path
 
-    def read(node, handle, offset=0):
+    def open(self, name):
+        node = self.guest.look_up(name)
+        return node, struct.unpack_from("<Q", self.guest.done("opendir", node, bytes(8)))[0]
+
+    def read(self, node, handle, offset=0):
         """Some names, and the offset behind them."""
-        body, found = guest.done("readdir", node, struct.pack("<QQI", handle, offset, 300)), []
+        body, found = self.guest.done("readdir", node, struct.pack("<QQI", handle, offset, 300)), []
         while body:
             _, offset, length, _ = runx.FUSE_DIRENT.unpack_from(body)
             found.append(body[24 : 24 + length])
             body = body[24 + (length + 7 & ~7) :]
         return found, offset
 
-    def kept():
-        handles = guest.fuse.known.handles.values()
+    def read_on(self, opened, begun):
+        """All names, of which some were read already."""
+        found, offset = more, _ = begun
+        while more:
+            more, offset = self.read(*opened, offset)
+            found = found + more
+        return sorted(found)
+
+    def kept(self):
+        """How many are open of which names were read."""
+        handles = self.guest.fuse.known.handles.values()
         return sum(os.lseek(handle.fd, 0, os.SEEK_CUR) != 0 for handle in handles)
 
-    opened = [open_folder(b"folder") for _ in range(5)]
-    begun = [read(*each) for each in opened]
-    assert kept() == 3
+
+@pytest.fixture
+def folders(guest, tmp_path):
+    return Folders(guest, tmp_path / "share")
+
+
+def test_dom0s_kernel_has_to_keep_the_names_of_few_folders(folders, monkeypatch):
+    """An overlay's are in its memory from when they are first read until that descriptor is closed."""
+    monkeypatch.setattr(runx, "LISTS_MAX", 6)
+    monkeypatch.setattr(runx, "LISTS_OF_ONE", 3)
+    names = {b"%02d" % number for number in range(40)}
+    for name in names:
+        (folders.path / "folder" / os.fsdecode(name)).touch()
+        (folders.path / f"other{os.fsdecode(name)}").mkdir()
+    opened = [folders.open(b"folder") for _ in range(5)]
+    begun = [folders.read(*each) for each in opened]
+    assert folders.kept() == 3
     for each, (found, offset) in zip(opened, begun):
         assert 0 < len(found) < len(names)
-        more = found
-        while more:
-            more, offset = read(*each, offset)
-            found = found + more
-        assert sorted(found) == sorted([*names, b".", b".."])
+        assert folders.read_on(each, (found, offset)) == sorted([*names, b".", b".."])
     for name in names:
-        read(*open_folder(b"other" + name))
-    assert kept() == 6
+        folders.read(*folders.open(b"other" + name))
+    assert folders.kept() == 6
+
+
+def test_dom0s_kernel_has_to_keep_the_names_of_one_large_folder_at_a_time(folders, monkeypatch):
+    """Or of one in several states; not of how many read it in one state, for these share a list."""
+    names = [b"%03d" % number for number in range(100)]
+    for name in (b"one", b"two"):
+        (folders.path / os.fsdecode(name)).mkdir()
+        for each in names:
+            (folders.path / os.fsdecode(name) / os.fsdecode(each)).touch()
+    os.utime(folders.path / "one", ns=(1, 1))  # so that it has another one after the next change
+    monkeypatch.setattr(runx, "LISTS_SIZE", os.stat(folders.path / "one").st_size * 3 // 2)
+    first, *others = (folders.open(b"one") for _ in range(4))
+    begun = [folders.read(*each) for each in (first, *others)]
+    assert folders.kept() == 4
+    second = folders.open(b"two")
+    begun.append(folders.read(*second))
+    assert folders.kept() == 1
+    for each, so_far in zip((first, *others, second), begun):
+        assert folders.read_on(each, so_far) == sorted([*names, b".", b".."])
+    # as it has become, also for one that was read before
+    folders.read(*first)
+    folders.read(*others[0])
+    assert folders.kept() == 2
+    (folders.path / "one/new").touch()
+    folders.read(*others[0])
+    assert folders.kept() == 1
 
 
 def test_what_cannot_be_opened_is_neither_emptied_nor_made(guest, tmp_path, monkeypatch):
