@@ -408,9 +408,9 @@ def read_file(path: str) -> str:
         return file.read().strip()
 
 
-def write_file(path: str, value: str | int) -> None:
-    """Raise OSError."""
-    with open(path, "w", encoding="utf-8") as file:
+def write_file(path: str, value: str | int, mode: str = "w") -> None:
+    """mode: "x" for a new one, where somebody else might have put a link.  Raise OSError."""
+    with open(path, mode, encoding="utf-8") as file:
         file.write(str(value))
 
 
@@ -8100,7 +8100,9 @@ def hand_out(pid: int, options: JsonObject, kind: bytes) -> None:
         temporary = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
         with Attempt(f"write the pid file {path}"):
             try:
-                write_file(temporary, pid)
+                if os.path.lexists(temporary):
+                    os.unlink(temporary)  # of a runX that was killed
+                write_file(temporary, pid, "x")
                 os.rename(temporary, path)  # in one step: engines read it as soon as it is there
             except OSError:
                 if os.path.lexists(temporary):

@@ -555,6 +555,17 @@ def test_a_pid_file_that_cannot_be_written_ends_the_process_and_leaves_no_other(
     finish(container)
 
 
+def test_a_pid_file_is_written_by_no_link_that_others_have_put_there(dom0, tmp_path):
+    container = running(dom0)
+    (tmp_path / "passwd").write_text("root")
+    (tmp_path / ".pid").symlink_to("passwd")
+    process = execute(container, "exit:4", options=["--detach", "--pid-file", str(tmp_path / "pid")])
+    assert process.wait().returncode == 0
+    assert (tmp_path / "passwd").read_text() == "root" and int((tmp_path / "pid").read_text())
+    assert not (tmp_path / "pid").is_symlink() and not os.path.lexists(tmp_path / ".pid")
+    finish(container)
+
+
 def test_a_pid_file_without_a_name_is_none(dom0):
     container = running(dom0)
     assert execute(container, "exit:4", options=["--pid-file", "", "--pidfd-socket="]).wait().returncode == 4
