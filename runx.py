@@ -1915,8 +1915,7 @@ def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
     root = spec.section("root").text("path", "" if machine.image else REQUIRED)
     path = os.path.join(bundle, machine.image or root)
     if machine.image or not os.path.isdir(path):
-        mode = os.stat(path).st_mode if os.path.exists(path) else 0
-        if machine.own_init or not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        if machine.own_init or not is_image(path):
             if machine.image:
                 raise Error(f"the image {path} is neither a file nor a block device")
             raise Error(f"the rootfs {path} is not a folder: unpack or mount the image there before create")
@@ -1929,8 +1928,15 @@ def find_rootfs(bundle: str, spec: Section, machine: Machine) -> str:
     return rootfs
 
 
+def is_image(path: str) -> bool:
+    """Return whether it is a file or a block device."""
+    mode = os.stat(path).st_mode if os.path.exists(path) else 0
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
 def check_links(vm: Section, bundle: str, root: str) -> None:
-    """Raise Error if a file that vm names in the rootfs, a folder, is elsewhere, by a link of the image's."""
+    """Raise Error if a file that vm names in the rootfs, a folder, is elsewhere, by a link of the image's or as a node
+    of a device of dom0's."""
     for name, key in (("kernel", "path"), ("kernel", "initrd"), ("image", "path")):
         section = vm.section(name)
         path = section.text(key, "") or "/"
@@ -1939,8 +1945,12 @@ def check_links(vm: Section, bundle: str, root: str) -> None:
         above = os.path.dirname(path)
         while above.strip("/") and not os.path.samefile(above, root):  # whatever the name is by which it leads there
             above = os.path.dirname(above)
-        if above.strip("/") and not os.path.realpath(path).startswith(f"{os.path.realpath(root)}/"):
+        if not above.strip("/"):
+            continue  # it is elsewhere
+        if not os.path.realpath(path).startswith(f"{os.path.realpath(root)}/"):
             raise Error(f"{section.place(key)}: a link leads from {path} out of the rootfs")
+        if not os.path.isfile(path):
+            raise Error(f"{section.place(key)}: {path} is in the rootfs, and not a regular file there")
 
 
 # in the order of a container's life; runtime-spec config.md "POSIX-platform Hooks"
@@ -2130,6 +2140,8 @@ IMAGE_FORMATS = ("", "raw", "qcow2", "vhd")
 
 def check_references(path: str, kind: str) -> None:
     """Raise Error if an image names another file, which dom0's QEMU would give to the VM: it is not trusted."""
+    if not is_image(path) and os.path.exists(path):
+        raise Error(f"the image {path} is neither a file nor a block device")  # a fifo would stop us
     with Attempt(f"read the image {path}"), open(path, "rb") as file:
         head = file.read(512)
         file.seek(max(0, os.fstat(file.fileno()).st_size - 512))

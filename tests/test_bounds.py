@@ -886,6 +886,25 @@ def test_a_file_that_vm_names_in_the_rootfs_is_there(load, tmp_path, section, ke
         assert refused(load, vm("alias/rootfs", "out")) == words
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_a_disk_that_vm_names_in_the_rootfs_is_no_device_of_dom0s(load, tmp_path, has_kernel):
+    """An image has nodes as it likes, and a fifo that nobody writes would keep create waiting."""
+    (tmp_path / "kernel").write_bytes(bytes(512))
+    (tmp_path / "rootfs").mkdir(exist_ok=True)
+    os.mknod(tmp_path / "rootfs/disk", stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    os.mkfifo(tmp_path / "rootfs/fifo")
+    (tmp_path / "rootfs/link").symlink_to("disk")
+    vm = {"kernel": {"path": str(tmp_path / "kernel")}} if has_kernel else {}
+    for name in ("disk", "link", "fifo"):
+        path = tmp_path / "rootfs" / name
+        with pytest.raises(runx.Error) as caught:
+            load({**config("true"), "vm": {**vm, "image": {"path": str(path)}}})
+        is_node = f"config.json: vm.image.path: {path} is in the rootfs, and not a regular file there"
+        is_fifo = f"the image {path} is neither a file nor a block device"
+        assert str(caught.value) == (is_fifo if name == "fifo" else is_node)
+
+
 def test_a_disk_that_vm_names_by_its_place_in_the_bundle_is_there(load, tmp_path, monkeypatch):
     for name in ("kernel", "disks/own"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
