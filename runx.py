@@ -2601,7 +2601,7 @@ class Mount:
         self.source = spec.text("source", "")
         self.flags = MS_BIND if self.type == "bind" else 0
         self.propagation = 0  # flags of mount(2), 0: private
-        self.kept = 0  # flags of what it is bound from, which hold if it has none of its own
+        self.kept = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC  # those that it has if what it is bound from has them
         self.copy_up = False  # a tmpfs that begins with what is below it
         data = [option for option in spec.texts("options") if not self.take(option)]
         if self.is_bound():
@@ -2615,7 +2615,7 @@ class Mount:
             if not os.path.exists(self.source):
                 raise Error(f"{where}: the source does not exist")
             status = os.statvfs(self.source)
-            self.kept = status.f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)  # <sys/statvfs.h> has the same
+            self.kept &= status.f_flag  # <sys/statvfs.h> has the same numbers
             if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
                 # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
                 data = ["mode=1777", f"size={status.f_blocks * status.f_frsize >> 10}k"]
@@ -2635,6 +2635,7 @@ class Mount:
         elif option in MOUNT_OPTIONS:
             add, remove = MOUNT_OPTIONS[option]
             self.flags = (self.flags | add) & ~remove
+            self.kept = 0 if remove or add & ~(MS_BIND | MS_REC) else self.kept
         elif option in PROPAGATIONS:
             self.propagation = 0 if PROPAGATIONS[option] & MS_PRIVATE else PROPAGATIONS[option]
         else:
@@ -3035,19 +3036,19 @@ def own_mounts() -> None:
     mount(None, "/", MS_REC | MS_SLAVE)
 
 
-def restrict(target: str, flags: int = 0) -> None:
+def restrict(target: str, flags: int = 0, writable: bool = False) -> None:
     """Make no device of dom0's reachable by a node below target; the guest opens its own devices itself.  flags: with
-    MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too."""
-    below = MS_RDONLY if flags & RECURSIVE_RO else 0
+    MS_RDONLY target is read-only, with RECURSIVE_RO what is mounted below it too.  writable: it is so by no means."""
+    cleared, below = MS_RDONLY if writable else 0, MS_RDONLY if flags & RECURSIVE_RO else 0
     try:
-        for added, at in ((MS_NODEV | MS_NOSUID | below, AT_RECURSIVE), (flags & MS_RDONLY, 0)):
-            values = struct.pack("=QQQQ", added, 0, 0, 0)  # MOUNT_ATTR_* of <linux/mount.h> are the same numbers
+        for added, gone, at in ((MS_NODEV | MS_NOSUID | below, 0, AT_RECURSIVE), (flags & MS_RDONLY, cleared, 0)):
+            values = struct.pack("=QQQQ", added, gone, 0, 0)  # MOUNT_ATTR_* of <linux/mount.h> are the same numbers
             system_call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, target, at, values, len(values))
     except OSError as error:
         if error.errno != errno.ENOSYS or below:
             raise Error(f"cannot restrict the mount {target}: {error.strerror}") from None
         # Linux before 5.12: what is mounted below stays as it is
-        kept = os.statvfs(target).f_flag & (MS_RDONLY | MS_NOEXEC)  # <sys/statvfs.h> has the same numbers
+        kept = os.statvfs(target).f_flag & (MS_RDONLY ^ cleared | MS_NOEXEC)  # <sys/statvfs.h> has the same numbers
         mount(None, target, MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOSUID | kept | flags & MS_RDONLY)
 
 
@@ -3200,7 +3201,7 @@ def build_share(folder: str, config: Config) -> list[str]:
             mount(entry.source or entry.type, target, entry.flags & ~RECURSIVE_RO, entry.type, entry.data)
         if not entry.propagation:  # what the host mounts below it later is not the container's
             mount(None, target, MS_REC | MS_PRIVATE)
-        restrict(target, entry.flags)
+        restrict(target, entry.flags, not (entry.flags | entry.kept) & MS_RDONLY)
     # what is left of the folder itself is memory of the host's, which the guest must not fill
     mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
     return paths

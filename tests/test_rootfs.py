@@ -48,7 +48,7 @@ def root(tmp_path):
 
 
 def mount_entry(destination, kind="bind", source="", flags=runx.MS_BIND | runx.MS_REC, **fields):
-    fields = {"data": "", "propagation": 0, "copy_up": False, **fields}
+    fields = {"data": "", "propagation": 0, "kept": 0, "copy_up": False, **fields}
     return record(runx.Mount, destination=destination, type=kind, source=str(source), flags=flags, **fields)
 
 
@@ -181,6 +181,23 @@ def test_what_is_read_only_stays_so(tmp_path):
         return os.statvfs(tmp_path).f_flag & 15
 
     assert in_own_mounts(work) == os.ST_RDONLY | os.ST_NODEV | os.ST_NOSUID | os.ST_NOEXEC
+
+
+@pytest.mark.parametrize("calls", ["new", "old"])
+def test_what_is_to_be_written_is_so_also_where_its_source_is_read_only(container, monkeypatch, calls):
+    volume, read_only = container.volume, runx.MS_RDONLY
+    container.config.mounts = [mount_entry("/data", source=volume, kept=kept) for kept in (0, read_only)]
+    if calls == "old":
+        without_new_calls(monkeypatch)
+
+    def work():
+        runx.mount(str(volume), str(volume), runx.MS_BIND)
+        runx.mount(None, str(volume), runx.MS_BIND | runx.MS_REMOUNT | read_only)
+        runx.build_share(container.share, container.config)
+        paths = (str(volume), f"{container.share}/mounts/0", f"{container.share}/mounts/1")
+        return [os.statvfs(path).f_flag & os.ST_RDONLY for path in paths]
+
+    assert in_own_mounts(work) == [read_only, 0, read_only]
 
 
 def without_new_calls(monkeypatch, number=errno.ENOSYS):
