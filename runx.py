@@ -8812,7 +8812,7 @@ def command_features(call: Invocation) -> None:
                 "knownFlags": list(SECCOMP_FLAGS),
                 "supportedFlags": [name for name, value in SECCOMP_FLAGS.items() if value],
             },
-            **dict.fromkeys(("apparmor", "selinux", "intelRdt"), off),
+            **dict.fromkeys(("apparmor", "selinux", "intelRdt", "netDevices"), off),
             "mountExtensions": {"idmap": off},
         },
         "annotations": {"org.runx.version": VERSION},

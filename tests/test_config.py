@@ -1020,7 +1020,7 @@ def test_features_are_what_the_specification_allows():
     assert "remount" in features["mountOptions"]
     linux = features["linux"]
     assert linux["cgroup"] == {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False}
-    assert [linux[key] for key in ("apparmor", "selinux", "intelRdt")] == [{"enabled": False}] * 3
+    assert [linux[key] for key in ("apparmor", "selinux", "intelRdt", "netDevices")] == [{"enabled": False}] * 4
     assert linux["mountExtensions"] == {"idmap": {"enabled": False}}
     assert features["potentiallyUnsafeConfigAnnotations"] == ["org.runx.", *runx.POD_MARKS]
 
