@@ -582,6 +582,17 @@ def reason_of(error: BaseException, process: str) -> str:
     return str(error) if foreseen else f"internal error of the {process}: {error!r}"
 
 
+def in_namespace(path: str, work: Callable[..., T], *args: Any, kind: str = "net") -> T:
+    """Return work(*args), called in the namespace at path.  kind: as below /proc/PID/ns.  Raise OSError."""
+    target, home = (Descriptor(os.open(name, os.O_RDONLY)) for name in (path, f"/proc/self/ns/{kind}"))
+    with target, home:
+        system_call("setns", target, 0)
+        try:
+            return work(*args)
+        finally:
+            system_call("setns", home, 0)
+
+
 # ==== xenstore ===========================================================================================
 # A client of xenstored's socket: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt.
 
@@ -2308,13 +2319,14 @@ def parse_pod(annotations: dict[str, str], args: list[str]) -> tuple[bool, str]:
 
 
 def join_pod(config: Config, root: str) -> None:
-    """Take over what comes with the namespaces of a pod's sandbox, host name and sysctls.  Raise Error where one is
-    named that is not its network, ipc or uts, of which nobody uses the last two: all that is in one namespace would
-    have to be in one VM; or where a sandbox wants a terminal."""
+    """Take over what comes with the namespaces of a pod, host name and sysctls.  Raise Error where one is named that is
+    not its sandbox's network, ipc or uts, nor an ipc or uts that CRI-O has made for it, which nobody uses: all that is
+    in one namespace would have to be in one VM; or where a sandbox wants a terminal."""
     if config.is_sandbox and config.process and config.process.terminal:
         raise Error("config.json: process.terminal: nothing runs at it in the sandbox of a pod: leave it out")
     paths = {**config.joined, "net": config.namespace or ""}
     shared: list[str] = []
+    sysctls: dict[str, str] = {}
     try:
         sandbox = Container(root, config.sandbox).load()
         if sandbox.state.is_sandbox and sandbox.status() != "stopped":
@@ -2322,19 +2334,31 @@ def join_pod(config: Config, root: str) -> None:
             for kind in ("net", "ipc", "uts"):
                 if paths.get(kind) and os.path.samefile(paths[kind], f"{own}/{kind}"):
                     shared.append(kind)
-            if "uts" in shared:
-                config.hostname = config.hostname or sandbox.state.hostname
-            spec, _ = read_config(sandbox.folder)
-            for name, value in spec.section("linux").table("sysctl").items():
-                kind = "net" if name.startswith("net") else "ipc"
-                if kind in shared:
-                    config.linux.sysctl.setdefault(name, value)
+            sysctls = read_config(sandbox.folder)[0].section("linux").table("sysctl")
     except (Error, OSError):
         pass
+    shared += [kind for kind in ("ipc", "uts") if kind not in shared and kind in paths and is_unused(kind, paths[kind])]
+    if "uts" in shared:
+        config.hostname = config.hostname or in_namespace(paths["uts"], os.uname, kind="uts").nodename
+    for name, value in sysctls.items():
+        if ("net" if name.startswith("net") else "ipc") in shared:
+            config.linux.sysctl.setdefault(name, value)
     refused = [kind for kind in config.joined if kind not in shared]
     if refused:
         owner = f"names {', '.join(refused)} of another container or of the host"
         raise Error(f"config.json: linux.namespaces {owner}, and containers cannot share a VM yet")
+
+
+def is_unused(kind: str, path: str) -> bool:
+    """Return whether no process is in a namespace."""
+    namespace = os.stat(path)
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if os.path.samestat(namespace, os.stat(f"/proc/{pid}/ns/{kind}")):
+                return False
+        except OSError:
+            pass  # it has just ended
+    return True
 
 
 def find_networks(
@@ -5665,17 +5689,6 @@ class Rtnetlink:
             if netlink.find_link(name):
                 return True
         return False
-
-
-def in_namespace(path: str, work: Callable[..., T], *args: Any) -> T:
-    """Return work(*args), called in the network namespace at path.  Raise OSError."""
-    target, home = (Descriptor(os.open(name, os.O_RDONLY)) for name in (path, "/proc/self/ns/net"))
-    with target, home:
-        system_call("setns", target, CLONE_NEWNET)
-        try:
-            return work(*args)
-        finally:
-            system_call("setns", home, CLONE_NEWNET)
 
 
 def mark_namespace() -> Any:

@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from conftest import namespaces
+from conftest import namespaces, wait_until
 
 SANDBOX = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "c1"}
 MEMBER = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "c1"}
@@ -183,3 +183,47 @@ def test_other_namespaces_than_a_sandboxs_are_refused(dom0):
     assert late.create().returncode == 1
     assert sandbox.runx("delete").returncode == 0
     end(other, 143, "TERM")
+
+
+@pytest.fixture
+def pinned(dom0):
+    """The ipc and uts namespaces of a pod as CRI-O makes them: mounted, and no process is in them."""
+    paths = {kind: f"/run/{kind}-of-pod" for kind in ("ipc", "uts")}
+    options = [f"--{kind}={path}" for kind, path in paths.items()]
+    script = "echo crios-pod >/proc/sys/kernel/hostname"
+    for program in (["touch", *paths.values()], ["unshare", *options, "sh", "-c", script]):
+        assert dom0.run(program=program).returncode == 0
+    yield paths
+    for program in (["umount", "--no-mtab", *paths.values()], ["rm", *paths.values()]):
+        assert dom0.run(program=program).returncode == 0
+
+
+def of_crio(dom0, kind, paths, *steps, sandbox="none", **linux):
+    annotations = {"io.kubernetes.cri-o.ContainerType": kind, "io.kubernetes.cri-o.SandboxID": sandbox}
+    return dom0.container(*steps, annotations=annotations, linux={"namespaces": namespaces(**paths), **linux})
+
+
+@pytest.mark.parametrize("has_sandbox", [False, True])
+def test_a_pod_of_crios_has_namespaces_that_no_process_is_in(dom0, pinned, has_sandbox):
+    """Its sandbox, the only one that is told of sysctls, is left out by default."""
+    sandbox = of_crio(dom0, "sandbox", pinned, sysctl={"kernel.shmmni": "7"}).started() if has_sandbox else None
+    assert dom0.domains() == {}
+    container = of_crio(dom0, "container", pinned, "exit:3", sandbox=sandbox.id if sandbox else "none")
+    container.root = sandbox.root if sandbox else container.root
+    container.created()
+    assert hostname(container) == "crios-pod"
+    assert sysctls(container) == ({"sys/kernel/shmmni": "7"} if sandbox else {})
+    assert container.runx("start").returncode == 0
+    assert container.wait() == 3
+    assert container.runx("delete").returncode == 0, container.log_text()
+    if sandbox:
+        end(sandbox)
+
+
+def test_a_namespace_that_another_process_is_in_is_refused(dom0, pinned):
+    other = dom0.start(program=["nsenter", f"--ipc={pinned['ipc']}", "sleep", "1000"])
+    wait_until(lambda: dom0.processes()[other.pid].startswith("sleep"), "a process in the namespace")
+    refused = of_crio(dom0, "container", pinned).create()
+    assert "linux.namespaces names ipc of another container or of the host" in refused.stderr
+    other.signal(9)
+    other.wait()
