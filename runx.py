@@ -7933,7 +7933,7 @@ SIGNALS = (
     "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU "
     "URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"
 ).split()
-MONITOR_END = 60.0  # seconds that delete gives a monitor to take its domain down
+MONITOR_END = 60.0  # seconds that delete, and a start that fails, give a monitor to take its domain down
 MONITOR_LOST = "its monitor was killed"
 
 # What a command answers where it can do nothing, by the container's status, in runc's words.
@@ -8223,6 +8223,8 @@ def await_process(container: Container, domain: Domain) -> None:
             return
     if not error and os.path.exists(container.path("ready")):
         return  # it was over before we were told
+    if error and pidfd:  # who hears of it finds the container stopped: buildah deletes it at once, and not by force
+        select.select([pidfd], [], [], MONITOR_END)
     reason = printable(error) or reason_of_end(container) or "its VM has ended, see the log"
     raise Error(f"unable to start container process: {reason}")
 

@@ -403,6 +403,18 @@ def test_a_start_whose_process_cannot_be_executed_says_why(dom0, text):
     remove(container)
 
 
+def test_who_is_told_that_start_has_failed_can_delete(dom0):
+    """As buildah does it at once, and without force."""
+    container = dom0.container("begun:set:data/process/0/error=no", "begun:exit:126").created()
+    dom0.fail("xl", 1, "slow", match="destroy")
+    start = container.start_runx("start")
+    dom0.ask("await_calls", "xl", "destroy")
+    dom0.ask("release")
+    assert start.wait().returncode == 1
+    assert container.runx("delete").returncode == 0, container.log_text()
+    assert container.wait() == 126
+
+
 def test_a_vm_that_ends_while_start_waits_is_the_reason(dom0):
     container = dom0.container("begun:end:c").created()
     assert container.runx("start").stderr == "runX: unable to start container process: the VM crashed\n"
