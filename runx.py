@@ -2250,7 +2250,8 @@ def parse_cgroup(resources: Section) -> list[tuple[str, str]]:
     for name, value in resources.table("unified").items():
         if "/" in name:
             resources.refuse("must hold names of files, such as memory.high", "unified")
-        lines += [(name, line) for line in value.split("\n") if line]
+        if not name.startswith(("memory.swap.", "memory.zswap.")):  # the VM has none, and its kernel no such files
+            lines += [(name, line) for line in value.split("\n") if line]
     return lines
 
 
@@ -8649,7 +8650,9 @@ UPDATE_OPTIONS = {
 TEXTS = ("cpuset-cpus", "cpuset-mems", "l3-cache-schema", "mem-bw-schema")  # all others are numbers
 SHARELESS = ("null", "rtds", "arinc653")  # schedulers of Xen's without weight and cap
 # what is not refused.  A VM has no swap, so any limit of it is kept; a reservation is a wish.
-UPDATABLE = "memory.limit memory.swap memory.reservation cpu.quota cpu.period cpu.shares cpu.cpus".split()
+UPDATABLE = """
+    memory.limit memory.swap memory.reservation unified.memory.swap.max cpu.quota cpu.period cpu.shares cpu.cpus
+""".split()
 
 
 def command_update(call: Invocation) -> None:

@@ -1086,6 +1086,7 @@ def applied(monkeypatch):
 def test_an_update_keeps_what_it_does_not_name(applied):
     container = Stored({"cpu": {"shares": 512}, "pids": {"limit": 7}, "devices": [{"allow": False}]})
     changes = {"memory": {"limit": 64 << 20, "swap": 1 << 30}, "pids": {"limit": 7}, "devices": [{"allow": False}]}
+    changes["unified"] = {"memory.swap.max": "0"}  # as the kubelet asks for
     runx.update(container, changes)
     new, old = applied[0]
     assert (new["memory"], old["memory"], new["share"]) == (64, 128, (128, 0))

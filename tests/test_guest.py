@@ -88,7 +88,7 @@ def test_names_and_arguments_that_are_no_utf_8_arrive_as_they_are(tmp_path):
 NAMESPACES = [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")]
 CASES = [
     (linux(namespaces=NAMESPACES), [str(runx.CLONE_NEWPID)], "cwd"),
-    (linux(resources={"pids": {"limit": 7}, "unified": {"memory.high": "5"}}),
+    (linux(resources={"pids": {"limit": 7}, "unified": {"memory.swap.max": "0", "memory.high": "5"}}),
      text("cgroup", 2, "pids.max", 7, "memory.high", 5), "cwd"),
     (linux(resources={"unified": {"io.max": "259:0 rbps=2\n253:0 wiops=3\n", "cpu.idle": "1"}}),
      text("cgroup", 3, "io.max", "259:0 rbps=2", "io.max", "253:0 wiops=3", "cpu.idle", 1), "cwd"),

@@ -254,7 +254,7 @@ def test_what_this_runc_does_not_know_applies(busybox):
         personality={"domain": "LINUX32"},
         resources={
             "pids": {"limit": 33},
-            "unified": {"pids.max": "44"},
+            "unified": {"pids.max": "44", "memory.swap.max": "0", "memory.oom.group": "1"},  # the kubelet's last two
             "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
         },
     )
