@@ -1154,6 +1154,40 @@ class Device:
         self.xenstore.remove(self.frontend)
 
 
+class OwnDevice(Device):
+    """A device whose backend is runX."""
+
+    introduce: Work  # announce it, in a transaction of the caller's
+    connect: Work  # take what the guest has granted for it
+    is_connected = is_confirmed = False
+    waits = False  # the guest is not to be connected yet
+
+    def follow(self) -> None:
+        """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
+        state = self.xenstore.read(f"{self.frontend}/state")
+        if state == XENBUS_INITIALISED and not (self.is_connected or self.waits):
+            self.is_connected = True
+            self.connect()
+        elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
+            self.is_confirmed = True
+            self.answer(state)
+
+    def confirm(self) -> None:
+        """Tell the guest, once, that it is connected: what it has written to a console before that is taken first."""
+        if self.is_connected and not self.is_confirmed:
+            self.is_confirmed = True
+            self.answer(XENBUS_CONNECTED)
+
+    def answer(self, state: str) -> None:
+        """Change the backend's state, unless somebody has withdrawn it: that would make its folder anew."""
+
+        def write() -> None:
+            if self.xenstore.read(f"{self.backend}/state"):
+                self.xenstore.write(f"{self.backend}/state", state)
+
+        self.xenstore.transaction(write)
+
+
 # ---- the backend of a console (xen/include/public/io/console.h): one shared page, granted by the guest
 #
 #     0 ..1023   in    host → guest       3072 in_cons   3076 in_prod    indexes run freely modulo 2^32;
@@ -1246,7 +1280,7 @@ class Barrier:
         self.lock.acquire()
 
 
-class Console(Device):
+class Console(OwnDevice):
     """Console `number` of a domain: /dev/hvc<number> in the guest."""
 
     def __init__(self, domain: Domain, number: int, channels: EventChannels) -> None:
@@ -1255,35 +1289,10 @@ class Console(Device):
         self.barrier = Barrier()
         self.page = memoryview(b"")
         self.indexes = memoryview(struct.pack("=4I", 0, CONSOLE_IN, 0, 0)).cast("I")  # nothing waits, nothing has room
-        self.is_confirmed = False
 
     def introduce(self) -> None:
         # a type of our own, so that xenconsoled does not take it
         self.announce({}, {"type": "runx", "limit": "0"}, listed=False)
-
-    def follow(self) -> None:
-        """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
-        state = self.xenstore.read(f"{self.frontend}/state")
-        if state == XENBUS_INITIALISED and not self.page:
-            self.connect()
-        elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
-            self.is_confirmed = True
-            self.answer(state)
-
-    def confirm(self) -> None:
-        """Tell the guest, once, that it is connected: what it has written before that is taken first."""
-        if self.page and not self.is_confirmed:
-            self.is_confirmed = True
-            self.answer(XENBUS_CONNECTED)
-
-    def answer(self, state: str) -> None:
-        """Change the backend's state, unless somebody has withdrawn it: that would make its folder anew."""
-
-        def write() -> None:
-            if self.xenstore.read(f"{self.backend}/state"):
-                self.xenstore.write(f"{self.backend}/state", state)
-
-        self.xenstore.transaction(write)
 
     def connect(self) -> None:
         domid = self.domain.domid
@@ -5106,26 +5115,16 @@ class FileServer:
             self.pid = 0
 
 
-class ShareDevice(Device):
+class ShareDevice(OwnDevice):
     """What the guest mounts: of kind "fuse" for runX's own kernel, "9pfs" for others."""
 
     def __init__(self, domain: Domain, kind: str, server: FileServer) -> None:
         super().__init__(domain, kind, 0)
-        self.server, self.is_connected = server, False
-        self.waits = False  # for the end of hooks that have the files for themselves
+        self.server = server
 
     def introduce(self) -> None:
         limits = {"versions": "1", "max-rings": str(RINGS_MAX[self.kind]), "max-ring-page-order": str(RING_ORDER_MAX)}
         self.announce({**limits, "state": XENBUS_INITWAIT}, {"tag": "share"}, listed=False)
-
-    def follow(self) -> None:
-        """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
-        state = self.xenstore.read(f"{self.frontend}/state")
-        if state == XENBUS_INITIALISED and not (self.is_connected or self.waits):
-            self.is_connected = True
-            self.connect()
-        elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
-            self.xenstore.write(f"{self.backend}/state", state)
 
     def connect(self) -> None:
         """Have the server take the rings; confirm() is called when it has.  Raise Error."""
@@ -5137,9 +5136,6 @@ class ShareDevice(Device):
             names = f"{self.frontend}/ring-ref", f"{self.frontend}/event-channel-"
             ends = self.xenstore.read_numbers(*(f"{name}{number}" for number in range(count) for name in names))
             tell(self.server.link, struct.pack(f"={1 + len(ends)}I", domid, *ends))
-
-    def confirm(self) -> None:
-        self.xenstore.write(f"{self.backend}/state", XENBUS_CONNECTED)
 
 
 def run_file_server(kind: str, share: str, capabilities: int, link: Any) -> int:
@@ -7207,7 +7203,7 @@ class Loop:
         self.channels = EventChannels()
         devices = consoles_of(domain, number)[:consoles]
         self.consoles = [Console(domain, device.number, self.channels) for device in devices]
-        self.devices: list[Console | ShareDevice] = [*self.consoles]
+        self.devices: list[OwnDevice] = [*self.consoles]
 
     def watch(self) -> None:
         """Watch devices, and what the guest says of the process; each watch fires once when it is made, so nothing that
