@@ -1832,6 +1832,8 @@ class Config:
         # None: such a container can be created but not started
         self.process = Process(spec.section("process"), spec) if "process" in spec else None
         self.mounts = [Mount(bundle, mount) for mount in spec.sections("mounts")]
+        for number, mount in enumerate(filter(Mount.on_host, self.mounts)):
+            mount.place = f"mounts/{number}"
         host = Host()
         hardware = vm.section("hwConfig" if "hwConfig" in vm else "hwconfig")  # the document's spelling and Go's
         annotations = parse_annotations(spec, linux.section("resources"), host)
@@ -1840,8 +1842,7 @@ class Config:
         if self.machine.own_init and self.hooks.get("startContainer"):
             spec.section("hooks").refuse("need runX's own init, and the VM boots another one", "startContainer")
         self.raw_resources = linux.section("resources").values  # linux.resources: what `update` must not change
-        memory = hardware.number("memory", 0, 0) or annotations.number("memory") << 20
-        if memory:
+        if memory := hardware.number("memory", 0, 0) or annotations.number("memory") << 20:
             limit = {**(self.raw_resources.get("memory") or {}), "limit": memory}
             self.raw_resources = {**self.raw_resources, "memory": limit}
         self.base = {  # those fields of Resources that are not there
@@ -2629,6 +2630,8 @@ GUEST_FILESYSTEMS = "proc sysfs tmpfs ramfs devpts mqueue cgroup cgroup2 securit
 class Mount:
     """An entry of `mounts`; flags are those of mount(2), data what the file system gets."""
 
+    place = ""  # below the share, if dom0 mounts it
+
     def __init__(self, bundle: str, spec: Section) -> None:
         self.destination = "/" + spec.text("destination").lstrip("/")
         self.type = spec.text("type", "")
@@ -2888,12 +2891,11 @@ DEVICE_LINKS = (
 )  # fmt: skip
 
 
-def guest_config(config: Config, sources: Iterable[str], state: str, capabilities: dict[str, bytes]) -> bytes:
+def guest_config(config: Config, state: str, capabilities: dict[str, bytes]) -> bytes:
     """Return /container/config, for initrd/container.c: NUL-terminated keywords and operands, executed in order.
-    sources: for each mount of config that dom0 makes, its path below the share.  state: JSON, for hooks.  capabilities:
-    of files, by path below the share."""
+    state: JSON, for hooks.  capabilities: of files, by path below the share."""
     process = config.process
-    parts = [guest_files(config, iter(sources), capabilities), guest_seals(config)]
+    parts = [guest_files(config, capabilities), guest_seals(config)]
     if process:
         parts.append(guest_process(config.linux, process, parse_hooks(config.hooks, "startContainer"), state))
     return encode_words(*parts)
@@ -2910,7 +2912,7 @@ def encode_words(*parts: Words) -> bytes:
     return b"".join(str(word).encode("utf-8", "surrogateescape") + b"\0" for word in words)
 
 
-def guest_files(config: Config, sources: Iterator[str], capabilities: dict[str, bytes]) -> Words:
+def guest_files(config: Config, capabilities: dict[str, bytes]) -> Words:
     """Yield what makes the mounts, and what comes before them and is in them."""
     yield (CLONE_NEWPID if config.linux.pid_namespace else 0,)
     for path, value in capabilities.items():
@@ -2922,7 +2924,7 @@ def guest_files(config: Config, sources: Iterator[str], capabilities: dict[str, 
     if not over_dev:
         yield from guest_devices(config.linux)
     for entry in config.mounts:
-        yield from guest_mount(entry, sources)
+        yield from guest_mount(entry)
         if entry in over_dev and not entry.on_host():
             yield from guest_devices(config.linux)
     if not any(entry.is_bound() for entry in over_dev):  # else what is there is dom0's
@@ -2944,17 +2946,16 @@ def guest_devices(linux: Linux) -> Words:
             yield "node", f"/dev/{name}", stat.S_IFCHR | 0o666, major, minor, 0, 0
 
 
-def guest_mount(entry: Mount, sources: Iterator[str]) -> Words:
+def guest_mount(entry: Mount) -> Words:
     target = entry.destination
     flags = entry.flags & ~(MS_BIND | MS_REC | RECURSIVE_RO)
     if entry.is_sealed_late():
         flags &= ~MS_RDONLY
     if entry.on_host():
-        source = next(sources)
-        yield "mount", source, target, "", MS_BIND | (entry.flags & MS_REC), ""
+        yield "mount", entry.place, target, "", MS_BIND | (entry.flags & MS_REC), ""
         flags = flags or entry.kept
         if flags:  # a bind mount takes its options only from a second call
-            yield "mount", source, target, "", MS_BIND | MS_REMOUNT | flags, ""
+            yield "mount", entry.place, target, "", MS_BIND | MS_REMOUNT | flags, ""
     elif entry.flags & MS_REMOUNT:
         yield "mount", "", target, "", flags | entry.flags & MS_BIND, entry.data
     else:
@@ -3212,8 +3213,8 @@ def mount_places(root: str, mounts: list[Mount]) -> tuple[list[list[str]], list[
 # ---- the share
 
 
-def build_share(folder: str, config: Config) -> list[str]:
-    """Fill folder with rootfs/ and mounts/0, 1, …  Return the guest's paths of the latter, below the share."""
+def build_share(folder: str, config: Config) -> None:
+    """Fill folder with rootfs/ and mounts/0, 1, …, in a mount namespace of our own.  Raise Error and OSError."""
     with Attempt("make a mount namespace"):
         own_mounts()
     os.mkdir(folder)
@@ -3224,10 +3225,8 @@ def build_share(folder: str, config: Config) -> list[str]:
     if os.path.isdir(config.rootfs):
         mount(config.rootfs, rootfs, MS_BIND | MS_REC)
         restrict(rootfs, seal_rootfs(rootfs, config) if config.readonly else 0)
-    paths = []
-    for number, entry in enumerate(filter(Mount.on_host, config.mounts)):
-        paths.append(f"mounts/{number}")
-        target = f"{folder}/{paths[-1]}"
+    for entry in filter(Mount.on_host, config.mounts):
+        target = f"{folder}/{entry.place}"
         make_empty(target, entry.is_folder())
         if entry.flags & MS_BIND:
             mount(entry.source, target, MS_BIND | (entry.flags & MS_REC))
@@ -3238,7 +3237,6 @@ def build_share(folder: str, config: Config) -> list[str]:
         restrict(target, entry.flags, not (entry.flags | entry.kept) & MS_RDONLY)
     # what is left of the folder itself is memory of the host's, which the guest must not fill
     mount(None, folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
-    return paths
 
 
 def seal_rootfs(rootfs: str, config: Config) -> int:
@@ -3277,36 +3275,31 @@ def change_root(share: str, config: Config, exported: bool) -> None:
     dom0's can be reached: the rootfs, read-only if the container's is, and its bind mounts.  An empty folder that stays
     so takes the place of what is in the VM only; if nothing is exported, that is all."""
     root, empty = f"{share}/rootfs", f"{share}/mounts"
-    count = sum(map(Mount.on_host, config.mounts)) if exported else 0
+    on_host = filter(Mount.on_host, config.mounts) if exported else ()
     with Attempt("make the container's files the root of its mount namespace"):
         own_mounts()
-        sources = [os.open(f"{empty}/{number}", os.O_PATH) for number in range(count)]
+        sources = {entry.place: os.open(f"{share}/{entry.place}", os.O_PATH) for entry in on_host}
         mount("tmpfs", empty, MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC, "tmpfs", "mode=755,size=4k")
-        sources.append(os.open(empty, os.O_PATH))
+        sources[""] = os.open(empty, os.O_PATH)
         if exported:
             mount_in_root(root, config.mounts, sources)
             restrict(root, MS_RDONLY if config.readonly else 0)
         os.chdir(root if exported else empty)
-        for fd in sources:
+        for fd in sources.values():
             os.close(fd)
         pivot_root()
 
 
-def mount_in_root(root: str, mounts: list[Mount], sources: list[int]) -> None:
-    """Put each of the mounts at its place below root, as the guest will do; one that has no place there is left out.
-    sources: descriptors of those that dom0 makes, then of what is seen where the guest's kernel mounts something."""
-    *others, empty = sources
-    on_host = iter(others)
+def mount_in_root(root: str, mounts: list[Mount], sources: dict[str, int]) -> None:
+    """Put each of the mounts at its destination below root, as the guest will do; one that has none there is left out.
+    sources: descriptors, by place in the share; of "" what is seen where the guest's kernel mounts something."""
     missing: list[str] = []
     for entry in mounts:
-        if entry.flags & MS_REMOUNT:
-            continue
-        source = next(on_host) if entry.on_host() else empty
-        if entry.destination.startswith(tuple(missing)):
+        if entry.flags & MS_REMOUNT or entry.destination.startswith(tuple(missing)):
             continue  # it is in a file system of the guest's, for which nothing is made here
         try:
             with find_in_root(root, entry.destination, entry.is_folder(), make=entry.on_host()) as target:
-                mount(f"/proc/self/fd/{source}", f"/proc/self/fd/{target}", MS_BIND | MS_REC)
+                mount(f"/proc/self/fd/{sources[entry.place]}", f"/proc/self/fd/{target}", MS_BIND | MS_REC)
         except OSError:
             missing += [] if entry.on_host() else [entry.destination.rstrip("/") + "/"]
         except Error:
@@ -6877,7 +6870,6 @@ class Builder:
         self.populated = self.sizes["memory" if on_x86() else "maxmem"]  # MiB; see Domain.set_memory()
         self.xenstore: Xenstore
         self.rootfs = Rootfs()
-        self.sources: list[str] = []  # paths in the share
         self.ramdisk: BinaryIO | None = None
 
     def prepare(self, bundle: str, systemd: bool) -> None:
@@ -6888,7 +6880,7 @@ class Builder:
         os.close(self.container.lock_fd)  # who comes when create has died knows whom to wait for
         self.enter_cgroup(systemd)
         self.attach_networks()
-        self.sources = build_share(self.share, self.config)
+        build_share(self.share, self.config)
 
     def build(self) -> Domain:
         """Return the domain."""
@@ -6996,7 +6988,7 @@ class Builder:
             capabilities: dict[str, bytes] = {}
             if self.rootfs.in_memory:
                 capabilities = pack_share(self.ramdisk, self.share, self.sizes["memory"])
-            guest = guest_config(config, self.sources, state, capabilities)
+            guest = guest_config(config, state, capabilities)
             entries: list[Entry] = [
                 ("container", stat.S_IFDIR | 0o700, b""),
                 ("container/config", stat.S_IFREG | 0o600, guest),

@@ -128,7 +128,7 @@ def test_a_bind_mount_has_no_other_options(bundle, tmp_path):
     mount = runx.Config(bundle(spec)).mounts[0]
     flags = runx.MS_BIND | runx.MS_REC | runx.MS_RDONLY | runx.RECURSIVE_RO | runx.MS_NODEV
     assert mount.flags == flags
-    _, options = runx.guest_mount(mount, iter(["mounts/0"]))
+    _, options = runx.guest_mount(mount)
     assert options[4] == runx.MS_BIND | 32 | runx.MS_RDONLY | runx.MS_NODEV
     spec["mounts"][0]["options"].append("idmap")
     with pytest.raises(runx.Error, match="a bind mount has no option idmap here"):
@@ -345,7 +345,7 @@ def test_a_namespace_that_a_vm_cannot_have_is_refused(bundle, entries, words):
 def test_the_hosts_uts_namespace_gives_its_hostname(bundle):
     entries = [entry for entry in namespaces() if entry["type"] not in ("uts", "cgroup")]
     spec = {**config("true"), "linux": {"namespaces": [*entries, {"type": "time"}]}}
-    text = runx.guest_config(runx.Config(bundle(spec)), [], "{}", {})
+    text = runx.guest_config(runx.Config(bundle(spec)), "{}", {})
     assert f"\0hostname\0{os.uname().nodename}\0".encode() in text
     with pytest.raises(runx.Error, match="need a uts namespace"):
         runx.Config(bundle({**spec, "hostname": "x"}))
@@ -762,7 +762,7 @@ def mount_of(bundle, **mount):
 def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
     overlay = mount_of(bundle, type="overlay", source="overlay", options=["lowerdir=/a", "upperdir=/b", "nosuid"])
     assert overlay.on_host() and (overlay.data, overlay.flags) == ("lowerdir=/a,upperdir=/b", runx.MS_NOSUID)
-    mount, options = runx.guest_mount(overlay, iter(["mounts/0"]))
+    mount, options = runx.guest_mount(overlay)
     assert mount == ("mount", "mounts/0", "/t", "", runx.MS_BIND, "")
     assert options[4] == runx.MS_BIND | runx.MS_REMOUNT | runx.MS_NOSUID
     assert not mount_of(bundle, type="cgroup", source="cgroup", options=["ro", "name=systemd"]).data
@@ -778,14 +778,14 @@ def test_a_bind_mount_without_flags_has_those_of_its_source(bundle, tmp_path, mo
     statvfs = os.statvfs(tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs[:8], 2 | 8 | 1024, *statvfs[9:]]))
     mount = mount_of(bundle, source=str(tmp_path), options=options)
-    changes = [words for words in runx.guest_mount(mount, iter(["mounts/0"])) if words[0] == "mount"][1:]
+    changes = [words for words in runx.guest_mount(mount) if words[0] == "mount"][1:]
     expected = ("mount", "mounts/0", "/t", "", runx.MS_BIND | runx.MS_REMOUNT | flags, "")
     assert changes == ([expected] if flags else [])
 
 
 def test_a_file_system_of_the_guests_can_be_mounted_again_with_other_options(bundle, tmp_path):
     mount = mount_of(bundle, type="tmpfs", source="x", options=["remount", "nodev", "size=2m"])
-    assert [*runx.guest_mount(mount, iter(()))] == [("mount", "", "/t", "", runx.MS_REMOUNT | 4, "size=2m")]
+    assert [*runx.guest_mount(mount)] == [("mount", "", "/t", "", runx.MS_REMOUNT | 4, "size=2m")]
 
 
 @pytest.mark.parametrize("source", ["none", "/proc"])
@@ -793,12 +793,12 @@ def test_what_is_mounted_again_is_what_is_there_whatever_its_source_says(bundle,
     mount = mount_of(bundle, type="none", source=source, options=["remount", "bind", "ro"])
     assert not mount.on_host()
     flags = runx.MS_REMOUNT | runx.MS_BIND | runx.MS_RDONLY
-    assert [*runx.guest_mount(mount, iter(()))] == [("mount", "", "/t", "", flags, "")]
+    assert [*runx.guest_mount(mount)] == [("mount", "", "/t", "", flags, "")]
 
 
 def test_a_tmpfs_that_begins_with_what_is_below(bundle):
     mount = mount_of(bundle, type="tmpfs", source="tmpfs", options=["tmpcopyup", "ro", "size=1m"])
-    assert [*runx.guest_mount(mount, iter(()))] == [("copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m")]
+    assert [*runx.guest_mount(mount)] == [("copy_up", "tmpfs", "/t", "tmpfs", 0, "size=1m")]
 
 
 def test_memory_that_is_read_only_is_so_when_all_is_made_in_it(bundle):
@@ -809,7 +809,7 @@ def test_memory_that_is_read_only_is_so_when_all_is_made_in_it(bundle):
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["ro"]},
     ]
     spec["linux"] = {"devices": [{"path": "/dev/pipe", "type": "p"}], "readonlyPaths": ["/dev/cwd"]}
-    text = runx.guest_config(runx.Config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
+    text = runx.guest_config(runx.Config(bundle(spec)), "{}", {}).replace(b"\0", b" ").decode()
     seal = f"mount  /dev  {runx.MS_REMOUNT | runx.MS_BIND | runx.MS_RDONLY | runx.MS_NOSUID}  "
     made = [f"mount tmpfs /dev tmpfs {runx.MS_NOSUID}  ", "node /dev/null ", "mount devpts /dev/pts devpts 1  ",
             "node /dev/pipe ", "terminal ", "cwd /dev/cwd ", seal, "readonly /dev/cwd ", "mount  /  "]  # fmt: skip
@@ -857,7 +857,7 @@ def test_words_that_no_execve_takes_are_refused_before_they_are_read(bundle, env
 @pytest.mark.parametrize("option, flags", [("rshared", 1 << 20 | 16384), ("slave", 1 << 19), ("rprivate", None)])
 def test_propagation_of_a_mount(bundle, tmp_path, option, flags):
     mount = mount_of(bundle, source=str(tmp_path), options=["bind", option])
-    words = [*runx.guest_mount(mount, iter(["mounts/0"]))]
+    words = [*runx.guest_mount(mount)]
     assert words[1:] == ([("propagation", "/t", flags)] if flags else [])
 
 
@@ -1300,7 +1300,7 @@ def test_the_guest_gets_records_for_all_of_it(bundle):
         },
         "devices": [{"path": "/dev/f", "type": "c", "major": 10, "minor": 229, "uid": 1, "gid": 2}],
     }  # fmt: skip
-    text = runx.guest_config(runx.Config(bundle(spec)), [], "{}", {}).replace(b"\0", b" ").decode()
+    text = runx.guest_config(runx.Config(bundle(spec)), "{}", {}).replace(b"\0", b" ").decode()
     limits = "pids.max 7 hugetlb.2MB.max 4096 hugetlb.2MB.rsvd.max 4096 cpu.idle 1"
     assert text.startswith(f"{0x20000000} cgroup 4 {limits} ")
     for record in (

@@ -17,10 +17,10 @@ def guest(tmp_path):
     """Return the words for a config.json with these changes; those for the image's own /dev are always the same."""
     (tmp_path / "rootfs").mkdir()
 
-    def words(spec, sources=("mounts/0", "mounts/1"), capabilities=None):
+    def words(spec, capabilities=None):
         (tmp_path / "config.json").write_text(json.dumps(spec))
         parsed = runx.Config(str(tmp_path))
-        found = runx.guest_config(parsed, sources, '{"a": 1}', capabilities or {}).decode().split("\0")[:-1]
+        found = runx.guest_config(parsed, '{"a": 1}', capabilities or {}).decode().split("\0")[:-1]
         if "/dev" in [mount.destination for mount in parsed.mounts]:
             return found
         devices = [word for words in runx.guest_devices(parsed.linux) for word in words]
