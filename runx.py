@@ -400,6 +400,7 @@ CLONE_PARENT, SYS_CLONE3 = 0x8000, 435  # the number in <asm-generic/unistd.h>, 
 OUTPUT_MAX = 1 << 20  # bytes of a program's that are taken
 SENTENCE_MAX = 4000  # bytes that processes of ours say at once
 FAILED = 255  # the exit status where a process has none of its own, as runc's exec
+OWN_NETWORK = "/proc/self/ns/net"  # the network namespace that we are in: dom0's, until we enter another one
 
 
 def read_file(path: str) -> str:
@@ -2309,6 +2310,11 @@ def parse_namespaces(linux: Section) -> Namespaces:
     return found
 
 
+def is_own_network(path: str) -> bool:
+    """Return whether the network namespace at path is the one that we are in.  Raise OSError."""
+    return os.path.samefile(path, OWN_NETWORK)
+
+
 def check_namespace(kind: str, path: str) -> None:
     """Raise Error unless there is a namespace of this kind at path."""
     with Attempt(f"join the {kind} namespace {path}"):
@@ -2381,7 +2387,7 @@ def find_networks(
     if netconf and is_podmans and path == "":  # its other networks have a path
         spec.warnings.append("NETCONF has no effect, for Podman was asked for no network")
         netconf = []
-    if path and os.path.samefile(path, "/proc/self/ns/net"):
+    if path and is_own_network(path):
         path = None
     if path is None and namespaces and not netconf:
         remedy = "give it a network namespace of its own, or a network by NETCONF"
@@ -5703,7 +5709,7 @@ def make_namespace(path: str) -> None:
 
     with Attempt(f"make the network namespace {path}"):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-        in_namespace("/proc/self/ns/net", keep)
+        in_namespace(OWN_NETWORK, keep)
 
 
 def redirect(netlink: Rtnetlink, source: int, target: int) -> None:
@@ -6512,7 +6518,7 @@ def end_redirection(state: State, vif: Vif) -> None:
             return  # it ended with the holder
         namespace = state.namespace
     try:
-        if not is_held and os.path.samefile(namespace, "/proc/self/ns/net"):
+        if not is_held and is_own_network(namespace):
             return  # the path was by a pid, of a pod's sandbox, which is another process's by now
         netlink = Rtnetlink(namespace)
         links = netlink.links()
@@ -6651,7 +6657,7 @@ def run_holder(config: Config, share: str, exported: bool, monitor: int, link: A
     name, process = config.hostname or os.uname().nodename, config.process
     with Attempt("enter the container's namespaces"):
         if config.namespace:
-            if os.path.samefile(config.namespace, "/proc/self/ns/net"):
+            if is_own_network(config.namespace):
                 raise Error(f"cannot join the network namespace {config.namespace}: it is the host's own by now")
             with Descriptor(os.open(config.namespace, os.O_RDONLY)) as fd:
                 system_call("setns", fd, CLONE_NEWNET)
