@@ -3335,7 +3335,7 @@ CAPABLE_MAX = 1 << 10  # of them with capabilities, of which dom0 keeps the path
 RAMDISK_OVERHEAD = 18  # MiB that the guest needs beside its files
 
 if TYPE_CHECKING:
-    Entry = Union[tuple[str, int, bytes], tuple[str, int, bytes, int]]  # name, mode, content, rdev
+    Entry = tuple[str, int, bytes, int]  # name, mode, content, rdev
 
 
 def cpio_header(
@@ -3362,9 +3362,7 @@ def padding(size: int) -> bytes:
 def cpio_members(entries: Iterable[Entry]) -> Iterator[bytes]:
     """Yield the members of an archive and its end.  entries: folders before what is in them.  Owner root, time 0: the
     same input gives the same bytes."""
-    for inode, entry in enumerate(entries, 1):
-        name, mode, content = entry[:3]
-        rdev = entry[3] if len(entry) == 4 else 0
+    for inode, (name, mode, content, rdev) in enumerate(entries, 1):
         yield cpio_header(name, mode, len(content), inode, rdev) + content + padding(len(content))
     yield cpio_header("TRAILER!!!", 0, 0)
 
@@ -6996,16 +6994,16 @@ class Builder:
                 capabilities = pack_share(self.ramdisk, self.share, self.sizes["memory"])
             guest = guest_config(config, state, capabilities)
             entries: list[Entry] = [
-                ("container", stat.S_IFDIR | 0o700, b""),
-                ("container/config", stat.S_IFREG | 0o600, guest),
+                ("container", stat.S_IFDIR | 0o700, b"", 0),
+                ("container/config", stat.S_IFREG | 0o600, guest, 0),
             ]
             if self.rootfs.disk:
-                entries.append(("container/disk", stat.S_IFREG | 0o600, self.rootfs.disk.for_guest()))
+                entries.append(("container/disk", stat.S_IFREG | 0o600, self.rootfs.disk.for_guest(), 0))
             kernel, wanted = config.machine.kernel, self.rootfs.modules()  # to reach the container's files
             modules = kernel_modules(config.rootfs, kernel[0], wanted) if kernel and wanted else []
-            entries += [("modules", stat.S_IFDIR | 0o700, b"")] if modules else []
+            entries += [("modules", stat.S_IFDIR | 0o700, b"", 0)] if modules else []
             for number, (name, content) in enumerate(modules):
-                entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content))
+                entries.append((f"modules/{number:02}-{name}", stat.S_IFREG | 0o600, content, 0))
             # libxc takes a file that begins as gzip for one archive, and unpacks it in vain; the kernel takes any order
             with open(base, "rb") as file:
                 self.ramdisk.writelines(cpio_members(entries))

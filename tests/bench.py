@@ -134,7 +134,7 @@ def bare_settings(folder, script, memory=MEMORY, kind=TYPE):
     """A file for `xl create`: our kernel, with a ramdisk whose init is this script."""
     init = f"#!/bin/sh\nexport PATH=/bin:/sbin\n{script}\nbusybox poweroff -f\n"
     base = (INSTALLED / "initrd").read_bytes()
-    ramdisk = base + runx.padding(len(base)) + b"".join(runx.cpio_members([("init", 0o100755, init.encode())]))
+    ramdisk = base + runx.padding(len(base)) + b"".join(runx.cpio_members([("init", 0o100755, init.encode(), 0)]))
     (folder / "bare.ramdisk").write_bytes(ramdisk)
     settings = {
         "name": f"bench-{os.getpid()}", "type": kind, "memory": memory, "kernel": str(INSTALLED / "kernel"),

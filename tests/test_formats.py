@@ -67,12 +67,12 @@ def test_a_member_has_the_bytes_that_the_kernels_documentation_defines():
         b"070701" b"00000001" b"000081A4" b"00000000" b"00000000" b"00000001" b"00000000" b"00000003"
         b"00000000" b"00000000" b"00000000" b"00000000" b"00000002" b"00000000" b"a\0" b"xyz\0"
     )  # fmt: skip
-    assert b"".join(runx.cpio_members([("a", 0o100644, b"xyz")]))[: len(expected)] == expected
+    assert b"".join(runx.cpio_members([("a", 0o100644, b"xyz", 0)]))[: len(expected)] == expected
 
 
 @pytest.mark.parametrize("size", range(0, 9))
 def test_members_are_aligned_whatever_their_size(tmp_path, size):
-    archive = b"".join(runx.cpio_members([("n" * (size + 1), 0o100644, b"x" * size), ("after", 0o100644, b"y")]))
+    archive = b"".join(runx.cpio_members([("n" * (size + 1), 0o100644, b"x" * size, 0), ("after", 0o100644, b"y", 0)]))
     found = unpacked(archive, tmp_path / "found")
     assert {path.name: path.read_bytes() for path in found.iterdir()} == {"n" * (size + 1): b"x" * size, "after": b"y"}
 

@@ -566,7 +566,7 @@ def test_an_archive_is_the_same_to_the_byte():
     expected = member(b"a\0", 1, 0o100644, 1, 3, 2) + b"xyz\0"
     expected += member(b"null\0\0", 2, 0o20666, 1, 0, 5, "0000000100000003") + b""
     expected += member(b"TRAILER!!!\0", 0, 0, 1, 0, 11) + b"\0\0\0"
-    archive = b"".join(runx.cpio_members([("a", 0o100644, b"xyz"), ("null", 0o20666, b"", os.makedev(1, 3))]))
+    archive = b"".join(runx.cpio_members([("a", 0o100644, b"xyz", 0), ("null", 0o20666, b"", os.makedev(1, 3))]))
     assert archive.hex() == expected.hex()
 
 
