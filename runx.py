@@ -5094,9 +5094,8 @@ class FileServer:
     says "+" when it can begin, is sent domid and of each ring grant and event channel, and says "+" again when it has
     them.  All else that it says is why it ends."""
 
-    def __init__(self) -> None:
-        self.pid = 0
-        self.link: Any = None
+    pid = 0
+    link: Any = None
 
     def start(self, kind: str, share: str, capabilities: int) -> None:
         """Have it begin, in our mount namespace and cgroup.  kind: of the device.  capabilities: a bit for each that
@@ -5187,15 +5186,13 @@ def enter_share(share: str) -> None:
 
 def hide_ourselves(share: str) -> None:
     """Cover our own folder in each /proc below the share that has one: a process can always write its own memory."""
-    targets = [entry.target for entry in host_mounts() if entry.kind == "proc" and entry.root == "/"]
-    for target in targets:
-        itself = f"{target}/self"
-        if target.startswith(f"{share}/"):
-            try:
-                os.stat(itself)
-            except FileNotFoundError:  # of a pid namespace in which we have no number
-                continue
-            mount("tmpfs", itself, MS_RDONLY, "tmpfs", "size=4k")
+    mounts = [entry for entry in host_mounts() if entry.target.startswith(f"{share}/")]
+    for itself in [f"{entry.target}/self" for entry in mounts if entry.kind == "proc" and entry.root == "/"]:
+        try:
+            os.stat(itself)
+        except FileNotFoundError:  # of a pid namespace in which we have no number
+            continue
+        mount("tmpfs", itself, MS_RDONLY, "tmpfs", "size=4k")
 
 
 def give_up_rights(capabilities: int) -> None:
@@ -5255,7 +5252,7 @@ def serve_rings(protocol: Protocol, rings: list[Ring], channels: EventChannels, 
             waits = waits and all([ring.indexes[OUT_PROD] == ring.out_prod for ring in rings])
             if poll.poll(None if waits else 0) not in ([], [(channels.fd, select.POLLIN)]):
                 return
-            channels.acknowledge()  # before the rings are looked at, so no event is lost
+            channels.acknowledge()
             for ring in rings:
                 ring.set_looks(True)
 
@@ -6174,12 +6171,9 @@ def route_message(
     found: Attributes = {}
     if "priority" in numbers:
         found[RTA_PRIORITY] = numbers["priority"]
-    metrics = {}
-    for key, metric in (("mtu", RTAX_MTU), ("advmss", RTAX_ADVMSS)):
-        if key in numbers:
-            metrics[metric] = numbers[key]
-    if metrics:
-        found[RTA_METRICS] = metrics
+    metrics = {"mtu": RTAX_MTU, "advmss": RTAX_ADVMSS}
+    if wanted := {metric: numbers[key] for key, metric in metrics.items() if key in numbers}:
+        found[RTA_METRICS] = wanted
     scope, flags = RT_SCOPE_LINK, 0
     length = destination.prefixlen
     if length:
@@ -6625,9 +6619,8 @@ class Holder:
     """Its pid, and the monitor's end of a socket to it: it says "+" or an error, and then the signals that it gets, a
     byte each, and is told the exit status, one."""
 
-    def __init__(self) -> None:
-        self.pid = 0
-        self.link: Any = None
+    pid = 0
+    link: Any = None
 
     def start(self, config: Config, share: str, exported: bool) -> None:
         """Make it, a child of our parent's, with the mount namespace that the share is in.  Raise Error."""
