@@ -6,8 +6,8 @@ An engine (containerd, Podman, Docker) calls it as it would call runc.  `create`
 with `xl create`, and forks a holder, whose pid is the container's pid and whose namespaces are the container's.  The
 domain boots meanwhile, and waits until `start` lets it execute the process.  The monitor carries the standard streams
 over PV consoles, waits for the domain to end and destroys it; the holder exits with the container's exit status.  In
-the VM there is an init and no agent; host and guest meet only in what Xen gives every domain (ramdisk, xenstore,
-consoles, 9p, vif).
+the VM there is an init and no agent; host and guest meet only in what Xen gives every domain: ramdisk, xenstore, and
+devices (consoles, files, disk, network interfaces).
 
 One module, standard library only.  It is started for every operation of every container, so what only one operation
 needs is imported there: json, signal or ctypes cost more than most operations.
@@ -840,6 +840,7 @@ def xl_config(settings: Mapping[str, str | int | list[str]]) -> str:
 
 
 def xl_info(key: str) -> str:
+    """What `xl info` says of it, "" if nothing."""
     for line in xl("info")[1].splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
@@ -1096,8 +1097,8 @@ def new_uuid() -> str:
 
 # ==== devices ============================================================================================
 # What a VM has of dom0: a frontend and a backend that find one another in xenstore (xen/include/public/io/xenbus.h),
-# announced without xl.  Disks and network interfaces have backends in dom0's kernel, and `start` announces them; those
-# of consoles and of the container's files are runX, and the monitor announces them.
+# announced without xl.  Disks and network interfaces have backends in dom0's kernel, and `create` or `start` announces
+# them; those of consoles and of the container's files are runX, and the monitor announces them.
 
 XENBUS_INITIALISING, XENBUS_INITWAIT, XENBUS_INITIALISED, XENBUS_CONNECTED = "1", "2", "3", "4"
 XENBUS_CLOSING, XENBUS_CLOSED = "5", "6"
@@ -2142,7 +2143,7 @@ class Machine:
         self.type = annotations.choice("type", MACHINE_TYPES, "") or host.type  # "": what the host offers
         self.maxmem = annotations.number("maxmem")  # MiB, 0: no more than memory
         self.maxvcpus = annotations.number("maxvcpus")  # 0: no more than vcpus
-        # kind of the device by which the kernel gets what dom0 serves: other kernels than ours have only 9p
+        # kind of the device by which the kernel gets what is served: other kernels than ours have only 9p
         self.share_device = "9pfs" if self.kernel or self.own_init else "fuse"
 
 
@@ -2660,7 +2661,7 @@ class Mount:
             status = os.statvfs(self.source)
             self.kept &= status.f_flag  # <sys/statvfs.h> has the same numbers
             if self.destination.rstrip("/") == "/dev/shm" and is_empty_memory(self.source):
-                # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be 9p
+                # shared memory is shared inside one VM only: the guest's own is memory, dom0's would be files
                 data = ["mode=1777", f"size={status.f_blocks * status.f_frsize >> 10}k"]
                 self.type = "tmpfs"
                 self.source = "shm"
@@ -2690,7 +2691,7 @@ class Mount:
         return self.flags & (MS_BIND | MS_REMOUNT) == MS_BIND
 
     def on_host(self) -> bool:
-        """Return whether dom0 mounts it, and the guest gets it over 9p: what names files or devices of dom0's."""
+        """Return whether dom0 mounts it, and the guest has it in the share: what names files or devices of dom0's."""
         return self.is_bound() or not self.flags & MS_REMOUNT and self.type not in GUEST_FILESYSTEMS
 
     def is_sealed_late(self) -> bool:
@@ -3030,7 +3031,7 @@ def guest_process(linux: Linux, process: Process, hooks: list[Hook], state: str)
 
 
 # ==== rootfs =============================================================================================
-# Where a VM has the container's files: its rootfs, over 9p, in its memory or on a block device, and what dom0 mounts
+# Where a VM has the container's files: its rootfs, served, in its memory or on a block device, and what dom0 mounts
 # for it.  Both are put together in a folder, the share, in the monitor's own mount namespace.  What serves it to the
 # guest lives there too; when both are gone the kernel undoes every mount, whoever was killed before.
 
@@ -3708,7 +3709,7 @@ def await_blkback(vbd: Device, disk: Disk) -> None:
         time.sleep(0.01)
 
 
-# ---- the ways: over 9p, in the VM's memory, on a block device
+# ---- the ways: served, in the VM's memory, on a block device
 
 
 class Rootfs(Record):
