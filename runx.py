@@ -5315,11 +5315,11 @@ def make_cgroups(cgroups: Cgroups, resources: Resources) -> None:
             limit_cgroup(folder, resources)
 
 
-def join_cgroups(cgroups: Cgroups, pid: int) -> None:
-    """Move a process there.  Raise Error."""
+def join_cgroups(cgroups: Cgroups) -> None:
+    """Move us there.  Raise Error."""
     for root, path in cgroups:
-        with Attempt(f"move process {pid} to the cgroup {path} in {root}"):
-            write_file(f"{root}{path}/cgroup.procs", pid)
+        with Attempt(f"move process {os.getpid()} to the cgroup {path} in {root}"):
+            write_file(f"{root}{path}/cgroup.procs", os.getpid())
 
 
 def check_devices(path: str, cgroups: Cgroups) -> None:
@@ -5328,7 +5328,7 @@ def check_devices(path: str, cgroups: Cgroups) -> None:
         try:
             os.close(os.open(device, os.O_RDWR))
         except PermissionError:
-            join_cgroups([[root, ""] for root, _ in cgroups], os.getpid())
+            join_cgroups([[root, ""] for root, _ in cgroups])
             reason = f"nobody there may open {device}; name another one by linux.cgroupsPath"
             raise Error(f"cannot use the cgroup {path}: {reason}") from None
         except OSError:
@@ -5913,8 +5913,8 @@ BRIDGE_LAYER_2 = ("vlan", "vlanTrunk", "hairpinMode", "promiscMode", "macspoofch
                   "disableContainerInterface")  # fmt: skip
 
 
-def plan_attachment(network: Network, number: int, container: Container, rate: str, log: Log) -> Attachment:
-    """Return the container's Attachment of that number, not made yet.  rate: the container's own.  Raise Error."""
+def plan_attachment(network: Network, number: int, container: Container, log: Log) -> Attachment:
+    """Return the container's Attachment of that number, not made yet.  Raise Error."""
     attachment = Attachment(
         network=network.name,
         identity=container.state.name.replace("+", "_"),
@@ -5922,7 +5922,7 @@ def plan_attachment(network: Network, number: int, container: Container, rate: s
         namespace=container.path("netns"),
         mac=stable_mac(container.folder, number),
         mtu=network.mtu,
-        rate=lower_rate(rate, network.rate),
+        rate=lower_rate(container.state.rate, network.rate),
         dhcp=network.dhcp,
         addresses=list(map(str, network.addresses)),
         gateways=[str(gateway.ip) for _, gateway, is_said in network.ranges if is_said],
@@ -6931,7 +6931,7 @@ class Builder:
             cgroups = find_cgroups(path, bool(scope))
             self.container.save(cgroups=cgroups)
             make_cgroups(cgroups, resources)
-            join_cgroups(cgroups, os.getpid())
+            join_cgroups(cgroups)
             check_devices(path, cgroups)
         finally:
             if scope:
@@ -6941,7 +6941,7 @@ class Builder:
         """Have each network of NETCONF made or reserved, by its plugins; kept in the state before it is done."""
         container = self.container
         for number, network in enumerate(self.networks):
-            attachment = plan_attachment(network, number, container, self.config.rate, self.log)
+            attachment = plan_attachment(network, number, container, self.log)
             container.save(networks=[*container.state.networks, attachment.__dict__])
             if attachment.calls and not attachment.bridge and not os.path.exists(attachment.namespace):
                 make_namespace(attachment.namespace)
@@ -7850,7 +7850,7 @@ class Carrier(Loop):
         show_arguments(self.order.process.args)  # the VM works meanwhile
         for each in container.state.cgroups:  # as far as it is possible
             try:
-                join_cgroups([each], os.getpid())
+                join_cgroups([each])
             except Error as error:
                 self.log.debug(str(error))
         if not self.order.is_patient:

@@ -612,7 +612,7 @@ def test_each_network_is_in_the_state_before_and_after_it_is_made(dom0, monkeypa
     done = []
     paths = {"first": str(dom0.folder / "none"), "there": str(dom0.folder), "bridged": str(dom0.folder / "none")}
 
-    def plan(network, number, container, rate, log):
+    def plan(network, number, container, log):
         bridge, names = "br0" if network == "bridged" else "", {"name": network, "namespace": paths[network]}
         return SimpleNamespace(calls=[1], bridge=bridge, number=number, result="", **names)
 
@@ -640,7 +640,7 @@ def test_the_vm_is_made_in_the_cgroup_and_when_it_has_its_networks(dom0, monkeyp
     done = []
     monkeypatch.setattr(runx, "find_cgroups", lambda path, is_scope: [["/r", path]])
     monkeypatch.setattr(runx, "make_cgroups", lambda cgroups, *_: done.append(cgroups))
-    monkeypatch.setattr(runx, "join_cgroups", lambda cgroups, pid: done.append([cgroups, pid == os.getpid()]))
+    monkeypatch.setattr(runx, "join_cgroups", lambda cgroups: done.append(["joined", cgroups]))
     monkeypatch.setattr(runx.Builder, "attach_networks", lambda self: done.append("networks"))
     monkeypatch.setattr(runx.Builder, "write_boot_files", lambda self: done.append("files") or ("/kernel", ""))
     monkeypatch.setattr(runx, "create_domain", lambda *_: done.append("xl") or SimpleNamespace(domid=7))
@@ -654,7 +654,7 @@ def test_the_vm_is_made_in_the_cgroup_and_when_it_has_its_networks(dom0, monkeyp
 
     cgroups = [["/r", "/a"]]
     assert in_own_mounts(work) == [
-        cgroups, [cgroups, True], "networks", "files", "xl",
+        cgroups, ["joined", cgroups], "networks", "files", "xl",
     ]  # fmt: skip
 
 

@@ -44,13 +44,13 @@ def test_all_hierarchies_get_the_processes_and_each_its_own_limits(hierarchy):
     cgroups = runx.find_cgroups("a//../a/b", False)
     assert cgroups == [[str(root), "/a/b"] for root in (unified, memory, cpu)]
     runx.make_cgroups(cgroups, RESOURCES)
-    runx.join_cgroups(cgroups, 8)
+    runx.join_cgroups(cgroups)
     assert (unified / "cgroup.subtree_control").read_text() == "+memory"  # the last word that was written
     assert (unified / "a/b/memory.max").read_text() == str(144 << 20)
     assert (unified / "a/b/cpu.weight").read_text() == "79"
     assert (memory / "a/b/memory.limit_in_bytes").read_text() == str(144 << 20)
     assert not (cpu / "a/b/cpu.shares").exists()
-    assert [(root / "a/b/cgroup.procs").read_text() for root in (unified, memory, cpu)] == ["8"] * 3
+    assert [(root / "a/b/cgroup.procs").read_text() for root in (unified, memory, cpu)] == [str(os.getpid())] * 3
     assert not list(cpuset.iterdir())
 
 
@@ -72,7 +72,7 @@ def test_a_group_that_forbids_devices_is_an_error_and_left(hierarchy, monkeypatc
         return opened("/dev/null" if path == "/dev/xen/gntdev" else path, *args, **options)
 
     cgroups = runx.find_cgroups("/pod", False)
-    runx.join_cgroups(cgroups, os.getpid())
+    runx.join_cgroups(cgroups)
     runx.check_devices("/pod", cgroups)  # a device that is not there is another's to tell
     assert not (root / "cgroup.procs").exists()
     monkeypatch.setattr(os, "open", forbid)

@@ -224,7 +224,7 @@ def test_mutated_networks(tmp_path, trial, monkeypatch):
             request = ("NETCONF", f"{files}/net.conf", "net", address[1:])
             with contextlib.suppress(runx.Error):
                 network = runx.Network(request, [str(files)])
-                attachment = runx.plan_attachment(network, 0, Made(), "", runx.Log(str(tmp_path / "log")))
+                attachment = runx.plan_attachment(network, 0, Made(), runx.Log(str(tmp_path / "log")))
                 runx.attach_network(attachment, network)
                 runx.resolv_conf(attachment.dns).encode()
                 strictly(runx.json_text(attachment.__dict__))

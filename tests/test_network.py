@@ -286,7 +286,8 @@ def planned(tmp_path, plugin, monkeypatch):
     def plan(document, address="", number=0, rate=""):
         network, log = load_network(tmp_path, json.dumps(document), address=address), tmp_path / "log"
         log.write_text("")
-        made = runx.plan_attachment(network, number, Made(), rate, runx.Log(str(log)))
+        monkeypatch.setattr(Made.state, "rate", rate)
+        made = runx.plan_attachment(network, number, Made(), runx.Log(str(log)))
         return network, made, log.read_text()
 
     return plan
@@ -800,19 +801,19 @@ def test_a_bridge_of_the_plugins_is_left_to_it(namespaces, tmp_path, plugin, cha
     (tmp_path / "plugin").rename(tmp_path / "bridge")
     document = {**NET, "bridge": "testbr0", "ipam": PLUGIN, "isGateway": True, **changes}
     network = load_network(tmp_path, json.dumps(document), address=address)
-    made = runx.plan_attachment(network, 0, Made(), "", runx.Log())
+    made = runx.plan_attachment(network, 0, Made(), runx.Log())
     assert [name for name, _ in made.calls] == ["bridge"]
     assert [link["ifname"] for link in ip("link show")] == ["lo"]
     network = load_network(tmp_path, json.dumps({**document, "isGateway": False, "ipMasq": True}), address="auto")
     with pytest.raises(runx.Error, match="there is no bridge testbr0 on this host"):
-        runx.plan_attachment(network, 0, Made(), "", runx.Log())
+        runx.plan_attachment(network, 0, Made(), runx.Log())
 
 
 def test_where_the_vm_asks_by_dhcp_the_gateway_of_a_plugins_bridge_is_made(namespaces, tmp_path, plugin):
     plugin("exit 0")
     (tmp_path / "plugin").rename(tmp_path / "bridge")
     document = {**NET, "bridge": "testbr0", "ipam": PLUGIN, "isGateway": True, "hairpinMode": True}
-    made = runx.plan_attachment(load_network(tmp_path, json.dumps(document)), 0, Made(), "", runx.Log())
+    made = runx.plan_attachment(load_network(tmp_path, json.dumps(document)), 0, Made(), runx.Log())
     assert [name for name, _ in made.calls] == ["bridge"]
     assert [each["local"] for each in addresses_of("testbr0", "")] == ["10.1.0.1"]
 
