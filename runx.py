@@ -3713,7 +3713,7 @@ def await_blkback(vbd: Device, disk: Disk) -> None:
 
 
 class Rootfs(Record):
-    """How a VM comes to what is in the share: in neither way where it boots a system of its own."""
+    """How a VM comes to what is in the share: in neither way if it is not to."""
 
     is_served: bool = False  # over 9p, or FUSE where the kernel is runX's own, from a process that the monitor forks
     in_memory: bool = False  # in the ramdisk, and so in the VM's memory
