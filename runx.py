@@ -77,8 +77,7 @@ class NotRunning(Error):
 
 class Log:
     """The engine's log file, one record a line, or standard error.  Podman reads the file as a single JSON object, so
-    nothing is written but what a user must learn, the last "error" for containerd; `debug` adds what a developer wants.
-    """
+    only what a user must learn is written, the last "error" for containerd; `debug` adds what a developer wants."""
 
     def __init__(self, path: str | None = None, as_json: bool = False, debug: bool = False, subject: str = "") -> None:
         self.path = os.path.abspath(path) if path else None  # the monitor leaves this folder
@@ -461,8 +460,7 @@ def run_program(
     folder: str | None = None, namespaces: Sequence[str] = (),
 ) -> tuple[str, bytes, bytes]:  # fmt: skip
     """Run a program to its end or its timeout, in seconds.  Return what went wrong, or "", its stdout and its stderr.
-    env: all that it gets.  folder: its working directory, if that is there.  namespaces: paths of those that it joins.
-    """
+    env: all that it gets.  folder: where it works, if that is there.  namespaces: paths of those that it joins."""
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]  # never full, as a pipe may be
     os.pwrite(files[0], stdin, 0)  # where it begins to read
 
@@ -1264,12 +1262,10 @@ class Grants:
 
 
 class Barrier:
-    """A full memory barrier, as xenconsoled has it (xen_mb()) between the ring's bytes and its indexes.
-
-    Python has none, but to give up a lock is a release, and to take it an acquire (POSIX 4.12 "Memory Synchronization";
-    C's atomics in CPython), and these two stay in this order: what stands before is seen by all before what stands
-    behind.  The other way round they would not do: both sides could move to between them.
-    """
+    """A full memory barrier, as xenconsoled has it (xen_mb()) between the ring's bytes and its indexes.  Python has
+    none, but to give up a lock is a release, and to take it an acquire (POSIX 4.12 "Memory Synchronization"; C's
+    atomics in CPython), and these two stay in this order: what stands before is seen by all before what stands behind.
+    The other way round they would not do: both sides could move to between them."""
 
     def __init__(self) -> None:
         import _thread
@@ -7049,11 +7045,9 @@ class Output:
         self.unread = False  # who has read it is gone
 
     def advance(self, writable: bool) -> bool:
-        """Write what is pending, and take what is next.  Return whether something was written.
-
-        What unblock_standard() cannot open again blocks only if others write there too: what poll(2) calls writable
-        takes PIPE_BUF bytes at once, a socket more, and no console has so many.
-        """
+        """Write what is pending, and take what is next.  Return whether something was written.  What
+        unblock_standard() cannot open again blocks only if others write there too: what poll(2) calls writable takes
+        PIPE_BUF bytes at once, a socket more, and no console has so many."""
         writes = writable and bool(self.pending)
         if writes:
             try:
@@ -7070,10 +7064,8 @@ class Output:
 
 
 class Input:
-    """From descriptor 0 to a console: standard input, or what is typed at a terminal.
-
-    raw: the console's other end is not init, which knows escapes and an end.
-    """
+    """From descriptor 0 to a console: standard input, or what is typed at a terminal.  raw: the console's other end is
+    not init, which knows escapes and an end."""
 
     def __init__(self, console: Console | FirstConsole, fd: int, raw: bool = False) -> None:
         self.console = console
@@ -7170,12 +7162,9 @@ class Streams:
 
 class Loop:
     """Carries the streams of a process of a VM, and what host and guest tell each other about it, until it has ended
-    and its output is delivered.
-
-    number: the process's, of the guest protocol.  phase: "serving"; "draining", when it has ended and the readers of
-    its output have until `deadline`, or for ever; "done".  deadline: when it is to have ended, or 0.  look_at: when to
-    look whether the domain has ended, where xl could not tell; else 0.
-    """
+    and its output is delivered.  number: the process's, of the guest protocol.  phase: "serving"; "draining", when it
+    has ended and the readers of its output have until `deadline`, or for ever; "done".  deadline: when it is to have
+    ended, or 0.  look_at: when to look whether the domain has ended, where xl could not tell; else 0."""
 
     streams: Streams
 
@@ -7196,8 +7185,7 @@ class Loop:
         self.devices: list[OwnDevice] = [*self.consoles]
 
     def watch(self) -> None:
-        """Watch devices, and what the guest says of the process; each watch fires once when it is made, so nothing that
-        it has said before is missed."""
+        """Watch devices, and what the guest says of the process, also before: each watch fires once when it is made."""
         self.xenstore.watch(
             *((f"{device.frontend}/state", f"device {number}") for number, device in enumerate(self.devices)),
             *((f"{self.domain.path}/data/process/{self.number}/{node}", node) for node in ("ready", "ended", "exit")),
@@ -7347,8 +7335,7 @@ def take_terminal(console_socket: str | int, size: tuple[int, int]) -> None:
 
 
 def send_descriptor(target: str | int, message: bytes, fd: int) -> None:
-    """Send a message with a descriptor to a socket: the path of one, or our descriptor of a connected one, which is
-    closed.  Raise OSError."""
+    """Send a message and fd to a socket: at a path, or a connected one of ours, which is closed.  Raise OSError."""
     import socket
 
     with socket.socket(fileno=target) if isinstance(target, int) else socket.socket(socket.AF_UNIX) as connection:
@@ -7379,8 +7366,7 @@ ENDS = {
 
 
 def leave(container: Container, log: Log, name: str, text: str) -> None:
-    """Write a file for a `start` that is too late to see in xenstore that the process is "ready", or the first "error",
-    for which it will never be."""
+    """Write a file, "ready" or the first "error", for a `start` that is too late to see in xenstore which it is."""
     path = container.path(name)
     if not any(map(os.path.exists, map(container.path, ("ready", "error")))):
         log.attempt(f"write {path}", write_file, path, text)
@@ -7408,10 +7394,7 @@ class BootConsole(FirstConsole):
 
 class Commit:
     """create's word: "+" when it has done its part.  An end without that means that create is gone, and all goes with
-    it.
-
-    Until then the monitor is where the share is, in a mount namespace of its own, for createContainer hooks.
-    """
+    it.  Until then the monitor is where the share is, in a mount namespace of its own, for createContainer hooks."""
 
     def __init__(self) -> None:
         self.link: Any = None  # to create
@@ -7434,8 +7417,7 @@ class Commit:
 
 
 class Execs:
-    """The processes of `exec` in a container: what their carriers have announced is given back when these have ended,
-    however that was."""
+    """The processes of `exec` in a container: what their carriers have announced is given back when these end."""
 
     def __init__(self, container: Container, domain: Domain, log: Log) -> None:
         self.container, self.domain, self.log = container, domain, log
@@ -7752,10 +7734,8 @@ def refresh(container: Container) -> State:
 
 
 def clean_up(container: Container, log: Log) -> bool:
-    """Remove what a container has outside its folder: domain, devices, log files.  Return whether nothing is left.
-
-    What cannot be removed is a warning; Error if that is the domain, which must not be forgotten.
-    """
+    """Remove what a container has outside its folder: domain, devices, log files.  Return whether nothing is left: what
+    cannot be removed is a warning.  Raise Error if that is the domain, which must not be forgotten."""
     state = refresh(container)
     if not state.uuid or state.is_sandbox:
         return True  # it came no further, or has no VM
