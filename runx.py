@@ -8466,23 +8466,20 @@ def send_signal(container: Container, number: int, to_all: bool) -> None:
         container.domain().request(f"{'killall' if to_all else 'kill'} 0 {number}")
 
 
-def command_delete(call: Invocation) -> None:
-    delete(call, call.container())
-
-
 def remove_own(call: Invocation, container: Container) -> None:
     """Remove a container that we have created or started, or with `run --keep` end it; what fails is a warning."""
-    call.log.attempt(f"remove container {container.id}", delete, call, container, container.state.uuid)
+    call.log.attempt(f"remove container {container.id}", command_delete, call, container)
 
 
-def delete(call: Invocation, container: Container, uuid: str = "") -> None:
-    """uuid: of its VM, if it is our own; any that has its id by now is meant else."""
-    force = container.forgiving = uuid != "" or "force" in call.options
+def command_delete(call: Invocation, own: Container | None = None) -> None:
+    """own: the container, if it is ours, and not any that has its id by now."""
+    container, uuid = own or call.container(), own and own.state.uuid
+    force = container.forgiving = own is not None or "force" in call.options
     if force:  # it is done also when who asks for it is killed, which containerd is by itself after five seconds
         system_call("prctl", PR_SET_PDEATHSIG, 0)
     try:
         with container:
-            if uuid not in ("", container.state.uuid):
+            if uuid not in (None, container.state.uuid):
                 return
             status = container.status(ask=not force)
             if not container.state.pid and os.path.exists(container.path("state.json")):
