@@ -2661,7 +2661,7 @@ class Mount:
                 data = ["mode=1777", f"size={status.f_blocks * status.f_frsize >> 10}k"]
                 self.type = "tmpfs"
                 self.source = "shm"
-                self.flags = self.flags & ~(MS_BIND | MS_REC) or self.kept
+                self.flags = self.flags & ~(MS_BIND | MS_REC) | self.kept
             elif data:
                 raise Error(f"{where}: a bind mount has no option {data[0]} here")
         elif not self.type:
@@ -2675,7 +2675,10 @@ class Mount:
         elif option in MOUNT_OPTIONS:
             add, remove = MOUNT_OPTIONS[option]
             self.flags = (self.flags | add) & ~remove
-            self.kept = 0 if remove or add & ~(MS_BIND | MS_REC) else self.kept
+            if option[1:] in MOUNT_OPTIONS:  # with an r, beside which all else stays
+                self.kept &= ~remove
+            elif remove or add & ~MS_BIND:
+                self.kept = 0
         elif option in PROPAGATIONS:
             self.propagation = 0 if PROPAGATIONS[option] & MS_PRIVATE else PROPAGATIONS[option]
         else:
@@ -2956,7 +2959,7 @@ def guest_mount(entry: Mount) -> Words:
         flags &= ~MS_RDONLY
     if entry.on_host():
         yield "mount", entry.place, target, "", MS_BIND | (entry.flags & MS_REC), ""
-        flags = flags or entry.kept
+        flags |= entry.kept
         if flags:  # a bind mount takes its options only from a second call
             yield "mount", entry.place, target, "", MS_BIND | MS_REMOUNT | flags, ""
     elif entry.flags & MS_REMOUNT:
