@@ -3412,6 +3412,7 @@ def walk(root: str) -> Iterator[Member]:
             if error.errno in (errno.ENOENT, errno.ENOTDIR) and parent:
                 continue  # somebody has removed it
             raise Error(f"cannot pack {os.path.join(root, parent)}: {error.strerror}") from None
+        inner: set[str] = set()  # folders in it
         with folder, os.scandir(folder) as entries:
             for entry in entries:  # one by one, for there may be millions of these too
                 name = entry.name
@@ -3419,6 +3420,8 @@ def walk(root: str) -> Iterator[Member]:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
+                if name in inner:
+                    continue  # made anew, perhaps as a link, and who unpacks would have its content where that leads
                 inode += 1
                 path, is_file = os.path.join(parent, name), stat.S_ISREG(status.st_mode)
                 key = (status.st_dev, status.st_ino) if is_file and status.st_nlink > 1 else ()
@@ -3430,6 +3433,7 @@ def walk(root: str) -> Iterator[Member]:
                     files[key] = number
                 if stat.S_ISDIR(status.st_mode):
                     folders.append((parent, name))
+                    inner.add(name)
 
 
 def pack_initrd(folder: str, output: str) -> None:

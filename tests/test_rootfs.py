@@ -729,6 +729,34 @@ def test_a_file_that_grows_or_shrinks_is_packed_as_it_was(root, monkeypatch):
     assert {name: data for name, _, data in members(packed(root)[0])}["mnt/etc/name"] == b"inside"
 
 
+def test_a_folder_that_is_listed_again_as_a_link_is_packed_once(root, monkeypatch):
+    """Others may exchange them in a volume, and some file systems list last what is new.  The kernel would follow that
+    link when it unpacks what is in the folder."""
+    folder, scandir = root / "etc/folder", os.scandir
+    folder.mkdir()
+    (folder / "file").touch()
+
+    @contextlib.contextmanager
+    def listed(fd):
+        with scandir(fd) as entries:
+            yield exchanged([*entries])
+
+    def exchanged(entries):
+        yield from entries
+        if "folder" in [entry.name for entry in entries] and not folder.is_symlink():
+            folder.rename(root / "etc/away")
+            folder.symlink_to("/")
+            with scandir(root / "etc") as again:
+                yield from (entry for entry in again if entry.name == "folder")
+            folder.unlink()
+            (root / "etc/away").rename(folder)
+
+    (root / "folder").unlink()
+    monkeypatch.setattr(os, "scandir", listed)
+    found = [(name, stat.S_IFMT(mode)) for name, mode, _ in members(packed(root)[0]) if "etc/folder" in name]
+    assert found == [("mnt/etc/folder", stat.S_IFDIR), ("mnt/etc/folder/file", stat.S_IFREG)]
+
+
 def test_a_file_that_goes_is_left_out(root, monkeypatch):
     change_while_packing(monkeypatch, root, "name", lambda path: path.unlink())
     names = [name for name, *_ in members(packed(root)[0])]
