@@ -5484,8 +5484,7 @@ def run_out_of_memory(limit: str, usage: int) -> None:
 
 
 # ==== rtnetlink ==========================================================================================
-# Links, addresses, routes and neighbours, as the kernel knows them: rtnetlink(7).  runX talks to dom0's kernel,
-# and makes messages that the guest sends to its own.
+# Links, addresses, routes and neighbours: rtnetlink(7) with dom0's kernel, and what the guest sends to its own.
 
 if TYPE_CHECKING:
     Attributes = dict[int, Any]  # by their kind
@@ -7352,8 +7351,7 @@ def send_descriptor(target: str | int, message: bytes, fd: int) -> None:
 
 
 # ==== monitor ============================================================================================
-# The process on dom0 that has the domain built, carries the streams, answers the guest, and takes everything down
-# again, whatever the reason for the end.
+# The process on dom0 that has the domain built, carries the streams, answers the guest, and in the end takes all down.
 
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
 LOOK_AGAIN = 5.0  # seconds until xl is asked again whether the domain lives, when it could not tell
@@ -8870,8 +8868,7 @@ def command_pack_initrd(call: Invocation) -> None:
 
 
 # ==== command line =======================================================================================
-# Hand-made: argparse costs more than most commands, and engines write --x v, --x=v and -x v, as Go has it.  Every
-# failure ends in main().
+# Hand-made, as argparse costs more than most commands: --x v, --x=v and -x v, as in Go.  Every failure ends in main().
 
 CREATE_FLAGS = {"no-pivot", "no-new-keyring"}
 CREATE_VALUES = {"bundle", "pid-file", "console-socket", "pidfd-socket", "preserve-fds"}
