@@ -2666,6 +2666,8 @@ class Mount:
                 raise Error(f"{where}: a bind mount has no option {data[0]} here")
         elif not self.type:
             raise Error(f"cannot mount at {self.destination}: the mount has no type")
+        else:
+            self.kept = 0
         self.data = "" if self.type == "cgroup" else ",".join(data)  # controllers of version 1
 
     def take(self, option: str) -> bool:

@@ -765,6 +765,8 @@ def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
     mount, options = runx.guest_mount(overlay)
     assert mount == ("mount", "mounts/0", "/t", "", runx.MS_BIND, "")
     assert options[4] == runx.MS_BIND | runx.MS_REMOUNT | runx.MS_NOSUID
+    plain = mount_of(bundle, type="overlay", source="overlay", options=["lowerdir=/a"])
+    assert [*runx.guest_mount(plain)] == [mount]
     assert not mount_of(bundle, type="cgroup", source="cgroup", options=["ro", "name=systemd"]).data
 
 
