@@ -306,10 +306,11 @@ class Bundle:
         return json.loads(self.log.read_text().splitlines()[-1])
 
     def domain(self):
-        """The domid of the container's domain, as xl sees it; None if there is none."""
-        for line in xl("list").splitlines()[1:]:
-            if line.startswith(f"runx-{self.id}-"):
-                return int(line.split()[1])
+        """The domid of the container's domain, by xenstore; None if there is none."""
+        xenstore = runx.Xenstore()
+        for domid in xenstore.list("/local/domain"):
+            if xenstore.read(f"/local/domain/{domid}/name").startswith(f"runx-{self.id}-"):
+                return int(domid)
         return None
 
 
@@ -575,7 +576,7 @@ LOOKS = {
     "xen files": lambda: listing("/var/log/xen", "/var/lib/xen", "/run/xen") - XENS_OWN,
     "descriptors": lambda: set(descriptors("xenconsoled").items()),
     "xenstore": device_nodes,
-    "domains": lambda: {line.split()[0] for line in xl("list").splitlines()[1:]},
+    "domains": lambda: set(runx.Xenstore().list("/local/domain")),
 }
 
 
@@ -594,8 +595,21 @@ def difference(before):
 dom0_before = {}
 
 
+def names_of_domains():
+    """Of those that Xen has, also of what it only keeps because something of it is still mapped."""
+    return {line.split()[0] for line in xl("list").splitlines()[1:]}
+
+
+@pytest.fixture(scope="session")
+def same_domains():
+    """After the last test, Xen has the domains that it had before: to ask it takes as long as all other looks."""
+    before = names_of_domains()
+    yield
+    wait_until(lambda: names_of_domains() == before, f"no other domains than {before}", 10)
+
+
 @pytest.fixture
-def clean_dom0():
+def clean_dom0(same_domains):
     """The leak check: after the test, dom0 is as it was before the first one."""
     dom0_before.update(dom0_before or dom0_state())
     yield
