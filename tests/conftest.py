@@ -50,7 +50,7 @@ PROGRAM_MOUNTS = [  # this machine's programs and their libraries, in a containe
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "crowd: many VMs at once; it comes last, when no other dom0 has anything to run")
+    config.addinivalue_line("markers", "crowd: many VMs at once; it comes last")
     config.addinivalue_line("markers", "main_path: CI runs it on an Arm machine and on newer Debians, too")
     config.addinivalue_line("markers", "processors: it needs a host of two")
 

@@ -54,7 +54,7 @@ def units_of(items: list[pytest.Item]) -> list[Unit]:
 
 
 def longest_first(units: list[Unit]) -> list[Unit]:
-    """Return them in the order to run them in: a `crowd` is last, when other dom0s have less to do."""
+    """Return them in the order to run them in: a `crowd` is last."""
     earlier: dict[str, tuple[str, float]] = {}
     if "LAB_SECONDS" in os.environ:
         with open(os.environ["LAB_SECONDS"], encoding="utf-8") as file:

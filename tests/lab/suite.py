@@ -215,11 +215,12 @@ def run_all(built: Built) -> int:
         def most(name: str) -> int:
             return in_dom0(built, ["-m", "not processors", *words], share, name, processors=1)
 
-        def most_and_rest(name: str) -> int:
-            # of another name, for pytest may get the same pid in both, and its results are kept by that
-            return max(most(name), in_dom0(built, ["-m", "processors", *words], share, f"{name}-processors"))
+        def rest_and_most(name: str) -> int:
+            # first, so that both end at the same time; and of another name, for pytest may get the same pid in both,
+            # and its results are kept by that
+            return max(in_dom0(built, ["-m", "processors", *words], share, f"{name}-processors"), most(name))
 
-        dom0s = [Job("dom0-1", lambda: most("dom0-1")), Job("dom0-2", lambda: most_and_rest("dom0-2"))]
+        dom0s = [Job("dom0-1", lambda: most("dom0-1")), Job("dom0-2", lambda: rest_and_most("dom0-2"))]
         statuses = side_by_side(here) + side_by_side(dom0s)
         status = summary([*here, *dom0s], statuses, share)
     elsewhere = run_elsewhere() if own else 0
