@@ -509,7 +509,7 @@ def test_a_tmpfs_of_no_mode_has_that_of_the_folder(outputs, busybox):
     assert runx == runc and "plain 750 0:0\n" in runx and "HOME=/home/of/root\n" in runx
 
 
-@pytest.mark.parametrize("link", ["cwd", "fd/3", "fd/4", "fd/5", "fd/6"])
+@pytest.mark.parametrize("link", ["cwd", "fd/3"])
 def test_no_working_directory_is_outside_of_the_rootfs(bundle, link):
     """Links of /proc lead to what init has open, and an image names its working directory."""
     result = bundle.run(in_memory(config("ls", "..", cwd=f"/proc/self/{link}")))

@@ -35,23 +35,6 @@ def ctr_run(*args, options=(), **keywords):
     return ctr("run", "--rm", "--runc-binary=/usr/sbin/runX", *options, IMAGE, name, *args, **keywords)
 
 
-@pytest.fixture
-def detached():
-    """Start `ctr run -d` containers, and remove them."""
-    names = []
-
-    def start(*args):
-        names.append(f"test-{uuid.uuid4().hex[:8]}")
-        result = ctr("run", "-d", "--runc-binary=/usr/sbin/runX", *IN_MEMORY, IMAGE, names[-1], *args)
-        assert result.returncode == 0, result
-        return names[-1]
-
-    yield start
-    for name in names:
-        ctr("task", "rm", "--force", name)
-        ctr("container", "rm", name)
-
-
 def task(name):
     """(pid, status) of a task, or None."""
     for line in ctr("task", "ls").stdout.decode().splitlines():
@@ -101,7 +84,8 @@ def test_arguments_environment_and_the_default_spec_arrive_and_streams_and_statu
 
 @needs_ctr
 def test_with_the_rootfs_in_memory_much_passes_through_stdin_and_stdout_unchanged():
-    """Many times what the consoles' rings hold, 1 and 2 KiB, and more than pipes do."""
+    """Many times what the consoles' rings hold, 1 and 2 KiB, and more than pipes do: of less, which ctr may have read
+    before there is a task, it never tells the end."""
     data = os.urandom(200_000)
     script = """
         sha256sum >&2; dd if=/dev/urandom of=/tmp/f bs=1000 count=400 2>/dev/null; sha256sum </tmp/f >&2
@@ -112,15 +96,6 @@ def test_with_the_rootfs_in_memory_much_passes_through_stdin_and_stdout_unchange
     *sums, shared = [line.split()[0] for line in result.stderr.decode().splitlines()]
     assert sums == [hashlib.sha256(data).hexdigest(), hashlib.sha256(result.stdout).hexdigest()]
     assert shared == "0"
-
-
-@needs_ctr
-def test_tasks_at_once_end_each_with_its_status(detached):
-    """One that ends by a signal which it handles, test_xen_exec.py has."""
-    natural = detached("sh", "-c", "exit 3")
-    killed = detached("sh", "-c", "trap '' TERM INT; sleep 1000 & wait")
-    assert ctr("task", "kill", "--signal", "KILL", killed).returncode == 0
-    assert [exit_status(name) for name in (natural, killed)] == [3, 137]
 
 
 @needs_ctr
@@ -140,7 +115,7 @@ def test_hooks_of_the_engine_run(bundle):
 
 
 @needs_ctr
-@pytest.mark.parametrize("stage", ["creating", "created", "running"])
+@pytest.mark.parametrize("stage", ["creating", "running"])
 def test_a_shim_that_is_killed_leaves_nothing(stage):
     name, root = f"test-{uuid.uuid4().hex[:8]}", pathlib.Path("/run/containerd/runc/default")
     root.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -215,49 +190,41 @@ def test_podman_runs_a_container(bundle, podman):
 
 
 def test_podman_removes_a_container_that_is_ending(bundle, podman):
-    """Also one that ends just then; one that does not care for SIGTERM, test_xen_podman.py has.
+    """One that does not care for SIGTERM, test_xen_podman.py has.
 
     Podman gives up where the container ends after its last look and before its `kill` has begun, which is then right to
-    fail; so that may happen once in these two.
+    fail; of what has ended there is nothing to kill.
     """
     name = bundle.id
     options = ["--detach", "--network", "none", *IN_MEMORY, "--name", name]
-    too_late = []
-    try:
-        for script in ("exit 0", "sleep 1"):
-            started = podman("run", *options, "--rootfs", str(bundle.rootfs), "sh", "-c", script)
-            assert started.returncode == 0, started
-            removed = podman("rm", "--force", "--time", "1", name)
-            if b"container state improper: stopped" in removed.stderr:
-                too_late.append(script)
-                removed = podman("rm", "--force", "--time", "1", name)
-            assert (removed.returncode, removed.stdout.decode().strip()) == (0, name), removed
-        assert len(too_late) < 2
-    finally:
-        podman("rm", "--force", "--time", "0", name)
+    started = podman("run", *options, "--rootfs", str(bundle.rootfs), "sh", "-c", "exit 0")
+    assert started.returncode == 0, started
+    removed = podman("rm", "--force", "--time", "1", name)
+    if b"container state improper: stopped" in removed.stderr:
+        removed = podman("rm", "--force", "--time", "1", name)
+    assert (removed.returncode, removed.stdout.decode().strip()) == (0, name), removed
 
 
-def test_an_image_gets_no_more_than_its_user_gave(bundle, podman):
-    """Annotations, which Podman 4.3 takes from the image, and NETCONF of its environment."""
+def test_podman_builds_an_image_that_gets_no_more_than_its_user_gives(bundle, podman):
+    """Each RUN has a VM, over one rootfs; its output and exit status come back.  What an image may say: annotations,
+    which Podman 4.3 takes from it, and NETCONF of its environment."""
     said = {"memory": "1500", "vcpus": "3", "cmdline": "of=image", "type": "hvm", "kernel": "/k"}
     annotations = [word for key, value in said.items() for word in ("--annotation", f"org.runx.{key}={value}")]
-    (bundle.folder / "Containerfile").write_text("FROM scratch\nCOPY rootfs /\nENV NETCONF=/etc/cni/net.d/x,net\n")
-    assert call("podman", "build", "-q", *annotations, "-t", "greedy", str(bundle.folder)).returncode == 0
+    file = bundle.folder / "Containerfile"
+    build = ["build", "--layers=false", "--force-rm", "--network", "none", str(bundle.folder)]
+    file.write_text("FROM scratch\nCOPY rootfs /\nENV NETCONF=/etc/cni/net.d/x,net\nRUN uname -r >/built\n")
     try:
-        script = "grep MemTotal /proc/meminfo; nproc; cat /proc/cmdline; ls /sys/class/net"
+        built = podman(*build, *annotations, "-t", "greedy")
+        assert built.returncode == 0, built
+        script = "cat /built; grep MemTotal /proc/meminfo; nproc; cat /proc/cmdline; ls /sys/class/net"
         limits = ["-m", "64m", "--cpus", "1", "--network", "none", *IN_MEMORY]
         result = podman("run", "--rm", *limits, "greedy", "sh", "-c", script)
         assert result.returncode == 0, result
-        memory, processors, words, *interfaces = result.stdout.decode().splitlines()
-        assert int(memory.split()[1]) < 64 << 10 and processors == "1"
+        kernel, memory, processors, words, *interfaces = result.stdout.decode().splitlines()
+        assert kernel.endswith("-runx") and int(memory.split()[1]) < 64 << 10 and processors == "1"
         assert "of=image" not in words and interfaces == ["lo"]
+        file.write_text("FROM greedy\nRUN echo said; exit 7\n")
+        failed = podman(*build)
+        assert failed.returncode == 7 and b"said\n" in failed.stdout, failed
     finally:
         call("podman", "rmi", "-f", "greedy")
-
-
-def test_podman_builds_an_image(bundle, podman):
-    """Each RUN has a VM, over one rootfs; its output and exit status come back."""
-    lines = ["FROM scratch", "COPY rootfs /", "RUN uname -r >/built", "RUN cat /built; exit 7"]
-    (bundle.folder / "Containerfile").write_text("\n".join(lines) + "\n")
-    result = podman("build", "--layers=false", "--force-rm", "--network", "none", str(bundle.folder))
-    assert result.returncode == 7 and b"-runx\n" in result.stdout, result

@@ -7,7 +7,19 @@ import shutil
 import signal
 
 import pytest
-from conftest import PODMAN, Bundle, call, difference, dom0_state, fetch, podman_commands, processes, wait_until, xl
+from conftest import (
+    PODMAN,
+    Bundle,
+    call,
+    difference,
+    dom0_state,
+    fetch,
+    podman_commands,
+    processes,
+    wait_in,
+    wait_until,
+    xl,
+)
 from test_xen_exec import check_exec
 from test_xen_network import engines_firewall
 from test_xen_streams import OUR_PS1
@@ -60,15 +72,12 @@ def test_a_published_port(box):
 def test_copies_end_in_the_containers_files_and_never_in_dom0s(box, podman, tmp_path):
     (tmp_path / "f").write_text("copied\n")
     before = set(os.listdir("/"))
-    for target in ("/f", "/volume/f"):
-        assert podman("cp", str(tmp_path / "f"), f"{box.id}:{target}").returncode == 0
-    assert (box.rootfs / "f").read_text() == (box.folder / "volume/f").read_text() == "copied\n"
+    assert podman("cp", str(tmp_path / "f"), f"{box.id}:/volume/f").returncode == 0
+    assert (box.folder / "volume/f").read_text() == "copied\n"
     assert set(os.listdir("/")) == before
-    # links that the VM has made since: under runc they would lead to processes of the container
-    for number in (1, "self"):
-        (box.rootfs / "escape").symlink_to(f"/proc/{number}/root/tmp")
-        assert podman("cp", str(tmp_path / "f"), f"{box.id}:/escape/runx-escaped").returncode != 0
-        (box.rootfs / "escape").unlink()
+    # a link that the VM has made since: under runc it would lead to the container's process
+    (box.rootfs / "escape").symlink_to("/proc/1/root/tmp")
+    assert podman("cp", str(tmp_path / "f"), f"{box.id}:/escape/runx-escaped").returncode != 0
     assert not os.path.exists("/tmp/runx-escaped")
     assert podman("cp", f"{box.id}:/bin/busybox", str(tmp_path / "b")).returncode == 0
     assert (tmp_path / "b").read_bytes() == (box.rootfs / "bin/busybox").read_bytes()
@@ -88,47 +97,35 @@ def test_exec(box):
 
 
 def test_a_health_check(box, podman):
-    well = box.rootfs / "tmp/well"
-    for change, status in ((well.touch, 0), (well.unlink, 1)):
-        change()
-        assert podman("healthcheck", "run", box.id).returncode == status
+    (box.rootfs / "tmp/well").touch()
+    assert podman("healthcheck", "run", box.id).returncode == 0  # 1 for whatever is wrong
 
 
-def test_nothing_can_be_shared_with_another_container_or_the_host(box, podman):
-    """One after the other: the kinds of which there may be none but the container's, its network, and the host's."""
-    others, network = f"container:{box.id}", ["--network", "none"]
-    for options, words in (
-        ([*network, "--pid", others, "--ipc", others, "--uts", others],
-         "of another container or of the host, and containers cannot share a VM yet"),
-        (["--network", others], "another container, and containers cannot share a VM yet"),
-        ([*network, "--pid", "host", "--ipc", "host"], "asks for the host's own pid namespace, which a VM cannot have"),
-    ):  # fmt: skip
-        refused = podman("run", "--rm", *options, "--rootfs", str(box.rootfs), "true")
-        assert refused.returncode != 0 and words in refused.stderr.decode(), refused
+def test_nothing_can_be_shared_with_another_container(box, podman):
+    options = [word for kind in ("pid", "ipc", "uts") for word in (f"--{kind}", f"container:{box.id}")]
+    refused = podman("run", "--rm", "--network", "none", *options, "--rootfs", str(box.rootfs), "true")
+    words = b"of another container or of the host, and containers cannot share a VM yet"
+    assert refused.returncode != 0 and words in refused.stderr, refused
 
 
-def test_a_pod_has_one_vm_after_the_other(bundle, podman, tmp_path, monkeypatch):
+def test_a_pod_has_one_vm(bundle, podman, tmp_path, monkeypatch):
     """Its sandbox, for which Podman wants a program that is never run, is none."""
     shutil.copy(shutil.which("busybox"), tmp_path / "catatonit")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    bundle.add_applets("httpd", "hostname")
+    bundle.add_applets("hostname")
     options = ["--pod", "inside", "--rootfs", str(bundle.rootfs)]
-    web = ["sh", "-c", "hostname >/tmp/page; exec httpd -f -h /tmp"]
     try:
         # in the cgroup that Podman 4.3 would make for the pod, nobody may open a device
-        made = podman("pod", "create", "--share-parent=false", "--name", "inside", "--publish", "8083:80")
+        made = podman("pod", "create", "--share-parent=false", "--name", "inside", "--network", "none")
         assert made.returncode == 0, made
-        before = len(xl("list").splitlines())
-        for name in ("first", "again"):
-            started = podman("run", "--detach", "--name", name, *options, *web)
-            assert started.returncode == 0, started
-            wait_until(lambda: fetch("http://127.0.0.1:8083/page") == b"inside\n", "the page", 60)
-            assert len(xl("list").splitlines()) == before + 1
-            refused = podman("run", "--rm", *options, "true")
-            assert refused.returncode != 0 and b"containers cannot share a VM yet" in refused.stderr, refused
-            assert podman("rm", "--force", "--time", "0", name).returncode == 0
+        before, name = len(xl("list").splitlines()), bundle.rootfs / "tmp/name"
+        started = podman("run", "--detach", *options, "sh", "-c", "hostname >/tmp/name; exec sleep 1000")
+        assert started.returncode == 0, started
+        wait_in(name.parent, lambda: name.exists() and name.read_text() == "inside\n", "the pod's name")
+        assert len(xl("list").splitlines()) == before + 1
+        refused = podman("run", "--rm", *options, "true")
+        assert refused.returncode != 0 and b"containers cannot share a VM yet" in refused.stderr, refused
     finally:
         removed = podman("pod", "rm", "--force", "--time", "0", "inside")
         call("podman", "rmi", "--force", "--all")
-        call("umount", "/run/netns")
     assert removed.returncode == 0, removed
