@@ -3202,6 +3202,14 @@ def resolve_in_root(root: str, path: str, ends: Sequence[list[str]] = ()) -> lis
     return names
 
 
+def is_there(root: str, path: str) -> bool:
+    try:
+        os.close(find_in_root(root, path, folder=True, make=False))
+        return True
+    except OSError:
+        return False
+
+
 def mount_places(root: str, mounts: list[Mount]) -> tuple[list[list[str]], list[Mount]]:
     """Return the names below root of where the guest will mount something, and of each what that is, without what is in
     another mount.  Of a mount whose links lead on without end, the guest says so."""
@@ -3265,6 +3273,9 @@ def seal_rootfs(rootfs: str, config: Config) -> int:
     nodes = [*(f"/dev/{name}" for _, name in DEVICE_LINKS), *(path for path, *_ in config.linux.devices)]
     if not all(map(is_covered, nodes)):
         return 0
+    for entry in mounts:
+        if entry.type == "tmpfs" and "mode=" not in entry.data and not is_there(rootfs, entry.destination):
+            entry.data = ",".join(filter(None, (entry.data, "mode=1777")))  # not that of the folder that is made now
     wanted = [(entry.destination, entry.is_folder()) for entry in mounts]
     others = [("/etc/resolv.conf", False)] if config.netconf else []
     others += [(config.process.cwd, True)] if config.process else []

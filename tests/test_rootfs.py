@@ -333,7 +333,8 @@ def test_the_share_has_the_rootfs_and_what_dom0_mounts(container, tmp_path):
 
 
 def written(container):
-    """What comes of writing to the share's rootfs and to a volume, an errno or None; and what is new in the rootfs."""
+    """What comes of writing to the share's rootfs and to a volume, an errno or None; what is new in the rootfs; and the
+    options of each tmpfs."""
     before = {str(path) for path in pathlib.Path(container.config.rootfs).rglob("*")}
 
     def work():
@@ -345,11 +346,11 @@ def written(container):
                 results.append(None)
             except OSError as error:
                 results.append(error.errno)
-        return results
+        return results, {each.destination: each.data for each in container.config.mounts if each.type == "tmpfs"}
 
-    results = in_own_mounts(work)
+    results, options = in_own_mounts(work)
     new = {str(path) for path in pathlib.Path(container.config.rootfs).rglob("*")} - before
-    return results, sorted(path[len(container.config.rootfs) :] for path in new)
+    return results, sorted(path[len(container.config.rootfs) :] for path in new), options
 
 
 def test_a_read_only_rootfs_cannot_be_written_by_any_guest_and_has_the_places_for_its_mounts(container):
@@ -357,13 +358,21 @@ def test_a_read_only_rootfs_cannot_be_written_by_any_guest_and_has_the_places_fo
     container.config.mounts.insert(0, mount_entry("/dev", "tmpfs", "tmpfs", 0))
     container.config.mounts.append(mount_entry("/dev/pts", "devpts", "devpts", 0))
     container.config.linux.devices = [("/dev/fuse", 0o20666, 10, 229, 0, 0)]
+    pathlib.Path(container.config.rootfs, "old").mkdir()
+    container.config.mounts.append(mount_entry("/old", "tmpfs", "tmpfs", 0, data="size=1m"))
+    next(each for each in container.config.mounts if each.destination == "/own").data = "size=1m"
     container.config.netconf = [("NETCONF", "/file", "net", "")]
     before = os.umask(0o077)
     try:
-        results, made = written(container)
+        results, made, options = written(container)
     finally:
         os.umask(before)
     assert results == [errno.EROFS, None]
+    assert options == {
+        "/dev": "mode=1777",
+        "/own": "size=1m,mode=1777",
+        "/old": "size=1m",
+    }  # as where nothing is below it
     assert made == ["/data", "/dev", "/etc/note", "/etc/resolv.conf", "/own", "/proc", "/work", "/work/deep"]
     root = pathlib.Path(container.config.rootfs)
     assert (root / "etc/note").is_file() and (root / "work/deep").stat().st_mode & 0o7777 == 0o755
@@ -383,7 +392,7 @@ def test_who_makes_more_than_places_for_mounts_in_the_rootfs_may_write_there(con
         os.symlink("dev", f"{config.rootfs}/dev")
         os.symlink("etc/name", f"{config.rootfs}/own")
         config.process.cwd = "/dev"
-    results, made = written(container)
+    results, made, _ = written(container)
     assert results[0] == (errno.EROFS if case in ("its own init", "links") else None)
     assert made == (["/data", "/etc/note", "/proc"] if case == "links" else ["/new"] * (results[0] is None))
 
