@@ -7369,6 +7369,7 @@ def send_descriptor(target: str | int, message: bytes, fd: int) -> None:
 KILL_GRACE = 2.0  # seconds that a guest has to end by itself on SIGKILL, so that its writes are kept
 LOOK_AGAIN = 5.0  # seconds until xl is asked again whether the domain lives, when it could not tell
 CONSOLE_TAIL = 8192  # bytes of the guest's own console that are kept for the log
+CARRIERS_END = 2.0  # seconds that processes of `exec` have, once there is no VM
 
 # how a domain ended that has not told an exit status: exit status, reason.  A pid namespace under runc ends
 # by SIGINT on power-off and by SIGHUP on reboot (reboot(2)), so these are 130 and 129 here too.
@@ -7704,12 +7705,24 @@ def run_monitor(plan: Plan, commit: Commit, link: Any) -> int:
             destroy(container, plan.log)
     except BaseException as error:
         plan.log.write("error", f"cannot clean up after container {container.id}: {error}")
+    if committed:
+        plan.log.attempt(f"end what else runs in container {container.id}", end_carriers, container)
     if committed and failure:
         plan.log.write("error", failure)
     elif failure:
         tell(link, failure)
     holder.end(status)
     return status
+
+
+def end_carriers(container: Container) -> None:
+    """Wait until the processes of `exec` have ended and are reaped: their ends come before the container's, as a pid
+    namespace has it, and engines such as containerd 1.x hear of no other end behind that."""
+    deadline = time.monotonic() + CARRIERS_END
+    for pid, start_time in carriers_of(container).values():
+        end_process(pid, start_time, max(0, deadline - time.monotonic()))
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def build(plan: Plan, holder: Holder, server: FileServer, commit: Commit) -> Monitor | Sandbox:
@@ -7890,6 +7903,13 @@ class Carrier(Loop):
         if not (self.is_told or self.is_open()):
             reason = printable(self.told("error")) or "the VM does not tell why"
             raise Error(f"unable to start container process: {reason}")
+
+    def handle_xenstore(self) -> None:
+        super().handle_xenstore()
+        try:
+            self.domain.check()
+        except NotRunning:  # before the holder has ended: the monitor waits for us
+            self.lose_container()
 
     def lose_container(self) -> None:
         self.end(128 + SIGKILL, abandon=True)

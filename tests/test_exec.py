@@ -112,13 +112,31 @@ def test_a_program_that_cannot_be_executed_is_exec_s_own_failure_in_runc_s_words
     finish(container)
 
 
-def test_it_ends_with_the_container(dom0):
-    container = running(dom0)
-    process = execute(container, "wait", options=["-d", "--pid-file", str(container.bundle / "exec")])
-    assert process.wait().returncode == 0
+@pytest.mark.parametrize("count", [1, 4])
+def test_it_ends_before_the_container(dom0, count):
+    """An engine may hear of no other end behind that: with containerd 1.x, `docker exec` never returned."""
+    container, pids = running(dom0), []
+    for number in range(count):
+        path = container.bundle / f"exec-{number}"
+        assert execute(container, "wait", options=["-d", "--pid-file", str(path)]).wait().returncode == 0
+        pids.append(int(path.read_text()))
     assert dom0.run(*container.words("kill", container.id, "KILL")).returncode == 0
-    assert dom0.wait(int((container.bundle / "exec").read_text())) == 137
     assert container.wait() == 137
+    assert [dom0.ended.get(pid) for pid in pids] == [137] * count
+    for pid in pids:
+        dom0.wait(pid)
+    assert container.runx("delete").returncode == 0
+
+
+def test_one_that_does_not_end_holds_the_container_up_for_a_moment_only(dom0):
+    dom0.constants["CARRIERS_END"] = 0.1
+    container = running(dom0)
+    path = container.bundle / "exec"
+    assert execute(container, "wait", options=["-d", "--pid-file", str(path)]).wait().returncode == 0
+    dom0.signal(int(path.read_text()), signal.SIGSTOP)
+    assert dom0.run(*container.words("kill", container.id, "KILL")).returncode == 0
+    assert container.wait() == 137
+    assert dom0.wait(int(path.read_text())) == -9
     assert container.runx("delete").returncode == 0
 
 
