@@ -2351,9 +2351,10 @@ def join_pod(config: Config, root: str) -> None:
             sysctls = read_config(sandbox.folder)[0].section("linux").table("sysctl")
     except (Error, OSError):
         pass
-    shared += [kind for kind in ("ipc", "uts") if kind not in shared and kind in paths and is_unused(kind, paths[kind])]
-    if "uts" in shared:
-        config.hostname = config.hostname or in_namespace(paths["uts"], os.uname, kind="uts").nodename
+    with Attempt("join the namespaces of a pod"):
+        shared += [kind for kind in {"ipc", "uts"} & paths.keys() - {*shared} if is_unused(kind, paths[kind])]
+        if "uts" in shared:
+            config.hostname = config.hostname or in_namespace(paths["uts"], os.uname, kind="uts").nodename
     for name, value in sysctls.items():
         if ("net" if name.startswith("net") else "ipc") in shared:
             config.linux.sysctl.setdefault(name, value)
@@ -2364,7 +2365,7 @@ def join_pod(config: Config, root: str) -> None:
 
 
 def is_unused(kind: str, path: str) -> bool:
-    """Return whether no process is in a namespace."""
+    """Return whether no process is in a namespace.  Raise OSError."""
     namespace = os.stat(path)
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -3864,9 +3865,8 @@ class Handle:
 
     def __init__(self, fd: int, node: Node) -> None:
         self.fd, self.node, self.position = fd, node, 0
-        self.listed: tuple[
-            int, ...
-        ] = ()  # which folder, and in what state, it was read from its beginning; its size last
+        # which folder, and in what state, was read from its beginning; its size last
+        self.listed: tuple[int, ...] = ()
 
     def __del__(self) -> None:
         os.close(self.fd)

@@ -42,6 +42,7 @@ def test_what_runx_answers_to_an_engine(tmp_path, monkeypatch, name):
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 16384, 0, 0, 0, 0, 0, 0, 255]))
     monkeypatch.setattr(runx.os.path, "samefile", lambda *paths: False)
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
+    monkeypatch.setattr(runx, "is_unused", lambda kind, path: False)
     assert answer(CONFIGS[name], tmp_path) == expectations()[name]
 
 
@@ -51,6 +52,7 @@ def test_in_a_pod_whose_sandbox_is_there_it_takes_them(tmp_path, monkeypatch, na
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 16384, 0, 0, 0, 0, 0, 0, 255]))
     monkeypatch.setattr(runx.os.path, "samefile", lambda path, other: "/ns/" in other and other != "/proc/self/ns/net")
     monkeypatch.setattr(runx, "check_namespace", lambda kind, path: None)
+    monkeypatch.setattr(runx, "in_namespace", lambda path, work, kind: work())
     monkeypatch.setattr(runx.Container, "load", lambda container: vars(container).update(folder=tmp_path) or container)
     monkeypatch.setattr(runx.State, "is_sandbox", True)
     assert answer(CONFIGS[name], tmp_path).split(";")[0] == "yes"
