@@ -1162,8 +1162,9 @@ class OwnDevice(Device):
     is_connected = is_confirmed = False
     waits = False  # the guest is not to be connected yet
 
-    def follow(self) -> None:
-        """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down."""
+    def follow(self) -> bool:
+        """Answer a change of the frontend's state; without an answer a guest waits 5 s when it shuts down.  Return
+        whether there is a frontend."""
         state = self.xenstore.read(f"{self.frontend}/state")
         if state == XENBUS_INITIALISED and not (self.is_connected or self.waits):
             self.is_connected = True
@@ -1171,6 +1172,7 @@ class OwnDevice(Device):
         elif state in (XENBUS_CLOSING, XENBUS_CLOSED):
             self.is_confirmed = True
             self.answer(state)
+        return bool(state)
 
     def confirm(self) -> None:
         """Tell the guest, once, that it is connected: what it has written to a console before that is taken first."""
@@ -7283,10 +7285,10 @@ class Loop:
     def handle_xenstore(self) -> None:
         # the end of some domain comes last: if it is ours, it has told its exit status before
         for token in sorted(self.xenstore.take_events(), key="release".__eq__):
-            if token.startswith("device "):
-                self.devices[int(token.split()[1])].follow()
-            else:
+            if not token.startswith("device "):
                 self.hear(token)
+            elif not self.devices[int(token.split()[1])].follow():
+                self.lose_container()
 
     def hear(self, token: str) -> None:
         """A watch has fired."""
@@ -7300,6 +7302,9 @@ class Loop:
 
     def begin(self) -> None:
         """The program is executed."""
+
+    def lose_container(self) -> None:
+        """The VM is gone, or about to be."""
 
     # ---- what the host says
 
@@ -7903,13 +7908,6 @@ class Carrier(Loop):
         if not (self.is_told or self.is_open()):
             reason = printable(self.told("error")) or "the VM does not tell why"
             raise Error(f"unable to start container process: {reason}")
-
-    def handle_xenstore(self) -> None:
-        super().handle_xenstore()
-        try:
-            self.domain.check()
-        except NotRunning:  # before the holder has ended: the monitor waits for us
-            self.lose_container()
 
     def lose_container(self) -> None:
         self.end(128 + SIGKILL, abandon=True)
