@@ -3206,6 +3206,7 @@ def resolve_in_root(root: str, path: str, ends: Sequence[list[str]] = ()) -> lis
 
 
 def is_there(root: str, path: str) -> bool:
+    """Return whether a path leads to something below root."""
     try:
         os.close(find_in_root(root, path, folder=True, make=False))
         return True
