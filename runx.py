@@ -582,14 +582,15 @@ def reason_of(error: BaseException, process: str) -> str:
 
 
 def in_namespace(path: str, work: Callable[..., T], *args: Any, kind: str = "net") -> T:
-    """Return work(*args), called in the namespace at path.  kind: as below /proc/PID/ns.  Raise OSError."""
+    """Return work(*args), called in the namespace at path.  kind: "net" or "uts".  Raise OSError."""
+    flag = {"net": CLONE_NEWNET, "uts": CLONE_NEWUTS}[kind]  # one of another type is refused
     target, home = (Descriptor(os.open(name, os.O_RDONLY)) for name in (path, f"/proc/self/ns/{kind}"))
     with target, home:
-        system_call("setns", target, 0)
+        system_call("setns", target, flag)
         try:
             return work(*args)
         finally:
-            system_call("setns", home, 0)
+            system_call("setns", home, flag)
 
 
 # ==== xenstore ===========================================================================================
@@ -2680,7 +2681,7 @@ class Mount:
         elif option in MOUNT_OPTIONS:
             add, remove = MOUNT_OPTIONS[option]
             self.flags = (self.flags | add) & ~remove
-            if option[1:] in MOUNT_OPTIONS:  # with an r, beside which all else stays
+            if option[0] == "r" and option[1:] in MOUNT_OPTIONS:  # also for what is below; all else stays
                 self.kept &= ~remove
             elif remove or add & ~MS_BIND:
                 self.kept = 0
@@ -3893,9 +3894,10 @@ class Lists:
         others = [each for reference in self.read if (each := reference()) and each is not handle]
         same = [each for each in others if each.node.inode == handle.node.inode]
         kept = {each.listed: each.listed[-1] for each in (*others, handle)}  # one list of names and its size, of each
+        size = sum(kept.values())
         for each in others:
-            if each.listed != handle.listed and sum(kept.values()) > LISTS_SIZE:
-                kept.pop(each.listed, 0)
+            if each.listed != handle.listed and size > LISTS_SIZE:
+                size -= kept.pop(each.listed, 0)
         too_many = {*same[: 1 - LISTS_OF_ONE], *others[: 1 - LISTS_MAX]}
         for each in too_many.union(each for each in others if each.listed not in kept):
             with Descriptor(os.open(each.node.path, os.O_RDONLY | os.O_DIRECTORY)) as fd:

@@ -773,7 +773,8 @@ def test_what_names_files_of_dom0_is_mounted_there(bundle, tmp_path):
 @pytest.mark.parametrize(
     "options, flags",
     [(["bind"], 2 | 8), (["rbind", "rslave"], 2 | 8), (["bind", "ro"], 1), (["bind", "nodev"], 4), (["rw", "rbind"], 0),
-     (["bind", "exec"], 0), (["rbind", "rro"], 1 | 2 | 8), (["rbind", "rsuid", "rnodev"], 4 | 8)],
+     (["bind", "exec"], 0), (["bind", "async"], 0), (["rbind", "rro"], 1 | 2 | 8),
+     (["rbind", "rsuid", "rnodev"], 4 | 8)],
 )  # fmt: skip
 def test_a_bind_mount_without_flags_has_those_of_its_source(bundle, tmp_path, monkeypatch, options, flags):
     """As bind mounts on one kernel do, where nosuid and noexec are the mount's."""

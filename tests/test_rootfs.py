@@ -303,7 +303,7 @@ def container(root, tmp_path):
         entry.place = f"mounts/{number}"
     config = SimpleNamespace(
         rootfs=str(root), mounts=mounts, readonly=False, machine=SimpleNamespace(rootfs="auto", own_init=False),
-        linux=SimpleNamespace(devices=[]), process=SimpleNamespace(cwd="/work/deep"), netconf=[],
+        linux=SimpleNamespace(devices=[]), process=SimpleNamespace(cwd="/task/deep"), netconf=[],
     )  # fmt: skip
     return SimpleNamespace(config=config, share=str(tmp_path / "share"), volume=volume)
 
@@ -368,14 +368,11 @@ def test_a_read_only_rootfs_cannot_be_written_by_any_guest_and_has_the_places_fo
     finally:
         os.umask(before)
     assert results == [errno.EROFS, None]
-    assert options == {
-        "/dev": "mode=1777",
-        "/own": "size=1m,mode=1777",
-        "/old": "size=1m",
-    }  # as where nothing is below it
-    assert made == ["/data", "/dev", "/etc/note", "/etc/resolv.conf", "/own", "/proc", "/work", "/work/deep"]
+    # the mode is that of a tmpfs where nothing is below it
+    assert options == {"/dev": "mode=1777", "/own": "size=1m,mode=1777", "/old": "size=1m"}
+    assert made == ["/data", "/dev", "/etc/note", "/etc/resolv.conf", "/own", "/proc", "/task", "/task/deep"]
     root = pathlib.Path(container.config.rootfs)
-    assert (root / "etc/note").is_file() and (root / "work/deep").stat().st_mode & 0o7777 == 0o755
+    assert (root / "etc/note").is_file() and (root / "task/deep").stat().st_mode & 0o7777 == 0o755
 
 
 @pytest.mark.parametrize("case", ["nodes", "a node elsewhere", "not asked for", "in memory", "its own init", "links"])
